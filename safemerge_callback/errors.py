@@ -1,0 +1,36 @@
+"""The errors of this package: each says who, which value, what is allowed and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SafeMergeError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(SafeMergeError, ValueError):
+    """A setting that does not exist, has no meaning, or contradicts another."""
+
+
+class AdapterError(SafeMergeError, ValueError):
+    """A LoRA adapter, live or on disk, that cannot be measured or merged exactly."""
+
+
+class SubspaceError(SafeMergeError, ValueError):
+    """A checkpoint or safety-subspace file that is corrupt, unsafe, or belongs to another model."""
+
+
+class PlanError(SafeMergeError, ValueError):
+    """A merge plan that cannot be made or applied; nothing was written."""
+
+
+class JournalError(SafeMergeError, OSError):
+    """A journal that cannot be written or read."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """Return `; did you mean 'x'?` for the allowed name closest to `name`, or an empty string."""
+    close = difflib.get_close_matches(name, list(allowed), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

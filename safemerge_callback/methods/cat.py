@@ -1,0 +1,27 @@
+"""`cat`: the weighted sum of the updates without any loss, the ranks added.
+
+Source: PEFT's `combination_type="cat"`; SafeMERGE, arXiv:2503.17239, eq. 4. Offline only: a live adapter keeps its rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..ops import AlignmentMatrix, LowRank, weighted_sum
+from .registry import Merged, register
+
+
+@register(spaces=("delta",), needs=frozenset({"safety_adapter"}), keeps_rank=False)
+def cat(
+    live: LowRank,
+    safety: Sequence[LowRank],
+    *,
+    weights: Sequence[float],
+    space: str = "delta",
+    alignment_matrix: AlignmentMatrix | None = None,
+) -> Merged:
+    """Return Σ wᵢ·ΔWᵢ exactly, at rank Σ rᵢ. Shapes as in `Method`; float32 or better; residual 0."""
+    A, B = weighted_sum([live, *safety], weights)
+    return Merged(A, B, A.new_zeros(A.shape[:-2], dtype=torch.float64))

@@ -1,0 +1,71 @@
+"""`linear`: the weighted sum of the updates.
+
+Source: SafeMERGE, arXiv:2503.17239, eq. 4 (ΔW ← w_f·ΔW_f + w_s·ΔW_s); factor space: PEFT's `combination_type="linear"`.
+Differs: the released SafeMERGE merges A and B separately as PEFT does, which adds the cross terms √(w_f·w_s)·(B_f·A_s +
+B_s·A_f) to the equation; that is `space="factor"` here. The default, `space="delta"`, is the equation itself, truncated
+to the live rank in the best way there is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import PlanError
+from ..ops import AlignmentMatrix, LowRank, accumulation_dtype, refit, weighted_sum
+from .registry import Merged, register
+
+
+@register(spaces=("delta", "factor"), needs=frozenset({"safety_adapter"}))
+def linear(
+    live: LowRank,
+    safety: Sequence[LowRank],
+    *,
+    weights: Sequence[float],
+    space: str = "delta",
+    alignment_matrix: AlignmentMatrix | None = None,
+) -> Merged:
+    """Return Σ wᵢ·ΔWᵢ at the live rank. Shapes as in `Method`; float32 or better.
+
+    `delta`: exact sum, refitted in the live gauge; a module that the sum leaves as it was keeps both factors to the
+    bit. `factor`: (Σ √|wᵢ|·Bᵢ)(Σ ±√|wᵢ|·Aᵢ) as PEFT does it; ranks must agree; residual 0, since nothing is truncated.
+    """
+    if space == "factor":
+        _check_ranks(live, safety)
+        return _in_factors([live, *safety], weights)
+    fitted, residual = refit(live, weighted_sum([live, *safety], weights))
+    still = _unchanged(live, safety, weights)
+    wide = still[..., None, None]
+    return Merged(
+        torch.where(wide, live.A.to(fitted.A.dtype), fitted.A),
+        torch.where(wide, live.B.to(fitted.B.dtype), fitted.B),
+        torch.where(still, torch.zeros_like(residual), residual),
+    )
+
+
+def _unchanged(live: LowRank, safety: Sequence[LowRank], weights: Sequence[float]) -> Tensor:
+    """Which modules of the batch the sum leaves as they were, (*n): w_live = 1 and every other term exactly zero."""
+    still = torch.full(live.A.shape[:-2], weights[0] == 1.0, device=live.A.device)
+    for update, weight in zip(safety, weights[1:], strict=True):
+        if weight != 0.0:
+            still = still & ((update.A == 0).all(-1).all(-1) | (update.B == 0).all(-1).all(-1))
+    return still
+
+
+def _check_ranks(live: LowRank, safety: Sequence[LowRank]) -> None:
+    ranks = [update.A.shape[-2] for update in (live, *safety)]
+    if len(set(ranks)) > 1:
+        raise PlanError(f"space 'factor' adds the factors themselves, so ranks must agree, got {ranks}: use space 'delta'")
+
+
+def _in_factors(updates: Sequence[LowRank], weights: Sequence[float]) -> Merged:
+    """PEFT's arithmetic; a negative weight's sign goes on A alone, or it would cancel in the product."""
+    dtype = accumulation_dtype(*(t for update in updates for t in update))
+    roots = [math.sqrt(abs(w)) for w in weights]
+    signed = [math.copysign(root, w) for root, w in zip(roots, weights, strict=True)]
+    A = torch.stack([u.A.to(dtype) * root for u, root in zip(updates, signed, strict=True)]).sum(0)
+    B = torch.stack([u.B.to(dtype) * root for u, root in zip(updates, roots, strict=True)]).sum(0)
+    return Merged(A, B, A.new_zeros(A.shape[:-2], dtype=torch.float64))

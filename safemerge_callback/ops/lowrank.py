@@ -1,0 +1,127 @@
+"""Arithmetic on low-rank updates B·A that never forms the d_out × d_in product.
+
+Shapes: `*n` is any batch of modules of one shape, possibly empty. Thin factors are widened to float32 or better,
+their r × r Grams and cores to float64 (float32 on devices that have no float64).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from .shapes import Float, Tensor
+
+
+class LowRank(NamedTuple):
+    """An update B·A: `A` is (*n, r, d_in), `B` is (*n, d_out, r)."""
+
+    A: Tensor
+    B: Tensor
+
+
+class _Spectrum(NamedTuple):
+    """The singular triplets of a factored matrix: (*n, d_out, k), (*n, k) and (*n, k, d_in)."""
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """Return float64 if any tensor is float64, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of r × r arithmetic on `device`: float64, or float32 on MPS, which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def inner_product(x: LowRank, y: LowRank) -> Float[Tensor, "*n"]:
+    """Return ⟨B_x·A_x, B_y·A_y⟩ = Σ (B_xᵀB_y) ∘ (A_xA_yᵀ), (*n), in float64."""
+    wide = wide_dtype(x.A.device)
+    on_b = x.B.to(wide).mT @ y.B.to(wide)
+    on_a = x.A.to(wide) @ y.A.to(wide).mT
+    return (on_b * on_a).sum((-2, -1))
+
+
+def squared_norm(update: LowRank) -> Float[Tensor, "*n"]:
+    """Return ‖B·A‖² (Frobenius), (*n), in float64; never negative."""
+    return inner_product(update, update).clamp_min(0.0)
+
+
+def weighted_sum(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+    """Return Σ wᵢ·Bᵢ·Aᵢ without loss: factors stacked, so the ranks add. The weight goes on B.
+
+    All updates share d_out, d_in and the batch; their ranks may differ. float32 or float64.
+    """
+    dtype = accumulation_dtype(*(t for update in updates for t in update))
+    A = torch.cat([update.A.to(dtype) for update in updates], dim=-2)
+    B = torch.cat([update.B.to(dtype) * w for update, w in zip(updates, weights, strict=True)], dim=-1)
+    return LowRank(A, B)
+
+
+def _spectrum(update: LowRank) -> _Spectrum:
+    dtype = accumulation_dtype(*update)
+    q_b, r_b = torch.linalg.qr(update.B.to(dtype))
+    q_a, r_a = torch.linalg.qr(update.A.to(dtype).mT)
+    wide = wide_dtype(q_b.device)
+    u, s, v = torch.linalg.svd(r_b.to(wide) @ r_a.to(wide).mT, full_matrices=False)
+    return _Spectrum(q_b @ u.to(dtype), s, v.to(dtype) @ q_a.mT)
+
+
+def _residual(values: Tensor, rank: int) -> Tensor:
+    """‖dropped singular values‖ / ‖all‖; 0 where the matrix is 0."""
+    total = torch.linalg.vector_norm(values, dim=-1)
+    dropped = torch.linalg.vector_norm(values[..., rank:], dim=-1)
+    return torch.where(total > 0, dropped / total, torch.zeros_like(total))
+
+
+def truncate(update: LowRank, rank: int) -> tuple[LowRank, Float[Tensor, "*n"]]:
+    """Return the best rank-`rank` approximation of B·A (Eckart-Young) and its relative residual, (*n).
+
+    Equals the truncated SVD of the dense matrix (PEFT's `svd` combination): thin QR of both factors, then an SVD of
+    the core. Factors are balanced, B = U√S and A = √S·Vᵀ, and padded with zeros where fewer than `rank` values exist.
+    """
+    left, values, right = _spectrum(update)
+    k = min(rank, values.shape[-1])
+    root = values[..., :k].sqrt().to(left.dtype)
+    pad = rank - k
+    B = torch.nn.functional.pad(left[..., :k] * root[..., None, :], (0, pad))
+    A = torch.nn.functional.pad(right[..., :k, :] * root[..., :, None], (0, 0, 0, pad))
+    return LowRank(A, B), _residual(values, rank)
+
+
+def _gram_roots(A: Tensor) -> tuple[Tensor, Tensor]:
+    """(A·Aᵀ)^½ and its inverse, (*n, r, r); eigenvalues are floored so that dependent rows stay invertible."""
+    wide = A.to(wide_dtype(A.device))
+    values, vectors = torch.linalg.eigh(wide @ wide.mT)
+    top = values[..., -1:]
+    floor = torch.where(top > 0, top * 1e-12, torch.ones_like(top))
+    root = values.clamp_min(floor).sqrt()
+    scaled = vectors * root[..., None, :]
+    return scaled @ vectors.mT, (vectors / root[..., None, :]) @ vectors.mT
+
+
+def refit(live: LowRank, target: LowRank) -> tuple[LowRank, Float[Tensor, "*n"]]:
+    """Return the best approximation of `target` at the live rank, in the live factors' gauge, and its residual.
+
+    B·A = (B·Q)(Q⁻¹·A) for every invertible Q, and Adam's moments describe the live (B, A): of all optimal pairs take
+    the one whose A has the live A's Gram matrix, (A·Aᵀ), turned as little as possible from the live A (orthogonal
+    Procrustes). Where `target` equals the live update this is the live pair, up to rounding.
+
+    Alternating least squares from the live pair reach the same product in the limit; this reaches it at once, and
+    stays as well-conditioned as the live A even where the target's row space is far from it.
+    """
+    left, values, right = _spectrum(target)
+    k = min(live.A.shape[-2], values.shape[-1])
+    left, kept, right = left[..., :k], values[..., :k], right[..., :k, :]
+    root, inverse_root = _gram_roots(live.A)
+    overlap = live.A.to(root.dtype) @ right.to(root.dtype).mT
+    u, _, v = torch.linalg.svd(root @ overlap, full_matrices=False)
+    turn = u @ v
+    A = (root @ turn).to(right.dtype) @ right
+    B = left @ (kept[..., :, None] * (turn.mT @ inverse_root)).to(left.dtype)
+    return LowRank(A, B), _residual(values, k)
