@@ -1,0 +1,149 @@
+"""Supervised fine-tuning of a LoRA adapter, with or without the safety callback.
+
+    accelerate launch recipes/finetune.py --config configs/finetune/smollm2_sentiment.yaml
+    accelerate launch recipes/finetune.py --config configs/finetune/smollm2_sentiment_safemerge.yaml
+    python -m recipes.finetune --config configs/finetune/smollm2_sentiment.yaml --max_steps 10 --safemerge_subspace S
+
+A YAML file maps settings to values, and the command line overrides it. Settings are those of TRL's SFTConfig and
+ModelConfig, the data's below, and every knob of SafeMergeConfig with `safemerge_` before its name; the callback is used
+when `safemerge_subspace` is given.
+"""
+
+from __future__ import annotations
+
+import sys
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if __package__ in (None, ""):  # run as a script by `accelerate launch`
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from recipes.models import load_model
+from safemerge_callback.errors import ConfigError, nearest
+from safemerge_callback.training import SafeMergeCallback, SafeMergeConfig
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import ModelConfig, SFTConfig, SFTTrainer
+
+    Settings = tuple["DataArguments", SFTConfig, ModelConfig, SafeMergeConfig | None]
+
+PREFIX = "safemerge_"
+
+
+@dataclass
+class DataArguments:
+    """Which examples to train on."""
+
+    data: str = field(metadata={"help": "Name of the data: safety, sentiment, gsm8k or pubmedqa."})
+    data_split: str = field(default="train", metadata={"help": "Split of the data."})
+    num_examples: int | None = field(default=None, metadata={"help": "Take only this many examples, the first ones."})
+
+
+def _prefixed() -> type:
+    """Return SafeMergeConfig's knobs as command-line arguments: one owner, and no clash with the trainer's names."""
+    hints = typing.get_type_hints(SafeMergeConfig)
+    knobs: list[tuple[str, Any, Any]] = []
+    for knob in fields(SafeMergeConfig):
+        needed = knob.default is MISSING and knob.default_factory is MISSING
+        kind = hints[knob.name] | None if needed else hints[knob.name]
+        default = {"default": None} if needed else {"default": knob.default, "default_factory": knob.default_factory}
+        knobs.append((PREFIX + knob.name, kind, field(metadata=dict(knob.metadata), **default)))
+    return make_dataclass("SafeMergeArguments", knobs, module=__name__)
+
+
+SafeMergeArguments = _prefixed()
+
+
+def safemerge_config(arguments: Any) -> SafeMergeConfig | None:
+    """Return the callback's settings out of SafeMergeArguments; None where no subspace file is named.
+
+    Raises ConfigError for a value that SafeMergeConfig refuses, and for knobs given without a subspace file.
+    """
+    knobs = {knob.name: getattr(arguments, PREFIX + knob.name) for knob in fields(SafeMergeConfig)}
+    if knobs["subspace"] is not None:
+        return SafeMergeConfig(**knobs)
+    idle = SafeMergeArguments()
+    given = [PREFIX + name for name in knobs if getattr(arguments, PREFIX + name) != getattr(idle, PREFIX + name)]
+    if given:
+        raise ConfigError(f"{given} have no effect without {PREFIX}subspace: name that file, or drop them")
+    return None
+
+
+def parse(classes: Sequence[type], args: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """Parse `--config FILE` and overrides into instances of `classes`; ConfigError for a key that none of them has."""
+    from trl import TrlParser
+
+    *parsed, unknown = TrlParser(classes).parse_args_and_config(args, return_remaining_strings=True)
+    keys = [text.removeprefix("--") for text in unknown if text.startswith("--")]
+    if unknown:
+        allowed = [knob.name for one in classes for knob in fields(one)]
+        key = keys[0] if keys else unknown[0]
+        raise ConfigError(f"setting {key!r} is unknown{nearest(key, allowed)}; see --help for all of them")
+    return tuple(parsed)
+
+
+def parse_finetune(args: Sequence[str] | None = None) -> Settings:
+    """Parse this recipe's settings: data, training, model, and the callback's (None: no callback)."""
+    from trl import ModelConfig, SFTConfig
+
+    data, sft, model, arguments = parse((DataArguments, SFTConfig, ModelConfig, SafeMergeArguments), args)
+    return data, sft, model, safemerge_config(arguments)
+
+
+def load_data(data: DataArguments) -> Dataset:
+    """Return the examples as a dataset with TRL's columns `prompt` and `completion`."""
+    from datasets import Dataset
+
+    from recipes.data import load_examples
+
+    rows = load_examples(data.data, data.data_split)[: data.num_examples]
+    return Dataset.from_list([{"prompt": row["prompt"], "completion": row["completion"]} for row in rows])
+
+
+def build_trainer(
+    data: DataArguments,
+    sft: SFTConfig,
+    model_config: ModelConfig,
+    safemerge: SafeMergeConfig | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> SFTTrainer:
+    """Return a trainer, ready to train: model, tokenizer, data, LoRA, and the safety callback if configured."""
+    from transformers import set_seed
+    from trl import SFTTrainer, get_peft_config, get_quantization_config
+
+    model, tokenizer = load_model(
+        model_config.model_name_or_path,
+        revision=model_config.model_revision,
+        dtype=model_config.dtype,
+        attn_implementation=model_config.attn_implementation,
+        quantization_config=get_quantization_config(model_config),
+    )
+    guard = [SafeMergeCallback(safemerge)] if safemerge else []
+    # LoRA's A is drawn inside the trainer: two runs of one seed must start from the same A.
+    set_seed(sft.seed)
+    return SFTTrainer(
+        model=model,
+        args=sft,
+        train_dataset=load_data(data),
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_config),
+        callbacks=[*guard, *callbacks],
+    )
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Fine-tune as configured and save the adapter in `output_dir`."""
+    data, sft, model_config, safemerge = parse_finetune(args)
+    trainer = build_trainer(data, sft, model_config, safemerge)
+    trainer.train(resume_from_checkpoint=sft.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.accelerator.print(f"adapter saved in {sft.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Floor 3: measure, decide, plan, apply, record."""
+
+from .apply import Edit, apply, check_safety_adapter, merged_factors
+from .gates import GATES, Verdict, check_gate
+from .journal import VERSION, Journal, check_entry, merge_entry, read_journal
+from .measure import Reading, Readings, measure
+from .plan import MergePlan, check_merge
+
+__all__ = [
+    "GATES",
+    "VERSION",
+    "Edit",
+    "Journal",
+    "MergePlan",
+    "Reading",
+    "Readings",
+    "Verdict",
+    "apply",
+    "check_entry",
+    "check_gate",
+    "check_merge",
+    "check_safety_adapter",
+    "measure",
+    "merge_entry",
+    "merged_factors",
+    "read_journal",
+]

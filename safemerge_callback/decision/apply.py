@@ -1,0 +1,240 @@
+"""A plan through a writer: compute everything, check everything, then write everything; or write nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..adapters import Adapter, LoraFactors, Writer
+from ..errors import AdapterError, PlanError, nearest
+from ..methods import Merged, get_method
+from ..ops import AlignmentMatrix, Factored, LowRank, accumulation_dtype, squared_norm, weighted_sum
+from ..subspace import Subspace
+from .measure import Batch, batches, split, stacked
+from .plan import MergePlan
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What a merge did to a module.
+
+    `residual`: ‖dropped‖/‖target‖, what truncation to the live rank lost. `change`: ‖new − old‖/‖old‖ of the update
+    (Frobenius, before the cast to the parameter's dtype); infinite where the old update was zero and the new one is not.
+    """
+
+    name: str
+    residual: float
+    change: float
+
+
+def apply(
+    plan: MergePlan,
+    writer: Writer,
+    safety: Adapter | None = None,
+    subspace: Subspace | None = None,
+    *,
+    device: torch.device | str | None = None,
+) -> tuple[Edit, ...]:
+    """Merge the plan's modules into the live adapter, all of them or none, and return one `Edit` a module.
+
+    Factors are computed in float32 or better, in the live adapter's units, and written once. A plan that selects
+    nothing touches nothing. `device` None computes where the factors live. Raises PlanError for a plan that does not
+    fit the model, a method that changes the rank, or a result that is not finite, and AdapterError for a safety adapter
+    that does not fit; nothing is written then.
+    """
+    if not plan.selected:
+        return ()
+    if not get_method(plan.method).keeps_rank:
+        raise PlanError(
+            f"method {plan.method!r} changes the rank, which a live adapter keeps: use it offline, or 'linear'"
+        )
+    new, edits = merged_factors(plan, writer.gather(), safety, subspace, device)
+    writer.write(new)
+    return edits
+
+
+@torch.no_grad()
+def merged_factors(
+    plan: MergePlan,
+    factors: Mapping[str, LoraFactors],
+    safety: Adapter | None = None,
+    subspace: Subspace | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[dict[str, LowRank], tuple[Edit, ...]]:
+    """Return the new factors of the plan's modules, in their own scaling's units, and the edits; nothing is written.
+
+    Every method is allowed, `cat` too. The host waits once for the device (the device's own linear algebra may check
+    its convergence besides). Raises as `apply` does.
+    """
+    if not plan.selected:
+        return {}, ()
+    needs = get_method(plan.method).needs
+    _check_fit(plan, factors)
+    source = _needed_safety(plan, safety, factors) if "safety_adapter" in needs else None
+    todo = _batches(plan, factors, source, _needed_subspace(plan, subspace) if "subspace" in needs else None, device)
+    done = [(batch.names, _merge_batch(batch, matrix, plan, factors, source)) for batch, matrix in todo]
+    # One row a module: residual, change, finite. Results of several devices meet on the first.
+    rows = torch.cat([result.to(done[0][1][1].device) for _, (_, result) in done]).tolist()
+    names = [name for batch, _ in done for name in batch]
+    broken = [name for name, (_, _, finite) in zip(names, rows, strict=True) if not finite]
+    if broken:
+        raise _not_finite(broken)
+    edits = {name: Edit(name, residual, change) for name, (residual, change, _) in zip(names, rows, strict=True)}
+    new = {name: LowRank(m.A[i], m.B[i]) for batch, (m, _) in done for i, name in enumerate(batch)}
+    return {name: new[name] for name in plan.selected}, tuple(edits[name] for name in plan.selected)
+
+
+def check_safety_adapter(safety: Adapter, factors: Mapping[str, LoraFactors], *, space: str = "delta") -> None:
+    """Raise AdapterError unless `safety` has every module of `factors`, of the same (d_out, d_in), with finite weights.
+
+    Ranks and scalings may differ, except that `space="factor"` adds the factors themselves and needs equal ranks.
+    """
+    _check_modules(safety, factors, space)
+    wanted = [safety.factors[name] for name in factors]
+    broken = [module.name for module in wanted if not _all_finite([LowRank(module.A, module.B)])]
+    if broken:
+        raise AdapterError(f"safety adapter {safety.source!r}: module {broken[0]!r} holds NaN or infinite weights")
+
+
+def _check_modules(safety: Adapter, factors: Mapping[str, LoraFactors], space: str) -> None:
+    who = f"safety adapter {safety.source!r}"
+    missing = [name for name in factors if name not in safety.factors]
+    if missing:
+        raise AdapterError(
+            f"{who} lacks {len(missing)} of {len(factors)} modules, the first is {missing[0]!r}"
+            f"{nearest(missing[0], safety.factors)}: train one on the same target modules"
+        )
+    for name, live in factors.items():
+        other = safety.factors[name]
+        if other.shape != live.shape:
+            raise AdapterError(
+                f"{who}: module {name!r} maps {other.shape} (d_out, d_in), the live one {live.shape}: another base model"
+            )
+        if space == "factor" and other.rank != live.rank:
+            raise AdapterError(
+                f"{who}: module {name!r} has rank {other.rank}, the live one {live.rank}; space 'factor' adds the factors "
+                "themselves and needs equal ranks: use space 'delta'"
+            )
+
+
+def _check_fit(plan: MergePlan, factors: Mapping[str, LoraFactors]) -> None:
+    for name in plan.selected:
+        if name not in factors:
+            raise PlanError(
+                f"the plan merges {name!r}, which the adapter lacks{nearest(name, factors)}: measure it again"
+            )
+        reading, module = plan.readings[name], factors[name]
+        if (reading.shape, reading.rank) != (module.shape, module.rank):
+            raise PlanError(
+                f"module {name!r} was measured as {reading.shape} of rank {reading.rank} and is now {module.shape} of "
+                f"rank {module.rank}: measure it again"
+            )
+
+
+def _needed_safety(plan: MergePlan, safety: Adapter | None, factors: Mapping[str, LoraFactors]) -> Adapter:
+    if safety is None:
+        raise PlanError(f"method {plan.method!r} needs a safety adapter, got none: load one with load_adapter")
+    _check_modules(safety, {name: factors[name] for name in plan.selected}, plan.space)
+    return safety
+
+
+def _needed_subspace(plan: MergePlan, subspace: Subspace | None) -> Subspace:
+    if subspace is None:
+        raise PlanError(f"method {plan.method!r} projects on the safety subspace, got none: give Subspace.load(path)")
+    return subspace
+
+
+def _batches(
+    plan: MergePlan,
+    factors: Mapping[str, LoraFactors],
+    safety: Adapter | None,
+    subspace: Subspace | None,
+    device: torch.device | str | None,
+) -> Iterable[tuple[Batch, AlignmentMatrix | None]]:
+    """The selected modules in batches of one shape, with their alignment matrices if a subspace is given."""
+    if subspace is not None:
+        subspace.check(factors)
+        return _projected_batches(set(plan.selected), batches(factors, subspace, device), subspace)
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name in plan.selected:
+        module = factors[name]
+        where = module.A.device if device is None else torch.device(device)
+        rank = safety.factors[name].rank if safety else 0
+        groups.setdefault((module.shape, module.rank, rank, where), []).append(name)
+    made = []
+    for ((d_out, d_in), r, other, where), names in groups.items():  # type: ignore[misc]
+        for part in split(names, 16 * (r + other) * (d_out + d_in)):
+            made.append((Batch(part, where, False, False), None))
+    return made
+
+
+def _projected_batches(
+    selected: set[str], whole: Sequence[Batch], subspace: Subspace
+) -> Iterable[tuple[Batch, AlignmentMatrix]]:
+    """Ask for the very stacks that `measure` asks for, and pick from them, so that nothing is kept twice."""
+    for batch in whole:
+        picked = [i for i, name in enumerate(batch.names) if name in selected]
+        if picked:
+            V = subspace.stack(batch.names, device=batch.device, transposed=batch.transposed)
+            V = Factored(V.U[picked], V.W[picked]) if isinstance(V, Factored) else _pick(V, picked)
+            yield batch._replace(names=tuple(batch.names[i] for i in picked)), V
+
+
+def _pick(V: Tensor, picked: list[int]) -> Tensor:
+    return V if len(picked) == len(V) else V[picked]
+
+
+def _merge_batch(
+    batch: Batch,
+    V: AlignmentMatrix | None,
+    plan: MergePlan,
+    factors: Mapping[str, LoraFactors],
+    safety: Adapter | None,
+) -> tuple[Merged, Tensor]:
+    """The new factors of a batch and its (n, 3): residual, change, and 1 where all of it is finite."""
+    live = stacked([LowRank(factors[name].A, factors[name].B) for name in batch.names], batch.device)
+    others = []
+    if safety is not None:
+        units = [_in_units_of(factors[name], safety.factors[name], batch.device) for name in batch.names]
+        others = [stacked(units, batch.device)]
+    try:
+        merged = get_method(plan.method).merge(live, others, weights=plan.weights, space=plan.space, alignment_matrix=V)
+    except torch.linalg.LinAlgError as error:
+        # The decompositions refuse NaN by raising for the whole batch: find the modules that hold it.
+        broken = [
+            n for i, n in enumerate(batch.names) if not _all_finite([LowRank(u.A[i], u.B[i]) for u in (live, *others)])
+        ]
+        raise _not_finite(broken or list(batch.names)) from error
+    finite = torch.isfinite(merged.A).flatten(1).all(-1) & torch.isfinite(merged.B).flatten(1).all(-1)
+    change = _change(LowRank(merged.A, merged.B), live)
+    return merged, torch.stack([merged.residual.to(change.dtype), change, finite.to(change.dtype)], dim=-1)
+
+
+def _in_units_of(live: LoraFactors, module: LoraFactors, device: torch.device) -> LowRank:
+    """The safety update divided by the live scaling; widened first, so that the division does not round."""
+    dtype = accumulation_dtype(module.A, module.B)
+    return replace(module, A=module.A.to(device, dtype), B=module.B.to(device, dtype)).low_rank(unit=live.scaling)
+
+
+def _change(new: LowRank, old: LowRank) -> Tensor:
+    """‖new − old‖/‖old‖, (n): 0 where the factors are equal, infinite where only the old update is zero."""
+    before = squared_norm(old)
+    moved = squared_norm(weighted_sum([new, old], [1.0, -1.0]))
+    if new.A.shape == old.A.shape:
+        same = (new.A == old.A).flatten(1).all(-1) & (new.B == old.B).flatten(1).all(-1)
+        moved = torch.where(same, torch.zeros_like(moved), moved)
+    return torch.where(moved > 0, (moved / before).sqrt(), moved)
+
+
+def _all_finite(updates: Sequence[LowRank]) -> bool:
+    return all(bool(torch.isfinite(t).all()) for update in updates for t in update)
+
+
+def _not_finite(names: Sequence[str]) -> PlanError:
+    return PlanError(
+        f"merging gives values that are not finite in {len(names)} modules, the first is {names[0]!r}; nothing was "
+        "written: look at the safety adapter's weights there, and at the learning rate"
+    )

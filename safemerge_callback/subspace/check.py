@@ -1,0 +1,73 @@
+"""Does a subspace fit the LoRA modules at hand, and is the base model the one it was built from?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from ..adapters import LoraFactors
+from ..errors import SubspaceError
+from .header import FileHeader
+from .probes import matches
+
+
+def check_modules(header: FileHeader, factors: Mapping[str, LoraFactors], where: str) -> None:
+    """Raise SubspaceError for LoRA modules that the subspace lacks, or whose shape differs."""
+    unmoved = set(header.unmoved)
+    lacking = [name for name in factors if name not in header.modules and name not in unmoved]
+    if lacking:
+        suffixes = sorted({name.rpartition(".")[2] for name in factors})
+        raise SubspaceError(
+            f"{where} lacks {len(lacking)} of {len(factors)} LoRA modules, first {lacking[0]!r}. "
+            f"Build it again with target_modules={suffixes}, or train LoRA on the modules that it has."
+        )
+    if factors and all(name in unmoved for name in factors):
+        raise SubspaceError(
+            f"{where}: aligned and unaligned are equal at all {len(factors)} LoRA modules, so there is nothing to "
+            "measure. Train LoRA on other modules, or build from checkpoints that differ there."
+        )
+    for name, live in factors.items():
+        if name in header.modules:
+            _check_shape(name, live, header.modules[name].shape, where)
+
+
+def _check_shape(name: str, live: LoraFactors, stored: tuple[int, int], where: str) -> None:
+    expected = stored[::-1] if live.transposed else stored
+    if live.shape != expected:
+        raise SubspaceError(
+            f"module {name!r} is {live.shape} (out, in) in the model but {expected} in {where}: it was built from a "
+            "model of another size. Build it again from this model's checkpoints."
+        )
+
+
+def check_base(
+    header: FileHeader, weights: Mapping[str, Tensor], positions: Tensor, expected: Tensor, where: str
+) -> None:
+    """Raise SubspaceError where live base weights are not those of the aligned checkpoint.
+
+    positions and expected are (modules, probes), one row a name in `header.probed`. Modules without a live weight
+    (quantised, sharded) are passed over.
+    """
+    others, compared = [], 0
+    for name, places, values in zip(header.probed, positions, expected, strict=True):
+        if name not in weights:
+            continue
+        compared += 1
+        _check_size(name, weights[name], header.modules[name].shape, where)
+        if not matches(weights[name], places, values):
+            others.append(name)
+    if others:
+        raise SubspaceError(
+            f"the base model is not the aligned checkpoint {header.aligned.get('source')!r} that {where} was built "
+            f"from: {len(others)} of {compared} modules differ, first {others[0]!r}. Load that checkpoint as the base "
+            "model, or build the subspace from this one."
+        )
+
+
+def _check_size(name: str, weight: Tensor, stored: tuple[int, int], where: str) -> None:
+    if tuple(weight.shape) != stored:
+        raise SubspaceError(
+            f"base weight of {name!r} is {tuple(weight.shape)} in the model but {stored} in {where}. "
+            "Build it again from this model's checkpoints."
+        )

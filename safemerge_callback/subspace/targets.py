@@ -1,0 +1,82 @@
+"""Which modules of a checkpoint belong in the subspace; selection as PEFT's `target_modules`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from ..errors import SubspaceError, nearest
+
+ALL_LINEAR = "all-linear"
+_HEADS_AND_EMBEDDINGS = {"lm_head", "wte", "wpe", "shared", "embeddings"}
+
+
+def is_linear(name: str) -> bool:
+    """Return whether a canonical name is a linear layer inside the model: neither embedding nor output head."""
+    last = name.rpartition(".")[2]
+    return last not in _HEADS_AND_EMBEDDINGS and "embed" not in last
+
+
+def select_targets(names: Mapping[str, str], target_modules: Sequence[str] | str | None) -> list[str]:
+    """Return the canonical names that `target_modules` selects, sorted by layer.
+
+    `names` maps canonical names to checkpoint keys. None or "all-linear": every linear layer but embeddings and output
+    head. A list: a name, or a suffix of whole dotted parts. A string: a regular expression that must match the whole
+    canonical name or the whole module path of the checkpoint. Raises SubspaceError for an entry that matches nothing.
+    """
+    if target_modules is None or (isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR):
+        chosen = [name for name in names if is_linear(name)]
+        if not chosen:
+            raise SubspaceError("the checkpoint has no linear layer besides embeddings and output head.")
+    elif isinstance(target_modules, str):
+        chosen = _by_regex(names, target_modules)
+    else:
+        chosen = _by_suffix(names, target_modules)
+    return sorted(chosen, key=_layer_order)
+
+
+def _by_regex(names: Mapping[str, str], pattern: str) -> list[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise SubspaceError(f"target_modules {pattern!r} is not a regular expression: {error}.") from error
+    chosen = [
+        name
+        for name, key in names.items()
+        if compiled.fullmatch(name) or compiled.fullmatch(key.removesuffix(".weight"))
+    ]
+    if not chosen:
+        raise SubspaceError(
+            f"target_modules {pattern!r} matches none of {len(names)} modules as a regular expression (the whole name "
+            f"must match, e.g. {next(iter(names), '')!r}); pass a list to match by suffix."
+        )
+    return chosen
+
+
+def _matches(name: str, key: str, target: str) -> bool:
+    path = key.removesuffix(".weight")
+    return target in (name, path) or path.endswith(f".{target}") or name.endswith(f".{target}")
+
+
+def _by_suffix(names: Mapping[str, str], targets: Sequence[str]) -> list[str]:
+    chosen: dict[str, None] = {}
+    for target in targets:
+        found = [name for name, key in names.items() if _matches(name, key, target)]
+        if not found:
+            raise SubspaceError(
+                f"target_modules entry {target!r} matches none of {len(names)} modules"
+                f"{nearest(target, _last_parts(names))}. Allowed: {', '.join(_last_parts(names))}."
+            )
+        chosen.update(dict.fromkeys(found))
+    if not chosen:
+        raise SubspaceError("target_modules is an empty list; leave it out to take every linear layer.")
+    return list(chosen)
+
+
+def _last_parts(names: Iterable[str]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in names})
+
+
+def _layer_order(name: str) -> list[tuple[int, int, str]]:
+    """Sort layer 10 after layer 9."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]

@@ -1,0 +1,69 @@
+"""SafeMergeCallback: when the trainer says so, call the verbs of a session."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .config import SafeMergeConfig, resolve_config
+from .opening import checkpoint_folder, open_session
+from .session import Session
+
+
+class SafeMergeCallback(TrainerCallback):
+    """Keep a LoRA fine-tune's safety while it trains: measure each module, decide, merge a safety adapter, record.
+
+    Give a `SafeMergeConfig` or its settings as keywords; ConfigError for a setting that is refused. Making one opens no
+    file and loads nothing: that happens when training begins, and raises there if anything does not fit.
+
+    Source: SafeMERGE, arXiv:2503.17239, and Safe LoRA, arXiv:2405.16833. Differs: both merge once, after training; this
+    also merges at optimizer steps in between.
+    """
+
+    def __init__(self, config: SafeMergeConfig | None = None, **knobs: Any) -> None:
+        self.config = resolve_config(config, knobs)
+        self.session: Session | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent in this callback since training began, over all resumes."""
+        return self.session.seconds if self.session else 0.0
+
+    @property
+    def share(self) -> float:
+        """Share of the training time, from 0 to 1, that this callback took."""
+        return self.session.share if self.session else 0.0
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Load and check everything; on a resume, go on from the checkpoint's state."""
+        self.session = None
+        self.session = open_session(self.config, model, args, state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Check, and perhaps merge, before this step is evaluated and saved."""
+        if self.session:
+            with self.session.timed():
+                self.session.after_step(args, state, stopping=control.should_training_stop)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the state beside the weights just saved."""
+        if self.session:
+            with self.session.timed():
+                self.session.save(checkpoint_folder(args, state))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make sure that the weights the user is left with had their final check; close the journal."""
+        if self.session:
+            with self.session.timed():
+                self.session.after_training(args, state)

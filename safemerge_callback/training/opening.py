@@ -1,0 +1,136 @@
+"""Everything that can be wrong is found before the first step."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import TrainerState, TrainingArguments
+
+from ..adapters import Adapter, LoraFactors, base_weights, load_adapter, writer_for
+from ..decision import Journal, MergePlan, check_safety_adapter, measure, merged_factors
+from ..errors import ConfigError, JournalError
+from ..subspace import Subspace
+from .config import SafeMergeConfig
+from .progress import Progress, continue_journal, restored
+from .ranks import from_first
+from .session import Session, plan_knobs
+
+JOURNAL_FILE = "safemerge.jsonl"
+# Of a GPU's memory, the share that alignment matrices may hold between checks: the rest is the training's.
+KEPT_SHARE = 1 / 8
+
+
+def open_session(
+    config: SafeMergeConfig, model: nn.Module | None, args: TrainingArguments, state: TrainerState
+) -> Session:
+    """Load subspace and safety adapter, check them against the live model, ready the journal, restore a resumed run.
+
+    Raises a `SafeMergeError` child that says what does not fit and what to do; nothing has been trained yet.
+    """
+    if model is None:
+        raise ConfigError("the trainer gave no model to the callback: pass the callback to a Trainer that has a model")
+    began = time.perf_counter()
+    writer = writer_for(model, adapter_name=config.adapter_name)
+    factors = writer.gather()
+    weights = base_weights(model)
+    subspace = Subspace.load(config.subspace)
+    subspace.check(factors, weights)
+    safety = _safety_adapter(config, factors)
+    _keep_near(subspace, factors, config)
+    _rehearse(config, factors, subspace, safety)
+    progress, journal = _records(config, args, state)
+    journal.append(_start_entry(state.global_step, config, subspace, len(factors)))
+    progress.journal_entries += 1
+    session = Session(config, writer, subspace, safety, journal, progress, begun=began)
+    session.seal_weights(state.global_step)
+    progress.seconds += time.perf_counter() - began
+    return session
+
+
+def _safety_adapter(config: SafeMergeConfig, factors: Mapping[str, LoraFactors]) -> Adapter | None:
+    """The safety adapter where one will be merged; kept outside the model, which would save and train it."""
+    if not config.merges or config.safety_adapter is None or "safety_adapter" not in config.rule.needs:
+        return None
+    safety = load_adapter(config.safety_adapter)
+    check_safety_adapter(safety, factors)
+    return safety
+
+
+def _rehearse(
+    config: SafeMergeConfig, factors: Mapping[str, LoraFactors], subspace: Subspace, safety: Adapter | None
+) -> None:
+    """Measure, decide and compute a merge of every module, and drop it: what cannot work is told now, not at step 50."""
+    readings = measure(factors, subspace)
+    MergePlan.decide(readings, **plan_knobs(config))
+    if config.merges:
+        everything = MergePlan.decide(readings, **{**plan_knobs(config), "gate": "all", "num_layers": None})
+        merged_factors(everything, factors, safety, subspace)
+
+
+def _keep_near(subspace: Subspace, factors: Mapping[str, LoraFactors], config: SafeMergeConfig) -> None:
+    """Keep the alignment matrices on the GPU if checks repeat and they are small against its memory.
+
+    On a CPU the operating system keeps the file's pages, and a second copy would only cost memory.
+    """
+    import torch
+
+    device = next(iter(factors.values())).A.device
+    if device.type != "cuda" or config.every == 0:
+        return
+    needed = sum(4 * f.d_out * f.d_in for f in factors.values())
+    if needed <= KEPT_SHARE * torch.cuda.get_device_properties(device).total_memory:
+        subspace.keep_on(device)
+
+
+def _records(config: SafeMergeConfig, args: TrainingArguments, state: TrainerState) -> tuple[Progress, Journal]:
+    """The progress of the checkpoint that is resumed, and the journal cut back to it; new ones where there are none."""
+    given = [args.resume_from_checkpoint] if isinstance(args.resume_from_checkpoint, str) else []
+    here = checkpoint_folder(args, state)
+    found = from_first(restored(state.global_step, [*(Path(g) for g in given if Path(g).name == here.name), here]))
+    progress = found or Progress()
+    path = Path(config.journal) if config.journal else Path(args.output_dir) / JOURNAL_FILE
+    if state.is_world_process_zero:
+        count = found.journal_entries if found else None
+        progress.journal_entries = _continued(path, state.global_step, count)
+    return progress, Journal(path, enabled=state.is_world_process_zero)
+
+
+def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where the trainer keeps the checkpoint of the present step."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _continued(path: Path, step: int, count: int | None) -> int:
+    try:
+        return continue_journal(path, step, count)
+    except JournalError:
+        raise
+    except OSError as error:
+        raise JournalError(
+            f"journal {str(path)!r} cannot be written ({error}): set journal to a writable path"
+        ) from error
+
+
+def _start_entry(step: int, config: SafeMergeConfig, subspace: Subspace, num_modules: int) -> dict[str, Any]:
+    names = ("torch", "transformers", "peft", "safemerge-callback")
+    return {
+        "kind": "start",
+        "version": 1,
+        "step": step,
+        "config": config.to_dict(),
+        "versions": {name: _version(name) for name in names},
+        "subspace": {"path": config.subspace, "aligned": subspace.aligned, "unaligned": subspace.unaligned},
+        "num_modules": num_modules,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

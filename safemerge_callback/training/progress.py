@@ -1,0 +1,104 @@
+"""What must be remembered between steps, in a checkpoint and after a resume; and the journal that goes with it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..decision import read_journal
+
+STATE_FILE = "safemerge_state.json"
+
+
+@dataclass
+class Progress:
+    """Counts since training began, over all resumes. Steps are optimizer steps, seconds are wall clock.
+
+    `task_weights` holds, for every module ever merged, the product of the task's weights: the share of its update left.
+    `final_step` is the step of the last final check, `journal_entries` how many lines the journal had.
+    """
+
+    checks: int = 0
+    merges: int = 0
+    modules_merged: int = 0
+    merged_steps: list[int] = field(default_factory=list)
+    last_merge: int | None = None
+    final_step: int | None = None
+    task_weights: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    training_seconds: float = 0.0
+    journal_entries: int = 0
+
+    def record_merge(self, step: int, names: Iterable[str], task_weight: float) -> None:
+        """Count a merge of `names` at `step`, each keeping the share `task_weight` of its update."""
+        names = list(names)
+        self.merges += 1
+        self.modules_merged += len(names)
+        self.merged_steps.append(step)
+        self.last_merge = step
+        for name in names:
+            self.task_weights[name] = self.task_weights.get(name, 1.0) * task_weight
+
+    def rewind(self, checkpoint: Progress | None) -> None:
+        """Take over what belongs to the weights (not the counts) from the checkpoint that they were loaded from."""
+        self.task_weights = dict(checkpoint.task_weights) if checkpoint else {}
+        self.last_merge = checkpoint.last_merge if checkpoint else None
+
+    def save(self, folder: Path) -> None:
+        """Write the state file into `folder`, whole or not at all; OSError if that fails."""
+        part = folder / f".{STATE_FILE}.part"
+        try:
+            part.write_text(json.dumps({"version": 1, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
+            part.replace(folder / STATE_FILE)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, folder: Path) -> Progress | None:
+        """Read the state file of a checkpoint folder; None where it has none, or one that cannot be read."""
+        try:
+            values = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+            return cls(**{f.name: values[f.name] for f in fields(cls)})
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+def restored(step: int, folders: Iterable[Path]) -> Progress | None:
+    """Return the progress of the checkpoint of `step`, from the first folder that holds one; None at step 0."""
+    found = (Progress.load(folder) for folder in folders if step > 0)
+    return next((progress for progress in found if progress is not None), None)
+
+
+def cut(entries: Sequence[Mapping[str, Any]], step: int, count: int | None) -> list[Mapping[str, Any]]:
+    """Return the journal entries that a run resumed at `step` already has.
+
+    `count` is how many there were when the checkpoint was saved; without it, all up to `step` are kept. A run that goes
+    on has not ended, and lines after the checkpoint tell of weights that are gone.
+    """
+    return [e for e in entries[:count] if e.get("step", math.inf) <= step and e.get("kind") != "end"]
+
+
+def continue_journal(path: Path, step: int, count: int | None) -> int:
+    """Ready the journal at `path` for a run from `step` on; return how many entries it has. OSError if that fails.
+
+    At step 0 an older journal is set aside under the next free number; later it is cut back to the checkpoint.
+    """
+    if not path.exists():
+        return 0
+    if step == 0:
+        path.rename(_free_name(path))
+        return 0
+    kept = cut(read_journal(path), step, count)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+    part.replace(path)
+    return len(kept)
+
+
+def _free_name(path: Path) -> Path:
+    numbers = range(1, len(list(path.parent.iterdir())) + 2)
+    return next(p for n in numbers if not (p := path.with_name(f"{path.stem}.{n}{path.suffix}")).exists())

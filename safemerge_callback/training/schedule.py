@@ -1,0 +1,34 @@
+"""When to check and when to only measure: pure functions of step numbers. All steps are optimizer steps, from 1."""
+
+from __future__ import annotations
+
+
+def due(step: int, *, every: int, from_step: int = 0, until_step: int | None = None) -> bool:
+    """Whether a periodic check falls on `step`: a multiple of `every` (0: never), within both bounds, both included."""
+    if every <= 0 or step <= 0 or step % every:
+        return False
+    return from_step <= step and (until_step is None or step <= until_step)
+
+
+def final_due(step: int, *, max_steps: int, stopping: bool, final_step: int | None) -> bool:
+    """Whether `step` ends the run and still lacks its final check.
+
+    `final_step` is where a final check already happened. A finished run that is resumed to the same `max_steps` takes
+    no second one; one that is resumed to go further does, at its new end.
+    """
+    if final_step is not None and final_step >= min(step, max_steps):
+        return False
+    return stopping or step >= max_steps
+
+
+def cooling(step: int, *, last_merge: int | None, cooldown: int) -> str | None:
+    """Why a check at `step` must only measure, or None where it may merge.
+
+    The `cooldown` steps after a merge, and the merged step itself (an untrained model would only lose more of the
+    task's update), are not merged.
+    """
+    if last_merge is None or not 0 <= step - last_merge <= cooldown:
+        return None
+    if step == last_merge:
+        return f"already merged at step {last_merge}"
+    return f"cooldown: {step - last_merge} of {cooldown} steps since the merge at step {last_merge}"

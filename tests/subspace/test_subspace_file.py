@@ -1,0 +1,229 @@
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from safemerge_callback.adapters import LoraFactors
+from safemerge_callback.errors import SubspaceError
+from safemerge_callback.ops import Factored
+from safemerge_callback.subspace import Subspace, build_subspace
+
+
+def build(tmp_path, aligned, unaligned, **knobs):
+    for name, tensors in (("aligned", aligned), ("unaligned", unaligned)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        save_file(
+            {f"model.{key}.weight": t.contiguous() for key, t in tensors.items()}, tmp_path / name / "model.safetensors"
+        )
+    return build_subspace(
+        tmp_path / "v.safetensors",
+        aligned=tmp_path / "aligned",
+        unaligned=tmp_path / "unaligned",
+        progress=False,
+        **knobs,
+    )
+
+
+@pytest.fixture
+def pair():
+    base = {name: torch.randn(12, 20) for name in ("a", "b", "c", "low1", "low2", "still")}
+    base["tall"] = torch.randn(20, 12)
+    aligned = {name: weight + 0.1 * torch.randn_like(weight) for name, weight in base.items()}
+    aligned["low1"] = base["low1"] + 3 * torch.randn(12, 1) @ torch.randn(1, 20)
+    aligned["low2"] = base["low2"] + 3 * torch.randn(12, 3) @ torch.randn(3, 20)
+    aligned["still"] = base["still"]
+    # Half the values, so that the difference is exact in the checkpoint's bfloat16.
+    base["c"] = aligned["c"].bfloat16()
+    aligned["c"] = base["c"] * 2
+    return aligned, base
+
+
+@pytest.fixture
+def subspace(pair, tmp_path):
+    return build(tmp_path, *pair)
+
+
+def factors(name, shape, transposed=False):
+    d_out, d_in = shape
+    return LoraFactors(name, torch.randn(2, d_in), torch.randn(d_out, 2), 1.0, transposed)
+
+
+def all_factors(names=("a", "b", "c", "low1", "tall")):
+    return {n: factors(n, (20, 12) if n == "tall" else (12, 20)) for n in names}
+
+
+def test_stack_keeps_order_dtype_and_orientation(subspace, pair):
+    V = {n: pair[0][n].float() - pair[1][n].float() for n in pair[0]}
+    assert torch.equal(subspace.stack(["b", "a"]), torch.stack([V["b"], V["a"]]))
+    assert torch.equal(subspace.stack(["a", "b"], transposed=True), torch.stack([V["a"], V["b"]]).mT)
+    assert subspace.stack(["c"]).dtype == torch.bfloat16
+    mixed = subspace.stack(["a", "c"])
+    assert mixed.dtype == torch.float32
+    assert torch.equal(mixed, torch.stack([V["a"], V["c"]]))
+
+
+def test_factors_of_unequal_rank_stack_with_zeros(subspace, pair):
+    assert [subspace.modules[n].rank for n in ("low1", "low2")] == [1, 3]
+    V = torch.stack([pair[0][n].double() - pair[1][n].double() for n in ("low1", "low2")])
+    for transposed in (False, True):
+        matrix = subspace.stack(["low1", "low2"], transposed=transposed)
+        assert isinstance(matrix, Factored)
+        assert matrix.U.shape[-1] == 3
+        expected = V.mT if transposed else V
+        assert (matrix.U.double() @ matrix.W.double() - expected).norm() < 1e-5 * V.norm()
+
+
+@pytest.mark.parametrize("names", [["a", "tall"], ["a", "low1"], []])
+def test_unlike_modules_do_not_stack(subspace, names):
+    with pytest.raises(SubspaceError, match="one shape and kind"):
+        subspace.stack(names)
+
+
+def test_unknown_and_unmoved_modules_are_told_apart(subspace):
+    with pytest.raises(SubspaceError, match="no module 'lowl'; did you mean 'low"):
+        subspace.stack(["lowl"])
+    with pytest.raises(SubspaceError, match="'still' has no alignment matrix"):
+        subspace.stack(["still"])
+
+
+def test_kept_stacks_need_the_file_no_more(subspace):
+    before = subspace.stack(["a", "b"])
+    assert subspace.stack(["a", "b"]).data_ptr() != before.data_ptr()
+    subspace.keep_on("cpu")
+    kept = subspace.stack(["a", "b"])
+    low = subspace.stack(["low1"])
+    subspace.path.unlink()
+    assert subspace.stack(["a", "b"]).data_ptr() == kept.data_ptr()
+    assert torch.equal(kept, before)
+    assert subspace.stack(["low1"]).U.data_ptr() == low.U.data_ptr()
+    with pytest.raises(SubspaceError, match="changed or vanished"):
+        subspace.stack(["b", "a"])
+    with pytest.raises(SubspaceError, match="changed or vanished"):
+        subspace.stack(["a", "b"], transposed=True)
+
+
+def test_one_dense_module_is_mapped_and_survives_a_rebuild(subspace, pair, tmp_path):
+    before = subspace.stack(["a"])
+    copy = before.clone()
+    build(tmp_path, pair[1], pair[0])
+    assert torch.equal(before, copy)
+    assert torch.equal(Subspace.load(subspace.path).stack(["a"]), -copy)
+
+
+def test_describe_lists_everything(subspace):
+    text = subspace.describe()
+    for name, module in subspace.modules.items():
+        (line,) = [line for line in text.splitlines() if f" {name} " in line]
+        assert f"{module.shape[0]} x {module.shape[1]}" in line
+        assert module.kind in line
+        assert f"{module.null_cosine:.3f}" in line
+    assert "aligned:   aligned" in text
+    assert "unaligned: unaligned" in text
+    assert "equal at 1 modules (not stored), first still" in text
+
+
+def rewrite(path, change):
+    """Write the file anew with changed metadata, header or tensors."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    header, tensors = json.loads(metadata["header"]), {k: t.clone() for k, t in load_file(path).items()}
+    change(metadata, header, tensors)
+    save_file(tensors, path, {**metadata, "header": metadata.get("broken") or json.dumps(header)})
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda m, h, t: m.update(version="2"), "format version '2'; this release reads version '1'"),
+        (lambda m, h, t: m.update(format="pt"), "not a safety-subspace file: format is 'pt'"),
+        (lambda m, h, t: m.update(broken="{"), "corrupt header"),
+        (lambda m, h, t: h.pop("modules"), "corrupt header"),
+        (lambda m, h, t: h["modules"]["a"].pop("norm"), "corrupt header"),
+        (lambda m, h, t: h["modules"]["a"].update(kind="sparse"), "corrupt header"),
+        (lambda m, h, t: t.pop("a.V"), r"'a\.V' should be \(12, 20\) but is absent"),
+        (lambda m, h, t: t.update({"a.V": torch.zeros(2, 2)}), r"should be \(12, 20\) but is \(2, 2\)"),
+        (lambda m, h, t: t.update(probes=t["probes"][:2].clone()), "probes of"),
+    ],
+)
+def test_a_file_that_is_not_right_is_refused_by_what_is_wrong(subspace, change, says):
+    rewrite(subspace.path, lambda m, h, t: None)
+    Subspace.load(subspace.path)
+    rewrite(subspace.path, change)
+    with pytest.raises(SubspaceError, match=says):
+        Subspace.load(subspace.path)
+
+
+def test_other_files_are_refused(subspace, tmp_path):
+    with pytest.raises(SubspaceError, match="no such file"):
+        Subspace.load(tmp_path / "gone")
+    with pytest.raises(SubspaceError, match="format is 'none'"):
+        Subspace.load(tmp_path / "aligned" / "model.safetensors")
+    whole = subspace.path.read_bytes()
+    for damaged in (whole[:-1], whole[:100], b"", b"\x00" * 50, whole[:8] + b"?" + whole[9:]):
+        subspace.path.write_bytes(damaged)
+        with pytest.raises(SubspaceError, match="corrupt, cut short"):
+            Subspace.load(subspace.path)
+
+
+def test_check_accepts_what_fits(subspace, pair):
+    subspace.check(all_factors())
+    subspace.check({**all_factors(), "still": factors("still", (12, 20))})
+    subspace.check({"a": factors("a", (20, 12), transposed=True)})
+    subspace.check(all_factors(), pair[0])
+
+
+def test_check_names_what_is_lacking_or_has_another_shape(subspace):
+    with pytest.raises(
+        SubspaceError, match=r"lacks 2 of 3 LoRA modules, first 'x\.up'.*target_modules=\['a', 'q', 'up'\]"
+    ):
+        subspace.check({**all_factors(["a"]), "x.up": factors("x.up", (3, 3)), "x.q": factors("x.q", (3, 3))})
+    with pytest.raises(SubspaceError, match=r"'a' is \(20, 12\) \(out, in\) in the model but \(12, 20\)"):
+        subspace.check({"a": factors("a", (20, 12))})
+    with pytest.raises(SubspaceError, match=r"'a' is \(12, 20\) \(out, in\) in the model but \(20, 12\)"):
+        subspace.check({"a": factors("a", (12, 20), transposed=True)})
+    with pytest.raises(SubspaceError, match="equal at all 1 LoRA modules"):
+        subspace.check({"still": factors("still", (12, 20))})
+
+
+@pytest.mark.parametrize(
+    "route", [(torch.bfloat16,), (torch.float16,), (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)]
+)
+def test_a_base_loaded_in_half_precision_is_still_aligned(subspace, pair, route):
+    live = pair[0]
+    for dtype in route:
+        live = {name: weight.to(dtype) for name, weight in live.items()}
+    subspace.check(all_factors(), live)
+
+
+def test_another_base_is_recognised(subspace, pair):
+    aligned, unaligned = pair
+    with pytest.raises(SubspaceError, match=r"not the aligned checkpoint 'aligned'.*1 of 5 modules differ, first 'b'"):
+        subspace.check(all_factors(), {**{n: aligned[n] for n in ("a", "c", "low1", "tall")}, "b": unaligned["b"]})
+    with pytest.raises(SubspaceError, match="6 of 6 modules differ"):
+        subspace.check(all_factors(), unaligned)
+    with pytest.raises(SubspaceError, match=r"base weight of 'a' is \(20, 20\)"):
+        subspace.check(all_factors(), {**aligned, "a": torch.zeros(20, 20)})
+
+
+def test_checkpoints_that_differ_in_a_few_weights_are_told_apart(tmp_path):
+    """Two bfloat16 checkpoints equal at all but 3 of 100 000 weights a module, each by one unit in the last place."""
+    aligned = torch.randn(250, 400).bfloat16()
+    unaligned = aligned.clone()
+    places = torch.randperm(aligned.numel())[:3]
+    bits = unaligned.reshape(-1).view(torch.int16)
+    bits[places] += 1
+    subspace = build(tmp_path, {"a": aligned}, {"a": unaligned})
+    subspace.check({"a": factors("a", (250, 400))}, {"a": aligned.float()})
+    subspace.check({"a": factors("a", (250, 400))}, {"a": aligned})
+    with pytest.raises(SubspaceError, match="1 of 1 modules differ"):
+        subspace.check({"a": factors("a", (250, 400))}, {"a": unaligned})
+
+
+def test_the_null_value_of_a_module_never_exceeds_one(tmp_path):
+    row = torch.ones(1, 64)
+    subspace = build(tmp_path, {"a": row * 2, "b": torch.eye(4)}, {"a": row, "b": torch.zeros(4, 4)})
+    assert subspace.null_cosine("a") == pytest.approx(1.0)
+    assert subspace.null_cosine("a", transposed=True) == pytest.approx(1 / 8)
+    assert subspace.null_cosine("b") == pytest.approx(1.0)

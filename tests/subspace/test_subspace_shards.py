@@ -1,0 +1,169 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from safemerge_callback.errors import SubspaceError
+from safemerge_callback.subspace import CheckpointShards
+from safemerge_callback.subspace.locate import source_name
+
+
+@pytest.fixture
+def sharded(tiny_llama, tmp_path):
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "llama", max_shard_size="20KB")
+    return model, tmp_path / "llama"
+
+
+def linear_weights(model):
+    return {n.removeprefix("model."): m.weight.detach() for n, m in model.named_modules() if hasattr(m, "in_features")}
+
+
+def test_every_linear_weight_of_a_sharded_checkpoint_is_read_by_name(sharded):
+    model, folder = sharded
+    shards = CheckpointShards.open(folder)
+    assert len(list(folder.glob("model-*.safetensors"))) > 3
+    for name, weight in linear_weights(model).items():
+        assert shards.shape(name) == tuple(weight.shape)
+        assert shards.dtype(name) == "F32"
+        assert torch.equal(shards.read(name), weight)
+    assert torch.equal(shards.read("embed_tokens"), model.model.embed_tokens.weight)
+    assert not any("norm" in name for name in shards.names)
+
+
+def test_one_file_may_be_given_itself(tmp_path):
+    weight = torch.randn(3, 5, dtype=torch.bfloat16)
+    save_file({"model.layers.0.mlp.up_proj.weight": weight}, tmp_path / "some.safetensors")
+    for source in (tmp_path / "some.safetensors", tmp_path):
+        assert torch.equal(CheckpointShards.open(source).read("layers.0.mlp.up_proj"), weight)
+
+
+def test_tied_head_is_the_embedding(tiny_gemma, tmp_path):
+    model = tiny_gemma()
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    assert torch.equal(CheckpointShards.open(tmp_path).read("lm_head"), model.lm_head.weight)
+
+
+def test_fingerprint_has_no_machine_path_and_sees_the_headers(sharded, tmp_path):
+    _, folder = sharded
+    first = CheckpointShards.open(folder).fingerprint()
+    assert first["source"] == "llama"
+    assert str(tmp_path) not in json.dumps(first)
+    assert first["files"] == sorted(p.name for p in folder.glob("*.safetensors"))
+    shutil.copytree(folder, tmp_path / "copy")
+    assert CheckpointShards.open(tmp_path / "copy").fingerprint()["sha256"] == first["sha256"]
+    save_file({"layers.0.mlp.up_proj.weight": torch.zeros(2, 3)}, tmp_path / "other.safetensors")
+    assert CheckpointShards.open(tmp_path / "other.safetensors").fingerprint()["sha256"] != first["sha256"]
+
+
+def test_a_snapshot_in_the_hub_cache_is_named_after_its_model(tmp_path):
+    folder = tmp_path / "models--some-org--some-model" / "snapshots" / "0123abc"
+    folder.mkdir(parents=True)
+    save_file({"layers.0.q_proj.weight": torch.zeros(2, 3)}, folder / "model.safetensors")
+    fingerprint = CheckpointShards.open(folder).fingerprint()
+    assert (fingerprint["source"], fingerprint["revision"]) == ("some-org/some-model", "0123abc")
+
+
+def test_source_name_keeps_hub_ids_and_drops_folders(tmp_path):
+    assert source_name("org/model") == "org/model"
+    assert source_name(tmp_path) == tmp_path.name
+    assert source_name("/gone/away/model") == "model"
+
+
+def break_missing_shard(folder):
+    (folder / "model-00002-of-00003.safetensors").unlink()
+
+
+def break_cut_short(folder):
+    path = folder / "model-00002-of-00003.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def break_header(folder):
+    path = folder / "model-00002-of-00003.safetensors"
+    path.write_bytes(path.read_bytes()[:8] + b"x" * 300)
+
+
+def break_lfs_pointer(folder):
+    (folder / "model-00002-of-00003.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0")
+
+
+def break_index(folder):
+    (folder / "model.safetensors.index.json").write_text("{")
+
+
+def break_index_path(folder):
+    index = {"weight_map": {"a.weight": "../elsewhere.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def break_no_index(folder):
+    (folder / "model.safetensors.index.json").unlink()
+
+
+def break_two_names(folder):
+    key = "layers.0.mlp.up_proj.weight"
+    save_file({key: torch.zeros(2, 3), f"model.{key}": torch.zeros(2, 3)}, folder / "model-00002-of-00003.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "names_it"),
+    [
+        (break_missing_shard, "1 of 3 shards are missing, first 'model-00002"),
+        (break_cut_short, "'model-00002-of-00003.safetensors' is not a readable"),
+        (break_header, "'model-00002-of-00003.safetensors' is not a readable"),
+        (break_lfs_pointer, "Git LFS pointer"),
+        (break_index, "index.json is corrupt"),
+        (break_index_path, "elsewhere"),
+        (break_no_index, "3 safetensors files but no"),
+        (break_two_names, "both module 'layers.0.mlp.up_proj'"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_by_what_is_wrong(tmp_path, damage, names_it):
+    weight_map = {}
+    for i in range(1, 4):
+        file = f"model-{i:05}-of-00003.safetensors"
+        save_file({f"model.layers.{i}.q_proj.weight": torch.randn(4, 4)}, tmp_path / file)
+        weight_map[f"model.layers.{i}.q_proj.weight"] = file
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    CheckpointShards.open(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(SubspaceError, match=names_it):
+        CheckpointShards.open(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.gguf", "consolidated.pth"])
+def test_pickle_and_gguf_are_never_read(tmp_path, file):
+    (tmp_path / file).write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    with pytest.raises(SubspaceError, match=rf"only {file}: pickle and GGUF"):
+        CheckpointShards.open(tmp_path)
+    with pytest.raises(SubspaceError, match=r"only \.safetensors is read"):
+        CheckpointShards.open(tmp_path / file)
+
+
+def test_an_adapter_folder_is_recognised(tmp_path):
+    save_file({"x.lora_A.weight": torch.zeros(2, 3)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(SubspaceError, match="pass it as alignment_adapter"):
+        CheckpointShards.open(tmp_path)
+
+
+def test_a_place_that_is_nowhere(tmp_path):
+    with pytest.raises(SubspaceError, match="no such folder or file"):
+        CheckpointShards.open(tmp_path / "nowhere")
+    with pytest.raises(SubspaceError, match="'no-such-org/no-such-model' is no folder here and could not be fetched"):
+        CheckpointShards.open("no-such-org/no-such-model")
+
+
+def test_a_quantised_weight_is_refused_by_its_dtype(tmp_path):
+    save_file({"layers.0.q_proj.weight": torch.zeros(4, 4, dtype=torch.uint8)}, tmp_path / "model.safetensors")
+    with pytest.raises(SubspaceError, match="stored as U8, a quantised format"):
+        CheckpointShards.open(tmp_path).read("layers.0.q_proj")
+
+
+def test_an_unknown_name_suggests_the_nearest(tmp_path):
+    save_file({"layers.0.q_proj.weight": torch.zeros(4, 4)}, tmp_path / "model.safetensors")
+    with pytest.raises(SubspaceError, match=r"did you mean 'layers\.0\.q_proj'"):
+        CheckpointShards.open(tmp_path).read("layers.0.q_projj")
