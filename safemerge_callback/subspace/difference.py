@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SubspaceError
+from ..ops import wide_dtype
 from .blocks import row_blocks
 
 
@@ -19,9 +20,10 @@ def difference(aligned: Tensor, unaligned: Tensor, device: torch.device) -> Tens
 
 
 def norm_of(V: Tensor) -> float:
-    """Return ‖V‖ (Frobenius), summed in float64 on the CPU's side of each block; NaN or inf if V is not finite."""
-    squares = [torch.linalg.vector_norm(V[rows]).double().cpu().square() for rows in row_blocks(V)]
-    return float(torch.stack(squares).sum().sqrt())
+    """Return ‖V‖ (Frobenius), summed in float64; NaN or inf if V is not finite."""
+    wide = wide_dtype(V.device)
+    norms = [torch.linalg.vector_norm(V[rows], dtype=wide) for rows in row_blocks(V)]
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
 def require_finite(name: str, weight: Tensor, source: str) -> None:

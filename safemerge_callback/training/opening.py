@@ -57,14 +57,14 @@ def _safety_adapter(config: SafeMergeConfig, factors: Mapping[str, LoraFactors])
     if not config.merges or config.safety_adapter is None or "safety_adapter" not in config.rule.needs:
         return None
     safety = load_adapter(config.safety_adapter)
-    check_safety_adapter(safety, factors)
+    check_safety_adapter(safety, factors, space=config.space)
     return safety
 
 
 def _rehearse(
     config: SafeMergeConfig, factors: Mapping[str, LoraFactors], subspace: Subspace, safety: Adapter | None
 ) -> None:
-    """Measure, decide and compute a merge of every module, and drop it: what cannot work is told now, not at step 50."""
+    """Measure, decide and compute a merge of every module, and drop it: what cannot work shows now, not at step 50."""
     readings = measure(factors, subspace)
     MergePlan.decide(readings, **plan_knobs(config))
     if config.merges:

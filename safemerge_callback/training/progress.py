@@ -83,16 +83,19 @@ def cut(entries: Sequence[Mapping[str, Any]], step: int, count: int | None) -> l
 
 
 def continue_journal(path: Path, step: int, count: int | None) -> int:
-    """Ready the journal at `path` for a run from `step` on; return how many entries it has. OSError if that fails.
+    """Ready the journal at `path` for a run from `step` on; return how many entries it has. Raises JournalError for a file
+    that is no journal, and OSError.
 
     At step 0 an older journal is set aside under the next free number; later it is cut back to the checkpoint.
     """
     if not path.exists():
         return 0
+    entries = read_journal(path)
     if step == 0:
-        path.rename(_free_name(path))
+        if entries:
+            path.rename(_free_name(path))
         return 0
-    kept = cut(read_journal(path), step, count)
+    kept = cut(entries, step, count)
     part = path.with_name(f".{path.name}.part")
     part.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
     part.replace(path)

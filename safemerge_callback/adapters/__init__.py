@@ -1,0 +1,19 @@
+"""Floor 1: where LoRA factors live, live or on disk, and how they are changed."""
+
+from .checkpoint import Adapter, load_adapter, save_adapter
+from .factors import LoraFactors, base_weights, live_factors
+from .names import canonical_name
+from .writers import PlainWriter, Writer, writer_for
+
+__all__ = [
+    "Adapter",
+    "LoraFactors",
+    "PlainWriter",
+    "Writer",
+    "base_weights",
+    "canonical_name",
+    "live_factors",
+    "load_adapter",
+    "save_adapter",
+    "writer_for",
+]

@@ -1,0 +1,162 @@
+"""LoRA factors of an adapter folder or Hub id, without a model; safetensors only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import AdapterError
+from .factors import LoraFactors
+from .files import CONFIG, WEIGHTS, adapter_folder, read_config, write_folder
+from .names import canonical_name
+from .ranks import config_with, rank_and_scaling
+from .refusals import refuse_config
+
+_FACTOR_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<letter>[AB])(\.weight)?")
+_PEFT_PREFIX = "base_model.model."
+# Modules of these names are Conv1D (stored transposed) in GPT-2, and nn.Linear in GPT-BigCode.
+_MAYBE_CONV1D = {"c_attn", "c_proj", "c_fc", "q_attn"}
+
+
+class FactorKeys(NamedTuple):
+    """The keys of one module's factors in an adapter file."""
+
+    A: str
+    B: str
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A plain LoRA adapter read from `source` (a folder or a Hub id).
+
+    `config` is adapter_config.json as it is; `factors` map canonical names to factors on the CPU. `keys` are the
+    factors' keys in the file, and `extra` its other tensors (trained heads, embeddings, biases), both needed to save
+    it again. Make a changed one with `dataclasses.replace(adapter, factors=...)`; ranks and scalings may differ.
+    """
+
+    source: str
+    base_model: str | None
+    config: dict[str, Any]
+    factors: dict[str, LoraFactors]
+    keys: Mapping[str, FactorKeys] = field(default_factory=dict, repr=False)
+    extra: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+
+
+def load_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:
+    """Return the adapter of a folder, or of a Hub id at `revision`; scaling as PEFT would set it.
+
+    Raises AdapterError when there is none, when its weights are pickled, truncated, not finite, or unlike its config,
+    and for every kind of adapter that is not a plain LoRA.
+    """
+    where = f"adapter {str(source)!r}"
+    folder = adapter_folder(source, revision)
+    config = read_config(folder / CONFIG, where)
+    refuse_config(config, where)
+    tensors = _read_tensors(folder / WEIGHTS, where)
+    keys = _factor_keys(tensors, where)
+    _refuse_unclear_orientation(keys, config, where)
+    factors = {name: _factors_of(name, pair, tensors, config, where) for name, pair in keys.items()}
+    used = {key for pair in keys.values() for key in pair}
+    extra = {key: tensor for key, tensor in tensors.items() if key not in used}
+    return Adapter(str(source), config.get("base_model_name_or_path"), config, factors, keys, extra)
+
+
+def save_adapter(folder: str | Path, adapter: Adapter) -> Path:
+    """Write `adapter` as a plain PEFT folder, which PeftModel.from_pretrained loads with the same updates.
+
+    Changed ranks and scalings go into rank_pattern and alpha_pattern. A new folder appears whole or not at all; in an
+    existing one the two adapter files are replaced and others stay. Raises AdapterError when a module has no key (the
+    adapter was not made from a loaded one), or when a factor is not finite.
+    """
+    strangers = [name for name in adapter.factors if name not in adapter.keys]
+    if strangers or not adapter.factors:
+        what = f"no file key for {len(strangers)} modules, first {strangers[0]!r}" if strangers else "no LoRA module"
+        raise AdapterError(
+            f"adapter {adapter.source!r} cannot be saved: {what}. Make it with dataclasses.replace(loaded_adapter, "
+            "factors=...), under the loaded names."
+        )
+    tensors = dict(adapter.extra)
+    for name, factors in adapter.factors.items():
+        pair = adapter.keys[name]
+        tensors[pair.A], tensors[pair.B] = factors.A, factors.B
+    plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    _require_finite(plain, f"adapter {adapter.source!r}, to be saved,")
+    wanted = {_module_path(adapter.keys[name].A): factors for name, factors in adapter.factors.items()}
+    return write_folder(Path(folder).expanduser(), plain, config_with(adapter.config, wanted))
+
+
+def _read_tensors(path: Path, where: str) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  safe_open is no mapping
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(f"{where}: {WEIGHTS} is corrupt or truncated ({error}). Fetch or save it again.") from error
+    _require_finite(tensors, where)
+    return tensors
+
+
+def _require_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    bad = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        raise AdapterError(
+            f"{where} has {len(bad)} tensors with NaN or infinite values, first that of module "
+            f"{canonical_name(bad[0])!r} ({bad[0]}). Use a checkpoint from before the training diverged."
+        )
+
+
+def _factor_keys(tensors: Mapping[str, Tensor], where: str) -> dict[str, FactorKeys]:
+    halves: dict[str, dict[str, str]] = {}
+    for key in tensors:
+        match = _FACTOR_KEY.fullmatch(key)
+        if match:
+            letters = halves.setdefault(canonical_name(key), {})
+            if match["letter"] in letters:
+                raise AdapterError(f"{where}: keys {letters[match['letter']]!r} and {key!r} name one module.")
+            letters[match["letter"]] = key
+        elif ".lora_" in key:
+            raise AdapterError(f"{where} holds {key!r}, which a plain LoRA (lora_A and lora_B) does not have.")
+    lone = [name for name, letters in halves.items() if len(letters) != 2]
+    if lone or not halves:
+        what = f"only one factor of module {lone[0]!r}" if lone else "no LoRA factor"
+        raise AdapterError(f"{where}: {WEIGHTS} holds {what}. Save it again with save_pretrained.")
+    return {name: FactorKeys(letters["A"], letters["B"]) for name, letters in halves.items()}
+
+
+def _factors_of(
+    name: str, pair: FactorKeys, tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: str
+) -> LoraFactors:
+    A, B = tensors[pair.A], tensors[pair.B]
+    rank, scaling = rank_and_scaling(config, _module_path(pair.A), where)
+    if A.ndim != 2 or B.ndim != 2 or (A.shape[0], B.shape[1]) != (rank, rank) or 0 in (*A.shape, *B.shape):
+        raise AdapterError(
+            f"{where}: module {name!r} has lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}, but its config says "
+            f"rank {rank}: (r, d_in) and (d_out, r) are allowed. Was it saved from a sharded model, or is it Conv2d?"
+        )
+    if not (A.is_floating_point() and B.is_floating_point()):
+        raise AdapterError(f"{where}: module {name!r} has factors of {A.dtype} and {B.dtype}, not floating point.")
+    embedding = ".lora_embedding_" in pair.A
+    transposed = embedding or (bool(config.get("fan_in_fan_out")) and name.rpartition(".")[2] != "lm_head")
+    return LoraFactors(name, A, B, scaling, transposed)
+
+
+def _module_path(key: str) -> str:
+    """The module's path in the base model: what PEFT matches rank_pattern and alpha_pattern against."""
+    match = _FACTOR_KEY.fullmatch(key)
+    return (match["path"] if match else key).removeprefix(_PEFT_PREFIX)
+
+
+def _refuse_unclear_orientation(keys: Mapping[str, FactorKeys], config: Mapping[str, Any], where: str) -> None:
+    """PEFT saves one fan_in_fan_out for all modules: false when lm_head is adapted too, whatever the others are."""
+    leaves = {name.rpartition(".")[2] for name in keys}
+    if not config.get("fan_in_fan_out") and "lm_head" in leaves and leaves & _MAYBE_CONV1D:
+        raise AdapterError(
+            f"{where} adapts lm_head and {sorted(leaves & _MAYBE_CONV1D)}, and its config does not tell whether the "
+            "latter are Conv1D (GPT-2). If they are, set fan_in_fan_out to true in adapter_config.json; else train the "
+            "adapter without lm_head."
+        )

@@ -1,0 +1,187 @@
+"""LoRA factors of a live PEFT model, under canonical names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AdapterError, nearest
+from ..ops import LowRank, accumulation_dtype
+from .names import canonical_name
+from .refusals import refuse_config, refuse_tuner, refuse_variant
+
+
+@dataclass(frozen=True, eq=False)
+class LoraFactors:
+    """One LoRA module: the update of its weight is `scaling * B @ A`, in map orientation (d_out, d_in).
+
+    A (r, d_in) and B (d_out, r), any floating dtype. Where `transposed`, the checkpoint stores the weight as
+    (d_in, d_out): embeddings, and the Conv1D of GPT-2 (`fan_in_fan_out` in PEFT).
+    """
+
+    name: str
+    A: Tensor
+    B: Tensor
+    scaling: float
+    transposed: bool = False
+
+    @property
+    def rank(self) -> int:
+        """The number of rows of A."""
+        return self.A.shape[0]
+
+    @property
+    def d_in(self) -> int:
+        """The number of inputs; the vocabulary size for an embedding."""
+        return self.A.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        """The number of outputs."""
+        return self.B.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in)."""
+        return self.d_out, self.d_in
+
+    def low_rank(self, unit: float | None = None) -> LowRank:
+        """Return the update divided by `unit` (default: by the own scaling), detached.
+
+        The factors themselves, bit for bit, where `unit` is the scaling. Else √|scaling/unit| goes on A and on B,
+        the sign on B, in float32 or better. Raises AdapterError when `unit` is zero or not finite.
+        """
+        A, B = self.A.detach(), self.B.detach()
+        if unit is None or unit == self.scaling:
+            return LowRank(A, B)
+        if unit == 0 or not math.isfinite(unit):
+            raise AdapterError(f"module {self.name!r}: an update cannot be divided by a scaling of {unit}.")
+        ratio = self.scaling / unit
+        root, dtype = math.sqrt(abs(ratio)), accumulation_dtype(A, B)
+        return LowRank(A.to(dtype) * root, B.to(dtype) * math.copysign(root, ratio))
+
+
+def live_factors(model: nn.Module, adapter_name: str | None = None) -> dict[str, LoraFactors]:
+    """Return canonical name -> factors, whose A and B are the live Parameters, of one adapter of a PEFT model.
+
+    Linear, Conv1D and Embedding modules, plain or quantised underneath. Without `adapter_name`: the one active
+    adapter, so that a frozen reference adapter beside it is left alone. Raises AdapterError when there is no LoRA,
+    when several adapters are active, when factors are partitioned or tied, and for everything that `refusals` names.
+    """
+    layers = dict(_lora_layers(model))
+    adapter = _chosen(layers, adapter_name)
+    configs = _peft_configs(model)
+    if adapter in configs:
+        refuse_config(vars(configs[adapter]), f"adapter {adapter!r}")
+    found: dict[str, LoraFactors] = {}
+    for path, layer in layers.items():
+        if adapter not in _names_of(layer):
+            continue
+        factors = _factors_of(path, layer, adapter)
+        if factors.name in found:
+            raise AdapterError(f"two LoRA modules share the name {factors.name!r}, the second is at {path!r}.")
+        found[factors.name] = factors
+    _refuse_tied(found)
+    return found
+
+
+def active_adapter(model: nn.Module, adapter_name: str | None = None) -> str:
+    """Return the name of the adapter that `live_factors` would take; raises AdapterError as it does."""
+    return _chosen(dict(_lora_layers(model)), adapter_name)
+
+
+def base_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return canonical name -> frozen base weight of each LoRA module, as the checkpoint stores it, not copied.
+
+    Only plain floating 2-D tensors: weights that are quantised, sharded or on the meta device are left out.
+    """
+    weights = {canonical_name(path): _base_weight(layer) for path, layer in _lora_layers(model)}
+    return {name: weight for name, weight in weights.items() if weight is not None}
+
+
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Path and layer of each LoRA module; raises AdapterError on another tuner's layers."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for path, module in model.named_modules():
+        # Trained token rows are a delta of their own beside the LoRA modules, not an adapter on them.
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer):
+            refuse_tuner(module, path)
+            yield path, module
+
+
+def _names_of(layer: Any) -> set[str]:
+    return set(layer.lora_A) | set(layer.lora_embedding_A)
+
+
+def _chosen(layers: dict[str, Any], adapter_name: str | None) -> str:
+    present = {name for layer in layers.values() for name in _names_of(layer)}
+    if not present:
+        raise AdapterError("the model has no LoRA module. Wrap it with peft.get_peft_model, or pass peft_config.")
+    if adapter_name is not None:
+        if adapter_name not in present:
+            raise AdapterError(
+                f"the model has no LoRA adapter {adapter_name!r}; it has {sorted(present)}"
+                f"{nearest(adapter_name, present)}"
+            )
+        return adapter_name
+    active = {name for layer in layers.values() for name in layer.active_adapters} & present
+    if len(active) != 1:
+        raise AdapterError(
+            f"{len(active)} LoRA adapters are active ({sorted(active)}) of {sorted(present)}; one is needed, because "
+            "the update that counts is that of all active ones. Call model.set_adapter(name), or pass adapter_name."
+        )
+    return active.pop()
+
+
+def _peft_configs(model: nn.Module) -> dict[str, Any]:
+    for module in model.modules():
+        configs = getattr(module, "peft_config", None)
+        if isinstance(configs, dict):
+            return configs
+    return {}
+
+
+def _factors_of(path: str, layer: Any, adapter: str) -> LoraFactors:
+    refuse_variant(layer, adapter, path)
+    embedding = adapter in layer.lora_embedding_A
+    if embedding:
+        A, B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    else:
+        A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or 0 in (*A.shape, *B.shape):
+        raise AdapterError(
+            f"module {path!r}: lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}, not (r, d_in) and (d_out, r). "
+            "ZeRO-3 and FSDP1 keep only a part of each on a rank, which is not supported: use DDP or one process."
+        )
+    transposed = embedding or bool(getattr(layer, "fan_in_fan_out", False))
+    return LoraFactors(canonical_name(path), A, B, float(layer.scaling[adapter]), transposed)
+
+
+def _refuse_tied(found: dict[str, LoraFactors]) -> None:
+    """Factors in one memory (PEFT's ensure_weight_tying): writing one module would change the other."""
+    owners: dict[tuple[torch.device, int], str] = {}
+    for name, factors in found.items():
+        for tensor in (factors.A, factors.B):
+            if tensor.device.type == "meta":
+                continue
+            owner = owners.setdefault((tensor.device, tensor.data_ptr()), name)
+            if owner != name:
+                raise AdapterError(
+                    f"modules {owner!r} and {name!r} share one tensor (tied factors), so they cannot be changed apart. "
+                    "Set ensure_weight_tying=False, or target only one of them."
+                )
+
+
+def _base_weight(layer: Any) -> Tensor | None:
+    weight = getattr(layer.get_base_layer(), "weight", None)
+    # Subclasses of Tensor are quantised (bitsandbytes, torchao) or sharded (DTensor).
+    if type(weight) not in (Tensor, nn.Parameter) or weight.ndim != 2 or 0 in weight.shape:
+        return None
+    return weight.detach() if weight.is_floating_point() and weight.device.type != "meta" else None

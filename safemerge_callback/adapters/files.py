@@ -1,0 +1,112 @@
+"""The two files of a PEFT adapter folder: found here or on the Hub, and written together."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import AdapterError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def adapter_folder(source: str | Path, revision: str | None = None) -> Path:
+    """Return a folder that holds both adapter files: `source` itself, or what the Hub has under that id.
+
+    An existing path wins over a Hub id of the same spelling. Raises AdapterError when a file is missing or pickled.
+    """
+    path = Path(source).expanduser()
+    if not path.exists() and not _HUB_ID.fullmatch(str(source)):
+        raise AdapterError(f"adapter {str(source)!r}: no such folder, and not a Hub id such as 'org/name'.")
+    folder = path if path.exists() else _download(str(source), revision)
+    _require_files(folder, f"adapter {str(source)!r}")
+    return folder
+
+
+def read_config(path: Path, where: str) -> dict[str, Any]:
+    """Return adapter_config.json; raises AdapterError when it is not a JSON object."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{where}: {CONFIG} is corrupt ({error}). Fetch or save it again.") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"{where}: {CONFIG} holds a {type(config).__name__}, not a PEFT config.")
+    return config
+
+
+def write_folder(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Path:
+    """Write both files aside, then move them into place; return `folder`.
+
+    A crash leaves a new folder absent, and an existing one without a config, which no loader takes for an adapter.
+    Raises AdapterError when `folder` is a file or cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise AdapterError(f"adapter folder {str(folder)!r} is a file; give another folder.")
+    aside = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
+    try:
+        aside.mkdir(parents=True)
+        _write_files(aside, tensors, config)
+        _move_into_place(aside, folder)
+    except OSError as error:
+        raise AdapterError(f"adapter folder {str(folder)!r} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def _write_files(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    save_file(dict(tensors), folder / WEIGHTS, metadata={"format": "pt"})
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+    for name in (WEIGHTS, CONFIG):
+        with (folder / name).open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _move_into_place(aside: Path, folder: Path) -> None:
+    if not folder.exists():
+        aside.rename(folder)
+        return
+    (folder / CONFIG).unlink(missing_ok=True)
+    (aside / WEIGHTS).replace(folder / WEIGHTS)
+    (aside / CONFIG).replace(folder / CONFIG)
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=[CONFIG, WEIGHTS]))
+    except (OSError, ValueError) as error:  # every error of the Hub's client is one of the two
+        at = f" at revision {revision!r}" if revision else ""
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise AdapterError(
+            f"adapter {repo!r} is no folder here and could not be fetched from the Hub{at}: {reason}"
+        ) from error
+
+
+def _require_files(folder: Path, where: str) -> None:
+    if not folder.is_dir():
+        raise AdapterError(f"{where} is a file; give the folder that holds {CONFIG} and {WEIGHTS}.")
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if not missing:
+        return
+    pickled = (folder / WEIGHTS).with_suffix(".bin").is_file()
+    model = any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
+    advice = "Only safetensors are read: give a PEFT adapter folder or a Hub id of one."
+    if pickled:
+        advice = "It has pickled weights (.bin), which can run code and are never read: save it again with PEFT."
+    elif model:
+        advice = "It holds a whole model, not an adapter."
+    raise AdapterError(f"{where} has no {' and no '.join(missing)}. {advice}")

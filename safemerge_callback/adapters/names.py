@@ -1,0 +1,31 @@
+"""One name for a module, however a checkpoint, PEFT, or an adapter file spells it."""
+
+from __future__ import annotations
+
+import re
+
+# Parts that wrappers add anywhere in a module's path and that no model uses itself.
+_WRAPPERS = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module", "base_layer"}
+_FACTOR = re.compile(r"\.lora_(?:embedding_)?[AB](?:\.[^.]+)?$")
+_PREFIXES = ("module.", "base_model.model.", "model.", "transformer.")
+
+
+def canonical_name(name: str) -> str:
+    """Return the name under which a module is known everywhere in this package.
+
+    The same for a checkpoint key (`model.layers.0.mlp.up_proj.weight`), a path in a PeftModel, wrapped by DDP, FSDP
+    or torch.compile or not (`base_model.model.model.layers.0.mlp.up_proj.base_layer`), and a key of an adapter file
+    (`base_model.model.model.layers.0.mlp.up_proj.lora_A.weight`): `layers.0.mlp.up_proj`. Idempotent.
+    Two modules may still share a name in an unusual model: whoever collects names checks for that.
+    """
+    while (shorter := _strip_once(name)) != name:
+        name = shorter
+    return name
+
+
+def _strip_once(name: str) -> str:
+    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    name = _FACTOR.sub("", name.removesuffix(".weight"))
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    return name

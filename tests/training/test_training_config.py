@@ -1,0 +1,150 @@
+import json
+import math
+
+import pytest
+import yaml
+from transformers import HfArgumentParser
+
+from safemerge_callback.errors import ConfigError
+from safemerge_callback.training.config import SafeMergeConfig, resolve_config
+
+GOOD = {"subspace": "s.safetensors", "safety_adapter": "folder"}
+
+
+def test_defaults_are_the_released_safemerge():
+    config = SafeMergeConfig(**GOOD)
+    assert (config.gate, config.threshold, config.method, config.space) == ("threshold", 0.35, "linear", "delta")
+    assert config.weights == [0.8, 0.2]
+    assert config.every == 50
+    assert config.cooldown == 0
+    assert config.at_train_end is True
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"gate": "treshold"}, "did you mean 'threshold'"),
+        ({"method": "lineer"}, "did you mean 'linear'"),
+        ({"space": "factors"}, "factor"),
+        ({"threshold": 0}, "threshold is 0"),
+        ({"threshold": 1.01}, "1.01"),
+        ({"threshold": math.nan}, "nan"),
+        ({"threshold": True}, "True"),
+        ({"gate": "num_layers"}, "num_layers"),
+        ({"gate": "num_layers", "num_layers": 0}, "num_layers=0"),
+        ({"num_layers": 3}, "num_layers=3"),
+        ({"weights": [0.8]}, r"\[0.8\]"),
+        ({"weights": [0.8, math.inf]}, "inf"),
+        ({"weights": [0.8, -0.2]}, "-0.2"),
+        ({"weights": [0.0, 0.2]}, "first must be above 0"),
+        ({"weights": "0.8,0.2"}, "0.8,0.2"),
+        ({"every": -1}, "every is -1"),
+        ({"every": "50"}, "every is '50'"),
+        ({"every": True}, "every is True"),
+        ({"every": 1.5}, "every is 1.5"),
+        ({"cooldown": -3}, "cooldown is -3"),
+        ({"from_step": 10, "until_step": 9}, "until_step 9 comes before from_step 10"),
+        ({"every": 0, "at_train_end": False}, "no check would ever happen"),
+        ({"at_train_end": "yes"}, "at_train_end is 'yes'"),
+        ({"method": "cat"}, "changes the rank"),
+        ({"method": "project"}, "every=50.*set every=0"),
+        ({"method": "project", "every": 0, "space": "factor"}, "project"),
+        ({"safety_adapter": None}, "safety_adapter is missing"),
+        ({"safety_adapter": ""}, "safety_adapter is ''"),
+        ({"subspace": ""}, "subspace is ''"),
+        ({"subspace": None}, "subspace is None"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name_and_value(change, says):
+    with pytest.raises(ConfigError, match=says):
+        SafeMergeConfig(**{**GOOD, **change})
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"subspace": "s", "gate": "watch"},
+        {"subspace": "s", "gate": "watch", "method": "project", "every": 5},
+        {"subspace": "s", "method": "project", "every": 0},
+        {**GOOD, "gate": "num_layers", "num_layers": 10},
+        {**GOOD, "threshold": 1},
+        {**GOOD, "every": 0},
+        {**GOOD, "at_train_end": False},
+        {**GOOD, "from_step": 10, "until_step": 10, "weights": (1, 0.5)},
+    ],
+)
+def test_what_makes_sense_is_accepted_and_round_trips_through_json(knobs):
+    config = SafeMergeConfig.from_dict(knobs)
+    assert SafeMergeConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_unknown_and_missing_settings_are_refused_with_the_nearest_name():
+    with pytest.raises(ConfigError, match=r"'treshold' is unknown; did you mean 'threshold'"):
+        SafeMergeConfig.from_dict({**GOOD, "treshold": 0.5})
+    with pytest.raises(ConfigError, match="'subspace' is missing"):
+        SafeMergeConfig.from_dict({"safety_adapter": "x"})
+
+
+@pytest.mark.parametrize(
+    ("alias", "pair"),
+    [("linear", ("linear", "factor")), ("svd", ("linear", "delta")), ("linear_svd", ("linear", "delta"))],
+)
+def test_pefts_combination_type_is_an_alias(alias, pair):
+    config = SafeMergeConfig.from_dict({**GOOD, "combination_type": alias})
+    assert (config.method, config.space) == pair
+
+
+def test_a_bad_combination_type_is_refused():
+    with pytest.raises(ConfigError, match=r"'liner' is unknown.*did you mean 'linear'"):
+        SafeMergeConfig.from_dict({**GOOD, "combination_type": "liner"})
+    with pytest.raises(ConfigError, match="changes the rank"):
+        SafeMergeConfig.from_dict({**GOOD, "combination_type": "cat"})
+    with pytest.raises(ConfigError, match="alias of both"):
+        SafeMergeConfig.from_dict({**GOOD, "combination_type": "svd", "method": "linear"})
+
+
+def test_yaml(tmp_path):
+    path = tmp_path / "guard.yaml"
+    path.write_text(yaml.safe_dump({**GOOD, "weights": [0.7, 0.3], "every": 25}))
+    assert SafeMergeConfig.from_yaml(path) == SafeMergeConfig(**GOOD, weights=[0.7, 0.3], every=25)
+    path.write_text("- a list")
+    with pytest.raises(ConfigError, match="holds list"):
+        SafeMergeConfig.from_yaml(path)
+    path.write_text("a: [unclosed")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        SafeMergeConfig.from_yaml(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        SafeMergeConfig.from_yaml(tmp_path / "absent.yaml")
+
+
+def test_config_or_keywords_but_not_both():
+    config = SafeMergeConfig(**GOOD)
+    assert resolve_config(config, {}) is config
+    assert resolve_config(None, GOOD) == config
+    with pytest.raises(ConfigError, match=r"\['threshold'\] were given beside a config"):
+        resolve_config(config, {"threshold": 0.5})
+    with pytest.raises(ConfigError, match="config is a str"):
+        resolve_config("guard.yaml", {})
+
+
+@pytest.mark.parametrize("parser", ["transformers", "trl"])
+def test_the_command_line_takes_the_class_as_it_is(parser):
+    if parser == "trl":
+        from trl import TrlParser as Parser
+    else:
+        Parser = HfArgumentParser
+    words = (
+        "--subspace s --safety_adapter a --weights 0.7 0.3 --every 25 --until_step 75 --no_at_train_end --cooldown 5"
+    )
+    (config,) = Parser(SafeMergeConfig).parse_args_into_dataclasses(words.split())
+    expected = SafeMergeConfig(
+        subspace="s", safety_adapter="a", weights=[0.7, 0.3], every=25, until_step=75, at_train_end=False, cooldown=5
+    )
+    assert config == expected
+
+
+def test_every_knob_has_one_sentence():
+    for name, knob in SafeMergeConfig.__dataclass_fields__.items():
+        help = knob.metadata["help"]
+        assert help.endswith("."), name
+        assert help.count(". ") == 0, name

@@ -1,0 +1,51 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from safemerge_callback.training.schedule import cooling, due, final_due
+
+STEPS = st.integers(0, 500)
+
+
+@given(every=st.integers(1, 60), first=STEPS, length=STEPS)
+def test_due_falls_on_the_multiples_within_the_bounds(every, first, length):
+    last = first + length
+    found = [s for s in range(0, last + 2 * every) if due(s, every=every, from_step=first, until_step=last)]
+    assert found == [m for m in range(every, last + 1, every) if m >= first]
+
+
+def test_due_never_at_step_zero_nor_with_every_zero():
+    assert not any(due(s, every=0) for s in range(200))
+    assert not due(0, every=1)
+    assert due(1, every=1)
+
+
+@pytest.mark.parametrize(
+    ("step", "stopping", "final_step", "expected"),
+    [
+        (59, False, None, False),
+        (60, False, None, True),
+        (59, True, None, True),
+        (60, True, 60, False),
+        (61, True, 60, False),  # a finished run, resumed to the same end, takes one step too many
+        (60, True, 30, True),  # stopped at 30, then went on
+    ],
+)
+def test_final_due(step, stopping, final_step, expected):
+    assert final_due(step, max_steps=60, stopping=stopping, final_step=final_step) is expected
+
+
+def test_a_run_resumed_to_go_further_has_another_end():
+    assert final_due(120, max_steps=120, stopping=True, final_step=60)
+
+
+@given(last=STEPS, cooldown=st.integers(0, 50), passed=st.integers(-10, 100))
+def test_cooling_covers_the_merged_step_and_the_cooldown_after_it(last, cooldown, passed):
+    reason = cooling(last + passed, last_merge=last, cooldown=cooldown)
+    assert (reason is not None) == (0 <= passed <= cooldown)
+
+
+def test_cooling_says_why():
+    assert cooling(10, last_merge=None, cooldown=5) is None
+    assert cooling(10, last_merge=10, cooldown=0) == "already merged at step 10"
+    assert cooling(12, last_merge=10, cooldown=5) == "cooldown: 2 of 5 steps since the merge at step 10"

@@ -1,0 +1,69 @@
+"""Two processes: one journal, one set of factors, equal to the bit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = '''
+import importlib.util, json, os, sys
+import torch
+import torch.distributed as dist
+
+spec = importlib.util.spec_from_file_location("runs", sys.argv[1])
+runs = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(runs)
+
+from pathlib import Path
+from safemerge_callback import live_factors
+from safemerge_callback.training.seal import digest
+import transformers
+
+out = Path(sys.argv[3])
+world = runs.World(Path(sys.argv[2]), transformers.LlamaForCausalLM.from_pretrained(Path(sys.argv[2]) / "aligned"))
+rank = int(os.environ["RANK"])
+
+def drift(step, model):
+    """Rank 1's factors leave rank 0's by a little, as another host's linear algebra might let them."""
+    if step == 2 and rank == 1:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.add_(1e-4)
+
+seen = {}
+class Seals(transformers.TrainerCallback):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        seen[state.global_step] = digest(live_factors(model))
+
+trainer = world.trainer(out / "run", runs.Recorder(drift), world.guard(every=2), Seals(),
+    max_steps=4, save_strategy="steps", save_steps=2, ddp_find_unused_parameters=False)
+trainer.train()
+assert dist.get_world_size() == 2
+assert "wandb" not in sys.modules
+(out / f"rank{rank}.json").write_text(json.dumps({"end": digest(live_factors(trainer.model)), "steps": seen}))
+dist.destroy_process_group()
+'''
+
+
+def test_two_processes_end_equal_with_one_journal(world, runs, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    conftest = Path(__file__).parents[1] / "training" / "conftest.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "localhost:0", str(script), str(conftest), str(world.folder), str(tmp_path)]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    left, right = (json.loads((tmp_path / f"rank{n}.json").read_text()) for n in (0, 1))
+    assert left == right
+    assert len(set(left["steps"].values())) == 4
+    assert [e["kind"] for e in runs.entries(tmp_path / "run")] == ["start", *["check", "merge"] * 2, "end"]
+    assert (tmp_path / "run" / "checkpoint-4" / "safemerge_state.json").exists()

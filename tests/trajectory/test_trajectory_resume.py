@@ -1,0 +1,100 @@
+"""A resumed run equals an unbroken one: weights, journal, counts, cooldown."""
+
+import contextlib
+import json
+
+import torch
+from transformers import TrainerCallback
+
+
+def told(entry):
+    """A journal entry without what two equal runs may differ in: clocks and folders."""
+    plain = {k: v for k, v in entry.items() if k not in ("time", "seconds", "training_seconds")}
+    return json.loads(json.dumps(plain))
+
+
+class Break(TrainerCallback):
+    """End the process's part of a run, as a crash after step `at` would."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.at:
+            raise KeyboardInterrupt
+
+
+def broken_then_resumed(world, output, at, checkpoint, **knobs):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    with contextlib.suppress(KeyboardInterrupt):
+        world.trainer(output, world.guard(**knobs), Break(at), **saving).train()
+    trainer = world.trainer(output, world.guard(**knobs), **saving)
+    trainer.train(resume_from_checkpoint=str(output / f"checkpoint-{checkpoint}"))
+    return trainer
+
+
+def test_resumed_equals_unbroken(world, runs, tmp_path):
+    knobs = {"every": 1, "cooldown": 1}
+    whole = world.trainer(tmp_path / "whole", world.guard(**knobs), save_strategy="steps", save_steps=2)
+    whole.train()
+    # the crash comes after step 3 was checked and journalled, which the checkpoint of step 2 does not know
+    parts = broken_then_resumed(world, tmp_path / "parts", at=3, checkpoint=2, **knobs)
+    expected, found = runs.lora_weights(whole.model), runs.lora_weights(parts.model)
+    assert all(torch.equal(expected[n], w) for n, w in found.items())
+    unbroken = [told(e) for e in runs.entries(tmp_path / "whole")]
+    resumed = [told(e) for e in runs.entries(tmp_path / "parts")]
+    assert [e for e in resumed if e["kind"] == "start"][1]["step"] == 2
+    assert [e for e in resumed if (e["kind"], e["step"]) != ("start", 2)] == unbroken
+    assert [e["step"] for e in unbroken if e["kind"] == "merge"] == [1, 3, 5]
+
+
+def test_the_state_file_tells_what_the_checkpoint_holds(world, tmp_path):
+    trainer = broken_then_resumed(world, tmp_path, at=5, checkpoint=4, every=2)
+    states = {n: json.loads((tmp_path / f"checkpoint-{n}" / "safemerge_state.json").read_text()) for n in (2, 4, 6)}
+    assert [states[n]["merged_steps"] for n in (2, 4, 6)] == [[2], [2, 4], [2, 4, 6]]
+    assert [states[n]["checks"] for n in (2, 4, 6)] == [1, 2, 3]
+    assert states[6]["seconds"] > states[4]["seconds"] > 0
+    assert trainer.state.global_step == 6
+
+
+def test_a_finished_run_that_is_resumed_is_not_merged_again(world, runs, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    world.trainer(tmp_path, world.guard(every=0), **saving).train()
+    assert [e["step"] for e in runs.entries(tmp_path, "merge")] == [6]
+    before, after = runs.Recorder(), runs.Recorder()
+    again = world.trainer(tmp_path, before, world.guard(every=0), after, **saving)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert [e["step"] for e in runs.entries(tmp_path, "merge")] == [6]
+    for step, weights in before.steps.items():
+        assert all(torch.equal(w, after.steps[step][n]) for n, w in weights.items())
+
+
+def test_a_finished_run_that_goes_further_is_merged_at_its_new_end(world, runs, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    world.trainer(tmp_path, world.guard(every=0), **saving).train()
+    world.trainer(tmp_path, world.guard(every=0), max_steps=8, **saving).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-6")
+    )
+    assert [e["step"] for e in runs.entries(tmp_path, "merge")] == [6, 8]
+    assert len(runs.entries(tmp_path, "end")) == 1
+
+
+def test_a_checkpoint_that_never_had_the_callback(world, runs, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    world.trainer(tmp_path, **saving, max_steps=4).train()
+    trainer = world.trainer(tmp_path, world.guard(every=0), **saving)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert [(e["kind"], e["step"]) for e in runs.entries(tmp_path)] == [
+        ("start", 4),
+        ("check", 6),
+        ("merge", 6),
+        ("end", 6),
+    ]
+
+
+def test_restoring_callbacks_from_a_checkpoint_does_no_harm(world, runs, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2, "restore_callback_states_from_checkpoint": True}
+    world.trainer(tmp_path, world.guard(every=2), **saving, max_steps=4).train()
+    trainer = world.trainer(tmp_path, world.guard(every=2), **saving)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert [e["step"] for e in runs.entries(tmp_path, "merge")] == [2, 4, 6]
