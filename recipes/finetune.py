@@ -53,7 +53,7 @@ def _prefixed() -> type:
         kind = hints[knob.name] | None if needed else hints[knob.name]
         default = {"default": None} if needed else {"default": knob.default, "default_factory": knob.default_factory}
         knobs.append((PREFIX + knob.name, kind, field(metadata=dict(knob.metadata), **default)))
-    return make_dataclass("SafeMergeArguments", knobs, module=__name__)
+    return make_dataclass("SafeMergeArguments", knobs, namespace={"__module__": __name__})
 
 
 SafeMergeArguments = _prefixed()

@@ -160,6 +160,8 @@ def _factors_of(path: str, layer: Any, adapter: str) -> LoraFactors:
             f"module {path!r}: lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}, not (r, d_in) and (d_out, r). "
             "ZeRO-3 and FSDP1 keep only a part of each on a rank, which is not supported: use DDP or one process."
         )
+    if A.device.type == "meta" or B.device.type == "meta":
+        raise AdapterError(f"module {path!r}: the factors are offloaded (meta device). Keep the adapter in memory.")
     transposed = embedding or bool(getattr(layer, "fan_in_fan_out", False))
     return LoraFactors(canonical_name(path), A, B, float(layer.scaling[adapter]), transposed)
 
@@ -169,7 +171,7 @@ def _refuse_tied(found: dict[str, LoraFactors]) -> None:
     owners: dict[tuple[torch.device, int], str] = {}
     for name, factors in found.items():
         for tensor in (factors.A, factors.B):
-            if tensor.device.type == "meta":
+            if tensor.data_ptr() == 0:  # a DTensor: its storage is elsewhere
                 continue
             owner = owners.setdefault((tensor.device, tensor.data_ptr()), name)
             if owner != name:
@@ -180,7 +182,7 @@ def _refuse_tied(found: dict[str, LoraFactors]) -> None:
 
 
 def _base_weight(layer: Any) -> Tensor | None:
-    weight = getattr(layer.get_base_layer(), "weight", None)
+    weight: Any = getattr(layer.get_base_layer(), "weight", None)
     # Subclasses of Tensor are quantised (bitsandbytes, torchao) or sharded (DTensor).
     if type(weight) not in (Tensor, nn.Parameter) or weight.ndim != 2 or 0 in weight.shape:
         return None

@@ -1,6 +1,7 @@
 """Floor 3: measure, decide, plan, apply, record."""
 
-from .apply import Edit, apply, check_safety_adapter, merged_factors
+from .apply import Edit, apply, merged_factors
+from .fit import check_safety_adapter
 from .gates import GATES, Verdict, check_gate
 from .journal import VERSION, Journal, check_entry, merge_entry, read_journal
 from .measure import Reading, Readings, measure

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..adapters import Adapter, LoraFactors, Writer
-from ..errors import AdapterError, PlanError, nearest
+from ..errors import PlanError
 from ..methods import Merged, get_method
 from ..ops import AlignmentMatrix, Factored, LowRank, accumulation_dtype, squared_norm, weighted_sum
 from ..subspace import Subspace
+from .fit import all_finite, check_plan, needed_safety, needed_subspace
 from .measure import Batch, batches, split, stacked
 from .plan import MergePlan
 
@@ -21,8 +22,8 @@ from .plan import MergePlan
 class Edit:
     """What a merge did to a module.
 
-    `residual`: ‖dropped‖/‖target‖, what truncation to the live rank lost. `change`: ‖new − old‖/‖old‖ of the update
-    (Frobenius, before the cast to the parameter's dtype); infinite where the old update was zero and the new one is not.
+    `residual`: ‖dropped‖/‖target‖, what truncation to the live rank lost. `change`: the Frobenius norm of new - old
+    over that of old, before the cast to the parameter's dtype; infinite where only the old update was zero.
     """
 
     name: str
@@ -72,9 +73,9 @@ def merged_factors(
     if not plan.selected:
         return {}, ()
     needs = get_method(plan.method).needs
-    _check_fit(plan, factors)
-    source = _needed_safety(plan, safety, factors) if "safety_adapter" in needs else None
-    todo = _batches(plan, factors, source, _needed_subspace(plan, subspace) if "subspace" in needs else None, device)
+    check_plan(plan, factors)
+    source = needed_safety(plan, safety, factors) if "safety_adapter" in needs else None
+    todo = _batches(plan, factors, source, needed_subspace(plan, subspace) if "subspace" in needs else None, device)
     done = [(batch.names, _merge_batch(batch, matrix, plan, factors, source)) for batch, matrix in todo]
     # One row a module: residual, change, finite. Results of several devices meet on the first.
     rows = torch.cat([result.to(done[0][1][1].device) for _, (_, result) in done]).tolist()
@@ -85,66 +86,6 @@ def merged_factors(
     edits = {name: Edit(name, residual, change) for name, (residual, change, _) in zip(names, rows, strict=True)}
     new = {name: LowRank(m.A[i], m.B[i]) for batch, (m, _) in done for i, name in enumerate(batch)}
     return {name: new[name] for name in plan.selected}, tuple(edits[name] for name in plan.selected)
-
-
-def check_safety_adapter(safety: Adapter, factors: Mapping[str, LoraFactors], *, space: str = "delta") -> None:
-    """Raise AdapterError unless `safety` has every module of `factors`, of the same (d_out, d_in), with finite weights.
-
-    Ranks and scalings may differ, except that `space="factor"` adds the factors themselves and needs equal ranks.
-    """
-    _check_modules(safety, factors, space)
-    wanted = [safety.factors[name] for name in factors]
-    broken = [module.name for module in wanted if not _all_finite([LowRank(module.A, module.B)])]
-    if broken:
-        raise AdapterError(f"safety adapter {safety.source!r}: module {broken[0]!r} holds NaN or infinite weights")
-
-
-def _check_modules(safety: Adapter, factors: Mapping[str, LoraFactors], space: str) -> None:
-    who = f"safety adapter {safety.source!r}"
-    missing = [name for name in factors if name not in safety.factors]
-    if missing:
-        raise AdapterError(
-            f"{who} lacks {len(missing)} of {len(factors)} modules, the first is {missing[0]!r}"
-            f"{nearest(missing[0], safety.factors)}: train one on the same target modules"
-        )
-    for name, live in factors.items():
-        other = safety.factors[name]
-        if other.shape != live.shape:
-            raise AdapterError(
-                f"{who}: module {name!r} maps {other.shape} (d_out, d_in), the live one {live.shape}: another base model"
-            )
-        if space == "factor" and other.rank != live.rank:
-            raise AdapterError(
-                f"{who}: module {name!r} has rank {other.rank}, the live one {live.rank}; space 'factor' adds the factors "
-                "themselves and needs equal ranks: use space 'delta'"
-            )
-
-
-def _check_fit(plan: MergePlan, factors: Mapping[str, LoraFactors]) -> None:
-    for name in plan.selected:
-        if name not in factors:
-            raise PlanError(
-                f"the plan merges {name!r}, which the adapter lacks{nearest(name, factors)}: measure it again"
-            )
-        reading, module = plan.readings[name], factors[name]
-        if (reading.shape, reading.rank) != (module.shape, module.rank):
-            raise PlanError(
-                f"module {name!r} was measured as {reading.shape} of rank {reading.rank} and is now {module.shape} of "
-                f"rank {module.rank}: measure it again"
-            )
-
-
-def _needed_safety(plan: MergePlan, safety: Adapter | None, factors: Mapping[str, LoraFactors]) -> Adapter:
-    if safety is None:
-        raise PlanError(f"method {plan.method!r} needs a safety adapter, got none: load one with load_adapter")
-    _check_modules(safety, {name: factors[name] for name in plan.selected}, plan.space)
-    return safety
-
-
-def _needed_subspace(plan: MergePlan, subspace: Subspace | None) -> Subspace:
-    if subspace is None:
-        raise PlanError(f"method {plan.method!r} projects on the safety subspace, got none: give Subspace.load(path)")
-    return subspace
 
 
 def _batches(
@@ -158,17 +99,18 @@ def _batches(
     if subspace is not None:
         subspace.check(factors)
         return _projected_batches(set(plan.selected), batches(factors, subspace, device), subspace)
-    groups: dict[tuple[object, ...], list[str]] = {}
+    groups: dict[tuple[torch.device, tuple[int, int], int, int], list[str]] = {}
     for name in plan.selected:
         module = factors[name]
         where = module.A.device if device is None else torch.device(device)
         rank = safety.factors[name].rank if safety else 0
-        groups.setdefault((module.shape, module.rank, rank, where), []).append(name)
-    made = []
-    for ((d_out, d_in), r, other, where), names in groups.items():  # type: ignore[misc]
-        for part in split(names, 16 * (r + other) * (d_out + d_in)):
-            made.append((Batch(part, where, False, False), None))
-    return made
+        groups.setdefault((where, module.shape, module.rank, rank), []).append(name)
+    return [
+        (Batch(part, where, transposed=False, comparable=False), None)
+        for (where, (d_out, d_in), rank, other), names in groups.items()
+        # Four bytes an entry, for the factors of both, their sum and its decomposition.
+        for part in split(names, 4 * 4 * (rank + other) * (d_out + d_in))
+    ]
 
 
 def _projected_batches(
@@ -204,10 +146,7 @@ def _merge_batch(
         merged = get_method(plan.method).merge(live, others, weights=plan.weights, space=plan.space, alignment_matrix=V)
     except torch.linalg.LinAlgError as error:
         # The decompositions refuse NaN by raising for the whole batch: find the modules that hold it.
-        broken = [
-            n for i, n in enumerate(batch.names) if not _all_finite([LowRank(u.A[i], u.B[i]) for u in (live, *others)])
-        ]
-        raise _not_finite(broken or list(batch.names)) from error
+        raise _not_finite(_broken(batch.names, [live, *others]) or batch.names) from error
     finite = torch.isfinite(merged.A).flatten(1).all(-1) & torch.isfinite(merged.B).flatten(1).all(-1)
     change = _change(LowRank(merged.A, merged.B), live)
     return merged, torch.stack([merged.residual.to(change.dtype), change, finite.to(change.dtype)], dim=-1)
@@ -220,7 +159,7 @@ def _in_units_of(live: LoraFactors, module: LoraFactors, device: torch.device) -
 
 
 def _change(new: LowRank, old: LowRank) -> Tensor:
-    """‖new − old‖/‖old‖, (n): 0 where the factors are equal, infinite where only the old update is zero."""
+    """‖new - old‖/‖old‖, (n): 0 where the factors are equal, infinite where only the old update is zero."""
     before = squared_norm(old)
     moved = squared_norm(weighted_sum([new, old], [1.0, -1.0]))
     if new.A.shape == old.A.shape:
@@ -229,8 +168,9 @@ def _change(new: LowRank, old: LowRank) -> Tensor:
     return torch.where(moved > 0, (moved / before).sqrt(), moved)
 
 
-def _all_finite(updates: Sequence[LowRank]) -> bool:
-    return all(bool(torch.isfinite(t).all()) for update in updates for t in update)
+def _broken(names: Sequence[str], updates: Sequence[LowRank]) -> list[str]:
+    """The modules that hold NaN or infinities in any of the batched updates."""
+    return [name for i, name in enumerate(names) if not all_finite(*(t[i] for update in updates for t in update))]
 
 
 def _not_finite(names: Sequence[str]) -> PlanError:

@@ -129,7 +129,7 @@ def check_entry(step: int, plan: MergePlan, seconds: float) -> dict[str, Any]:
 def merge_entry(
     step: int, plan: MergePlan, edits: Sequence[Edit], task_weights: Mapping[str, float], seconds: float
 ) -> dict[str, Any]:
-    """Return the entry of one merge. `task_weights`: module name -> product of every w_live so far, this one included."""
+    """Return the entry of one merge. `task_weights`: module name -> product of all w_live so far, this one's too."""
     modules = [
         {"name": e.name, "residual": e.residual, "change": e.change, "task_weight": task_weights[e.name]} for e in edits
     ]

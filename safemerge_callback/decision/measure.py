@@ -23,8 +23,8 @@ _BATCH_BYTES = 256 << 20
 class Reading:
     """One module measured.
 
-    `cosine`: ρ in [0, 1] (Safe LoRA, arXiv:2405.16833; SafeMERGE, arXiv:2503.17239), 1.0 for an update that is zero, NaN
-    for one that is not finite. `null_cosine`: ρ of an update unrelated to V. `update_norm`: s·‖B·A‖ (Frobenius).
+    `cosine`: in [0, 1] (Safe LoRA, arXiv:2405.16833; SafeMERGE, arXiv:2503.17239), 1.0 for an update that is zero, NaN
+    for one that is not finite. `null_cosine`: that of an update unrelated to V. `update_norm`: s·‖B·A‖ (Frobenius).
     `shape`: (d_out, d_in) of the map. `comparable` is False where aligned and unaligned are equal, so that V = 0 and
     `cosine` is 1.0 by convention.
     """
@@ -44,7 +44,7 @@ class Reading:
 
     @property
     def drift(self) -> float:
-        """1 − cosine, for display."""
+        """1 - cosine, for display."""
         return 1.0 - self.cosine
 
 
@@ -98,18 +98,17 @@ def batches(
     `device` None computes where each module's factors live. The same factors give the same batches each time, so what
     the subspace keeps on a device for one of them serves every later call.
     """
-    groups: dict[tuple[object, ...], list[str]] = {}
+    groups: dict[tuple[torch.device, bool, tuple[object, ...]], list[str]] = {}
     for name, module in factors.items():
         where = module.A.device if device is None else torch.device(device)
         header = subspace.modules.get(name)
         stored = (header.kind, header.rank, header.dtype) if header else None
-        groups.setdefault((module.shape, module.rank, module.transposed, where, stored), []).append(name)
-    made = []
-    for (_, _, transposed, where, stored), names in groups.items():
-        each = _factor_bytes(factors[names[0]]) + (_matrix_bytes(subspace, names[0]) if stored else 0)
-        for part in split(names, each):
-            made.append(Batch(part, where, bool(transposed), stored is not None))  # type: ignore[arg-type]
-    return made
+        groups.setdefault((where, module.transposed, (module.shape, module.rank, stored)), []).append(name)
+    return [
+        Batch(part, where, transposed, comparable=part[0] in subspace.modules)
+        for (where, transposed, _), names in groups.items()
+        for part in split(names, _factor_bytes(factors[names[0]]) + _matrix_bytes(subspace, names[0]))
+    ]
 
 
 def split(names: Sequence[str], bytes_each: int) -> list[tuple[str, ...]]:
@@ -123,6 +122,8 @@ def _factor_bytes(module: LoraFactors) -> int:
 
 
 def _matrix_bytes(subspace: Subspace, name: str) -> int:
+    if name not in subspace.modules:
+        return 0
     header = subspace.modules[name]
     itemsize = getattr(torch, header.dtype).itemsize
     return itemsize * sum(rows * columns for rows, columns in header.tensors(name).values())

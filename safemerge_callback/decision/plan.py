@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -60,8 +59,8 @@ class MergePlan:
         """
         check_gate(gate, threshold, num_layers)
         live, safety = check_merge(method, space, weights)
-        knobs = {"threshold": {"threshold": threshold}, "num_layers": {"num_layers": num_layers}}.get(gate, {})
-        verdicts = GATES[gate](readings, **knobs)
+        knobs: dict[str, Any] = {"threshold": threshold, "num_layers": num_layers}
+        verdicts = GATES[gate](readings, **{gate: knobs[gate]} if gate in knobs else {})
         if "subspace" in get_method(method).needs:
             verdicts = {name: _projectable(readings, name, verdict) for name, verdict in verdicts.items()}
         return cls(readings, verdicts, gate, threshold, num_layers, method, space, (live, safety))
@@ -103,7 +102,7 @@ def _check_verdicts(readings: Readings, verdicts: Mapping[str, Verdict]) -> None
 
 
 def check_merge(method: str, space: str, weights: Sequence[float]) -> tuple[float, float]:
-    """Return `weights` as two floats; ConfigError for an unknown method, a space it lacks, or weights outside [0, 2]."""
+    """Return `weights` as two floats; ConfigError for an unknown method or space, or weights outside [0, 2]."""
     spaces = get_method(method).spaces
     if space not in spaces:
         raise ConfigError(
@@ -118,10 +117,7 @@ def _two_weights(weights: Any) -> tuple[float, float]:
     if isinstance(weights, str) or not isinstance(weights, Sequence) or len(weights) != 2:
         raise ConfigError(f"weights={weights!r}: {allowed}")
     numbers = [w for w in weights if isinstance(w, int | float) and not isinstance(w, bool)]
-    if (
-        len(numbers) != 2
-        or not all(math.isfinite(w) and 0 <= w <= _LARGEST_WEIGHT for w in numbers)
-        or not any(numbers)
-    ):
+    inside = len(numbers) == 2 and all(0 <= w <= _LARGEST_WEIGHT for w in numbers)
+    if not inside or not any(numbers):
         raise ConfigError(f"weights={weights!r}: {allowed}")
     return float(numbers[0]), float(numbers[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -70,7 +71,7 @@ class CheckpointPair:
         weight, other = self._aligned.read(name), self._unaligned.read(name)
         V = difference(weight, other, device)
         norm = norm_of(V)
-        if not torch.isfinite(torch.tensor(norm)):
+        if not math.isfinite(norm):
             require_finite(name, weight, self.aligned["source"])
             require_finite(name, other, self.unaligned["source"])
             raise SubspaceError(f"module {name!r}: aligned - unaligned overflows {V.dtype}; are both scaled alike?")

@@ -16,7 +16,7 @@ from ..decision import Journal, MergePlan, check_safety_adapter, measure, merged
 from ..errors import ConfigError, JournalError
 from ..subspace import Subspace
 from .config import SafeMergeConfig
-from .progress import Progress, continue_journal, restored
+from .progress import Progress, continue_journal, find_progress
 from .ranks import from_first
 from .session import Session, plan_knobs
 
@@ -43,8 +43,9 @@ def open_session(
     safety = _safety_adapter(config, factors)
     _keep_near(subspace, factors, config)
     _rehearse(config, factors, subspace, safety)
-    progress, journal = _records(config, args, state)
-    journal.append(_start_entry(state.global_step, config, subspace, len(factors)))
+    progress, journal, restored = _records(config, args, state)
+    start = _start_entry(state.global_step, config, subspace, len(factors))
+    journal.append({**start, "restored": restored})
     progress.journal_entries += 1
     session = Session(config, writer, subspace, safety, journal, progress, begun=began)
     session.seal_weights(state.global_step)
@@ -87,17 +88,17 @@ def _keep_near(subspace: Subspace, factors: Mapping[str, LoraFactors], config: S
         subspace.keep_on(device)
 
 
-def _records(config: SafeMergeConfig, args: TrainingArguments, state: TrainerState) -> tuple[Progress, Journal]:
-    """The progress of the checkpoint that is resumed, and the journal cut back to it; new ones where there are none."""
+def _records(config: SafeMergeConfig, args: TrainingArguments, state: TrainerState) -> tuple[Progress, Journal, bool]:
+    """The progress of the checkpoint that is resumed and the journal cut back to it, new where there are none; which."""
     given = [args.resume_from_checkpoint] if isinstance(args.resume_from_checkpoint, str) else []
     here = checkpoint_folder(args, state)
-    found = from_first(restored(state.global_step, [*(Path(g) for g in given if Path(g).name == here.name), here]))
+    found = from_first(find_progress(state.global_step, [*(Path(g) for g in given if Path(g).name == here.name), here]))
     progress = found or Progress()
-    path = Path(config.journal) if config.journal else Path(args.output_dir) / JOURNAL_FILE
+    path = Path(config.journal).expanduser() if config.journal else Path(args.output_dir) / JOURNAL_FILE
     if state.is_world_process_zero:
         count = found.journal_entries if found else None
         progress.journal_entries = _continued(path, state.global_step, count)
-    return progress, Journal(path, enabled=state.is_world_process_zero)
+    return progress, Journal(path, enabled=state.is_world_process_zero), found is not None
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:

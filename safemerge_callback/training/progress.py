@@ -67,7 +67,7 @@ class Progress:
             return None
 
 
-def restored(step: int, folders: Iterable[Path]) -> Progress | None:
+def find_progress(step: int, folders: Iterable[Path]) -> Progress | None:
     """Return the progress of the checkpoint of `step`, from the first folder that holds one; None at step 0."""
     found = (Progress.load(folder) for folder in folders if step > 0)
     return next((progress for progress in found if progress is not None), None)
@@ -83,10 +83,10 @@ def cut(entries: Sequence[Mapping[str, Any]], step: int, count: int | None) -> l
 
 
 def continue_journal(path: Path, step: int, count: int | None) -> int:
-    """Ready the journal at `path` for a run from `step` on; return how many entries it has. Raises JournalError for a file
-    that is no journal, and OSError.
+    """Ready the journal at `path` for a run from `step` on; return how many entries it has.
 
     At step 0 an older journal is set aside under the next free number; later it is cut back to the checkpoint.
+    Raises JournalError for a file that is no journal, and OSError.
     """
     if not path.exists():
         return 0

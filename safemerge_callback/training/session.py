@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -88,8 +88,11 @@ class Session:
 
     def after_training(self, args: TrainingArguments, state: TrainerState) -> None:
         """Check once more if the final check has not happened, or the weights are not those it left (best reloaded)."""
-        if self.config.at_train_end:
-            untouched = from_first(self.seal == (state.global_step, digest(self.writer.gather())))
+        now = from_first(self._digest()) if self.config.at_train_end else None
+        if isinstance(now, Fault):
+            self._report_fault(state.global_step, now)
+        elif now is not None:
+            untouched = self.seal == (state.global_step, now)
             if not untouched or self._final_due(state, stopping=True):
                 self.check(args, state, final=True, at=self._provenance(args, state, untouched))
         self.progress.training_seconds, self.begun = self.training_seconds, None
@@ -124,8 +127,7 @@ class Session:
         """Apply `plan`; all ranks end with rank 0's factors. After a fault nothing is merged and training goes on."""
         began = time.perf_counter()
         edits = from_first(attempt("merge", lambda: apply(plan, self.writer, self.safety, self.subspace)))
-        factors = self.writer.gather()
-        copy_from_first(tensor for name in plan.selected for tensor in (factors[name].A, factors[name].B))
+        copy_from_first(self._tensors(plan.selected))
         if isinstance(edits, Fault):
             self._report_fault(step, edits)
             return ()
@@ -148,8 +150,8 @@ class Session:
 
     def seal_weights(self, step: int) -> None:
         """Remember what the factors are at `step`, to see later whether they are still those."""
-        if self.config.at_train_end:
-            self.seal = (step, digest(self.writer.gather()))
+        found = from_first(self._digest()) if self.config.at_train_end else None
+        self.seal = (step, found) if isinstance(found, str) else None
 
     def note(self, entry: Mapping[str, Any]) -> None:
         """Append to the journal; a journal that fails is reported once and never stops training."""
@@ -164,6 +166,14 @@ class Session:
         if kind not in self.warned:
             self.warned.add(kind)
             warnings.warn(f"safemerge: {message}", stacklevel=3)
+
+    def _digest(self) -> str | Fault:
+        return attempt("measure", lambda: digest(self.writer.gather()))
+
+    def _tensors(self, names: Iterable[str]) -> Iterator[torch.Tensor]:
+        factors = self.writer.gather()
+        for name in names:
+            yield from (factors[name].A, factors[name].B)
 
     def _final_due(self, state: TrainerState, *, stopping: bool) -> bool:
         final_step = self.progress.final_step

@@ -7,6 +7,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from safemerge_callback.adapters import base_weights, live_factors
 from safemerge_callback.errors import ConfigError, SubspaceError
 from safemerge_callback.ops import Factored
 from safemerge_callback.subspace import Subspace, build_subspace
@@ -270,3 +271,20 @@ def test_load_is_what_build_returns(tmp_path):
     loaded = Subspace.load(tmp_path / "v.safetensors")
     assert dict(loaded.modules) == dict(built.modules)
     assert (loaded.aligned, loaded.unaligned, loaded.version) == (built.aligned, built.unaligned, "1")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_live_peft_model_on_aligned_passes_and_on_unaligned_does_not(tiny_llama, tmp_path, dtype):
+    aligned = tiny_llama()
+    unaligned = perturbed(aligned)
+    subspace = build(tmp_path, aligned, unaligned, target_modules=["q_proj", "up_proj", "embed_tokens"])
+    targets = ["q_proj", "up_proj", "embed_tokens"]
+    live = with_lora(aligned.to(dtype), target_modules=targets)
+    assert set(base_weights(live)) == set(live_factors(live)) == set(subspace.modules)
+    subspace.check(live_factors(live), base_weights(live))
+    live = with_lora(unaligned.to(dtype), target_modules=targets)
+    with pytest.raises(SubspaceError, match="5 of 5 modules differ"):
+        subspace.check(live_factors(live), base_weights(live))
+    live = with_lora(aligned, target_modules=["v_proj"])
+    with pytest.raises(SubspaceError, match=r"lacks 2 of 2 LoRA modules, first 'layers\.0\.self_attn\.v_proj'"):
+        subspace.check(live_factors(live))

@@ -201,10 +201,10 @@ def test_journal_counts_and_compounded_weights(world, runs, tmp_path):
     assert [e["kind"] for e in runs.entries(tmp_path)] == ["start", *["check", "merge"] * 3, "end"]
     start, end = runs.entries(tmp_path)[0], runs.entries(tmp_path)[-1]
     assert start["config"] == guard.config.to_dict()
-    assert start["num_modules"] == 4
+    assert (start["num_modules"], start["restored"]) == (4, False)
     assert (end["checks"], end["merges"], end["modules_merged"]) == (3, 3, 12)
     for count, merge in enumerate(runs.entries(tmp_path, "merge"), 1):
-        assert {m["task_weight"] for m in merge["modules"]} == {pytest.approx(0.8**count)}
+        assert [m["task_weight"] for m in merge["modules"]] == [pytest.approx(0.8**count)] * 4
     assert 0 < guard.share < 1
     assert guard.seconds >= end["seconds"] > sum(e["seconds"] for e in runs.entries(tmp_path, "check"))
     assert end["training_seconds"] > end["seconds"]
@@ -260,6 +260,7 @@ def test_half_precision_adapters_stay_half_and_merge(world, runs, tmp_path):
     assert runs.distance(runs.updates(after.steps[6], LIVE_SCALING), expected) < 2e-2
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
 def test_sft_trainer_with_peft_config(world, runs, tmp_path):
     import copy
 
@@ -284,6 +285,28 @@ def test_sft_trainer_with_peft_config(world, runs, tmp_path):
     assert [e["step"] for e in runs.entries(tmp_path, "merge")] == [2, 4, 6]
     expected = runs.merged(runs.updates(before.steps[6], LIVE_SCALING), safety_updates(world, runs), rank=4)
     assert runs.distance(runs.updates(after.end, LIVE_SCALING), expected) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
+def test_dpo_trainer_edits_the_trained_adapter_and_not_the_reference(world, runs, tmp_path):
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    settings = DPOConfig(**runs.defaults(tmp_path), bf16=False, gradient_checkpointing=False, max_length=16)
+    pairs = [{"prompt": f"w{n} w5", "chosen": f"w{n + 8} w6", "rejected": f"w{n + 9} w7"} for n in range(4, 20)]
+    before, after = runs.Recorder(), runs.Recorder()
+    trainer = DPOTrainer(
+        world.model(),
+        args=settings,
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=tokenizer(),
+        callbacks=[before, world.guard(every=3), after],
+    )
+    trainer.train()
+    assert [e["step"] for e in runs.entries(tmp_path, "merge")] == [3, 6]
+    changed = {n for n, w in after.steps[6].items() if not torch.equal(w, before.steps[6][n])}
+    assert changed == {n for n in after.steps[6] if ".default." in n}
+    assert any(".ref." in n for n in after.steps[6])
 
 
 def tokenizer():
@@ -311,18 +334,22 @@ def spoil(step_to_spoil, value):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_broken_module_is_reported_once_and_not_merged(world, runs, tmp_path, value):
-    # learning rate 0: the broken number stays where it is put, and does not spread through the loss
-    trainer = world.trainer(
-        tmp_path, runs.Recorder(spoil(2, value)), world.guard(every=2), learning_rate=0.0, max_grad_norm=0.0
-    )
+    before, after = runs.Recorder(spoil(4, value)), runs.Recorder()
+    trainer = world.trainer(tmp_path, before, world.guard(every=2), after)
     with pytest.warns(UserWarning, match="NaN or infinite") as caught:
         trainer.train()
     assert len([w for w in caught if "safemerge" in str(w.message)]) == 1
     assert trainer.state.global_step == 6
-    for check, merge in zip(runs.entries(tmp_path, "check"), runs.entries(tmp_path, "merge"), strict=True):
-        bad = [m for m in check["modules"] if "layers.0.self_attn.q_proj" in m["name"]]
-        assert [(m["cosine"], m["merge"]) for m in bad] == [(None, False)]
-        assert len(merge["modules"]) == 3
+    _, check, last = runs.entries(tmp_path, "check")
+    bad = [m for m in check["modules"] if m["cosine"] is None]
+    assert [(m["name"], m["merge"]) for m in bad] == [("layers.0.self_attn.q_proj", False)]
+    assert "not finite" in bad[0]["reason"]
+    assert [len(e["modules"]) for e in runs.entries(tmp_path, "merge")] == [4, 3]
+    # two steps later the loss has carried it everywhere
+    assert not any(m["merge"] for m in last["modules"])
+    broken = {n for n in after.steps[4] if "layers.0.self_attn.q_proj" in n}
+    changed = {n for n, w in after.steps[4].items() if not torch.equal(w, before.steps[4][n])}
+    assert changed - broken == after.steps[4].keys() - broken
 
 
 def test_a_fault_in_a_check_is_warned_of_once_recorded_and_training_goes_on(world, runs, tmp_path):
@@ -390,6 +417,19 @@ def test_a_state_file_that_cannot_be_saved_costs_nothing_else(world, runs, tmp_p
     with pytest.warns(UserWarning, match="state of checkpoint-3 could not be saved"):
         trainer.train()
     assert trainer.state.global_step == 6
+
+
+def test_an_adapter_that_is_gone_before_our_last_hook_costs_nothing(world, runs, tmp_path):
+    from transformers import TrainerCallback
+
+    class Unload(TrainerCallback):
+        def on_train_end(self, args, state, control, model=None, **kwargs):
+            model.merge_and_unload()
+
+    trainer = world.trainer(tmp_path, Unload(), world.guard(every=0))
+    with pytest.warns(UserWarning, match="measure failed at step 6"):
+        trainer.train()
+    assert [e["kind"] for e in runs.entries(tmp_path)] == ["start", "check", "merge", "error", "end"]
 
 
 def test_no_warning_in_a_sound_run(world, tmp_path):

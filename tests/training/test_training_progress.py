@@ -3,7 +3,7 @@ import json
 import pytest
 
 from safemerge_callback.errors import JournalError
-from safemerge_callback.training.progress import Progress, continue_journal, cut, restored
+from safemerge_callback.training.progress import Progress, continue_journal, cut, find_progress
 
 
 def journal(path, *entries):
@@ -37,12 +37,12 @@ def test_an_unreadable_state_counts_as_none(tmp_path, text):
     assert Progress.load(tmp_path / "absent") is None
 
 
-def test_restored_takes_the_first_folder_that_has_one_and_nothing_at_step_zero(tmp_path):
+def test_find_progress_takes_the_first_folder_that_has_one_and_nothing_at_step_zero(tmp_path):
     (tmp_path / "b").mkdir()
     Progress(checks=5).save(tmp_path / "b")
-    assert restored(10, [tmp_path / "a", tmp_path / "b"]) == Progress(checks=5)
-    assert restored(0, [tmp_path / "b"]) is None
-    assert restored(10, []) is None
+    assert find_progress(10, [tmp_path / "a", tmp_path / "b"]) == Progress(checks=5)
+    assert find_progress(0, [tmp_path / "b"]) is None
+    assert find_progress(10, []) is None
 
 
 def test_rewind_takes_the_weights_history_and_leaves_the_counts():

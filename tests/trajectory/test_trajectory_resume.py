@@ -43,7 +43,8 @@ def test_resumed_equals_unbroken(world, runs, tmp_path):
     assert all(torch.equal(expected[n], w) for n, w in found.items())
     unbroken = [told(e) for e in runs.entries(tmp_path / "whole")]
     resumed = [told(e) for e in runs.entries(tmp_path / "parts")]
-    assert [e for e in resumed if e["kind"] == "start"][1]["step"] == 2
+    second = [e for e in resumed if e["kind"] == "start"][1]
+    assert (second["step"], second["restored"]) == (2, True)
     assert [e for e in resumed if (e["kind"], e["step"]) != ("start", 2)] == unbroken
     assert [e["step"] for e in unbroken if e["kind"] == "merge"] == [1, 3, 5]
 

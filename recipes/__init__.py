@@ -1,0 +1,1 @@
+"""Recipes: each answers one question and runs with `accelerate launch` or `python -m`."""

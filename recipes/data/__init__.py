@@ -1,0 +1,34 @@
+"""Data by name, so that a YAML file can say which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from safemerge_callback.errors import ConfigError, nearest
+
+from .hub import gsm8k_examples, pubmedqa_examples
+from .prompts import PROMPTS
+from .safety import safety_examples
+from .sentiment import sentiment_examples
+
+EXAMPLES: dict[str, Callable[[str], list[dict[str, Any]]]] = {
+    "safety": safety_examples,
+    "sentiment": sentiment_examples,
+    "gsm8k": gsm8k_examples,
+    "pubmedqa": pubmedqa_examples,
+}
+
+
+def load_examples(name: str, split: str = "train") -> list[dict[str, Any]]:
+    """Return training rows by name, in TRL's conversational prompt and completion format."""
+    if name not in EXAMPLES:
+        raise ConfigError(f"data {name!r} is unknown: choose one of {sorted(EXAMPLES)}{nearest(name, EXAMPLES)}")
+    return EXAMPLES[name](split)
+
+
+def load_prompts(name: str) -> list[str]:
+    """Return evaluation prompts by name; none is a near-duplicate of a training prompt."""
+    if name not in PROMPTS:
+        raise ConfigError(f"prompts {name!r} are unknown: choose one of {sorted(PROMPTS)}{nearest(name, PROMPTS)}")
+    return PROMPTS[name]()

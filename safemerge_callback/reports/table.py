@@ -1,0 +1,64 @@
+"""A history as a table: one line a module type, because 224 lines are no summary."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+
+from ..decision.tables import render
+from .history import Cell, History
+from .layout import Panel, panels
+
+_COLUMNS = ("type", "modules", "null", "first", "last", "lowest", "where", "merges", "task left")
+
+
+def summary(history: History) -> str:
+    """Return the run in a few lines and a table, a line for each module type.
+
+    `null`, `first` and `last` are medians of the null cosine and of the cosines at the type's first and last check;
+    `lowest` is the lowest cosine of any module, `where` its module and step; `merges` counts modules times events;
+    `task left` is the smallest share of the task's update that merging left in a module.
+    """
+    steps = history.steps
+    rows = [_row(history, panel) for panel in panels(history.modules)]
+    span = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+    title = f"{history.title}: {len(history.modules)} modules, {_count(len(steps), 'check')} at {span}, {history.rule}"
+    merged = f"{_count(len(history.merges), 'merge')} in {_count(len(history.merged_modules), 'module')}"
+    lines = [render(title, _COLUMNS, rows, right=(*_COLUMNS[1:6], *_COLUMNS[7:]))]
+    lines.append(f"{merged}{f': {history.how}' if history.how else ''}; {history.seconds:.1f} s in all")
+    if history.faults:
+        lines.append(f"{_count(len(history.faults), 'fault')}, the first: {history.faults[0]}")
+    return "\n".join(lines)
+
+
+def _row(history: History, panel: Panel) -> tuple[str, ...]:
+    cells = {key: cell for name in panel.modules for key, cell in _cells_of(history, name)}
+    measured = {key: cell.cosine for key, cell in cells.items() if cell.state == "measured"}
+    left = [share for (name, _), share in history.merges.items() if name in panel.modules]
+    lowest = min(measured, key=lambda key: measured[key], default=None)
+    steps = sorted({step for _, step in measured}) or [0]
+    return (
+        panel.title,
+        str(len(panel.modules)),
+        _median(cell.null_cosine for cell in cells.values()),
+        _median(cosine for (_, step), cosine in measured.items() if step == steps[0]),
+        _median(cosine for (_, step), cosine in measured.items() if step == steps[-1]),
+        f"{measured[lowest]:.4f}" if lowest else "-",
+        f"{lowest[0]} at {lowest[1]}" if lowest else "-",
+        str(len(left)),
+        f"{min(left, default=1.0):.3g}",
+    )
+
+
+def _cells_of(history: History, name: str) -> list[tuple[tuple[str, int], Cell]]:
+    keys = [(name, step) for step in history.steps]
+    return [(key, history.cells[key]) for key in keys if key in history.cells]
+
+
+def _median(values: Iterable[float]) -> str:
+    finite = [value for value in values if value == value]
+    return f"{statistics.median(finite):.4f}" if finite else "-"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
