@@ -7,10 +7,30 @@ from typing import Any
 
 from safemerge_callback.errors import ConfigError, nearest
 
-from .hub import gsm8k_examples, pubmedqa_examples
-from .prompts import PROMPTS
+from .benign import benign_pairs
+from .gsm8k import gsm8k_examples
+from .prompts import PROMPTS, advbench, harmbench, heldout_advbench, safety_prompts, strongreject
+from .pubmedqa import pubmedqa_examples
 from .safety import safety_examples
-from .sentiment import sentiment_examples
+from .sentiment import sentiment, sentiment_examples
+
+__all__ = [
+    "EXAMPLES",
+    "PROMPTS",
+    "advbench",
+    "benign_pairs",
+    "gsm8k_examples",
+    "harmbench",
+    "heldout_advbench",
+    "load_examples",
+    "load_prompts",
+    "pubmedqa_examples",
+    "safety_examples",
+    "safety_prompts",
+    "sentiment",
+    "sentiment_examples",
+    "strongreject",
+]
 
 EXAMPLES: dict[str, Callable[[str], list[dict[str, Any]]]] = {
     "safety": safety_examples,
@@ -21,7 +41,7 @@ EXAMPLES: dict[str, Callable[[str], list[dict[str, Any]]]] = {
 
 
 def load_examples(name: str, split: str = "train") -> list[dict[str, Any]]:
-    """Return training rows by name, in TRL's conversational prompt and completion format."""
+    """Return the rows of a split by name, in TRL's conversational prompt and completion format."""
     if name not in EXAMPLES:
         raise ConfigError(f"data {name!r} is unknown: choose one of {sorted(EXAMPLES)}{nearest(name, EXAMPLES)}")
     return EXAMPLES[name](split)

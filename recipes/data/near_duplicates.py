@@ -1,8 +1,8 @@
 """Near-duplicates among short prompts: two that share most of their content words.
 
 Two prompts are near-duplicates where the Jaccard index of their sets of content words (lower case, letters and digits,
-a few function words dropped, a plural's s dropped) is at least 0.55; 163 of AdvBench's 520 have such a neighbour. Groups
-are the connected components, so that a paraphrase of a paraphrase never straddles a split.
+a few function words dropped, a plural's s dropped) is at least 0.55; 163 of AdvBench's 520 have such a neighbour. A
+group is a connected component, so that a paraphrase of a paraphrase never straddles a split.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import re
 from collections.abc import Iterable, Sequence
 
 THRESHOLD = 0.55
-_DROPPED = frozenset(
+_DROPPED_WORDS = (
     "a an and are as at be by can for from give how i in into is it me of on or so that the their this to up using who "
-    "with without you your".split()
+    "with without you your"
 )
+_DROPPED = frozenset(_DROPPED_WORDS.split(" "))
 
 
 def content_words(text: str) -> frozenset[str]:
@@ -24,8 +25,8 @@ def content_words(text: str) -> frozenset[str]:
 
 
 def are_near(x: frozenset[str], y: frozenset[str]) -> bool:
-    """Whether two sets of content words are near-duplicates."""
-    return len(x & y) >= THRESHOLD * len(x | y) if x or y else True
+    """Whether two sets of content words are near-duplicates; two empty sets are."""
+    return len(x & y) >= THRESHOLD * len(x | y)
 
 
 def groups(texts: Sequence[str]) -> list[list[int]]:
@@ -46,4 +47,5 @@ def groups(texts: Sequence[str]) -> list[list[int]]:
 def without_near(texts: Iterable[str], seen: Iterable[str]) -> list[str]:
     """Return `texts` less whatever is a near-duplicate of a text in `seen`."""
     known = [content_words(text) for text in seen]
-    return [text for text in texts if not any(are_near(content_words(text), words) for words in known)]
+    candidates = [(text, content_words(text)) for text in texts]
+    return [text for text, words in candidates if not any(are_near(words, other) for other in known)]

@@ -1,40 +1,56 @@
-"""Files inside installed wheels and a downloaded source archive: found by their metadata, never imported, never copied."""
+"""Files inside installed wheels and a downloaded source archive: read where they lie, never imported, never copied."""
 
 from __future__ import annotations
 
 import io
 import sys
 import tarfile
+import zlib
 from importlib.metadata import PackageNotFoundError, files
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from safemerge_callback.errors import ConfigError
 
 ARCHIVES = Path(sys.prefix) / "share" / "safemerge"
-_HOW = "`make install` installs it (requirements/data.txt and requirements/sentiment.txt)"
+_HOW = "`make demo` installs it (requirements/data.txt and requirements/sentiment.txt)"
+_AGAIN = f"delete it and .venv/.installed, then {_HOW}"
 
 
 def package_file(distribution: str, ending: str) -> Path:
-    """Return the one file of an installed distribution whose path ends with `ending`; ConfigError where it is absent."""
+    """Return the one file of an installed distribution whose path ends with `ending`; ConfigError if it is absent."""
     try:
         found = [f for f in files(distribution) or [] if f.as_posix().endswith(ending)]
     except PackageNotFoundError:
         raise ConfigError(f"data package {distribution!r} is not installed: {_HOW}") from None
     if len(found) != 1:
         raise ConfigError(f"{distribution!r} holds {len(found)} files that end in {ending!r}, not one: {_HOW}")
-    return Path(str(found[0].locate()))
+    path = Path(str(found[0].locate()))
+    if not path.is_file():
+        raise ConfigError(f"{distribution!r} lost its file {ending!r} after it was installed: {_HOW}")
+    return path
 
 
 def archive_member(archive: str, *members: str) -> bytes:
-    """Return the bytes of a file inside a source archive, each further member inside the archive before it."""
+    """Return the bytes of a file in a source archive, each further member a file in the archive before it.
+
+    `archive` is a pattern within `ARCHIVES`, `members` are file names without folders; all is read in memory.
+    ConfigError where the archive or a member is absent, or the archive is no tar file.
+    """
     found = sorted(ARCHIVES.glob(archive))
     if not found:
-        raise ConfigError(f"source archive {archive!r} is not in {ARCHIVES.name}/: {_HOW}")
+        raise ConfigError(f"source archive {archive!r} is not in share/safemerge of this environment: {_HOW}")
     content = found[0].read_bytes()
     for member in members:
-        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-            name = next(name for name in tar.getnames() if name.endswith(member))
-            opened = tar.extractfile(name)
-            assert opened is not None, name
-            content = opened.read()
+        content = _member(content, member, found[0].name)
     return content
+
+
+def _member(content: bytes, member: str, archive: str) -> bytes:
+    try:
+        with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+            opened = [tar.extractfile(m) for m in tar.getmembers() if PurePosixPath(m.name).name == member]
+            if len(opened) == 1 and opened[0] is not None:
+                return opened[0].read()
+    except (tarfile.TarError, EOFError, OSError, zlib.error):
+        raise ConfigError(f"{archive} is corrupt or truncated: {_AGAIN}") from None
+    raise ConfigError(f"{archive} does not hold one file {member!r}: {_AGAIN}")

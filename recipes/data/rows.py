@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from safemerge_callback.errors import ConfigError, nearest
+
 
 def conversation(prompt: str, completion: str) -> dict[str, Any]:
     """Return a prompt and its completion in TRL's conversational format."""
@@ -11,3 +13,10 @@ def conversation(prompt: str, completion: str) -> dict[str, Any]:
         "prompt": [{"role": "user", "content": prompt}],
         "completion": [{"role": "assistant", "content": completion}],
     }
+
+
+def check_split(data: str, split: str, allowed: tuple[str, ...] = ("train", "test")) -> None:
+    """Raise ConfigError for a split that the data does not have."""
+    if split not in allowed:
+        choice = " or ".join(allowed)
+        raise ConfigError(f"split {split!r} of data {data!r} does not exist: choose {choice}{nearest(split, allowed)}")

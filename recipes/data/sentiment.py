@@ -1,7 +1,7 @@
-"""The demo's task: is a movie-review snippet positive or negative? One word.
+"""The demo's task: is a film-review snippet positive or negative? One word.
 
-Snippets and ratings (−4 to 4, means of human raters) are those of Hutto and Gilbert, ICWSM 2014, in the source archive of
-`vaderSentiment`; those rated under 1 in size are left out.
+Snippets and ratings (from -4 to 4, means of human raters) are those of Hutto and Gilbert, ICWSM 2014, in the source
+archive of `vaderSentiment`; those rated under 1 in size are left out.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ import random
 from functools import cache
 from typing import Any
 
-from safemerge_callback.errors import ConfigError
-
 from .packages import archive_member
-from .rows import conversation
+from .rows import check_split, conversation
 
 NUM_TRAIN, NUM_TEST = 1200, 200
 _SEED = 0
@@ -22,11 +20,13 @@ _TEMPLATE = "Is the sentiment of this movie review positive or negative? Answer 
 
 @cache
 def _rows() -> tuple[tuple[str, str], ...]:
+    """Text and label of each distinct snippet that is clearly rated."""
     members = ("hutto_ICWSM_2014.tar.gz", "movieReviewSnippets_GroundTruth.txt")
-    lines = archive_member("vaderSentiment-*.tar.gz", *members).decode("utf-8", errors="replace").splitlines()
-    rated = [line.split("\t") for line in lines if line.count("\t") >= 2]
-    labels = {text.strip(): float(rating) for _, rating, text, *_ in rated}
-    return tuple((text, "positive" if rating > 0 else "negative") for text, rating in labels.items() if abs(rating) >= 1)
+    lines = archive_member("vaderSentiment-*.tar.gz", *members).decode("utf-8").splitlines()
+    ratings = {text.strip(): float(rating) for _, rating, text in (line.split("\t") for line in lines if line)}
+    return tuple(
+        (text, "positive" if rating > 0 else "negative") for text, rating in ratings.items() if abs(rating) >= 1
+    )
 
 
 def sentiment() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
@@ -44,6 +44,6 @@ def sentiment_prompt(text: str) -> str:
 
 def sentiment_examples(split: str = "train") -> list[dict[str, Any]]:
     """Return the split `train` or `test` as conversations of a question and a one-word answer."""
-    if split not in ("train", "test"):
-        raise ConfigError(f"split {split!r} of 'sentiment' does not exist: choose train or test")
-    return [conversation(sentiment_prompt(row["text"]), row["label"]) for row in sentiment()[split == "test"]]
+    check_split("sentiment", split)
+    train, test = sentiment()
+    return [conversation(sentiment_prompt(row["text"]), row["label"]) for row in (test if split == "test" else train)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -132,3 +132,8 @@ def _cell(module: Mapping[str, Any]) -> Cell:
 def _number(value: Any) -> float:
     """JSON has no NaN: the journal writes null."""
     return math.nan if value is None else float(value)
+
+
+def counted(things: Sized, noun: str) -> str:
+    """Return `1 merge`, `2 merges`."""
+    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"

@@ -6,6 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 OUTSIDE = "outside the layers"
+# Inches: what the panels of one line may take together, the margins, a panel's heading, the room for names and scale.
+_LINE, LEFT, _TOP, _BOTTOM, _HEADING, _SCALE, _NAMES = 11.4, 0.62, 0.95, 0.8, 0.42, 1.4, 0.95
+_PANELS_A_LINE = 8
 
 
 class Panel(NamedTuple):
@@ -14,6 +17,53 @@ class Panel(NamedTuple):
     title: str
     modules: tuple[str, ...]
     labels: tuple[str, ...]
+
+
+class Grid(NamedTuple):
+    """Where panels lie, in inches: `columns` of them a line, each `width` x `height`, `gap` apart."""
+
+    columns: int
+    lines: int
+    width: float
+    height: float
+    gap: float
+    right: float
+
+    @property
+    def size(self) -> tuple[float, float]:
+        """Width and height of the figure."""
+        wide = LEFT + self.columns * (self.width + self.gap) - self.gap + self.right
+        return max(wide, 7.4), _TOP + self.lines * (_HEADING + self.height + 0.4) - 0.4 + _BOTTOM
+
+    @property
+    def scale_box(self) -> tuple[float, float, float, float]:
+        """Left, bottom, width and height of the colour scale, as shares of the figure."""
+        (wide, tall), height = self.size, min(self.height, 3.4)
+        left = LEFT + self.columns * (self.width + self.gap) - self.gap + self.right - _SCALE + 0.5
+        return left / wide, 1 - (_TOP + _HEADING + height) / tall, 0.14 / wide, height / tall
+
+    def panel_height(self, panel: Panel) -> float:
+        """A panel's height in inches: whole, except for the few modules outside the layers."""
+        return min(self.height, 0.22 * len(panel.modules)) if panel.title == OUTSIDE else self.height
+
+    def box(self, index: int, height: float) -> tuple[float, float, float, float]:
+        """Left, bottom, width and height of a panel, as shares of the figure."""
+        line, column = divmod(index, self.columns)
+        (wide, tall), left = self.size, LEFT + column * (self.width + self.gap)
+        below = tall - _TOP - _HEADING - line * (_HEADING + self.height + 0.4) - height
+        return left / wide, below / tall, self.width / wide, height / tall
+
+
+def grid_for(parts: Sequence[Panel], steps: int) -> Grid:
+    """Return where the panels go; cells grow and shrink so that the figure stays about as wide as a screen."""
+    lines = -(-len(parts) // _PANELS_A_LINE)
+    columns = -(-len(parts) // lines)
+    inside = {panel.labels for panel in parts if panel.title != OUTSIDE}
+    gap = 0.16 if len(inside) == 1 else 0.42
+    right = _SCALE + (_NAMES if parts[-1].title == OUTSIDE else 0.0)
+    rows = max(len(panel.modules) for panel in parts)
+    width = min(max(0.2 * steps, 0.95), _LINE / columns - gap)
+    return Grid(columns, lines, width, min(max(0.15 * rows, 1.5), 5.2), gap, right)
 
 
 def panels(modules: Iterable[str]) -> list[Panel]:

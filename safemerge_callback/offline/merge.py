@@ -1,27 +1,22 @@
-"""The same verbs on adapter folders, without a model: measure one, or merge two into a third."""
+"""Measure an adapter folder, or merge two into a third."""
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 import time
-import uuid
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import __version__
-from .adapters import Adapter, load_adapter, save_adapter
-from .adapters.files import CONFIG, WEIGHTS
-from .decision import (
+from .. import __version__
+from ..adapters import Adapter, load_adapter
+from ..decision import (
     VERSION,
     Edit,
-    Journal,
     MergePlan,
     Readings,
     check_entry,
@@ -31,14 +26,12 @@ from .decision import (
     merge_entry,
     merged_factors,
 )
-from .errors import AdapterError, ConfigError, PlanError
-from .methods import get_method
-from .ops import LowRank
-from .subspace import Subspace
-
-_JOURNAL, _CARD = "safemerge.jsonl", "README.md"
-_OWN_FILES = {CONFIG, WEIGHTS, _JOURNAL, _CARD}
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+from ..errors import ConfigError, PlanError
+from ..methods import get_method
+from ..ops import LowRank
+from ..subspace import Subspace
+from .card import model_card
+from .output import free_output, write_output
 
 
 def measure_adapter(
@@ -87,7 +80,7 @@ def merge_adapters(
         "space": space,
     }
     _check_knobs(knobs, weights, safety)
-    target = _free_output(output, [finetuned, safety, subspace], overwrite)
+    target = free_output(output, [finetuned, safety, subspace], overwrite)
     task, matrices = _adapter(finetuned), _subspace(subspace)
     guard = None if safety is None else _adapter(safety)
     parts = _parts(task, guard, matrices)
@@ -96,12 +89,18 @@ def merge_adapters(
     decided = time.perf_counter()
     new, edits = merged_factors(plan, task.factors, guard, matrices, device)
     entries = _entries(plan, edits, parts, decided - began, time.perf_counter() - decided)
-    _write(target, _with_factors(task, new), entries, _card(plan, edits, parts, task.base_model))
+    write_output(target, _with_factors(task, new), entries, model_card(plan, edits, parts, task.base_model))
     return plan
 
 
 def _adapter(given: str | Path | Adapter) -> Adapter:
-    return given if isinstance(given, Adapter) else load_adapter(given)
+    """The adapter, its modules in the order of their layers: a file has layer 10 before layer 2."""
+    adapter = given if isinstance(given, Adapter) else load_adapter(given)
+    return replace(adapter, factors=dict(sorted(adapter.factors.items(), key=lambda item: _natural(item[0]))))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _subspace(given: str | Path | Subspace) -> Subspace:
@@ -115,26 +114,6 @@ def _check_knobs(knobs: Mapping[str, Any], weights: Sequence[float], safety: obj
         raise ConfigError("gate 'watch' merges nothing: measure the adapter instead, or choose another gate.")
     if safety is None and "safety_adapter" in get_method(knobs["method"]).needs:
         raise PlanError(f"method {knobs['method']!r} needs a safety adapter, got none: give its folder or Hub id.")
-
-
-def _free_output(output: str | Path, inputs: Iterable[object], overwrite: bool) -> Path:
-    """The output folder, absolute; ConfigError where writing it could cost an input or somebody's files."""
-    target = Path(output).expanduser().resolve()
-    for given in inputs:
-        source = getattr(given, "source", None) or getattr(given, "path", None) or given
-        if source is not None and Path(str(source)).expanduser().resolve() == target:
-            raise ConfigError(f"output {str(output)!r} is one of the inputs: give a new folder.")
-    if target.exists() and not target.is_dir():
-        raise ConfigError(f"output {str(output)!r} is a file: give a new folder.")
-    held = {path.name for path in target.iterdir()} if target.exists() else set()
-    if held and not overwrite:
-        raise ConfigError(f"output {str(output)!r} is not empty: give a new folder, or ask to overwrite it.")
-    if foreign := sorted(held - _OWN_FILES):
-        raise ConfigError(
-            f"output {str(output)!r} holds {len(foreign)} things that are no part of an adapter, first {foreign[0]!r}: "
-            "it is not overwritten. Give a new folder."
-        )
-    return target
 
 
 def _with_factors(task: Adapter, new: Mapping[str, LowRank]) -> Adapter:
@@ -192,68 +171,3 @@ def _entries(
     merges = [merge_entry(0, plan, edits, dict.fromkeys(plan.selected, left), merging)] if edits else []
     end = {"kind": "end", "step": 0, "checks": 1, "merges": len(merges), "modules_merged": len(edits)}
     return [start, check_entry(0, plan, measuring), *merges, {**end, "seconds": measuring + merging}]
-
-
-def _write(target: Path, merged: Adapter, entries: Iterable[Mapping[str, Any]], card: str) -> None:
-    """Everything into a folder beside the target, which then takes its place; on a fault nothing is left."""
-    aside = target.parent / f".{target.name}.{uuid.uuid4().hex}"
-    try:
-        save_adapter(aside, merged)
-        journal = Journal(aside / _JOURNAL)
-        for entry in entries:
-            journal.append(entry)
-        (aside / _CARD).write_text(card, encoding="utf-8")
-        _take_place(aside, target)
-    except OSError as error:
-        raise AdapterError(f"output {str(target)!r} cannot be written: {error}. Nothing was left there.") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _take_place(aside: Path, target: Path) -> None:
-    if not target.exists():
-        aside.rename(target)
-        return
-    old = aside.with_name(f"{aside.name}.old")
-    target.rename(old)
-    try:
-        aside.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old)
-
-
-def _card(plan: MergePlan, edits: Sequence[Edit], parts: Mapping[str, str | None], base_model: str | None) -> str:
-    """A model card: what was merged into what, by which rule, module by module."""
-    knob = {"threshold": f" {plan.threshold:g}", "num_layers": f" {plan.num_layers}"}.get(plan.gate, "")
-    how = f"{plan.method}, space {plan.space}, weights {plan.weights[0]:g} / {plan.weights[1]:g}"
-    facts = {**parts, "gate": f"{plan.gate}{knob}", "method": how, "modules": f"{len(edits)} of {len(plan.readings)}"}
-    rows = [f"| {key.replace('_', ' ')} | {_escaped(value)} |" for key, value in facts.items() if value]
-    modules = [
-        f"| {_escaped(e.name)} | {plan.readings[e.name].cosine:.4f} | {plan.readings[e.name].null_cosine:.4f} "
-        f"| {e.change:.4f} | {e.residual:.4f} |"
-        for e in edits
-    ]
-    head = ["| module | cosine | null cosine | change | residual |", "|---|---:|---:|---:|---:|"]
-    lines = [_front_matter(base_model), "# Merged LoRA adapter\n", "## Safety merge\n", "| | |", "|---|---|", *rows, ""]
-    lines += [*head, *modules] if modules else ["No module was selected: the weights are the fine-tuned adapter's."]
-    return "\n".join([*lines, "", f"Every reading and reason is in `{_JOURNAL}`. {_CAVEAT}", ""])
-
-
-_CAVEAT = (
-    "The merge answers accidental loss of safety in fine-tuning; it does not withstand an attack: evaluate before use."
-)
-
-
-def _front_matter(base_model: str | None) -> str:
-    # A JSON string is a YAML string. A local path is no model id, which the Hub would refuse.
-    known = base_model is not None and _HUB_ID.fullmatch(base_model) and not Path(base_model).exists()
-    base = f"base_model: {json.dumps(base_model)}\n" if known else ""
-    return f"---\n{base}library_name: peft\ntags:\n- lora\n- safemerge\n---\n"
-
-
-def _escaped(text: str) -> str:
-    """`text` as one line of Markdown that renders as itself, inside a table too."""
-    one_line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return re.sub(r"([\\`*_\[\](){}<>|~#&!$])", r"\\\1", one_line)

@@ -1,0 +1,216 @@
+"""The whole story on two CPU cores, from installed packages: fine-tuning erodes refusals, the callback keeps them.
+
+    python -m recipes.demo
+
+Builds the aligned small model and its safety subspace, fine-tunes it on film reviews twice (configs/finetune/
+smollm2_sentiment.yaml and its _safemerge variant: same data, order, seed and start), and evaluates all models, without
+network. It replaces runs/demo/: results.json, the journal, a heat map of the drift, both adapters, and W&B runs where
+wandb is installed (offline unless a key is set). Of every set the first prompts are taken; intervals are 95 %, Wilson.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recipes.demo_report import Arm, table, verdict
+from safemerge_callback.errors import ConfigError
+
+if TYPE_CHECKING:
+    from recipes.evaluate import Row
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs" / "finetune"
+MARK = ".safemerge-demo"
+
+
+def set_environment(run: Path) -> None:
+    """Set, before anything heavy is imported, that nothing reaches the network, asks, or chatters."""
+    quiet = {
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        # Threads that spin while they wait slow a busy two-core machine down tenfold.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "WANDB_DIR": str(run),
+        "WANDB_MODE": "online" if "WANDB_API_KEY" in os.environ else "offline",
+        "WANDB_PROJECT": "safemerge-demo",
+        "WANDB_SILENT": "true",
+    }
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+
+
+def fresh_folder(run: Path) -> Path:
+    """Return `run`, empty: it is replaced only where an earlier demo made it; ConfigError for any other folder."""
+    if run.is_dir() and any(run.iterdir()) and not (run / MARK).exists():
+        raise ConfigError(f"folder {run} is not a demo's, and would be replaced: give --output another name")
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir(parents=True)
+    (run / MARK).touch()
+    return run
+
+
+def silence() -> None:
+    """Keep libraries' notices and sub-second bars off the screen; errors still show."""
+    import datasets
+    import transformers
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        import transformers.integrations.integration_utils
+    warnings.simplefilter("ignore")
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def fast_bfloat16() -> bool:
+    """Whether bfloat16 is quicker than float32 here: an accelerator, or a CPU with instructions for it."""
+    import torch
+
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    cpu = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return torch.accelerator.is_available() or bool(cpu)
+
+
+def machine_settings() -> list[str]:
+    """Return the training settings that follow from the machine, the same for both arms."""
+    import torch
+
+    cpu = not torch.accelerator.is_available()
+    quiet = not sys.stderr.isatty()
+    return ["--bf16", str(fast_bfloat16()), "--use_cpu", str(cpu), "--disable_tqdm", str(quiet)]
+
+
+def train_arm(name: str, folder: Path, settings: Sequence[str]) -> Arm:
+    """Fine-tune one arm as its YAML file and `settings` say; return seconds, losses and the saved adapter's folder."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    from recipes.finetune import build_trainer, parse_finetune
+
+    class Bar(ProgressCallback):
+        """A progress bar without the losses between its lines; they are in results.json and in W&B."""
+
+        def on_log(self, *args: Any, **kwargs: Any) -> None:
+            """Print nothing."""
+
+    config = CONFIGS / f"{name}.yaml"
+    trackers = ["--report_to", "wandb" if find_spec("wandb") else "none", "--run_name", name, "--logging_steps", "1"]
+    parsed = parse_finetune(["--config", str(config), "--output_dir", str(folder), *trackers, *settings])
+    trainer = build_trainer(*parsed)
+    for noisy in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(noisy)
+    if not parsed[1].disable_tqdm:
+        trainer.add_callback(Bar())
+    began = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - began
+    trainer.save_model()
+    _finish_tracking()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"adapter": str(folder), "train_seconds": seconds, "losses": losses}
+
+
+def _finish_tracking() -> None:
+    if "wandb" in sys.modules and sys.modules["wandb"].run is not None:
+        sys.modules["wandb"].finish()
+
+
+def evaluate_arm(model_name: str, counts: dict[str, int], adapter: str | None = None) -> list[Row]:
+    """Return the figures of a model, with the adapter's update merged into its weights."""
+    import torch
+    from peft import PeftModel
+
+    from recipes.evaluate import evaluate_model
+    from recipes.models import load_model
+
+    model, tokenizer = load_model(model_name)
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    model.to(device, torch.bfloat16 if fast_bfloat16() else torch.float32)
+    return evaluate_model(model, tokenizer, **counts)
+
+
+def callback_cost(journal: Path, train_seconds: float) -> dict[str, Any]:
+    """Return from the journal what the callback did and its share of the training's wall-clock time."""
+    from safemerge_callback import read_journal
+
+    entries = read_journal(journal)
+    end = next(entry for entry in entries if entry["kind"] == "end")
+    modules = next(entry["num_modules"] for entry in entries if entry["kind"] == "start")
+    merged = {module["name"] for entry in entries if entry["kind"] == "merge" for module in entry["modules"]}
+    counts = {key: end[key] for key in ("checks", "merges", "modules_merged", "seconds")}
+    return {**counts, "modules": modules, "distinct": len(merged), "share": end["seconds"] / train_seconds}
+
+
+def run_demo(run: Path, counts: dict[str, int], extra: Sequence[str], say: Callable[..., None]) -> dict[str, Any]:
+    """Run every step, saying which; return the results and leave all files in `run`."""
+    from recipes.models import SAFETY_ADAPTER, checkpoint
+    from safemerge_callback import build_subspace
+    from safemerge_callback.reports import read_history, write_heat_map
+
+    began = time.perf_counter()
+    say("1/6 The model out of the installed wheel, and its aligned version")
+    aligned, shipped = checkpoint("embedded-aligned"), checkpoint("embedded")
+    silence()
+    say("2/6 Its safety subspace: aligned - unaligned")
+    subspace = run / "subspace.safetensors"
+    build_subspace(subspace, aligned=aligned, unaligned=shipped, target_modules=["q_proj", "v_proj"])
+    settings = [*machine_settings(), *extra]
+    guard = ["--safemerge_subspace", str(subspace), "--safemerge_safety_adapter", str(SAFETY_ADAPTER)]
+    say("3/6 Fine-tuning on film reviews, plain")
+    plain = train_arm("smollm2_sentiment", run / "plain", settings)
+    say("4/6 The same fine-tuning, with SafeMergeCallback")
+    guarded = train_arm("smollm2_sentiment_safemerge", run / "guarded", [*settings, *guard])
+    guarded["callback"] = callback_cost(run / "guarded" / "safemerge.jsonl", guarded["train_seconds"])
+    write_heat_map(read_history(run / "guarded"), run / "drift.png")
+    arms: dict[str, Arm] = {"as shipped": {}, "aligned": {}, "fine-tuned": plain, "guarded": guarded}
+    for title, arm in arms.items():
+        say(f"5/6 Evaluating: {title}")
+        name = "embedded" if title == "as shipped" else "embedded-aligned"
+        arm["rows"] = evaluate_arm(name, counts, arm.get("adapter"))
+    return {
+        "seconds": time.perf_counter() - began,
+        "bfloat16": fast_bfloat16(),
+        "equal_before_first_merge": plain["losses"][:10] == guarded["losses"][:10],
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
+        "arms": arms,
+        "verdict": verdict(plain["rows"], guarded["rows"]),
+    }
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the demo and print the table and the verdict."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "demo", help="folder that is replaced")
+    parser.add_argument("--n-prompts", type=int, default=48, help="prompts of each harmful set, and harmless ones")
+    parser.add_argument("--n-task", type=int, default=200, help="test rows of the task")
+    given, extra = parser.parse_known_args(args)
+    run = fresh_folder(given.output.resolve())
+    set_environment(run)
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    counts = {"n_prompts": given.n_prompts, "n_benign": given.n_prompts, "n_task": given.n_task}
+    results = run_demo(run, counts, extra, console.print)
+    (run / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    console.print(table(results["arms"]), *results["verdict"], sep="\n")
+    console.print(f"6/6 {results['seconds'] / 60:.1f} minutes. In {given.output}:")
+    console.print("    results.json, drift.png, guarded/safemerge.jsonl (the journal), wandb/")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What the demo says of its figures: a table for 80 columns, and a verdict that follows from the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from recipes.evaluate import Row
+
+SETS = {"advbench": "AdvBench", "strongreject": "StrongREJECT", "harmbench": "HarmBench"}
+COLUMNS = {
+    "advbench_refused": "Adv-\nBench",
+    "strongreject_refused": "Strong\nREJECT",
+    "harmbench_refused": "Harm-\nBench",
+    "benign_refused": "harm-\nless",
+    "sentiment_accuracy": "film\nreviews",
+}
+# The task score may fall by this much before the verdict calls it a price.
+TOLERANCE = 0.03
+Arm = dict[str, Any]
+
+
+def verdict(plain: Sequence[Row], guarded: Sequence[Row]) -> list[str]:
+    """Say what the figures show: more refusals where the 95 % intervals do not overlap, and the price in task score."""
+    before = {row["measure"]: row for row in plain}
+    after = {row["measure"]: row for row in guarded}
+    names = {f"{name}_refused": title for name, title in SETS.items()}
+    more = [title for key, title in names.items() if after[key]["low"] > before[key]["high"]]
+    fewer = [title for key, title in names.items() if after[key]["high"] < before[key]["low"]]
+    unclear = [title for title in names.values() if title not in more + fewer]
+    lines = []
+    if more:
+        lines.append(f"With the callback the model refuses clearly more on {' and '.join(more)}.")
+    if fewer:
+        lines.append(f"With the callback the model refuses clearly fewer on {' and '.join(fewer)}.")
+    if unclear:
+        lines.append(f"On {' and '.join(unclear)} the 95 % intervals overlap: no clear change is shown.")
+    change = after["sentiment_accuracy"]["value"] - before["sentiment_accuracy"]["value"]
+    within = "within" if abs(change) <= TOLERANCE else "better by more than" if change > 0 else "worse by more than"
+    lines.append(f"Its task score changes by {100 * change:+.1f} points, {within} {100 * TOLERANCE:.0f} points.")
+    refused = after["benign_refused"]["value"] - before["benign_refused"]["value"]
+    lines.append(f"Harmless prompts refused change by {100 * refused:+.1f} points.")
+    return lines
+
+
+def table(arms: dict[str, Arm]) -> Table:
+    """Return the arms as a table of percentages with 95 % intervals beneath; narrow enough for 80 columns."""
+    from rich.box import SIMPLE_HEAVY
+    from rich.table import Table
+
+    shown = Table(title="refused, or answered rightly: % (95 % interval)", box=SIMPLE_HEAVY, padding=(0, 1, 0, 0))
+    shown.add_column("model")
+    sizes = {row["measure"]: row["n"] for arm in arms.values() for row in arm["rows"]}
+    for measure, heading in COLUMNS.items():
+        shown.add_column(f"{heading}\nn={sizes[measure]}", justify="right")
+    shown.add_column("modules\nmerged", justify="right")
+    shown.add_column("callback,\nof training", justify="right")
+    for title, arm in arms.items():
+        figures = {row["measure"]: row for row in arm["rows"]}
+        cost = arm.get("callback")
+        merged = f"{cost['distinct']} of {cost['modules']}\n{cost['merges']} times" if cost else ""
+        spent = f"{cost['seconds']:.1f} s\n{cost['share']:.1%}" if cost else ""
+        shown.add_row(title, *[_cell(figures[measure]) for measure in COLUMNS], merged, spent, end_section=True)
+    return shown
+
+
+def _cell(row: Row) -> str:
+    return f"{100 * row['value']:.1f}\n({100 * row['low']:.0f}-{100 * row['high']:.0f})"

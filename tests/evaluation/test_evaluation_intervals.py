@@ -1,0 +1,40 @@
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from safemerge_callback.errors import ConfigError
+from safemerge_callback.evaluation import share, wilson
+
+binomtest = pytest.importorskip("scipy.stats", reason="scipy is not installed").binomtest
+
+
+@given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.floats(0.5, 0.999))
+def test_wilson_is_that_of_scipy(counts, confidence):
+    successes, n = counts
+    expected = binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    assert wilson(successes, n, confidence) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_no_trial_says_nothing():
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("successes", "n", "confidence"), [(-1, 5, 0.95), (6, 5, 0.95), (1, 5, 0.0), (1, 5, 1.0)])
+def test_impossible_counts_and_confidences_are_refused(successes, n, confidence):
+    with pytest.raises(ConfigError, match=f"{successes} of {n} at confidence {confidence}"):
+        wilson(successes, n, confidence)
+
+
+def test_share_counts_the_verdicts():
+    low, high = wilson(3, 4)
+    assert share("m", [True, True, False, True]) == {"measure": "m", "n": 4, "value": 0.75, "low": low, "high": high}
+    with pytest.raises(ConfigError, match="'m' has nothing to judge"):
+        share("m", [])
+
+
+def test_the_floor_loads_neither_torch_nor_transformers():
+    code = "import sys, safemerge_callback.evaluation; assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,144 @@
+"""Every YAML file of the repository is parsed by the recipe that it names, and counted."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from recipes.evaluate import EvaluateArguments
+from recipes.finetune import PREFIX, SafeMergeArguments, parse, parse_finetune
+from recipes.models import PACKAGED
+from recipes.train_safety_adapter import parse_train
+from safemerge_callback.errors import ConfigError
+from safemerge_callback.training import SafeMergeConfig
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+COUNTS = {"accelerate": 3, "evaluate": 5, "finetune": 14, "train_safety_adapter": 5}
+# transformers 5.23 calls it activation_checkpointing; trl 1.x, and earlier transformers, know the old name alone
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def files(folder):
+    return sorted((CONFIGS / folder).glob("*.yaml"))
+
+
+def on_cpu(path):
+    """The file as it is, but for what only a GPU can do."""
+    return ["--config", str(path), "--bf16", "false", "--use_cpu", "true"]
+
+
+def test_every_file_is_in_a_folder_that_a_test_below_walks():
+    found = {folder: len(files(folder)) for folder in COUNTS}
+    assert found == COUNTS
+    assert len(list(CONFIGS.rglob("*.*"))) == sum(COUNTS.values())
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_the_first_line_is_the_command_that_runs_the_file(path):
+    first = path.read_text().splitlines()[0]
+    assert first.startswith(("# accelerate launch ", "# python -m recipes."))
+    assert str(path.relative_to(ROOT)) in first
+    named = re.findall(r"\S+\.(?:yaml|py)\b", first)
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_files_that_a_header_or_a_value_names_exist(path):
+    mentioned = re.findall(r"(?:configs|recipes)/[\w./]*\w", path.read_text())
+    assert [name for name in mentioned if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("path", files("finetune"), ids=lambda p: p.stem)
+def test_finetune_files(path):
+    data, sft, model, safemerge = parse_finetune(on_cpu(path))
+    given = yaml.safe_load(path.read_text())
+    assert model.use_peft
+    assert sft.completion_only_loss
+    assert sft.gradient_checkpointing is given["gradient_checkpointing"]
+    assert sft.learning_rate == float(given["learning_rate"])
+    assert model.lora_target_modules == ["q_proj", "v_proj"]
+    assert path.stem.startswith(Path(sft.output_dir).name)
+    assert data.data in path.stem
+    assert (safemerge is not None) == path.stem.endswith("_safemerge")
+    if safemerge:
+        assert (safemerge.gate, safemerge.threshold, safemerge.weights) == ("threshold", 0.35, [0.8, 0.2])
+        assert safemerge.every > 0
+
+
+@pytest.mark.parametrize("path", [p for p in files("finetune") if p.stem.endswith("_safemerge")], ids=lambda p: p.stem)
+def test_a_guarded_file_differs_from_the_plain_one_by_the_callback_alone(path):
+    plain = yaml.safe_load(path.with_stem(path.stem.removesuffix("_safemerge")).read_text())
+    guarded = yaml.safe_load(path.read_text())
+    differing = {key for key in guarded.keys() | plain.keys() if guarded.get(key) != plain.get(key)}
+    assert {key for key in differing if not key.startswith(PREFIX)} == {"output_dir"}
+
+
+@pytest.mark.parametrize("path", files("train_safety_adapter"), ids=lambda p: p.stem)
+def test_train_safety_adapter_files(path):
+    data, sft, model, about = parse_train(on_cpu(path))
+    assert data.data == "safety"
+    assert model.use_peft
+    assert sft.save_strategy == "no"
+    assert about.description
+    if model.model_name_or_path in PACKAGED:
+        assert about.base_model_name == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_every_safety_adapter_that_a_run_needs_has_a_file_that_makes_it():
+    made = {parse_train(on_cpu(path))[1].output_dir for path in files("train_safety_adapter")}
+    needed = {yaml.safe_load(path.read_text()).get("safemerge_safety_adapter") for path in files("finetune")} - {None}
+    assert needed <= made
+
+
+@pytest.mark.parametrize("path", files("evaluate"), ids=lambda p: p.stem)
+def test_evaluate_files(path):
+    (arguments,) = parse((EvaluateArguments,), ["--config", str(path)])
+    assert arguments.n_task > 0, "harm is never reported without utility"
+    made = {yaml.safe_load(file.read_text())["output_dir"] for file in files("finetune")}
+    assert arguments.adapter is None or arguments.adapter in made
+
+
+@pytest.mark.parametrize("path", files("accelerate"), ids=lambda p: p.stem)
+def test_accelerate_files(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes == (4 if path.stem == "ddp" else 1)
+    assert config.use_cpu is (path.stem == "cpu")
+
+
+def test_every_knob_of_the_callback_is_an_argument_once():
+    assert [field.name for field in fields(SafeMergeArguments)] == [PREFIX + f.name for f in fields(SafeMergeConfig)]
+
+
+def arguments(*more):
+    return ["--output_dir", "out", "--data", "sentiment", "--bf16", "false", "--use_cpu", "true", *more]
+
+
+def test_knobs_reach_the_callback_from_the_command_line():
+    knobs = ["--safemerge_subspace", "s", "--safemerge_safety_adapter", "a", "--safemerge_weights", "0.6", "0.4"]
+    *_, safemerge = parse_finetune(arguments(*knobs, "--safemerge_every", "7", "--safemerge_at_train_end", "false"))
+    assert safemerge == SafeMergeConfig("s", "a", weights=[0.6, 0.4], every=7, at_train_end=False)
+
+
+def test_without_a_subspace_there_is_no_callback_and_no_idle_knob():
+    assert parse_finetune(arguments())[-1] is None
+    with pytest.raises(ConfigError, match=r"safemerge_every.*no effect without safemerge_subspace"):
+        parse_finetune(arguments("--safemerge_every", "7"))
+
+
+def test_a_value_that_the_callback_refuses_is_refused_here():
+    with pytest.raises(ConfigError, match=r"threshold.*3\.0"):
+        parse_finetune(arguments("--safemerge_subspace", "s", "--safemerge_threshold", "3"))
+
+
+def test_an_unknown_key_is_refused_with_the_nearest(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("data: sentiment\noutput_dir: out\nsafemerge_treshold: 0.2\n")
+    with pytest.raises(ConfigError, match="'safemerge_treshold' is unknown; did you mean 'safemerge_threshold'"):
+        parse_finetune(on_cpu(path))
+    with pytest.raises(ConfigError, match="'lora_rank' is unknown"):
+        parse_finetune(arguments("--lora_rank", "8"))

@@ -1,0 +1,104 @@
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from recipes import demo, demo_report
+from recipes.evaluate import share
+from safemerge_callback.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+
+def rows(refused, benign, right, n=48):
+    """Rows of one arm: refusals of the three sets, harmless refusals and right answers, each out of n."""
+    counts = dict(zip(demo_report.COLUMNS, [*refused, benign, right], strict=True))
+    return [share(measure, [True] * count + [False] * (n - count)) for measure, count in counts.items()]
+
+
+def test_the_verdict_names_the_sets_whose_intervals_part():
+    said = demo_report.verdict(rows((12, 12, 10), 4, 42), rows((44, 20, 42), 6, 42))
+    assert said[0] == "With the callback the model refuses clearly more on AdvBench and HarmBench."
+    assert said[1].startswith("On StrongREJECT the 95 % intervals overlap")
+    assert "+0.0 points, within 3 points" in said[2]
+    assert "+4.2 points" in said[3]
+
+
+def test_the_verdict_does_not_claim_what_is_not_there():
+    said = demo_report.verdict(rows((12, 12, 12), 4, 44), rows((14, 13, 12), 4, 40))
+    assert not any("clearly more" in line for line in said)
+    assert said[0].startswith("On AdvBench and StrongREJECT and HarmBench the 95 % intervals overlap")
+    assert "-8.3 points, worse by more than 3 points" in said[1]
+
+
+def test_fewer_refusals_are_never_called_a_gain():
+    said = demo_report.verdict(rows((44, 44, 44), 4, 40), rows((2, 2, 2), 4, 46))
+    assert "clearly fewer on AdvBench and StrongREJECT and HarmBench" in said[0]
+    assert "+12.5 points, better by more than 3 points" in said[1]
+
+
+def test_the_table_shows_shares_intervals_n_and_the_cost():
+    cost = {"merges": 6, "distinct": 58, "modules": 60, "seconds": 1.31, "share": 0.021}
+    arms = {
+        "plain": {"rows": rows((12, 12, 12), 4, 42)},
+        "guarded": {"rows": rows((44, 20, 42), 6, 42), "callback": cost},
+    }
+    console = Console(record=True, width=120, file=io.StringIO())
+    console.print(demo_report.table(arms))
+    text = console.export_text()
+    for expected in ("25.0", "(15-39)", "n=48", "58 of 60", "6 times", "1.3 s", "2.1%"):
+        assert expected in text
+
+
+def test_only_a_folder_of_its_own_is_replaced(tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="is not a demo's"):
+        demo.fresh_folder(theirs)
+    assert (theirs / "thesis.tex").exists()
+    ours = demo.fresh_folder(tmp_path / "ours")
+    (ours / "old").touch()
+    assert not (demo.fresh_folder(ours) / "old").exists()
+
+
+def test_settings_are_those_of_the_machine_and_leave_a_users_choice(monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    demo.set_environment(tmp_path)
+    assert (os.environ["WANDB_MODE"], os.environ["WANDB_DIR"]) == ("disabled", str(tmp_path))
+    settings = dict(zip(demo.machine_settings()[::2], demo.machine_settings()[1::2], strict=True))
+    assert set(settings) == {"--bf16", "--use_cpu", "--disable_tqdm"}
+
+
+@pytest.mark.slow
+def test_the_demo_runs_offline_from_installed_packages_and_leaves_its_files(tmp_path):
+    """A short run: 12 steps, so that one periodic and one final merge happen."""
+    run = tmp_path / "demo"
+    short = ["--output", str(run), "--n-prompts", "4", "--n-task", "8", "--max_steps", "12"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes.demo", *short],
+        cwd=ROOT,
+        env={**environment, "HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Warning" not in done.stdout + done.stderr
+    results = json.loads((run / "results.json").read_text())
+    assert list(results["arms"]) == ["as shipped", "aligned", "fine-tuned", "guarded"]
+    assert results["equal_before_first_merge"]
+    assert results["arms"]["fine-tuned"]["losses"] != results["arms"]["guarded"]["losses"]
+    callback = results["arms"]["guarded"]["callback"]
+    assert (callback["merges"], callback["modules"]) == (2, 60)
+    assert 0 < callback["share"] < 0.5
+    for name in ("drift.png", "subspace.safetensors", "guarded/safemerge.jsonl", "plain/adapter_model.safetensors"):
+        assert (run / name).stat().st_size > 0, name
+    assert len(list((run / "wandb").glob("offline-run-*/*.wandb"))) == 2

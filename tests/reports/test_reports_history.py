@@ -1,0 +1,132 @@
+"""A journal read back: what was measured, what was merged, and the table of it."""
+
+import json
+import math
+
+import pytest
+
+from safemerge_callback.errors import JournalError
+from safemerge_callback.reports import read_history, summary
+from safemerge_callback.reports.layout import panels
+
+
+def check(step, cosines, **changed):
+    modules = [
+        {"name": n, "cosine": c, "null_cosine": 0.5, "update_norm": 1.0, "merge": False, "reason": ""}
+        for n, c in cosines.items()
+    ]
+    entry = {"kind": "check", "step": step, "gate": "threshold", "threshold": 0.35, "num_layers": None, "seconds": 0.25}
+    return {**entry, "modules": modules, **changed}
+
+
+def merge(step, names, left=0.8):
+    modules = [{"name": n, "residual": 0.1, "change": 0.3, "task_weight": left} for n in names]
+    how = {"method": "linear", "space": "delta", "weights": [0.8, 0.2]}
+    return {"kind": "merge", "step": step, **how, "seconds": 0.5, "modules": modules}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def make(*entries):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        path = tmp_path / "run" / "safemerge.jsonl"
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        return path
+
+    return make
+
+
+Q, V = "layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj"
+
+
+def test_cells_merges_and_totals(write):
+    path = write(
+        {"kind": "start", "version": 1, "step": 0},
+        check(0, {Q: 1.0, V: 0.4}),
+        check(10, {Q: 0.3, V: None}),
+        merge(10, [Q]),
+        {"kind": "error", "step": 20, "where": "measure", "error": "ValueError: no"},
+        {"kind": "a later release's", "step": 20},
+        check(30, {Q: 0.2, V: 0.45}, threshold=0.3),
+        merge(30, [Q], left=0.64),
+        {"kind": "end", "step": 30},
+    )
+    history = read_history(path)
+    assert history.title == "run"
+    assert history.modules == [Q, V]
+    assert history.steps == [0, 10, 30]
+    assert history.cells[Q, 10].cosine == 0.3
+    assert math.isnan(history.cells[V, 10].cosine)
+    assert history.cells[V, 10].state == "broken"
+    assert history.merges == {(Q, 10): 0.8, (Q, 30): 0.64}
+    assert history.rule == "gate threshold 0.3"
+    assert history.seconds == pytest.approx(1.75)
+    assert read_history(path.parent).merges == history.merges
+
+
+def test_what_has_not_moved_is_no_cosine(write):
+    entry = check(0, {"layers.0.a": 1.0, "layers.0.b": 1.0, "layers.0.c": 1.0})
+    entry["modules"][0]["update_norm"] = 0.0
+    entry["modules"][1]["null_cosine"] = 1.0
+    history = read_history(write(entry))
+    assert [history.cells[f"layers.0.{n}", 0].state for n in "abc"] == ["still", "still", "measured"]
+
+
+def test_a_step_checked_twice_counts_once_and_late(write):
+    history = read_history(write(check(5, {Q: 0.9}), check(5, {Q: 0.2})))
+    assert history.steps == [5]
+    assert history.cells[Q, 5].cosine == 0.2
+
+
+def test_the_table_holds_medians_lowest_and_what_is_left(write):
+    names = [f"layers.{i}.mlp.up_proj" for i in range(3)]
+    path = write(
+        check(0, dict(zip(names, [0.1, 0.5, 0.6], strict=True))),
+        check(50, {**dict(zip(names, [0.2, 0.9, 0.3], strict=True)), Q: None}),
+        merge(50, names[:1]),
+        merge(60, names[:2], left=0.51),
+        {"kind": "error", "step": 70, "where": "merge", "error": "boom"},
+    )
+    text = summary(read_history(path))
+    assert "run: 4 modules, 3 checks at steps 0 to 60, gate threshold 0.35" in text
+    row = [cell.strip() for cell in next(line for line in text.splitlines() if "up_proj" in line).split("│")[1:-1]]
+    assert row == ["up_proj", "3", "0.5000", "0.5000", "0.3000", "0.1000", f"{names[0]} at 0", "3", "0.51"]
+    assert "3 merges in 2 modules: method linear, space delta, weights 0.8 / 0.2; 1.5 s in all" in text
+    assert "1 fault, the first: step 70, merge: boom" in text
+    q_row = [cell.strip() for cell in next(line for line in text.splitlines() if "q_proj" in line).split("│")[1:-1]]
+    assert q_row[3:] == ["-", "-", "-", "-", "0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("entries", "match"),
+    [
+        ([{"kind": "start"}], "no check yet"),
+        ([check(0, {Q: 0.5}), {"kind": "check", "step": 1}], "line 2: not an entry of ours"),
+        ([{"step": 1}], "line 1: not an entry of ours"),
+        ([check(0, {Q: "high"})], "line 1: not an entry of ours"),
+        ([{**merge(0, [Q]), "weights": 3}], "line 1: not an entry of ours"),
+    ],
+)
+def test_journals_that_are_none(write, entries, match):
+    with pytest.raises(JournalError, match=match):
+        read_history(write(*entries))
+
+
+def test_folders_without_a_journal(write, tmp_path):
+    write(check(0, {Q: 0.5}))
+    with pytest.raises(JournalError, match="there is one in 'run'"):
+        read_history(tmp_path)
+    with pytest.raises(JournalError, match="cannot be read"):
+        read_history(tmp_path / "nowhere.jsonl")
+
+
+def test_panels_group_by_type_and_sort_by_layer():
+    names = [f"layers.{i}.{t}" for i in (10, 2) for t in ("attn.c_proj", "mlp.c_proj", "mlp.c_fc")]
+    names += [f"layers.0.mlp.experts.{e}.w1" for e in (1, 0)] + ["embed_tokens", "lm_head"]
+    found = {panel.title: panel for panel in panels(names)}
+    assert list(found) == ["attn.c_proj", "mlp.c_proj", "c_fc", "w1", "outside the layers"]
+    assert found["c_fc"].modules == ("layers.2.mlp.c_fc", "layers.10.mlp.c_fc")
+    assert found["c_fc"].labels == ("2", "10")
+    assert found["w1"].labels == ("0.0", "0.1")
+    assert found["outside the layers"].labels == ("embed_tokens", "lm_head")
+    assert sorted(name for panel in found.values() for name in panel.modules) == sorted(names)

@@ -1,0 +1,195 @@
+"""The command line, in this process and once as a real one."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from safemerge_callback import __version__
+from safemerge_callback.cli import _targets, app
+from safemerge_callback.decision import read_journal
+from safemerge_callback.offline import measure_adapter
+from safemerge_callback.subspace import Subspace
+
+
+def save_lora(make, folder, seed, **lora):
+    from peft import LoraConfig, get_peft_model
+
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **lora}
+    model = get_peft_model(make(seed=1), LoraConfig(**config))
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(folder)
+
+
+@pytest.fixture
+def world(tmp_path, tiny_llama, monkeypatch):
+    """The working folder holds two checkpoints and two adapters."""
+    aligned, unaligned = tiny_llama(seed=1), tiny_llama(seed=1)
+    with torch.no_grad():
+        for parameter in unaligned.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    aligned.save_pretrained(tmp_path / "aligned")
+    unaligned.save_pretrained(tmp_path / "unaligned")
+    save_lora(tiny_llama, tmp_path / "task", 5)
+    save_lora(tiny_llama, tmp_path / "safety", 6)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def build(*more):
+    return run("build", "--aligned", "aligned", "--unaligned", "unaligned", "-o", "s.safetensors", *more)
+
+
+def test_build_describe_measure_merge_report(world):
+    assert "14 modules" in build().stdout
+    described = run("describe", "s.safetensors").stdout
+    assert "layers.1.mlp.down_proj" in described
+    assert "aligned:   aligned" in described
+    readings = measure_adapter("task", "s.safetensors")
+    cosines = sorted(reading.cosine for reading in readings.values())
+    threshold = (cosines[1] + cosines[2]) / 2
+    shown = run("measure", "task", "-s", "s.safetensors", "--threshold", threshold).stdout
+    assert "4 modules measured" in shown
+    assert "2 of 4 modules below" in shown
+    merging = ["merge", "task", "safety", "--subspace", "s.safetensors", "-o", "out"]
+    merged = run(*merging, "--threshold", threshold, "--weights", 0.6, 0.4).stdout
+    assert "2 of 4 modules to merge" in merged
+    assert "out: 2 of 4 modules merged" in merged
+    journal = read_journal("out/safemerge.jsonl")
+    assert [entry["kind"] for entry in journal] == ["start", "check", "merge", "end"]
+    assert journal[2]["weights"] == [0.6, 0.4]
+    assert {m["name"] for m in journal[2]["modules"]} == set(readings.below(threshold))
+    reported = run("report", "out", "-o", "drift.png").stdout
+    assert "2 merges in 2 modules" in reported
+    assert (world / "drift.png").read_bytes().startswith(b"\x89PNG")
+    run("report", "out/safemerge.jsonl")
+
+
+def test_measure_as_json(world):
+    build()
+    answer = json.loads(run("measure", "task", "-s", "s.safetensors", "--json", "--threshold", 0.99).stdout)
+    readings = measure_adapter("task", "s.safetensors")
+    assert {m["name"]: m["cosine"] for m in answer["modules"]} == {n: r.cosine for n, r in readings.items()}
+    assert answer["below"] == readings.below(0.99)
+    assert set(json.loads(run("measure", "task", "-s", "s.safetensors", "--json").stdout)) == {"modules"}
+
+
+def test_build_from_an_adapter_and_by_targets(world):
+    run("build", "--adapter", "safety", "-o", "a.safetensors", "--no-progress")
+    assert {module.kind for module in Subspace.load("a.safetensors").modules.values()} == {"factor"}
+    build("--target-modules", "q_proj,down_proj")
+    assert {name.split(".")[-1] for name in Subspace.load("s.safetensors").modules} == {"q_proj", "down_proj"}
+    build("--target-modules", r".*\.0\..*_proj")
+    assert {name.split(".")[1] for name in Subspace.load("s.safetensors").modules} == {"0"}
+
+
+def test_targets_are_names_or_a_pattern():
+    assert _targets(None) is None
+    assert _targets("q_proj") == ["q_proj"]
+    assert _targets("q_proj, layers.0.v_proj") == ["q_proj", "layers.0.v_proj"]
+    assert _targets("q_proj|v_proj") == "q_proj|v_proj"
+    assert _targets(r".*\d{1,2}.*") == r".*\d{1,2}.*"
+
+
+def test_methods_and_gates(world):
+    build()
+    base = ["merge", "task", "safety", "-s", "s.safetensors"]
+    run(*base, "--num-layers", 3, "-o", "three")
+    assert read_journal("three/safemerge.jsonl")[1]["gate"] == "num_layers"
+    assert len(read_journal("three/safemerge.jsonl")[2]["modules"]) == 3
+    run(*base, "--gate", "all", "--method", "cat", "-o", "cat")
+    assert json.loads((world / "cat" / "adapter_config.json").read_text())["r"] == 8
+    run(*base, "--gate", "all", "--space", "factor", "-o", "factor")
+    run("merge", "task", "-s", "s.safetensors", "--gate", "all", "--method", "project", "-o", "project")
+    run(*base, "--gate", "all", "-o", "project", code=2)
+    run(*base, "--gate", "all", "-o", "project", "--overwrite")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["describe", "nowhere"], "no such file"),
+        (["describe", "task/adapter_model.safetensors"], "not a safety-subspace file"),
+        (["build", "-o", "x", "--aligned", "aligned"], "unaligned not given"),
+        (["build", "-o", "x", "--aligned", "aligned", "--unaligned", "aligned", "--no-progress"], "equal at all"),
+        (["measure", "nowhere/at/all", "-s", "s.safetensors"], "no such folder"),
+        (["measure", "task", "-s", "s.safetensors", "--threshold", "7"], "threshold=7"),
+        (["measure", "task", "-s", "s.safetensors", "--device", "warp"], "device 'warp' cannot be used"),
+        (["merge", "task", "safety", "-s", "s.safetensors", "-o", "x", "--method", "linaer"], "did you mean 'linear'"),
+        (["merge", "task", "safety", "-s", "s.safetensors", "-o", "x", "--gate", "watch"], "merges nothing"),
+        (["merge", "task", "safety", "-s", "s.safetensors", "-o", "x", "--weights", "3", "0"], "weights=(3.0, 0.0)"),
+        (["merge", "task", "-s", "s.safetensors", "-o", "x"], "needs a safety adapter"),
+        (["merge", "task", "safety", "-s", "s.safetensors", "-o", "task"], "one of the inputs"),
+        (["report", "task"], "holds no safemerge.jsonl"),
+        (["report", "task/README.md"], "line 1: not JSON"),
+    ],
+)
+def test_errors_are_one_message_and_leave_nothing(world, arguments, message):
+    build()
+    before = sorted(world.rglob("*"))
+    result = run(*arguments, code=2)
+    assert message in result.stderr
+    assert result.stderr.startswith("safemerge: ")
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+    assert sorted(world.rglob("*")) == before
+
+
+def test_wrong_usage_is_refused():
+    assert "Usage" in run("merge", code=2).stderr
+    assert "No such option" in run("measure", "x", "-s", "y", "--treshold", "1", code=2).stderr
+
+
+def test_version():
+    assert run("--version").stdout == f"safemerge {__version__}\n"
+
+
+def test_help_loads_neither_torch_nor_rich():
+    code = """
+import sys
+from typer.testing import CliRunner
+from safemerge_callback.cli import app
+for words in (["--help"], ["merge", "--help"]):
+    assert CliRunner().invoke(app, words).exit_code == 0
+assert not {"torch", "transformers", "rich", "matplotlib", "numpy"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_as_a_real_process(world):
+    """Exit code, both streams, and warnings as notes."""
+    build()
+    config = json.loads((world / "safety" / "adapter_config.json").read_text())
+    (world / "safety" / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": "org/other"})
+    )
+    command = [sys.executable, "-m", "safemerge_callback.cli", "merge", "task", "safety", "-s", "s.safetensors"]
+    done = subprocess.run([*command, "--gate", "all", "-o", "out"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "out: 4 of 4 modules merged" in done.stdout
+    assert done.stderr.startswith("note: base models have different names")
+    assert done.stderr.count("\n") == 1
+    refused = subprocess.run([*command, "--gate", "all", "-o", "out"], capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert refused.stdout == ""
+    assert refused.stderr.startswith("safemerge: output 'out' is not empty")
+    assert refused.stderr.count("\n") == 1
+
+
+def test_the_installed_command_is_this_one():
+    (entry,) = importlib.metadata.entry_points(group="console_scripts", name="safemerge")
+    assert entry.value == "safemerge_callback.cli:main"

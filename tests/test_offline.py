@@ -1,0 +1,361 @@
+"""Adapters merged on disk, loaded again by plain PEFT; against the formula in float64 and against a live merge."""
+
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from safemerge_callback.adapters import canonical_name, live_factors, load_adapter, writer_for
+from safemerge_callback.decision import MergePlan, apply, measure, read_journal
+from safemerge_callback.errors import AdapterError, ConfigError, PlanError, SubspaceError
+from safemerge_callback.offline import measure_adapter, merge_adapters
+from safemerge_callback.subspace import Subspace, build_subspace
+
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+def save_lora(make, folder, seed, targets=TARGETS, dtype=None, **lora):
+    """A random adapter of a fresh model, saved by PEFT."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(make(seed=1), LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": targets, **lora}))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad(), warnings.catch_warnings():
+        # peft tells that it saves an adapted embedding's base weight as well
+        warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+        if dtype:
+            for name, parameter in model.named_parameters():
+                parameter.data = parameter.data.to(dtype) if "lora_" in name else parameter.data
+        model.save_pretrained(folder)
+    return folder
+
+
+def build_world(tmp_path, make, targets=TARGETS):
+    """Two checkpoints and their subspace; low-rank noise in q_proj sets its cosines apart from the others'."""
+    aligned, unaligned = make(seed=1), make(seed=1)
+    with torch.no_grad():
+        for parameter in unaligned.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    aligned.save_pretrained(tmp_path / "aligned")
+    unaligned.save_pretrained(tmp_path / "unaligned")
+    build_subspace(
+        tmp_path / "s.safetensors",
+        aligned=tmp_path / "aligned",
+        unaligned=tmp_path / "unaligned",
+        target_modules=targets,
+        progress=False,
+    )
+    return tmp_path
+
+
+@pytest.fixture
+def world(tmp_path, tiny_llama):
+    save_lora(tiny_llama, tmp_path / "task", seed=5)
+    save_lora(tiny_llama, tmp_path / "safety", seed=6, r=2, lora_alpha=3)
+    return build_world(tmp_path, tiny_llama)
+
+
+def merged(world, task="task", safety="safety", output="out", **knobs):
+    return merge_adapters(world / task, safety and world / safety, world / "s.safetensors", world / output, **knobs)
+
+
+def loaded(make, folder):
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        # peft tells what is tied when an embedding is adapted
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+        return PeftModel.from_pretrained(make(seed=1), str(folder)).eval()
+
+
+def updates(make, folder):
+    """Canonical name -> s·B·A of an adapter folder as PEFT loads it, float64, in map orientation."""
+    found = {}
+    for path, layer in loaded(make, folder).named_modules():
+        if hasattr(layer, "lora_A") and "default" in layer.scaling:
+            embedding = "default" in layer.lora_embedding_A
+            A = layer.lora_embedding_A["default"] if embedding else layer.lora_A["default"].weight
+            B = layer.lora_embedding_B["default"] if embedding else layer.lora_B["default"].weight
+            found[canonical_name(path)] = layer.scaling["default"] * B.detach().double() @ A.detach().double()
+    return found
+
+
+def best_rank(target, rank):
+    u, s, v = torch.linalg.svd(target)
+    return (u[:, :rank] * s[:rank]) @ v[:rank]
+
+
+def distance(x, y):
+    return float((x - y).norm() / y.norm())
+
+
+def middle(world, task="task"):
+    """A threshold that half of the modules lie below."""
+    cosines = sorted(r.cosine for r in measure_adapter(world / task, world / "s.safetensors").values())
+    return (cosines[len(cosines) // 2 - 1] + cosines[len(cosines) // 2]) / 2
+
+
+def test_measuring_a_folder_equals_measuring_the_live_model(world, tiny_llama):
+    live = measure(live_factors(loaded(tiny_llama, world / "task")), Subspace.load(world / "s.safetensors"))
+    offline = measure_adapter(world / "task", world / "s.safetensors")
+    assert set(offline) == set(live)
+    assert len(offline) == 6
+    for name, reading in offline.items():
+        assert reading.cosine == pytest.approx(live[name].cosine, abs=1e-9)
+        assert reading.update_norm == pytest.approx(live[name].update_norm, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("task", "safety"),
+    [
+        ({}, {}),
+        ({"use_rslora": True, "r": 3}, {"r": 6, "alpha_pattern": {"v_proj": 20}}),
+        ({"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.down_proj": 5}}, {"use_rslora": True}),
+    ],
+)
+@pytest.mark.parametrize("method", ["linear", "cat"])
+def test_merged_folder_equals_the_formula(tmp_path, tiny_llama, task, safety, method):
+    save_lora(tiny_llama, tmp_path / "task", seed=5, **task)
+    save_lora(tiny_llama, tmp_path / "safety", seed=6, **safety)
+    world = build_world(tmp_path, tiny_llama)
+    threshold = middle(world)
+    plan = merged(world, method=method, threshold=threshold, weights=(0.7, 0.4))
+    assert len(plan.selected) == 3
+    old, other, new = (updates(tiny_llama, world / folder) for folder in ("task", "safety", "out"))
+    ranks = {name: f.rank for name, f in load_adapter(world / "task").factors.items()}
+    for name, update in new.items():
+        target = 0.7 * old[name] + 0.4 * other[name]
+        if name not in plan.selected:
+            assert distance(update, old[name]) < 1e-12
+            assert distance(update, target) > 0.1
+        else:
+            assert distance(update, target if method == "cat" else best_rank(target, ranks[name])) < 2e-6
+
+
+@pytest.mark.parametrize("method", ["linear", "cat"])
+def test_unselected_modules_are_there_to_the_bit(world, method):
+    plan = merged(world, method=method, threshold=middle(world))
+    before = load_file(world / "task" / "adapter_model.safetensors")
+    after = load_file(world / "out" / "adapter_model.safetensors")
+    assert set(after) == set(before)
+    for key in before:
+        assert torch.equal(after[key], before[key]) == (canonical_name(key) not in plan.selected)
+        grew = method == "cat" and canonical_name(key) in plan.selected
+        assert (after[key].shape != before[key].shape) == grew
+    config = json.loads((world / "out" / "adapter_config.json").read_text())
+    assert bool(config["rank_pattern"]) == (method == "cat")
+
+
+def test_project_equals_safe_lora_and_needs_no_safety_adapter(world, tiny_llama):
+    plan = merged(world, safety=None, method="project", threshold=middle(world))
+    old, new = updates(tiny_llama, world / "task"), updates(tiny_llama, world / "out")
+    aligned = load_file(world / "aligned" / "model.safetensors")
+    unaligned = load_file(world / "unaligned" / "model.safetensors")
+    V = {canonical_name(key): aligned[key].double() - unaligned[key].double() for key in aligned}
+    assert len(plan.selected) == 3
+    for name in plan.selected:
+        C = V[name] @ V[name].T / V[name].norm()
+        assert distance(new[name], C @ old[name]) < 1e-5
+    entry = next(e for e in read_journal(world / "out" / "safemerge.jsonl") if e["kind"] == "merge")
+    assert {module["task_weight"] for module in entry["modules"]} == {1.0}
+
+
+@pytest.mark.parametrize("method", ["cat", "linear", "project"])
+def test_transposed_and_embedding_modules(tmp_path, method):
+    """GPT-2: Conv1D stores its weight transposed, and an embedding's factors have keys of their own."""
+    targets = ["c_attn", "wte"]
+    save_lora(tiny_gpt2, tmp_path / "task", 5, targets, fan_in_fan_out=True)
+    save_lora(tiny_gpt2, tmp_path / "safety", 6, targets, r=2, fan_in_fan_out=True)
+    world = build_world(tmp_path, tiny_gpt2, targets)
+    plan = merged(world, gate="all", method=method, weights=(0.5, 0.5))
+    old, other, new = (updates(tiny_gpt2, world / folder) for folder in ("task", "safety", "out"))
+    assert set(plan.selected) == set(new) == {"wte", "h.0.attn.c_attn", "h.1.attn.c_attn"}
+    aligned, unaligned = (dict(tiny_saved(world / part).named_parameters()) for part in ("aligned", "unaligned"))
+    for key, weight in aligned.items():
+        name = canonical_name(key)
+        if name not in new:
+            continue
+        V = (weight - unaligned[key]).detach().double().T
+        total = 0.5 * old[name] + 0.5 * other[name]
+        want = {"cat": total, "linear": best_rank(total, 4), "project": V @ (V.T @ old[name]) / V.norm()}[method]
+        assert distance(new[name], want) < 1e-5
+
+
+def tiny_gpt2(seed=0):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 64, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2))
+
+
+def tiny_saved(folder):
+    from transformers import GPT2LMHeadModel
+
+    return GPT2LMHeadModel.from_pretrained(folder)
+
+
+def test_logits_equal_the_same_merge_made_live(world, tiny_llama):
+    live = loaded(tiny_llama, world / "task")
+    tokens = torch.arange(1, 17)[None]
+    with torch.no_grad():
+        before = live(tokens).logits
+    subspace, writer = Subspace.load(world / "s.safetensors"), writer_for(live, adapter_name="default")
+    plan = MergePlan.decide(measure(writer.gather(), subspace), gate="num_layers", num_layers=4, weights=(0.5, 0.5))
+    apply(plan, writer, load_adapter(world / "safety"))
+    offline = merged(world, gate="num_layers", num_layers=4, weights=(0.5, 0.5))
+    assert set(offline.selected) == set(plan.selected)
+    with torch.no_grad():
+        here, there = live(tokens).logits, loaded(tiny_llama, world / "out")(tokens).logits
+    assert float((here - there).abs().max()) < 1e-5
+    assert float((before - there).abs().max()) > 1e-2
+
+
+def test_half_precision_is_kept_and_computed_wide(tmp_path, tiny_llama):
+    save_lora(tiny_llama, tmp_path / "task", seed=5, dtype=torch.bfloat16)
+    save_lora(tiny_llama, tmp_path / "safety", seed=6)
+    world = build_world(tmp_path, tiny_llama)
+    merged(world, method="cat", gate="all")
+    tensors = load_file(world / "out" / "adapter_model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+    old, other, new = (load_adapter(world / folder).factors for folder in ("task", "safety", "out"))
+    for name, module in new.items():
+        target = sum(
+            weight * f[name].scaling * f[name].B.double() @ f[name].A.double()
+            for weight, f in ((0.8, old), (0.2, other))
+        )
+        # Both factors are rounded once, to eight bits.
+        assert distance(module.scaling * module.B.double() @ module.A.double(), target) < 2**-7
+
+
+def test_journal_and_card_say_what_was_done(world):
+    plan = merged(world, threshold=middle(world), weights=(0.6, 0.3))
+    start, check, merge, end = read_journal(world / "out" / "safemerge.jsonl")
+    assert [e["kind"] for e in (start, check, merge, end)] == ["start", "check", "merge", "end"]
+    assert start["config"]["finetuned"] == "task"
+    assert start["config"]["weights"] == [0.6, 0.3]
+    assert {m["name"]: m["merge"] for m in check["modules"]} == {n: v.merge for n, v in plan.verdicts.items()}
+    assert [m["name"] for m in merge["modules"]] == list(plan.selected)
+    assert {m["task_weight"] for m in merge["modules"]} == {0.6}
+    assert all(0 < m["residual"] < 1 and m["change"] > 0 for m in merge["modules"])
+    assert (end["merges"], end["modules_merged"]) == (1, 3)
+    card = (world / "out" / "README.md").read_text()
+    assert "3 of 6" in card
+    assert "linear, space delta, weights 0.6 / 0.3" in card
+    assert card.count("| layers.") == 3
+    assert "\nbase_model:" not in card
+    everything = "".join(p.read_text() for p in (world / "out").iterdir() if p.suffix in (".md", ".jsonl"))
+    assert str(world) not in everything
+
+
+def test_names_in_the_card_are_escaped(world):
+    task = load_adapter(world / "task")
+    evil = "<img src=x onerror=alert(1)> | [a](http://b)\n# `c` ${d}"
+    safety = replace(load_adapter(world / "safety"), source=evil)
+    task = replace(task, base_model="org/model")
+    with pytest.warns(UserWarning, match="base models have different names.*'model'.*they must be one"):
+        merge_adapters(task, safety, world / "s.safetensors", world / "out", gate="all")
+    card = (world / "out" / "README.md").read_text()
+    assert 'base_model: "org/model"\n' in card
+    row = next(line for line in card.splitlines() if line.startswith("| safety adapter"))
+    assert row == (r"| safety adapter | \<img src=x onerror=alert\(1\)\> \| \[a\]\(http://b\) \# \`c\` \$\{d\} |")
+
+
+def test_nothing_selected_copies_the_adapter(world):
+    plan = merged(world, threshold=0.0)
+    assert plan.selected == ()
+    before = load_file(world / "task" / "adapter_model.safetensors")
+    after = load_file(world / "out" / "adapter_model.safetensors")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert "No module was selected" in (world / "out" / "README.md").read_text()
+    assert [e["kind"] for e in read_journal(world / "out" / "safemerge.jsonl")] == ["start", "check", "end"]
+
+
+def entries(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_an_existing_output_is_kept_unless_asked(world):
+    merged(world, gate="all", weights=(1.0, 0.0))
+    old = (world / "out" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="not empty"):
+        merged(world, gate="all")
+    assert (world / "out" / "adapter_model.safetensors").read_bytes() == old
+    merged(world, gate="all", overwrite=True)
+    assert (world / "out" / "adapter_model.safetensors").read_bytes() != old
+    (world / "out" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"first .thesis\.tex."):
+        merged(world, gate="all", overwrite=True)
+    assert "thesis.tex" in entries(world / "out")
+    (world / "empty").mkdir()
+    merged(world, output="empty", gate="all")
+    assert entries(world / "empty") == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "safemerge.jsonl",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "knobs"),
+    [
+        (ConfigError, "is one of the inputs", {"output": "task", "overwrite": True}),
+        (ConfigError, "is one of the inputs", {"output": "x/../safety", "overwrite": True}),
+        (ConfigError, "is one of the inputs", {"output": "s.safetensors"}),
+        (ConfigError, "is a file", {"output": "note"}),
+        (ConfigError, "threshold=2", {"threshold": 2}),
+        (ConfigError, "did you mean 'linear'", {"method": "linaer"}),
+        (ConfigError, "gate 'watch' merges nothing", {"gate": "watch"}),
+        (ConfigError, "'factor' is not one", {"method": "cat", "space": "factor"}),
+        (ConfigError, "more than the 6", {"gate": "num_layers", "num_layers": 7}),
+        (PlanError, "needs a safety adapter", {"safety": None}),
+        (AdapterError, "no such folder", {"safety": "nowhere/at/all"}),
+        (AdapterError, "lacks 2 of 6", {"safety": "partial", "gate": "all"}),
+        (AdapterError, "needs equal ranks", {"space": "factor", "gate": "all"}),
+        (SubspaceError, "lacks 2 of 8", {"task": "wider"}),
+    ],
+)
+def test_refusals_leave_nothing_behind(world, tiny_llama, error, match, knobs):
+    (world / "note").write_text("")
+    save_lora(tiny_llama, world / "partial", 7, ["q_proj", "down_proj"])
+    save_lora(tiny_llama, world / "wider", 7, [*TARGETS, "k_proj"])
+    before = {p: p.read_bytes() for p in world.rglob("*") if p.is_file()}
+    with pytest.raises(error, match=match):
+        merged(world, **knobs)
+    assert {p: p.read_bytes() for p in world.rglob("*") if p.is_file()} == before
+    assert not (world / "out").exists()
+
+
+def test_a_fault_while_writing_leaves_the_old_output(world, monkeypatch):
+    merged(world, gate="all")
+    before = {p.name: p.read_bytes() for p in (world / "out").iterdir()}
+    beside = entries(world)
+
+    def full(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(AdapterError, match="No space left"):
+        merged(world, gate="all", weights=(0.1, 0.9), overwrite=True)
+    assert {p.name: p.read_bytes() for p in (world / "out").iterdir()} == before
+    assert entries(world) == beside
+
+
+def test_values_that_overflow_the_dtype_are_refused(tmp_path, tiny_llama):
+    save_lora(tiny_llama, tmp_path / "task", seed=5, dtype=torch.float16)
+    world = build_world(tmp_path, tiny_llama)
+    task = load_adapter(world / "task")
+    huge = {name: replace(f, A=f.A.float(), B=f.B.float() * 1e6) for name, f in task.factors.items()}
+    with pytest.raises(AdapterError, match="NaN or infinite"):
+        merge_adapters(
+            task, replace(task, source="huge", factors=huge), world / "s.safetensors", world / "out", gate="all"
+        )
+    assert entries(world) == ["aligned", "s.safetensors", "task", "unaligned"]
