@@ -2,10 +2,10 @@
 
 python -m benchmarks.measure_and_merge [--size 4096] [--rank 16] [--repeats 5] [--output FILE.json]
 
-The formula's cost is split as its released use splits it: C = V·Vᵀ/‖V‖ is formed once a module and kept (d_out × d_out),
-then each check forms (C·B)·A and B·A and takes the cosine of the two. Both figures are medians; PEFT's `svd` runs once,
-since it takes many seconds. Cosines are compared with the formula in float64: a float32 sum over 16 million products, as
-the formula needs, loses three digits by itself.
+The formula's cost is split as its released use splits it: C = V·Vᵀ/‖V‖ is formed once a module and kept (d_out ×
+d_out), then each check forms (C·B)·A and B·A and takes their cosine. Both figures are medians; PEFT's `svd` runs once,
+since it takes many seconds. Cosines are compared with the formula in float64: a float32 sum over 16 million products,
+as the formula needs, loses three digits by itself.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook("safemerge_callback.ops", "beartype.beartype")
 
-import torch
+import torch  # noqa: E402 - after the hook, which only sees what is imported later
 
 
 @pytest.fixture(autouse=True)

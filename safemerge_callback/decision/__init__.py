@@ -3,12 +3,13 @@
 from .apply import Edit, apply, merged_factors
 from .fit import check_safety_adapter
 from .gates import GATES, Verdict, check_gate
-from .journal import VERSION, Journal, check_entry, merge_entry, read_journal
+from .journal import JOURNAL_FILE, VERSION, Journal, check_entry, merge_entry, read_journal
 from .measure import Reading, Readings, measure
 from .plan import MergePlan, check_merge
 
 __all__ = [
     "GATES",
+    "JOURNAL_FILE",
     "VERSION",
     "Edit",
     "Journal",

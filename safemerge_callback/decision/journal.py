@@ -15,6 +15,7 @@ from .apply import Edit
 from .plan import MergePlan
 
 VERSION = 1
+JOURNAL_FILE = "safemerge.jsonl"
 
 
 class Journal:

@@ -1,6 +1,6 @@
 """`cat`: the weighted sum of the updates without any loss, the ranks added.
 
-Source: PEFT's `combination_type="cat"`; SafeMERGE, arXiv:2503.17239, eq. 4. Offline only: a live adapter keeps its rank.
+Source: PEFT's `combination_type="cat"`; SafeMERGE (arXiv:2503.17239). Offline only: a live adapter keeps its rank.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`linear`: the weighted sum of the updates.
 
-Source: SafeMERGE, arXiv:2503.17239, eq. 4 (ΔW ← w_f·ΔW_f + w_s·ΔW_s); factor space: PEFT's `combination_type="linear"`.
+Source: SafeMERGE, arXiv:2503.17239 (ΔW ← w_f·ΔW_f + w_s·ΔW_s); factor space: PEFT's `combination_type="linear"`.
 Differs: the released SafeMERGE merges A and B separately as PEFT does, which adds the cross terms √(w_f·w_s)·(B_f·A_s +
 B_s·A_f) to the equation; that is `space="factor"` here. The default, `space="delta"`, is the equation itself, truncated
 to the live rank in the best way there is.
@@ -58,7 +58,7 @@ def _unchanged(live: LowRank, safety: Sequence[LowRank], weights: Sequence[float
 def _check_ranks(live: LowRank, safety: Sequence[LowRank]) -> None:
     ranks = [update.A.shape[-2] for update in (live, *safety)]
     if len(set(ranks)) > 1:
-        raise PlanError(f"space 'factor' adds the factors themselves, so ranks must agree, got {ranks}: use space 'delta'")
+        raise PlanError(f"space 'factor' adds the factors, so ranks must agree, got {ranks}: use space 'delta'")
 
 
 def _in_factors(updates: Sequence[LowRank], weights: Sequence[float]) -> Merged:

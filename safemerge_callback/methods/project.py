@@ -1,6 +1,6 @@
 """`project`: Safe LoRA's projection of the update on the safety subspace, B ← C·B.
 
-Source: Safe LoRA, arXiv:2405.16833, eq. 2, with C = V·Vᵀ/‖V‖. Differs: C is never formed.
+Source: Safe LoRA, arXiv:2405.16833, with C = V·Vᵀ/‖V‖. Differs: C is never formed.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from ..errors import ConfigError, nearest
 
 
 class Merged(NamedTuple):
-    """New factors in the live adapter's units, and the relative truncation residual: (*n, r, d_in), (*n, d_out, r), (*n)."""
+    """New factors in the live adapter's units, (*n, r, d_in) and (*n, d_out, r), and the relative residual (*n)."""
 
     A: Tensor
     B: Tensor

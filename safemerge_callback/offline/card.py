@@ -7,8 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..decision import Edit, MergePlan
-from .output import JOURNAL_FILE
+from ..decision import JOURNAL_FILE, Edit, MergePlan
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 

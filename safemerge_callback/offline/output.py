@@ -10,10 +10,10 @@ from typing import Any
 
 from ..adapters import Adapter, save_adapter
 from ..adapters.files import CONFIG, WEIGHTS
-from ..decision import Journal
+from ..decision import JOURNAL_FILE, Journal
 from ..errors import AdapterError, ConfigError
 
-JOURNAL_FILE, CARD = "safemerge.jsonl", "README.md"
+CARD = "README.md"
 _OWN_FILES = {CONFIG, WEIGHTS, JOURNAL_FILE, CARD}
 
 

@@ -122,7 +122,7 @@ def _dense_norms(V: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def project(B: Float[Tensor, "*n d_out r"], V: AlignmentMatrix) -> Float[Tensor, "*n d_out r"]:
-    """Return C·B with C = V·Vᵀ/‖V‖ (Safe LoRA, arXiv:2405.16833, eq. 2), in float32 or float64; B where V is zero.
+    """Return C·B with C = V·Vᵀ/‖V‖ (Safe LoRA, arXiv:2405.16833), in float32 or float64; B where V is zero.
 
     C is not idempotent: applied again it scales the update again.
     """

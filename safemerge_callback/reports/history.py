@@ -9,10 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..decision import read_journal
+from ..decision import JOURNAL_FILE, read_journal
 from ..errors import JournalError
-
-JOURNAL_FILE = "safemerge.jsonl"
 
 
 class Cell(NamedTuple):

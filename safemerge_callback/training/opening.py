@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 
 from ..adapters import Adapter, LoraFactors, base_weights, load_adapter, writer_for
-from ..decision import Journal, MergePlan, check_safety_adapter, measure, merged_factors
+from ..decision import JOURNAL_FILE, Journal, MergePlan, check_safety_adapter, measure, merged_factors
 from ..errors import ConfigError, JournalError
 from ..subspace import Subspace
 from .config import SafeMergeConfig
@@ -20,7 +20,6 @@ from .progress import Progress, continue_journal, find_progress
 from .ranks import from_first
 from .session import Session, plan_knobs
 
-JOURNAL_FILE = "safemerge.jsonl"
 # Of a GPU's memory, the share that alignment matrices may hold between checks: the rest is the training's.
 KEPT_SHARE = 1 / 8
 

@@ -34,7 +34,7 @@ def update_of(layer, adapter, unit=1.0):
     return LowRank(layer.lora_A[adapter].weight.detach() * root, layer.lora_B[adapter].weight.detach() * root)
 
 
-@pytest.mark.parametrize("space,combination", [("factor", "linear"), ("delta", "svd")])
+@pytest.mark.parametrize(("space", "combination"), [("factor", "linear"), ("delta", "svd")])
 @pytest.mark.parametrize("weights", [(0.8, 0.2), (0.5, 0.5), (1.0, 0.3), (0.0, 1.0)])
 def test_linear_equals_peft(tiny_llama, space, combination, weights):
     model = two_adapters(tiny_llama)
@@ -69,7 +69,7 @@ def test_cat_equals_peft_and_the_sum(tiny_llama):
 
 
 def test_factor_space_is_not_the_papers_sum(tiny_llama):
-    """The cross terms are real: PEFT's linear is far from .8ΔW₁ + .2ΔW₂, ours in delta space is as near as rank 4 allows."""
+    """The cross terms are real: PEFT's linear is far from .8ΔW₁ + .2ΔW₂, ours is as near as rank 4 allows."""
     layer = next(iter(layers(two_adapters(tiny_llama)).values()))
     task, safety = update_of(layer, "task"), update_of(layer, "safety")
     target = 0.8 * task.B @ task.A + 0.2 * safety.B @ safety.A
@@ -81,7 +81,9 @@ def test_factor_space_is_not_the_papers_sum(tiny_llama):
     assert distance["delta"] < 0.3
 
 
-@pytest.mark.parametrize("ranks,alphas,rslora", [((4, 2), (8, 3), (True, False)), ((2, 6), (1, 16), (False, True))])
+@pytest.mark.parametrize(
+    ("ranks", "alphas", "rslora"), [((4, 2), (8, 3), (True, False)), ((2, 6), (1, 16), (False, True))]
+)
 def test_linear_with_unequal_ranks_and_scalings(tiny_llama, ranks, alphas, rslora):
     """Against the dense sum, since PEFT's own combinations are off by √r here; in the live adapter's units."""
     for layer in layers(two_adapters(tiny_llama, ranks, alphas, rslora)).values():
@@ -119,7 +121,7 @@ def test_project_keeps_A_and_equals_safe_lora():
 
 
 def test_errors_name_the_value_and_what_is_allowed():
-    with pytest.raises(ConfigError, match="'linaer' is unknown.*did you mean 'linear'"):
+    with pytest.raises(ConfigError, match=r"'linaer' is unknown.*did you mean 'linear'"):
         get_method("linaer")
     with pytest.raises(PlanError, match="alignment matrix"):
         get_method("project").merge(LowRank(rand(1, 2), rand(2, 1)), [], weights=(1.0,))

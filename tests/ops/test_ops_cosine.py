@@ -27,7 +27,7 @@ def test_cosine_equals_float64_dense(d_out, d_in, r, seed):
     assert float(projected_cosine(update, V)) == pytest.approx(dense_cosine(update, V), abs=1e-5)
 
 
-@pytest.mark.parametrize("d_out,d_in", [(64, 64), (16, 64), (64, 16), (576, 192), (1, 9), (9, 1)])
+@pytest.mark.parametrize(("d_out", "d_in"), [(64, 64), (16, 64), (64, 16), (576, 192), (1, 9), (9, 1)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("r", [1, 8])
 def test_cosine_at_every_shape_and_dtype(d_out, d_in, dtype, r):
@@ -48,7 +48,7 @@ def test_narrow_V_is_widened_by_blocks(monkeypatch):
     assert float(whole) == pytest.approx(dense_cosine(update, V), abs=1e-5)
 
 
-@pytest.mark.parametrize("scale_b,scale_v", [(1e-12, 1e-12), (1e15, 1e15), (1e-18, 1e12)])
+@pytest.mark.parametrize(("scale_b", "scale_v"), [(1e-12, 1e-12), (1e15, 1e15), (1e-18, 1e12)])
 def test_cosine_does_not_see_scale(scale_b, scale_v):
     A, B, V = rand(4, 30, seed=1), rand(20, 4, seed=2), rand(20, 30, seed=3)
     scaled = projected_cosine(LowRank(A, scale_b * B), scale_v * V)
@@ -80,13 +80,14 @@ def test_degenerate_inputs():
 def test_factored_equals_dense():
     U, W = rand(3, 20, 5, seed=1), rand(3, 5, 30, seed=2)
     update = LowRank(rand(3, 4, 30, seed=3), rand(3, 20, 4, seed=4))
-    torch.testing.assert_close(projected_cosine(update, Factored(U, W)), projected_cosine(update, U @ W), rtol=1e-5, atol=1e-6)
+    factored, dense = projected_cosine(update, Factored(U, W)), projected_cosine(update, U @ W)
+    torch.testing.assert_close(factored, dense, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(null_cosine(Factored(U, W)), null_cosine(U @ W), rtol=1e-5, atol=1e-6)
     B = update.B
     torch.testing.assert_close(project(B, Factored(U, W)), project(B, U @ W), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("d_out,d_in", [(40, 30), (30, 40), (600, 20), (1, 5)])
+@pytest.mark.parametrize(("d_out", "d_in"), [(40, 30), (30, 40), (600, 20), (1, 5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_null_cosine_equals_dense(d_out, d_in, dtype):
     V = rand(d_out, d_in, seed=1, dtype=dtype) * 1e-6

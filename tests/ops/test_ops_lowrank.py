@@ -85,7 +85,7 @@ def test_refit_keeps_the_gram_of_A():
     assert relative(dense(fitted), dense(other)) < 1e-5
 
 
-@pytest.mark.parametrize("d_out,d_in,r", [(5, 40, 8), (40, 5, 8), (4, 4, 8), (1, 7, 1), (16, 16, 1)])
+@pytest.mark.parametrize(("d_out", "d_in", "r"), [(5, 40, 8), (40, 5, 8), (4, 4, 8), (1, 7, 1), (16, 16, 1)])
 def test_refit_where_the_rank_exceeds_the_matrix(d_out, d_in, r):
     live, other = update(d_out, d_in, r, 7), update(d_out, d_in, r, 8)
     fitted, residual = refit(live, weighted_sum([live, other], [0.8, 0.2]))
@@ -114,5 +114,5 @@ def test_bf16_factors_are_widened():
 def test_shapes_are_checked_in_the_test_run():
     from safemerge_callback.ops import project
 
-    with pytest.raises(Exception, match="(?i)type-check|jaxtyping|shape"):
+    with pytest.raises(Exception, match=r"(?i)type-check|jaxtyping|shape"):
         project(torch.randn(4, 3).long(), torch.randn(4, 5))
