@@ -8,6 +8,8 @@ from typing import NamedTuple
 OUTSIDE = "outside the layers"
 # Inches: what the panels of one line may take together, the margins, a panel's heading, the room for names and scale.
 _LINE, LEFT, _TOP, _BOTTOM, _HEADING, _SCALE, _NAMES = 11.4, 0.62, 0.95, 0.8, 0.42, 1.4, 0.95
+# What the words above the panels need; few panels of few steps grow to fill it.
+_LEAST = 6.0
 _PANELS_A_LINE = 8
 
 
@@ -33,7 +35,7 @@ class Grid(NamedTuple):
     def size(self) -> tuple[float, float]:
         """Width and height of the figure."""
         wide = LEFT + self.columns * (self.width + self.gap) - self.gap + self.right
-        return max(wide, 7.4), _TOP + self.lines * (_HEADING + self.height + 0.4) - 0.4 + _BOTTOM
+        return max(wide, _LEAST), _TOP + self.lines * (_HEADING + self.height + 0.4) - 0.4 + _BOTTOM
 
     @property
     def scale_box(self) -> tuple[float, float, float, float]:
@@ -62,7 +64,8 @@ def grid_for(parts: Sequence[Panel], steps: int) -> Grid:
     gap = 0.16 if len(inside) == 1 else 0.42
     right = _SCALE + (_NAMES if parts[-1].title == OUTSIDE else 0.0)
     rows = max(len(panel.modules) for panel in parts)
-    width = min(max(0.2 * steps, 0.95), _LINE / columns - gap)
+    spare = (_LEAST - LEFT - right + gap) / columns - gap
+    width = min(max(0.2 * steps, 0.95, min(spare, 0.4 * steps)), _LINE / columns - gap)
     return Grid(columns, lines, width, min(max(0.15 * rows, 1.5), 5.2), gap, right)
 
 
