@@ -38,7 +38,7 @@ def test_the_three_lines_make_a_callback():
         n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call) and ast.unparse(n.func) == "SafeMergeCallback"
     ]
     guard = SafeMergeCallback(**{k.arg: ast.literal_eval(k.value) for k in calls[0].keywords})
-    assert guard.config.safety_adapter == "my-org/llama-2-7b-chat-safety-lora"
+    assert guard.config.safety_adapter == "my-org/safety-lora"
     assert len([line for line in code.splitlines() if line]) == 4
 
 
