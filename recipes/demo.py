@@ -70,7 +70,6 @@ def silence() -> None:
 
     with contextlib.redirect_stdout(io.StringIO()):
         import transformers.integrations.integration_utils
-    warnings.simplefilter("ignore")
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -163,6 +162,7 @@ def run_demo(run: Path, counts: dict[str, int], extra: Sequence[str], say: Calla
     from safemerge_callback.reports import read_history, write_heat_map
 
     began = time.perf_counter()
+    warnings.simplefilter("ignore")
     say("1/6 The model out of the installed wheel, and its aligned version")
     aligned, shipped = checkpoint("embedded-aligned"), checkpoint("embedded")
     silence()
