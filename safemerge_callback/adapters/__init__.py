@@ -3,12 +3,12 @@
 from .checkpoint import Adapter, load_adapter, save_adapter
 from .factors import LoraFactors, base_weights, live_factors
 from .names import canonical_name
-from .writers import PlainWriter, Writer, writer_for
+from .writers import LiveWriter, Writer, writer_for
 
 __all__ = [
     "Adapter",
     "LoraFactors",
-    "PlainWriter",
+    "LiveWriter",
     "Writer",
     "base_weights",
     "canonical_name",

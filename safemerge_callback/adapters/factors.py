@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,28 +66,87 @@ class LoraFactors:
         return LowRank(A.to(dtype) * root, B.to(dtype) * math.copysign(root, ratio))
 
 
+class Spot(NamedTuple):
+    """Where a factor is registered: `module.<attribute>` is the Parameter, or what an engine has put in its place."""
+
+    module: nn.Module
+    attribute: str
+
+    @property
+    def tensor(self) -> Tensor:
+        """What is registered now: whole, a part of it, or a DTensor."""
+        return getattr(self.module, self.attribute)
+
+
+class Site(NamedTuple):
+    """One LoRA module of a live model: where its factors are, and the rest of its `LoraFactors`."""
+
+    name: str
+    A: Spot
+    B: Spot
+    scaling: float
+    transposed: bool
+
+    def factors(self, A: Tensor, B: Tensor) -> LoraFactors:
+        """Return them with these whole tensors; AdapterError unless they are (r, d_in) and (d_out, r), in memory."""
+        if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or 0 in (*A.shape, *B.shape):
+            raise AdapterError(
+                f"module {self.name!r}: lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}, not (r, d_in) and "
+                "(d_out, r). ZeRO-3 and FSDP1 keep only a part of each on a rank: use writer_for(model).gather()."
+            )
+        if A.device.type == "meta" or B.device.type == "meta":
+            raise AdapterError(
+                f"module {self.name!r}: the factors are offloaded (meta device). Keep the adapter in memory."
+            )
+        return LoraFactors(self.name, A, B, self.scaling, self.transposed)
+
+
 def live_factors(model: nn.Module, adapter_name: str | None = None) -> dict[str, LoraFactors]:
     """Return canonical name -> factors, whose A and B are the live Parameters, of one adapter of a PEFT model.
 
     Linear, Conv1D and Embedding modules, plain or quantised underneath. Without `adapter_name`: the one active
     adapter, so that a frozen reference adapter beside it is left alone. Raises AdapterError when there is no LoRA,
-    when several adapters are active, when factors are partitioned or tied, and for everything that `refusals` names.
+    when several adapters are active, when factors are tied, for everything that `refusals` names, and where an engine
+    keeps only a part of each factor on a rank: `writer_for(model).gather()` reads those.
     """
+    found = {}
+    for name, site in lora_sites(model, adapter_name).items():
+        A, B = site.A.tensor, site.B.tensor
+        if is_dtensor(A) or is_dtensor(B):
+            raise AdapterError(
+                f"module {name!r}: the factors are shared out over ranks (DTensors). Use writer_for(model).gather(), "
+                "which gives them whole on every rank."
+            )
+        found[name] = site.factors(A, B)
+    return found
+
+
+def lora_sites(model: nn.Module, adapter_name: str | None = None) -> dict[str, Site]:
+    """Return canonical name -> where each LoRA module's factors are, whole or not; raises as `live_factors` does."""
     layers = dict(_lora_layers(model))
     adapter = _chosen(layers, adapter_name)
     configs = _peft_configs(model)
     if adapter in configs:
         refuse_config(vars(configs[adapter]), f"adapter {adapter!r}")
-    found: dict[str, LoraFactors] = {}
+    found: dict[str, Site] = {}
     for path, layer in layers.items():
         if adapter not in _names_of(layer):
             continue
-        factors = _factors_of(path, layer, adapter)
-        if factors.name in found:
-            raise AdapterError(f"two LoRA modules share the name {factors.name!r}, the second is at {path!r}.")
-        found[factors.name] = factors
+        site = _site_of(path, layer, adapter)
+        if site.name in found:
+            raise AdapterError(f"two LoRA modules share the name {site.name!r}, the second is at {path!r}.")
+        found[site.name] = site
     _refuse_tied(found)
     return found
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Return whether this is a DTensor: torch's own sharding, as of FSDP2 and tensor parallelism."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
 
 
 def active_adapter(model: nn.Module, adapter_name: str | None = None) -> str:
@@ -148,32 +207,29 @@ def _peft_configs(model: nn.Module) -> dict[str, Any]:
     return {}
 
 
-def _factors_of(path: str, layer: Any, adapter: str) -> LoraFactors:
+def _site_of(path: str, layer: Any, adapter: str) -> Site:
     refuse_variant(layer, adapter, path)
     embedding = adapter in layer.lora_embedding_A
     if embedding:
-        A, B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        A, B = Spot(layer.lora_embedding_A, adapter), Spot(layer.lora_embedding_B, adapter)
     else:
-        A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or 0 in (*A.shape, *B.shape):
-        raise AdapterError(
-            f"module {path!r}: lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}, not (r, d_in) and (d_out, r). "
-            "ZeRO-3 and FSDP1 keep only a part of each on a rank, which is not supported: use DDP or one process."
-        )
-    if A.device.type == "meta" or B.device.type == "meta":
-        raise AdapterError(f"module {path!r}: the factors are offloaded (meta device). Keep the adapter in memory.")
+        A, B = (Spot(_bare(factors[adapter]), "weight") for factors in (layer.lora_A, layer.lora_B))
     transposed = embedding or bool(getattr(layer, "fan_in_fan_out", False))
-    return LoraFactors(canonical_name(path), A, B, float(layer.scaling[adapter]), transposed)
+    return Site(canonical_name(path), A, B, float(layer.scaling[adapter]), transposed)
 
 
-def _refuse_tied(found: dict[str, LoraFactors]) -> None:
+def _bare(module: nn.Module) -> nn.Module:
+    """The module inside FSDP1's wrapper, which PEFT's wrapping policy puts around each factor."""
+    return getattr(module, "_fsdp_wrapped_module", module)
+
+
+def _refuse_tied(found: dict[str, Site]) -> None:
     """Factors in one memory (PEFT's ensure_weight_tying): writing one module would change the other."""
     owners: dict[tuple[torch.device, int], str] = {}
-    for name, factors in found.items():
-        for tensor in (factors.A, factors.B):
-            if tensor.data_ptr() == 0:  # a DTensor: its storage is elsewhere
-                continue
-            owner = owners.setdefault((tensor.device, tensor.data_ptr()), name)
+    for name, site in found.items():
+        for tensor in (site.A.tensor, site.B.tensor):
+            # A DTensor's storage is elsewhere, and a rank may hold nothing of a partitioned factor.
+            owner = owners.setdefault((tensor.device, tensor.data_ptr() or id(tensor)), name)
             if owner != name:
                 raise AdapterError(
                     f"modules {owner!r} and {name!r} share one tensor (tied factors), so they cannot be changed apart. "
@@ -186,4 +242,8 @@ def _base_weight(layer: Any) -> Tensor | None:
     # Subclasses of Tensor are quantised (bitsandbytes, torchao) or sharded (DTensor).
     if type(weight) not in (Tensor, nn.Parameter) or weight.ndim != 2 or 0 in weight.shape:
         return None
-    return weight.detach() if weight.is_floating_point() and weight.device.type != "meta" else None
+    if not weight.is_floating_point() or weight.device.type == "meta":
+        return None
+    # FSDP1 keeps views of a flat parameter, whose memory it frees between passes.
+    there = weight.untyped_storage().nbytes() >= weight.numel() * weight.element_size()
+    return weight.detach() if there else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Adapter, LoraFactors, Writer
+from ..adapters.processes import agree, from_first, together
 from ..errors import PlanError
 from ..methods import Merged, get_method
 from ..ops import AlignmentMatrix, Factored, LowRank, accumulation_dtype, squared_norm, weighted_sum
@@ -45,16 +47,21 @@ def apply(
     nothing touches nothing. `device` None computes where the factors live. Raises PlanError for a plan that does not
     fit the model, a method that changes the rank, or a result that is not finite, and AdapterError for a safety adapter
     that does not fit; nothing is written then.
+
+    With many processes every rank calls this with the same plan, each computes, and rank 0's factors and edits count.
+    What one rank raises, all raise; ProcessesError where the plans decide differently.
     """
+    agree("the merge plan", _decisions(plan))
     if not plan.selected:
         return ()
     if not get_method(plan.method).keeps_rank:
         raise PlanError(
             f"method {plan.method!r} changes the rank, which a live adapter keeps: use it offline, or 'linear'"
         )
-    new, edits = merged_factors(plan, writer.gather(), safety, subspace, device)
+    factors = writer.gather()
+    new, edits = together(lambda: merged_factors(plan, factors, safety, subspace, device))
     writer.write(new)
-    return edits
+    return from_first(edits)
 
 
 @torch.no_grad()
@@ -86,6 +93,12 @@ def merged_factors(
     edits = {name: Edit(name, residual, change) for name, (residual, change, _) in zip(names, rows, strict=True)}
     new = {name: LowRank(m.A[i], m.B[i]) for batch, (m, _) in done for i, name in enumerate(batch)}
     return {name: new[name] for name in plan.selected}, tuple(edits[name] for name in plan.selected)
+
+
+def _decisions(plan: MergePlan) -> str:
+    """What ranks must agree on; not the readings, whose last bits may differ between machines."""
+    mark = hashlib.blake2b("\n".join(plan.selected).encode(), digest_size=4).hexdigest()
+    return f"{len(plan.selected)} modules (digest {mark}), {plan.method}, {plan.space}, weights {plan.weights}"
 
 
 def _batches(

@@ -2,6 +2,16 @@
 
 from .heatmap import draw_heat_map, write_heat_map
 from .history import Cell, History, read_history
+from .readings import readings_json, readings_text
 from .table import summary
 
-__all__ = ["Cell", "History", "draw_heat_map", "read_history", "summary", "write_heat_map"]
+__all__ = [
+    "Cell",
+    "History",
+    "draw_heat_map",
+    "read_history",
+    "readings_json",
+    "readings_text",
+    "summary",
+    "write_heat_map",
+]

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .config import SafeMergeConfig, resolve_config
-from .opening import checkpoint_folder, open_session
+from .ending import after_training
+from .opening import alone, checkpoint_folder, open_session
 from .session import Session
 
 
@@ -46,7 +47,8 @@ class SafeMergeCallback(TrainerCallback):
     ) -> None:
         """Load and check everything; on a resume, go on from the checkpoint's state."""
         self.session = None
-        self.session = open_session(self.config, model, args, state)
+        alone(self, model, state)
+        self.session = open_session(self.config, model, args, state, kwargs.get("optimizer"))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check, and perhaps merge, before this step is evaluated and saved."""
@@ -61,9 +63,14 @@ class SafeMergeCallback(TrainerCallback):
                 self.session.save(checkpoint_folder(args, state))
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
     ) -> None:
         """Make sure that the weights the user is left with had their final check; close the journal."""
         if self.session:
             with self.session.timed():
-                self.session.after_training(args, state)
+                after_training(self.session, args, state, model, kwargs.get("eval_dataloader"))

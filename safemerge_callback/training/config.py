@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..adapters.optimizer import check_optimizer
 from ..decision import check_gate, check_merge
 from ..errors import ConfigError, nearest
 from ..methods import METHODS, Method, get_method
@@ -59,6 +60,10 @@ class SafeMergeConfig:
     cooldown: int = field(default=0, metadata={"help": "Optimizer steps after a merge in which checks only measure."})
     at_train_end: bool = field(
         default=True, metadata={"help": "Whether to check, and merge, once more when training ends."}
+    )
+    optimizer_state: str = field(
+        default="keep",
+        metadata={"help": "What becomes of the optimizer's moments of merged modules: keep, reset or rescale."},
     )
     adapter_name: str | None = field(
         default=None, metadata={"help": "Name of the live LoRA adapter, where a model holds more than one."}
@@ -191,6 +196,7 @@ def _check_method(config: SafeMergeConfig) -> None:
             f"method {config.method!r} changes the rank, which a live adapter cannot: choose one of {able}, "
             "or merge after training with `safemerge merge`"
         )
+    check_optimizer(None, config.optimizer_state)
     config.weights = list(check_merge(config.method, config.space, config.weights))
     if config.weights[0] == 0:
         raise ConfigError(

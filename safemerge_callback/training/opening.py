@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 
 from ..adapters import Adapter, LoraFactors, base_weights, load_adapter, writer_for
+from ..adapters.optimizer import check_optimizer
+from ..adapters.processes import from_first
 from ..decision import JOURNAL_FILE, Journal, MergePlan, check_safety_adapter, measure, merged_factors
 from ..errors import ConfigError, JournalError
 from ..subspace import Subspace
 from .config import SafeMergeConfig
-from .progress import Progress, continue_journal, find_progress
-from .ranks import from_first
-from .session import Session, plan_knobs
+from .entries import plan_knobs, start_entry
+from .progress import Progress, changed_settings, continue_journal, find_progress
+from .session import Session
 
+# The callback and the run that hold a model, while both live.
+_HELD: WeakKeyDictionary[nn.Module, tuple[Any, Any]] = WeakKeyDictionary()
 # Of a GPU's memory, the share that alignment matrices may hold between checks: the rest is the training's.
 KEPT_SHARE = 1 / 8
 
 
+def alone(callback: object, model: nn.Module | None, state: TrainerState) -> None:
+    """Raise ConfigError where another callback of this kind serves the same run: each would undo the other's counts."""
+    if model is None:
+        return
+    holder, run = _HELD.get(model, (lambda: None, lambda: None))
+    if run() is state and holder() not in (None, callback):
+        raise ConfigError("this trainer has two SafeMergeCallbacks: keep one, and give it the settings of both")
+    _HELD[model] = (ref(callback), ref(state))
+
+
 def open_session(
-    config: SafeMergeConfig, model: nn.Module | None, args: TrainingArguments, state: TrainerState
+    config: SafeMergeConfig,
+    model: nn.Module | None,
+    args: TrainingArguments,
+    state: TrainerState,
+    optimizer: Any = None,
 ) -> Session:
     """Load subspace and safety adapter, check them against the live model, ready the journal, restore a resumed run.
 
@@ -34,8 +53,12 @@ def open_session(
     if model is None:
         raise ConfigError("the trainer gave no model to the callback: pass the callback to a Trainer that has a model")
     began = time.perf_counter()
-    writer = writer_for(model, adapter_name=config.adapter_name)
+    if config.merges:
+        check_optimizer(optimizer, config.optimizer_state)
+    writer = writer_for(model, adapter_name=config.adapter_name, optimizer=optimizer)
     factors = writer.gather()
+    if config.merges and config.optimizer_state != "keep":
+        writer.parameters(factors)
     weights = base_weights(model)
     subspace = Subspace.load(config.subspace)
     subspace.check(factors, weights)
@@ -43,10 +66,10 @@ def open_session(
     _keep_near(subspace, factors, config)
     _rehearse(config, factors, subspace, safety)
     progress, journal, restored = _records(config, args, state)
-    start = _start_entry(state.global_step, config, subspace, len(factors))
+    start = start_entry(state.global_step, config, subspace, len(factors), args.world_size)
     journal.append({**start, "restored": restored})
     progress.journal_entries += 1
-    session = Session(config, writer, subspace, safety, journal, progress, begun=began)
+    session = Session(config, writer, subspace, safety, journal, progress, optimizer, begun=began)
     session.seal_weights(state.global_step)
     progress.seconds += time.perf_counter() - began
     return session
@@ -93,6 +116,9 @@ def _records(config: SafeMergeConfig, args: TrainingArguments, state: TrainerSta
     here = checkpoint_folder(args, state)
     found = from_first(find_progress(state.global_step, [*(Path(g) for g in given if Path(g).name == here.name), here]))
     progress = found or Progress()
+    if found:
+        _tell_changes(found.config, config.to_dict())
+    progress.config = config.to_dict()
     path = Path(config.journal).expanduser() if config.journal else Path(args.output_dir) / JOURNAL_FILE
     if state.is_world_process_zero:
         count = found.journal_entries if found else None
@@ -116,21 +142,8 @@ def _continued(path: Path, step: int, count: int | None) -> int:
         ) from error
 
 
-def _start_entry(step: int, config: SafeMergeConfig, subspace: Subspace, num_modules: int) -> dict[str, Any]:
-    names = ("torch", "transformers", "peft", "safemerge-callback")
-    return {
-        "kind": "start",
-        "version": 1,
-        "step": step,
-        "config": config.to_dict(),
-        "versions": {name: _version(name) for name in names},
-        "subspace": {"path": config.subspace, "aligned": subspace.aligned, "unaligned": subspace.unaligned},
-        "num_modules": num_modules,
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _tell_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Warn once of every setting that is not what the checkpoint was trained with; the new ones hold."""
+    changes = changed_settings(old, new)
+    if changes:
+        warnings.warn(f"safemerge: settings changed since the checkpoint, the new ones hold: {changes}", stacklevel=4)

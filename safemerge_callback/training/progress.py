@@ -19,7 +19,8 @@ class Progress:
     """Counts since training began, over all resumes. Steps are optimizer steps, seconds are wall clock.
 
     `task_weights` holds, for every module ever merged, the product of the task's weights: the share of its update left.
-    `final_step` is the step of the last final check, `journal_entries` how many lines the journal had.
+    `final_step` is the step of the last final check, `journal_entries` how many lines the journal had, `config` the
+    settings that held.
     """
 
     checks: int = 0
@@ -32,6 +33,7 @@ class Progress:
     seconds: float = 0.0
     training_seconds: float = 0.0
     journal_entries: int = 0
+    config: dict[str, Any] = field(default_factory=dict)
 
     def record_merge(self, step: int, names: Iterable[str], task_weight: float) -> None:
         """Count a merge of `names` at `step`, each keeping the share `task_weight` of its update."""
@@ -62,7 +64,7 @@ class Progress:
         """Read the state file of a checkpoint folder; None where it has none, or one that cannot be read."""
         try:
             values = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-            return cls(**{f.name: values[f.name] for f in fields(cls)})
+            return cls(**{f.name: values[f.name] for f in fields(cls) if f.name != "config" or f.name in values})
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -71,6 +73,12 @@ def find_progress(step: int, folders: Iterable[Path]) -> Progress | None:
     """Return the progress of the checkpoint of `step`, from the first folder that holds one; None at step 0."""
     found = (Progress.load(folder) for folder in folders if step > 0)
     return next((progress for progress in found if progress is not None), None)
+
+
+def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Return the settings that differ, as `threshold 0.35 -> 0.4`; one that `old` does not know has not changed."""
+    moved = [f"{name} {old[name]!r} -> {value!r}" for name, value in new.items() if name in old and old[name] != value]
+    return ", ".join(moved)
 
 
 def cut(entries: Sequence[Mapping[str, Any]], step: int, count: int | None) -> list[Mapping[str, Any]]:

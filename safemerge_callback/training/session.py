@@ -4,35 +4,30 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import TrainerState, TrainingArguments
 
-from ..adapters import Adapter, Writer
+from ..adapters import Adapter, LoraFactors, Writer
+from ..adapters.optimizer import edit_optimizer_states
+from ..adapters.processes import agree, from_first, many
+from ..adapters.snapshot import Snapshot, norms_of, norms_of_pairs, save_snapshot
 from ..decision import Edit, Journal, MergePlan, Readings, Verdict, apply, check_entry, measure, merge_entry
+from ..ops import LowRank
 from ..subspace import Subspace
 from .config import SafeMergeConfig
+from .entries import decision_rows, held_back, plan_knobs
+from .faults import Fault, attempt
 from .metrics import check_metrics
 from .progress import Progress
-from .ranks import copy_from_first, from_first
 from .schedule import cooling, due, final_due
 from .seal import digest
-from .trackers import Report, Row, Trackers, finite
-
-Answer = TypeVar("Answer")
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What went wrong, where; it travels between processes in place of an answer."""
-
-    where: str
-    error: str
+from .trackers import Report, Trackers
 
 
 @dataclass
@@ -45,6 +40,7 @@ class Session:
     safety: Adapter | None
     journal: Journal
     progress: Progress
+    optimizer: Any = None
     trackers: Trackers = field(default_factory=Trackers)
     seal: tuple[int, str] | None = None
     begun: float | None = field(default_factory=time.perf_counter)
@@ -80,42 +76,32 @@ class Session:
         """Check if this step is due; the run's last step has its final check here, so that its checkpoint holds it."""
         config, step = self.config, state.global_step
         last = stopping or step >= state.max_steps
-        final = config.at_train_end and self._final_due(state, stopping=stopping)
+        final = config.at_train_end and self.final_due(state, stopping=stopping)
         if final or due(step, every=config.every, from_step=config.from_step, until_step=config.until_step):
             self.check(args, state, final=final)
         if last:
             self.seal_weights(step)
 
-    def after_training(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Check once more if the final check has not happened, or the weights are not those it left (best reloaded)."""
-        now = from_first(self._digest()) if self.config.at_train_end else None
-        if isinstance(now, Fault):
-            self._report_fault(state.global_step, now)
-        elif now is not None:
-            untouched = self.seal == (state.global_step, now)
-            if not untouched or self._final_due(state, stopping=True):
-                self.check(args, state, final=True, at=self._provenance(args, state, untouched))
-        self.progress.training_seconds, self.begun = self.training_seconds, None
-        self.note(_end_entry(state.global_step, self.progress, self.seconds))
-        self.trackers.close()
-
-    def check(self, args: TrainingArguments, state: TrainerState, *, final: bool, at: int | None = None) -> None:
+    def check(
+        self, args: TrainingArguments, state: TrainerState, *, final: bool, at: int | None = None
+    ) -> tuple[Edit, ...]:
         """Measure, decide, record, merge, record, report. `at` is the step the weights are from, if not this one."""
         began, step = time.perf_counter(), state.global_step
         self.progress.checks += 1
         self.progress.final_step = step if final else self.progress.final_step
         agreed = from_first(attempt("measure", lambda: self.decide(step if at is None else at)))
         if isinstance(agreed, Fault):
-            return self._report_fault(step, agreed)
+            self.report_fault(step, agreed)
+            return ()
         plan = MergePlan(*agreed, **plan_knobs(self.config))
         self.note(check_entry(step, plan, time.perf_counter() - began))
         self._warn_of_broken_modules(step, plan)
-        edits = self.merge(step, plan) if plan.selected else ()
+        edits = self.merge(step, plan, Path(args.output_dir) if final else None) if plan.selected else ()
         took = time.perf_counter() - began
         numbers = check_metrics(plan, edits, replace(self.progress, seconds=self.seconds), took)
-        self.trackers.send(
-            args, state, Report(step, numbers, _rows(step, plan), self.config.to_dict(), args.output_dir)
-        )
+        rows = decision_rows(step, plan)
+        self.trackers.send(args, state, Report(step, numbers, rows, self.config.to_dict(), args.output_dir))
+        return edits
 
     def decide(self, step: int) -> tuple[Readings, dict[str, Verdict]]:
         """Measure the live factors and ask the gate; where weights of `step` may not be merged, the reason says why."""
@@ -123,17 +109,27 @@ class Session:
         pause = cooling(step, last_merge=self.progress.last_merge, cooldown=self.config.cooldown)
         return plan.readings, dict(plan.verdicts) if pause is None else held_back(plan.verdicts, pause)
 
-    def merge(self, step: int, plan: MergePlan) -> tuple[Edit, ...]:
-        """Apply `plan`; all ranks end with rank 0's factors. After a fault nothing is merged and training goes on."""
+    def merge(self, step: int, plan: MergePlan, keep_in: Path | None) -> tuple[Edit, ...]:
+        """Apply `plan` on every rank. After a fault nothing is merged and training goes on.
+
+        With `keep_in`, the factors as they were are kept there, so that the merge can be undone. Raises
+        ProcessesError, which ends training, where the ranks do not end with equal factors.
+        """
         began = time.perf_counter()
-        edits = from_first(attempt("merge", lambda: apply(plan, self.writer, self.safety, self.subspace)))
-        copy_from_first(self._tensors(plan.selected))
-        if isinstance(edits, Fault):
-            self._report_fault(step, edits)
+        done = attempt("merge", lambda: (self._copies(plan), apply(plan, self.writer, self.safety, self.subspace)))
+        if isinstance(done, Fault):
+            self.report_fault(step, done)
             return ()
+        before, edits = done
+        after = {name: factors for name, factors in self.writer.gather().items() if name in before}
+        if many():
+            agree(f"the factors merged at step {step}", digest(after))
+        self._edit_optimizer(step, before, after)
         share = self.config.weights[0] if "safety_adapter" in self.config.rule.needs else 1.0
         self.progress.record_merge(step, plan.selected, share)
         self.note(merge_entry(step, plan, edits, self.progress.task_weights, time.perf_counter() - began))
+        if keep_in and self.journal.enabled:
+            self._keep(keep_in, Snapshot(step, before, norms_of(after)))
         return edits
 
     def save(self, folder: Path) -> None:
@@ -150,8 +146,17 @@ class Session:
 
     def seal_weights(self, step: int) -> None:
         """Remember what the factors are at `step`, to see later whether they are still those."""
-        found = from_first(self._digest()) if self.config.at_train_end else None
+        found = from_first(self.digest()) if self.config.at_train_end else None
         self.seal = (step, found) if isinstance(found, str) else None
+
+    def digest(self) -> str | Fault:
+        """Return the fingerprint of all live factors."""
+        return attempt("measure", lambda: digest(self.writer.gather()))
+
+    def final_due(self, state: TrainerState, *, stopping: bool) -> bool:
+        """Whether this step ends the run and still lacks its final check."""
+        final_step = self.progress.final_step
+        return final_due(state.global_step, max_steps=state.max_steps, stopping=stopping, final_step=final_step)
 
     def note(self, entry: Mapping[str, Any]) -> None:
         """Append to the journal; a journal that fails is reported once and never stops training."""
@@ -167,36 +172,43 @@ class Session:
             self.warned.add(kind)
             warnings.warn(f"safemerge: {message}", stacklevel=3)
 
-    def _digest(self) -> str | Fault:
-        return attempt("measure", lambda: digest(self.writer.gather()))
-
-    def _tensors(self, names: Iterable[str]) -> Iterator[torch.Tensor]:
-        factors = self.writer.gather()
-        for name in names:
-            yield from (factors[name].A, factors[name].B)
-
-    def _final_due(self, state: TrainerState, *, stopping: bool) -> bool:
-        final_step = self.progress.final_step
-        return final_due(state.global_step, max_steps=state.max_steps, stopping=stopping, final_step=final_step)
-
-    def _provenance(self, args: TrainingArguments, state: TrainerState, untouched: bool) -> int:
-        """The step that the present weights are from; where they were reloaded, their merges are taken over too."""
-        best = state.best_model_checkpoint
-        reloaded = args.load_best_model_at_end and best is not None
-        if untouched or not (reloaded or self._sealed_at(state.global_step)):
-            return state.global_step
-        history = Progress.load(Path(best)) if reloaded else None
-        self.progress.rewind(from_first(history))
-        return state.best_global_step if reloaded and state.best_global_step is not None else state.global_step
-
-    def _sealed_at(self, step: int) -> bool:
-        return self.seal is not None and self.seal[0] == step
-
-    def _report_fault(self, step: int, fault: Fault) -> None:
+    def report_fault(self, step: int, fault: Fault) -> None:
+        """Record a fault and warn of it once."""
         self.note({"kind": "error", "step": step, "where": fault.where, "error": fault.error})
         self.warn(
             fault.where, f"{fault.where} failed at step {step}, nothing was merged, training goes on: {fault.error}"
         )
+
+    def _copies(self, plan: MergePlan) -> dict[str, LowRank]:
+        """The factors that `plan` will change, as they are."""
+        live, chosen = self.writer.gather(), set(plan.selected)
+        return {name: LowRank(f.A.clone(), f.B.clone()) for name, f in live.items() if name in chosen}
+
+    def _edit_optimizer(self, step: int, before: Mapping[str, LowRank], after: Mapping[str, LoraFactors]) -> None:
+        """Edit the moments of the merged parameters, as the setting says. The merge stands whatever happens."""
+        if self.optimizer is None or self.config.optimizer_state == "keep":
+            return
+        old, new = norms_of_pairs(before), norms_of(after)
+
+        def edit() -> int:
+            # A factor's gradient goes with the norm of the other one.
+            scaled = [
+                (parameter, now / then if then > 0 else 1.0)
+                for name, pair in self.writer.parameters(after).items()
+                for parameter, now, then in zip(pair, reversed(new[name]), reversed(old[name]), strict=True)
+            ]
+            return edit_optimizer_states(self.optimizer, scaled, self.config.optimizer_state)
+
+        edited = attempt("optimizer_state", edit)
+        if isinstance(edited, Fault):
+            self.note({"kind": "error", "step": step, "where": edited.where, "error": edited.error})
+            self.warn(edited.where, f"the optimizer's state was kept at step {step}: {edited.error}")
+
+    def _keep(self, run: Path, snapshot: Snapshot) -> None:
+        try:
+            save_snapshot(run, snapshot)
+        except OSError as error:
+            self.warn("snapshot", f"the factors before the final merge could not be kept ({error}): no undo")
 
     def _warn_of_broken_modules(self, step: int, plan: MergePlan) -> None:
         broken = [name for name, reading in plan.readings.items() if not reading.finite]
@@ -206,41 +218,3 @@ class Session:
                 f"{len(broken)} modules hold NaN or infinite updates at step {step} and are not merged, first "
                 f"{broken[0]!r}: lower the learning rate or resume from an earlier checkpoint",
             )
-
-
-def attempt(where: str, action: Callable[[], Answer]) -> Answer | Fault:
-    """Return what `action` does, or the fault: whatever goes wrong in here must not cost the user the training."""
-    try:
-        return action()
-    except Exception as error:
-        return Fault(where, f"{type(error).__name__}: {error}")
-
-
-def plan_knobs(config: SafeMergeConfig) -> dict[str, Any]:
-    """The settings that a `MergePlan` is made with."""
-    return {name: getattr(config, name) for name in ("gate", "threshold", "num_layers", "method", "space", "weights")}
-
-
-def held_back(verdicts: Mapping[str, Verdict], pause: str) -> dict[str, Verdict]:
-    """Return the verdicts with every merge held back, the reason saying so."""
-    return {name: Verdict(False, f"{v.reason}; {pause}") if v.merge else v for name, v in verdicts.items()}
-
-
-def _rows(step: int, plan: MergePlan) -> list[Row]:
-    verdicts = plan.verdicts
-    return [
-        (step, n, finite(r.cosine), finite(r.null_cosine), finite(r.update_norm), verdicts[n].merge, verdicts[n].reason)
-        for n, r in plan.readings.items()
-    ]
-
-
-def _end_entry(step: int, progress: Progress, seconds: float) -> dict[str, Any]:
-    return {
-        "kind": "end",
-        "step": step,
-        "checks": progress.checks,
-        "merges": progress.merges,
-        "modules_merged": progress.modules_merged,
-        "seconds": seconds,
-        "training_seconds": progress.training_seconds,
-    }

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import TrainerState, TrainingArguments
@@ -50,6 +51,15 @@ class Trackers:
             if name in args.report_to and name not in self.failed:
                 self._send_to(name, track, report)
 
+    def log_adapter(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
+        """Log `model`'s adapter as a new version of the W&B artifact that the trainer has logged it as."""
+        if not state.is_world_process_zero or "wandb" not in args.report_to or "wandb" in self.failed:
+            return
+        try:
+            _adapter_to_wandb(args, model, state.global_step)
+        except Exception as error:
+            self._give_up("wandb", state.global_step, error)
+
     def close(self) -> None:
         """Give back what the trackers opened themselves."""
         writer = self.kept.pop("tensorboard", None)
@@ -61,12 +71,15 @@ class Trackers:
         try:
             track(report, self.kept)
         except Exception as error:
-            self.failed.add(name)
-            warnings.warn(
-                f"safemerge: tracker {name!r} failed at step {report.step} ({type(error).__name__}: {error}) and gets "
-                "no more numbers; the journal and trainer_state.json still do",
-                stacklevel=2,
-            )
+            self._give_up(name, report.step, error)
+
+    def _give_up(self, name: str, step: int, error: Exception) -> None:
+        self.failed.add(name)
+        warnings.warn(
+            f"safemerge: tracker {name!r} failed at step {step} ({type(error).__name__}: {error}) and gets "
+            "no more numbers; the journal and trainer_state.json still do",
+            stacklevel=3,
+        )
 
 
 def to_wandb(report: Report, kept: dict[str, Any]) -> None:
@@ -84,6 +97,21 @@ def to_wandb(report: Report, kept: dict[str, Any]) -> None:
         kept["wandb_table"].add_data(*row)
     # `step=` would fight with the trainer's own logging: W&B drops what comes with an older step
     wandb.log({"train/global_step": report.step, **report.metrics, "safemerge/decisions": kept["wandb_table"]})
+
+
+def _adapter_to_wandb(args: TrainingArguments, model: Any, step: int) -> None:
+    """Upload the adapter as the next version of the trainer's own artifact, whose name holds the run's name or id."""
+    import wandb
+
+    if wandb.run is None:
+        return
+    unnamed = args.run_name is None or args.run_name == args.output_dir
+    name = f"model-{wandb.run.id if unnamed else wandb.run.name}"
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        artifact = wandb.Artifact(name, type="model", metadata={"safemerge/step": step})
+        artifact.add_dir(folder)
+        wandb.run.log_artifact(artifact, aliases=["final_model", "safemerge"])
 
 
 def to_tensorboard(report: Report, kept: dict[str, Any]) -> None:

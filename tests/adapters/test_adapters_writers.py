@@ -5,11 +5,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from safemerge_callback.adapters import PlainWriter, base_weights, live_factors, writer_for
+from safemerge_callback.adapters import base_weights, live_factors, writer_for
 from safemerge_callback.errors import AdapterError
 from safemerge_callback.ops import LowRank
 
+# FSDP1 advises against trained and frozen parameters in one unit, which is to be tested.
+MIXED = "ignore:.*has both parameters with requires_grad:UserWarning"
 Q0, Q1 = "layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj"
 
 
@@ -192,7 +195,6 @@ def test_ddp_model_is_unwrapped_and_written(model, process_group):
     wrapped = nn.parallel.DistributedDataParallel(model)
     assert dist.get_world_size() == 1
     writer = writer_for(wrapped)
-    assert isinstance(writer, PlainWriter)
     new = randoms(writer.gather())
     assert list(new) == ["embed_tokens", Q0, Q1]
     writer.write(new)
@@ -202,27 +204,162 @@ def test_ddp_model_is_unwrapped_and_written(model, process_group):
     assert all(torch.equal(live[n].A, f.A) and live[n].A.grad is not None for n, f in new.items())
 
 
-def test_fsdp2_is_refused(model, process_group):
+def sharded_by_fsdp2(model):
     mesh = init_device_mesh("cpu", (1,))
     for layer in model.base_model.model.model.layers:
         fully_shard(layer, mesh=mesh)
-    assert any(type(p).__name__ == "DTensor" or hasattr(p, "device_mesh") for p in model.parameters())
-    with pytest.raises(AdapterError, match=r"kept by FSDP2 or tensor parallelism.*not supported yet"):
+    return fully_shard(model, mesh=mesh)
+
+
+def assert_read_and_written_whole(writer, before):
+    gathered = writer.gather()
+    for name, factors in before.items():
+        assert type(gathered[name].A) is torch.Tensor
+        assert torch.equal(gathered[name].A, factors.A)
+        assert torch.equal(gathered[name].B, factors.B)
+    new = randoms({n: before[n] for n in (Q1, "embed_tokens")})
+    writer.write(new)
+    again = writer.gather()
+    assert all(torch.equal(again[n].A, f.A) and torch.equal(again[n].B, f.B) for n, f in new.items())
+    assert torch.equal(again[Q0].A, before[Q0].A)
+    with pytest.raises(AdapterError, match=r"new A is \(5, 32\) but the live one \(4, 32\)"):
+        writer.write({Q0: LowRank(torch.ones(5, 32), torch.ones(32, 5))})
+
+
+def copied(model):
+    return {n: f.low_rank()._make(t.clone() for t in f.low_rank()) for n, f in live_factors(model).items()}
+
+
+def test_fsdp2_is_read_and_written_whole(model, process_group):
+    before = copied(model)
+    sharded_by_fsdp2(model)
+    assert all(type(p).__name__ == "DTensor" for p in model.parameters())
+    with pytest.raises(AdapterError, match=r"shared out over ranks.*writer_for\(model\)\.gather"):
+        live_factors(model)
+    assert base_weights(model) == {}
+    writer = writer_for(model)
+    assert_read_and_written_whole(writer, before)
+    A, B = writer.parameters([Q1])[Q1]
+    assert isinstance(A, nn.Parameter)
+    assert type(B).__name__ == "DTensor"
+
+
+def test_fsdp2_edits_survive_an_evaluation_that_left_the_root_gathered(model, process_group):
+    writer = writer_for(sharded_by_fsdp2(model))
+    with torch.no_grad():
+        model(input_ids=torch.arange(1, 9)[None])
+    embed = next(p for n, p in model.named_parameters() if "lora_embedding_B" in n)
+    assert type(embed).__name__ != "DTensor"
+    new = randoms(writer.gather())
+    writer.write(new)
+    tokens = torch.arange(1, 9)[None]
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(torch.equal(f.B, new[n].B) for n, f in writer.gather().items())
+
+
+def test_an_adapter_added_after_sharding_is_refused(model, process_group):
+    sharded_by_fsdp2(model)
+    model.add_adapter("late", LoraConfig(target_modules=["q_proj"], r=2))
+    with pytest.raises(AdapterError, match=r"q_proj\.lora_A' is a plain tensor .* FSDP2.*added after"):
+        writer_for(model, adapter_name="late")
+    assert set(writer_for(model, adapter_name="default").gather()) == {"embed_tokens", Q0, Q1}
+
+
+def test_dtensors_of_tensor_parallelism_are_refused(model, process_group):
+    from torch.distributed.tensor import DTensor, Partial
+
+    mesh = init_device_mesh("cpu", (1,))
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            part = DTensor.from_local(p.detach(), mesh, [Partial()])
+            setattr(module, name, nn.Parameter(part, requires_grad=p.requires_grad))
+    with pytest.raises(AdapterError, match=r"placed as .*Partial.*shards and replicas"):
         writer_for(model)
-    assert set(live_factors(model)) - set(base_weights(model)) == {Q0, Q1}
 
 
-@pytest.mark.filterwarnings("ignore:FSDP is switching:UserWarning", "ignore:.*NO_SHARD:FutureWarning")
-def test_fsdp1_is_refused(model, process_group):
-    sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
-    with pytest.raises(AdapterError, match="kept by FSDP1"):
-        writer_for(sharded)
-    with pytest.raises(AdapterError, match="kept by FSDP1"):
-        writer_for(nn.Sequential(sharded))
+@pytest.mark.filterwarnings("ignore:FSDP is switching:UserWarning", "ignore:.*NO_SHARD:FutureWarning", MIXED)
+def test_fsdp1_is_read_and_written_whole(model, process_group):
+    before = copied(model)
+    layer = type(model.base_model.model.model.layers[0])
+    policy = ModuleWrapPolicy({layer, type(model.base_model.model.model.embed_tokens)})
+    cpu = torch.device("cpu")
+    sharded = FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=True, device_id=cpu)
+    assert_read_and_written_whole(writer_for(sharded), before)
+    with torch.no_grad():
+        sharded(input_ids=torch.arange(1, 9)[None])
+    model.add_adapter("late", LoraConfig(target_modules=["q_proj"], r=2))
+    with pytest.raises(AdapterError, match=r"is a plain tensor .* FSDP1 keeps: the adapter was added after"):
+        writer_for(sharded, adapter_name="late")
 
 
 @pytest.mark.parametrize(("mark", "engine"), [("ds_id", "ZeRO-3"), ("_hp_mapping", "ZeRO-1 or 2")])
-def test_zero_is_refused_by_the_marks_that_it_leaves(model, mark, engine):
-    setattr(live_factors(model)[Q1].B, mark, 7)
-    with pytest.raises(AdapterError, match=f"DeepSpeed {engine}"):
+def test_plain_factors_among_deepspeeds_are_refused(model, mark, engine):
+    setattr(model.base_model.model.lm_head.weight, mark, 7)
+    with pytest.raises(AdapterError, match=f"plain tensor in a model whose parameters DeepSpeed {engine} keeps"):
         writer_for(model)
+
+
+class Unfused:
+    """The part of DeepSpeed's ZeRO-0 optimizer that holds masters: lists of parameters, and of their masters."""
+
+    def __init__(self, parameters):
+        self.fp16_groups = [parameters]
+        self.fp32_groups = [[p.detach().float().clone().requires_grad_() for p in parameters]]
+
+
+class Fused:
+    """Its other kind: masters flat, in one tensor a group."""
+
+    def __init__(self, parameters):
+        self.fp16_groups = [parameters]
+        self.fp32_groups_flat = [torch.cat([p.detach().float().flatten() for p in parameters]).requires_grad_()]
+
+
+class Wrapper:
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+
+@pytest.mark.parametrize("kind", [Unfused, Fused])
+def test_masters_that_only_the_optimizer_knows_are_read_and_written(tiny_llama, kind):
+    model = adapt(tiny_llama().to(torch.bfloat16), init_lora_weights=False)
+    model.to(torch.bfloat16)
+    optimizer = kind([p for p in model.parameters() if p.requires_grad])
+    masters = optimizer.fp32_groups[0] if kind is Unfused else optimizer.fp32_groups_flat
+    with torch.no_grad():
+        for master in masters:
+            master.mul_(1 + 2**-12)
+    writer = writer_for(model, optimizer=Wrapper(Wrapper(optimizer)))
+    live = live_factors(model)
+    for name, factors in writer.gather().items():
+        assert factors.B.dtype == torch.float32
+        assert torch.equal(factors.B, live[name].B.float() * (1 + 2**-12))
+    new = randoms(live)
+    writer.write(new)
+    assert all(torch.equal(f.A, new[n].A) and torch.equal(f.B, new[n].B) for n, f in writer.gather().items())
+    assert all(torch.equal(f.B, new[n].B.bfloat16()) for n, f in live_factors(model).items())
+    total = sum(float(t.double().sum()) for pair in new.values() for t in pair)
+    assert sum(float(m.detach().double().sum()) for m in masters) == pytest.approx(total)
+
+
+def test_a_half_precision_adapter_in_deepspeed_needs_the_optimizer(tiny_llama):
+    model = adapt(tiny_llama().to(torch.bfloat16))
+    hook = type("Hook", (), {"__module__": "deepspeed.runtime.engine", "__call__": lambda *a: None})()
+    model.register_forward_pre_hook(hook)
+    writer_for(model)
+    model.to(torch.bfloat16)
+    with pytest.raises(AdapterError, match=r"is torch.bfloat16 in a DeepSpeed run.*optimizer=\.\.\."):
+        writer_for(model)
+    writer_for(model, optimizer=torch.optim.AdamW(model.parameters()))
+    late = Unfused([model.base_model.model.lm_head.weight])
+    with pytest.raises(AdapterError, match="whose parameters DeepSpeed keeps"):
+        writer_for(model, optimizer=late)
+
+
+def test_parameters_are_the_live_ones(model):
+    live = live_factors(model)
+    found = writer_for(model).parameters([Q1, Q0])
+    assert list(found) == [Q1, Q0]
+    assert all(A is live[n].A and B is live[n].B for n, (A, B) in found.items())
+    with pytest.raises(AdapterError, match=r"no LoRA module 'layers\.0\.self_attn\.q_prj'; did you mean"):
+        writer_for(model).parameters(["layers.0.self_attn.q_prj"])

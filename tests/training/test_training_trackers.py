@@ -154,4 +154,4 @@ def test_mlflow_run_read_back(world, tmp_path, monkeypatch):
 
 def test_nothing_is_tracked_where_the_trainer_does_not_report(world, tmp_path):
     world.trainer(tmp_path, world.guard()).train()
-    assert {p.name for p in Path(tmp_path).iterdir()} == {"safemerge.jsonl"}
+    assert {p.name for p in Path(tmp_path).iterdir()} == {"pre_merge", "safemerge.jsonl"}

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 
 import torch
 from transformers import TrainerCallback
@@ -47,6 +48,24 @@ def test_resumed_equals_unbroken(world, runs, tmp_path):
     assert (second["step"], second["restored"]) == (2, True)
     assert [e for e in resumed if (e["kind"], e["step"]) != ("start", 2)] == unbroken
     assert [e["step"] for e in unbroken if e["kind"] == "merge"] == [1, 3, 5]
+
+
+def test_resumed_at_every_step_equals_unbroken(world, runs, tmp_path):
+    """Twelve steps with merges after 4, 8 and 12, saved at each: from any of them on, nothing is otherwise."""
+    knobs, saving = {"every": 4}, {"save_strategy": "steps", "save_steps": 1, "max_steps": 12}
+    whole = world.trainer(tmp_path / "whole", world.guard(**knobs), **saving)
+    whole.train()
+    expected = runs.lora_weights(whole.model)
+    for step in range(1, 12):
+        folder = tmp_path / f"from-{step}"
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+        shutil.copy(tmp_path / "whole" / "safemerge.jsonl", folder)
+        trainer = world.trainer(folder, world.guard(**knobs), **{**saving, "save_strategy": "no"})
+        trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+        found = runs.lora_weights(trainer.model)
+        assert all(torch.equal(expected[n], w) for n, w in found.items()), step
+        told_here = [told(e) for e in runs.entries(folder) if (e["kind"], e["step"]) != ("start", step)]
+        assert told_here == [told(e) for e in runs.entries(tmp_path / "whole")], step
 
 
 def test_the_state_file_tells_what_the_checkpoint_holds(world, tmp_path):

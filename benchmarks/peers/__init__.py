@@ -1,0 +1,1 @@
+"""The trainers' own tests, run with the callback watching: none may end otherwise than without it."""

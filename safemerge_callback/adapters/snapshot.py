@@ -1,0 +1,82 @@
+"""The factors as they were before a merge, in one file beside a run, so that the merge can be undone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..errors import AdapterError
+from ..ops import LowRank
+from .factors import LoraFactors
+
+SNAPSHOT_FOLDER = "pre_merge"
+SNAPSHOT_FILE = "factors.safetensors"
+_KEYS = ("step", "norms")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Factors of the merged modules as they were before the merge at optimizer step `step`.
+
+    `factors`: canonical name -> A (r, d_in) and B (d_out, r), in the dtype they were trained in. `norms`: canonical
+    name -> the Frobenius norms of A and B right after the merge, by which a later reader knows the merged weights.
+    """
+
+    step: int
+    factors: Mapping[str, LowRank]
+    norms: Mapping[str, tuple[float, float]]
+
+
+def norms_of(factors: Mapping[str, LoraFactors]) -> dict[str, tuple[float, float]]:
+    """Return the Frobenius norms of A and B of each module, in float32; the host waits once for the device."""
+    return norms_of_pairs({name: LowRank(f.A, f.B) for name, f in factors.items()})
+
+
+def norms_of_pairs(pairs: Mapping[str, LowRank]) -> dict[str, tuple[float, float]]:
+    """Return the Frobenius norms of A and B of each pair, as `norms_of`."""
+    if not pairs:
+        return {}
+    device = next(iter(pairs.values())).A.device
+    norms = torch.stack([t.float().norm().to(device) for pair in pairs.values() for t in pair]).tolist()
+    return dict(zip(pairs, zip(norms[::2], norms[1::2], strict=True), strict=True))
+
+
+def save_snapshot(run: Path, snapshot: Snapshot) -> Path:
+    """Write `snapshot` into the folder `pre_merge` of `run`, whole or not at all; return the file. Raises OSError."""
+    folder = run / SNAPSHOT_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f".{SNAPSHOT_FILE}.part"
+    pairs = snapshot.factors.items()
+    tensors = {f"{name}.lora_{letter}": t for name, pair in pairs for letter, t in zip("AB", pair, strict=True)}
+    about = {"step": json.dumps(snapshot.step), "norms": json.dumps(dict(snapshot.norms))}
+    try:
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, part, metadata=about)
+        part.replace(folder / SNAPSHOT_FILE)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    finally:
+        part.unlink(missing_ok=True)
+    return folder / SNAPSHOT_FILE
+
+
+def load_snapshot(run: Path) -> Snapshot:
+    """Read the snapshot of `run`; AdapterError where there is none, or one that cannot be read."""
+    path = run / SNAPSHOT_FOLDER / SNAPSHOT_FILE
+    if not path.is_file():
+        raise AdapterError(
+            f"{str(run)!r} holds no {SNAPSHOT_FOLDER}/{SNAPSHOT_FILE}: no training there ended with a merge."
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            step, norms = (json.loads(about[key]) for key in _KEYS)
+            pairs = {name: LowRank(*(file.get_tensor(f"{name}.lora_{letter}") for letter in "AB")) for name in norms}
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise AdapterError(f"{str(path)!r} is corrupt or truncated ({error}): the merge cannot be undone.") from error
+    return Snapshot(step, pairs, {name: tuple(pair) for name, pair in norms.items()})

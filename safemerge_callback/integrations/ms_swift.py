@@ -1,0 +1,61 @@
+"""ms-swift's callback `safemerge`, with its settings under `ENV` in ms-swift's YAML.
+
+A file that ms-swift loads by `external_plugins` registers it:
+
+    from safemerge_callback.integrations.ms_swift import register
+    register()
+
+ms-swift refuses keys that it does not know, and its callbacks receive no settings: environment variables, which its
+YAML sets for all processes, are what it leaves. Source: modelscope/ms-swift, swift/callbacks/base.py and mapping.py
+(callbacks_map), swift/trainers/mixin.py (_get_callbacks), swift/cli/main.py (parse_yaml_args), as of 4.6.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import yaml
+
+from ..errors import ConfigError
+from ..training import SafeMergeCallback, SafeMergeConfig
+from . import split_settings
+
+NAME = "safemerge"
+PREFIX = "SAFEMERGE_"
+
+
+def register(registry: dict[str, Callable[..., Any]] | None = None) -> None:
+    """Put `safemerge` among the names that ms-swift's `callbacks` takes; `registry` is its callbacks_map."""
+    if registry is None:
+        from swift.callbacks import callbacks_map as registry
+    registry[NAME] = make_callback
+
+
+def make_callback(_args: Any, _trainer: Any) -> SafeMergeCallback:
+    """Return the callback for a trainer, called as every entry of callbacks_map; ConfigError as `config_of`."""
+    return SafeMergeCallback(config_of(os.environ))
+
+
+def config_of(environment: Mapping[str, str]) -> SafeMergeConfig:
+    """Return the settings that variables such as SAFEMERGE_THRESHOLD hold, their values read as YAML.
+
+    Raises ConfigError where there is none, and for a variable or a value that is refused.
+    """
+    given, _ = split_settings(environment, PREFIX)
+    if not given:
+        raise ConfigError(
+            f"callback {NAME!r} has no settings: set {PREFIX}SUBSPACE and others under `ENV` of ms-swift's YAML or in "
+            f"the environment, or take {NAME!r} out of `callbacks`"
+        )
+    return SafeMergeConfig.from_dict({name.lower(): _value(PREFIX + name, text) for name, text in given.items()})
+
+
+def _value(variable: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"variable {variable} is {text!r}, which is no YAML ({error}): write it as in a YAML file"
+        ) from error

@@ -1,0 +1,141 @@
+"""The end of a run: whichever weights the user is left with had their final check, and every copy of them tells so."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerState, TrainingArguments
+
+from ..adapters import load_adapter, save_adapter
+from ..adapters.files import WEIGHTS
+from ..adapters.processes import from_first
+from .entries import end_entry
+from .faults import Fault, attempt
+from .progress import Progress
+from .session import Session
+
+# Batches of the evaluation set that a reloaded best model is compared on, before and after its merge.
+COMPARED_BATCHES = 50
+
+
+def after_training(
+    session: Session,
+    args: TrainingArguments,
+    state: TrainerState,
+    model: nn.Module | None,
+    batches: Iterable[Any] | None,
+) -> None:
+    """Check once more if the final check has not happened, or the weights are not those it left; close the records.
+
+    The weights differ where the trainer reloaded the best checkpoint, or something stopped the run after our last hook.
+    """
+    now = from_first(session.digest()) if session.config.at_train_end else None
+    if isinstance(now, Fault):
+        session.report_fault(state.global_step, now)
+    elif now is not None:
+        untouched = session.seal == (state.global_step, now)
+        if not untouched or session.final_due(state, stopping=True):
+            _last_check(session, args, state, model, batches, untouched)
+    session.progress.training_seconds, session.begun = session.training_seconds, None
+    session.note(end_entry(state.global_step, session.progress, session.seconds))
+    session.trackers.close()
+
+
+def _last_check(
+    session: Session,
+    args: TrainingArguments,
+    state: TrainerState,
+    model: nn.Module | None,
+    batches: Iterable[Any] | None,
+    untouched: bool,
+) -> None:
+    reloaded = args.load_best_model_at_end and state.best_model_checkpoint is not None and not untouched
+    at = _provenance(session, args, state, untouched)
+    compare = reloaded and session.config.merges and model is not None and batches is not None
+    before = _loss(model, batches) if compare else None
+    edits = session.check(args, state, final=True, at=at)
+    if not edits:
+        return
+    if isinstance(before, float):
+        _note_best(session, state, before, _loss(model, batches))
+    if not reloaded:
+        _save_again(session, args, state)
+    _log_model_again(session, args, state, model)
+
+
+def _provenance(session: Session, args: TrainingArguments, state: TrainerState, untouched: bool) -> int:
+    """The step that the present weights are from; where they were reloaded, their merges are taken over too."""
+    best = state.best_model_checkpoint
+    reloaded = args.load_best_model_at_end and best is not None
+    sealed_here = session.seal is not None and session.seal[0] == state.global_step
+    if untouched or not (reloaded or sealed_here):
+        return state.global_step
+    history = Progress.load(Path(best)) if reloaded else None
+    session.progress.rewind(from_first(history))
+    return state.best_global_step if reloaded and state.best_global_step is not None else state.global_step
+
+
+def _loss(model: Any, batches: Any) -> float | Fault:
+    return attempt("evaluate", lambda: mean_loss(model, batches))
+
+
+def mean_loss(model: nn.Module, batches: Iterable[Any], limit: int = COMPARED_BATCHES) -> float:
+    """Return the mean loss of `model` on the first `limit` batches of an evaluation loader, in evaluation mode.
+
+    Every rank must call it. Raises whatever a model raises that gives no loss of its own for such batches.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        losses = [model(**batch).loss.detach().float() for batch in islice(batches, limit)]
+    finally:
+        for module in training:
+            module.training = True
+    return float(torch.stack(losses).mean())
+
+
+def _note_best(session: Session, state: TrainerState, before: float, after: float | Fault) -> None:
+    """Tell what the final merge did to the best model, on batches that both were seen on."""
+    losses = {"eval_loss_before": before, "eval_loss_after": after if isinstance(after, float) else None}
+    best = {"checkpoint": Path(str(state.best_model_checkpoint)).name, "best_metric": state.best_metric}
+    session.note({"kind": "best", "step": state.global_step, **best, **losses})
+    shown = {f"safemerge/best_{key}": value for key, value in losses.items() if value is not None}
+    state.log_history.append({**shown, "step": state.global_step, "epoch": state.epoch})
+
+
+def _save_again(session: Session, args: TrainingArguments, state: TrainerState) -> None:
+    """Put the merged factors into the checkpoint of this step, which was written before this merge.
+
+    Left alone where an engine keeps its own copy of the weights there, which a resume would read instead.
+    """
+    folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    factors = session.writer.gather()
+    engine = (folder / "latest").exists() or any(folder.glob("pytorch_model_fsdp*"))
+    if not session.journal.enabled or engine or not (folder / WEIGHTS).is_file():
+        return
+    try:
+        saved = load_adapter(folder)
+        merged = {
+            name: replace(old, A=factors[name].A.to(old.A.dtype), B=factors[name].B.to(old.B.dtype))
+            for name, old in saved.factors.items()
+        }
+        save_adapter(folder, replace(saved, factors=merged))
+        session.save(folder)
+    except (OSError, ValueError, KeyError) as error:
+        session.warn("checkpoint", f"{folder.name} holds the weights before the final merge ({error})")
+
+
+def _log_model_again(session: Session, args: TrainingArguments, state: TrainerState, model: nn.Module | None) -> None:
+    """Log the merged adapter to W&B where the trainer, before this merge, has logged the model as an artifact."""
+    wanted = os.environ.get("WANDB_LOG_MODEL", "false").lower() in ("end", "checkpoint")
+    # A sharded adapter is saved by all ranks together, and this runs on the first alone.
+    if model is None or session.writer.sharded or not wanted:
+        return
+    session.trackers.log_adapter(args, state, model)

@@ -1,0 +1,69 @@
+"""What a run writes of itself, to the journal and to the trackers' table."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from typing import Any
+
+from ..decision import MergePlan, Verdict
+from ..subspace import Subspace
+from .config import SafeMergeConfig
+from .progress import Progress
+from .trackers import Row, finite
+
+
+def plan_knobs(config: SafeMergeConfig) -> dict[str, Any]:
+    """The settings that a `MergePlan` is made with."""
+    return {name: getattr(config, name) for name in ("gate", "threshold", "num_layers", "method", "space", "weights")}
+
+
+def held_back(verdicts: Mapping[str, Verdict], pause: str) -> dict[str, Verdict]:
+    """Return the verdicts with every merge held back, the reason saying so."""
+    return {name: Verdict(False, f"{v.reason}; {pause}") if v.merge else v for name, v in verdicts.items()}
+
+
+def decision_rows(step: int, plan: MergePlan) -> list[Row]:
+    """Return a row of the trackers' table for each module."""
+    verdicts = plan.verdicts
+    return [
+        (step, n, finite(r.cosine), finite(r.null_cosine), finite(r.update_norm), verdicts[n].merge, verdicts[n].reason)
+        for n, r in plan.readings.items()
+    ]
+
+
+def start_entry(
+    step: int, config: SafeMergeConfig, subspace: Subspace, num_modules: int, world_size: int
+) -> dict[str, Any]:
+    """Return the entry that opens a journal, or marks where a resumed run goes on."""
+    names = ("torch", "transformers", "peft", "safemerge-callback")
+    return {
+        "kind": "start",
+        "version": 1,
+        "step": step,
+        "config": config.to_dict(),
+        "versions": {name: _version(name) for name in names},
+        "subspace": {"path": config.subspace, "aligned": subspace.aligned, "unaligned": subspace.unaligned},
+        "num_modules": num_modules,
+        "world_size": world_size,
+    }
+
+
+def end_entry(step: int, progress: Progress, seconds: float) -> dict[str, Any]:
+    """Return the entry that closes a journal."""
+    return {
+        "kind": "end",
+        "step": step,
+        "checks": progress.checks,
+        "merges": progress.merges,
+        "modules_merged": progress.modules_merged,
+        "seconds": seconds,
+        "training_seconds": progress.training_seconds,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,203 @@
+"""What each process of an engine test runs: short trainings of the real Trainer, one after the other.
+
+    run.py CONFTEST WORLD OUT JOB...      where a JOB is engine:dtype:what
+
+`what` is `plain` (12 steps), `merge` (12 steps, merges after 4, 8 and 12, by a loop's own verbs), `guard` (the same by
+SafeMergeCallback), `reset` (the same, moments reset) or `survive` (3 steps: a merge that fails on one rank after the
+first, an edit after the second).
+Each process writes OUT/<engine>-<dtype>-<what>-rank<n>.pt.
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+from cpu_fsdp import allow_fsdp_on_cpu
+
+from safemerge_callback.adapters import load_adapter, writer_for
+from safemerge_callback.adapters.processes import ProcessesError
+from safemerge_callback.decision import MergePlan, apply, measure
+from safemerge_callback.errors import PlanError
+from safemerge_callback.subspace import Subspace
+
+FSDP = {"min_num_params": 0, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+# Its syncing of states at the start asks for an accelerator; both ranks load the same model here.
+FSDP1 = {**FSDP, "version": 1, "sync_module_states": False, "cpu_ram_efficient_loading": False}
+ENGINES = {
+    "single": {},
+    "ddp": {"ddp_find_unused_parameters": False},
+    "fsdp1": {"fsdp": True, "fsdp_config": {**FSDP1, "use_orig_params": True}},
+    "fsdp1flat": {"fsdp": True, "fsdp_config": {**FSDP1, "use_orig_params": False}},
+    "fsdp2": {"fsdp": True, "fsdp_config": {**FSDP, "version": 2}},
+}
+# What the registered factors must look like, so that no engine falls back silently.
+MARKS = {
+    "single": lambda p: type(p) is torch.nn.Parameter,
+    "ddp": lambda p: type(p) is torch.nn.Parameter,
+    "fsdp1": lambda p: p.ndim == 1,
+    "fsdp1flat": lambda p: type(p) is not torch.nn.Parameter,
+    "fsdp2": lambda p: type(p).__name__ == "DTensor",
+    "zero0": lambda p: not hasattr(p, "_hp_mapping") and not hasattr(p, "ds_id"),
+    "zero1": lambda p: hasattr(p, "_hp_mapping"),
+    "zero2": lambda p: hasattr(p, "_hp_mapping"),
+    "zero3": lambda p: hasattr(p, "ds_id") and p.numel() == 0,
+}
+EVERY = 4
+KNOBS = {"gate": "num_layers", "num_layers": 2, "weights": [0.7, 0.3], "every": EVERY}
+STATES = {"guard": "keep", "reset": "reset"}
+RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location("runs", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def settings(engine, dtype):
+    changed = {"per_device_train_batch_size": 2 // WORLD_SIZE, "bf16": dtype == "bf16"}
+    if engine.startswith("zero"):
+        stage = {"stage": int(engine[-1])}
+        if engine == "zero3":
+            stage["stage3_param_persistence_threshold"] = 0
+        config = {
+            "zero_optimization": stage,
+            "bf16": {"enabled": dtype == "bf16"},
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        return {**changed, "deepspeed": config}
+    return {**changed, **ENGINES[engine]}
+
+
+class Verbs(transformers.TrainerCallback):
+    """A plain loop's verbs at each event, and what they decided; no part of the package's own callback."""
+
+    def __init__(self, world, what):
+        self.world, self.what = world, what
+        self.decisions, self.steps, self.kind, self.seen = {}, {}, None, {}
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        writer, step = writer_for(model, optimizer=optimizer), state.global_step
+        self.model, self.optimizer = model, optimizer
+        if self.what == "merge" and step % EVERY == 0:
+            self.merge(writer, step)
+        if self.what == "survive" and step == 1:
+            self.seen["refusal"] = self.fail(writer)
+            self.seen["disagreement"] = self.disagree(writer)
+        if self.what == "survive" and step == 2:
+            new = {name: f.low_rank() for name, f in writer.gather().items()}
+            self.seen["before"] = max(float(f.B.abs().max()) for f in new.values())
+            writer.write({name: f._replace(B=torch.full_like(f.B, 0.25)) for name, f in new.items()})
+            self.seen["visible"] = visible(model)
+        self.steps[step] = {n: (f.A.float().clone(), f.B.float().clone()) for n, f in writer.gather().items()}
+
+    def merge(self, writer, step):
+        plan = self.decide(writer)
+        edits = apply(plan, writer, load_adapter(self.world.safety))
+        self.decisions[step] = {n: (plan.verdicts[n].merge, r.cosine) for n, r in plan.readings.items()}
+        assert len(edits) == 2
+
+    def decide(self, writer, num_layers=2):
+        readings = measure(writer.gather(), Subspace.load(self.world.subspace))
+        return MergePlan.decide(readings, gate="num_layers", num_layers=num_layers, weights=(0.7, 0.3))
+
+    def fail(self, writer):
+        """What the last rank's broken safety adapter makes this rank raise; the factors must stay."""
+        before = {n: (f.A.clone(), f.B.clone()) for n, f in writer.gather().items()}
+        plan, safety = self.decide(writer), load_adapter(self.world.safety)
+        if RANK == WORLD_SIZE - 1:
+            safety.factors[plan.selected[0]].B[0, 0] = float("nan")
+        try:
+            apply(plan, writer, safety)
+        except PlanError as error:
+            after = writer.gather()
+            assert all(torch.equal(after[n].A, A) and torch.equal(after[n].B, B) for n, (A, B) in before.items())
+            return str(error)
+        return None
+
+    def disagree(self, writer):
+        """What ranks raise that would merge another number of modules each; one plan selects nothing."""
+        plan = self.decide(writer, num_layers=1)
+        if RANK == 1:
+            plan = MergePlan.decide(plan.readings, gate="watch")
+        try:
+            edits = apply(plan, writer, load_adapter(self.world.safety))
+            return len(edits)
+        except ProcessesError as error:
+            return str(error)
+
+
+def visible(model):
+    """The B that the next forward pass uses, of one module: what an evaluation and a checkpoint would see."""
+    parameter = next(p for n, p in model.named_parameters() if "lora_B" in n or "flat_param" in n)
+    if hasattr(parameter, "full_tensor"):
+        return parameter.full_tensor().float()
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().float().clone()
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        with torch.distributed.fsdp.FullyShardedDataParallel.summon_full_params(model, writeback=False):
+            return next(p for n, p in model.named_parameters() if "lora_B" in n).detach().float().clone()
+    return parameter.detach().float().clone()
+
+
+def run(world, job, out):
+    engine, dtype, what = job.split(":")
+    steps = 3 if what == "survive" else 12
+    rate = {"learning_rate": 1e-3} if what == "survive" else {}
+    verbs = Verbs(world, what)
+    guards = [world.guard(**KNOBS, optimizer_state=STATES[what])] if what in STATES else []
+    transformers.set_seed(3)
+    changed = {"max_steps": steps, "average_tokens_across_devices": False, **rate, **settings(engine, dtype)}
+    trainer = world.trainer(out / job, *guards, verbs, **changed)
+    trainer.train()
+    sites = [m for m in verbs.model.modules() if hasattr(m, "lora_A") and hasattr(m, "scaling")]
+    factor = [getattr(m.lora_B["default"], "_fsdp_wrapped_module", m.lora_B["default"]).weight for m in sites]
+    assert len(factor) == 4
+    assert all(MARKS[engine](p) for p in factor), (engine, [type(p) for p in factor], [p.shape for p in factor])
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    assert world_size == WORLD_SIZE
+    found = {"decisions": verbs.decisions, "steps": verbs.steps, "seen": verbs.seen, "dtype": str(factor[0].dtype)}
+    torch.save(found, out / f"{job.replace(':', '-')}-rank{RANK}.pt")
+    trainer.accelerator.free_memory()
+    forget()
+
+
+def forget():
+    """Let the next training choose its engine anew."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    PartialState._reset_state()
+    unset_hf_deepspeed_config()
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION", "FSDP_VERSION"):
+        os.environ.pop(name, None)
+
+
+def main(conftest, folder, out, *jobs):
+    allow_fsdp_on_cpu()
+    runs = load(conftest)
+    for job in jobs:
+        model = transformers.LlamaForCausalLM.from_pretrained(Path(folder) / "aligned")
+        run(runs.World(Path(folder), model), job, Path(out))
+        if RANK == 0:
+            print("done", job, flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
