@@ -9,7 +9,7 @@ READY := $(VENV)/.installed
 KEEP := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=8589934592
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all check format bench install clean
+.PHONY: demo test test-all check format bench trainers install clean
 
 demo: $(READY)
 	$(KEEP) $(BIN)/python -m recipes.demo
@@ -33,6 +33,9 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.measure_and_merge
+
+trainers: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.trainers_matrix
 
 install: $(READY)
 

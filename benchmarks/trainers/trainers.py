@@ -1,0 +1,103 @@
+"""Cells: one a trainer, of transformers and of TRL, the experimental ones included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import data
+from .cell import Cell
+from .setups import plain, trl
+from .world import Base
+
+ROLLOUT = {"max_completion_length": 6, "num_generations": 2, "per_device_train_batch_size": 2}
+BEMA = "trl.experimental.bema_for_ref_model.dpo_trainer"
+SERVED = "a generation server (vLLM) and a GPU's attention kernels"
+TEACHER = "a teacher's server (vLLM)"
+HEAD = {"task_type": "SEQ_CLS"}
+
+
+def _rewarded(_: Base) -> dict[str, Any]:
+    return {"reward_funcs": data.pays}
+
+
+def _taught(base: Base) -> dict[str, Any]:
+    return {"teacher_model": base.model()}
+
+
+def _experimental(package: str, trainer: str, rows: Any, *, needs: str = "", **more: Any) -> Cell:
+    made = trl(trainer, f"{trainer[:-7]}Config", rows, home=f"trl.experimental.{package}", **more)
+    return Cell("TRL, experimental", trainer, made, needs=needs)
+
+
+TRANSFORMERS = [
+    Cell("transformers", "Trainer", plain(data.tokens)),
+    Cell(
+        "transformers",
+        "Trainer, sequence classification",
+        plain(data.classes, kind="AutoModelForSequenceClassification", task_type="SEQ_CLS"),
+    ),
+    Cell(
+        "transformers",
+        "Trainer, token classification",
+        plain(lambda: data.classes(per_token=True), kind="AutoModelForTokenClassification", task_type="TOKEN_CLS"),
+    ),
+    Cell(
+        "transformers",
+        "Seq2SeqTrainer (T5)",
+        plain(
+            data.tokens,
+            trainer="Seq2SeqTrainer",
+            config="Seq2SeqTrainingArguments",
+            task_type="SEQ_2_SEQ_LM",
+            target_modules=["q", "v"],
+        ),
+        family="t5",
+    ),
+]
+
+TRL = [
+    Cell("TRL", "SFTTrainer", trl("SFTTrainer", "SFTConfig", data.text)),
+    Cell("TRL", "DPOTrainer", trl("DPOTrainer", "DPOConfig", data.preferences)),
+    Cell("TRL", "KTOTrainer", trl("KTOTrainer", "KTOConfig", data.judged)),
+    Cell(
+        "TRL",
+        "RewardTrainer",
+        trl(
+            "RewardTrainer",
+            "RewardConfig",
+            data.preferences,
+            kind="AutoModelForSequenceClassification",
+            loading={"num_labels": 1},
+            peft={**HEAD, "modules_to_save": ["score"]},
+        ),
+    ),
+    Cell("TRL", "GRPOTrainer", trl("GRPOTrainer", "GRPOConfig", data.prompts, given=_rewarded, **ROLLOUT)),
+    Cell("TRL", "RLOOTrainer", trl("RLOOTrainer", "RLOOConfig", data.prompts, given=_rewarded, **ROLLOUT)),
+    Cell(
+        "TRL",
+        "DistillationTrainer",
+        trl("DistillationTrainer", "DistillationConfig", data.questions, given=_taught, max_completion_length=6),
+    ),
+]
+
+EXPERIMENTAL = [
+    _experimental("a2po", "A2POTrainer", data.prompts, given=_rewarded, give="PeftModel", max_completion_length=6),
+    _experimental("cpo", "CPOTrainer", data.preferences),
+    _experimental("gkd", "GKDTrainer", data.chat, given=_taught, max_new_tokens=6),
+    _experimental("gmpo", "GMPOTrainer", data.prompts, given=_rewarded, **ROLLOUT),
+    _experimental("gold", "GOLDTrainer", data.chat, given=_taught, max_completion_length=6, use_extended_uld=False),
+    _experimental("iw_opd", "IWOPDTrainer", data.chat, given=_taught, max_completion_length=6),
+    _experimental("online_dpo", "OnlineDPOTrainer", data.prompts, given=_rewarded, max_new_tokens=6),
+    _experimental("orpo", "ORPOTrainer", data.preferences),
+    _experimental("sdft", "SDFTTrainer", data.advised, max_completion_length=6, num_generations=1, distillation_topk=8),
+    _experimental("sdpo", "SDPOTrainer", data.advised, given=_rewarded, include_environment_feedback=True, **ROLLOUT),
+    _experimental("tpo", "TPOTrainer", data.triples),
+    Cell(
+        "TRL, experimental",
+        "DPOTrainer (bema_for_ref_model)",
+        trl("DPOTrainer", "DPOConfig", data.preferences, home=BEMA, config_home="trl"),
+    ),
+    _experimental("async_grpo", "AsyncGRPOTrainer", data.prompts, given=_rewarded, give="path", needs=SERVED),
+    _experimental("async_distillation", "AsyncDistillationTrainer", data.prompts, give="path", needs=SERVED),
+    _experimental("server_distillation", "ServerDistillationTrainer", data.questions, needs=TEACHER),
+]

@@ -1,0 +1,97 @@
+"""The loop of docs/plain_loop.md, as the page has it: it merges by the formula and leaves a plain adapter."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+import safemerge_callback
+from benchmarks.trainers.cell import logits, safety_updates
+from benchmarks.trainers.witness import best_of_rank, dense
+from benchmarks.trainers.world import make_base
+from safemerge_callback import read_journal
+
+PAGE = Path(__file__).parents[1] / "docs" / "plain_loop.md"
+CODE = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("plain_loop"), "llama")
+
+
+@pytest.fixture
+def ready(base, tmp_path, monkeypatch):
+    """A folder with the files that the page names; the page's code runs in it."""
+    (tmp_path / "model.subspace.safetensors").symlink_to(base.folder / "subspace.safetensors")
+    (tmp_path / "safety-adapter").symlink_to(base.folder / "safety")
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(2)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    return get_peft_model(base.model(), lora)
+
+
+def batches(count):
+    rng = torch.Generator().manual_seed(5)
+    for _ in range(count):
+        ids = torch.randint(9, 60, (2, 8), generator=rng)
+        yield {"input_ids": ids, "labels": ids}
+
+
+def changed(code, old, new):
+    assert code.count(old) == 1
+    return code.replace(old, new)
+
+
+def test_as_it_stands_it_checks_at_step_50(ready, capsys):
+    exec(compile(CODE, str(PAGE), "exec"), {"model": ready, "batches": batches(50)})
+    entries = read_journal("out/safemerge.jsonl")
+    assert [(e["kind"], e["step"], len(e["modules"])) for e in entries] == [("check", 50, 4)]
+    assert "layers.0.self_attn.q_proj" in capsys.readouterr().out
+    assert Path("out/adapter_model.safetensors").is_file()
+
+
+def test_its_merges_are_the_formula_and_the_saved_adapter_is_plain_peft(ready, base, monkeypatch):
+    seen = []
+
+    def spied(plan, writer, *rest):
+        before = {name: dense(f.A, f.B, f.scaling) for name, f in writer.gather().items()}
+        edits = apply(plan, writer, *rest)
+        seen.append((before, {name: dense(f.A, f.B, f.scaling) for name, f in writer.gather().items()}))
+        return edits
+
+    apply = safemerge_callback.apply
+    monkeypatch.setattr(safemerge_callback, "apply", spied, raising=False)
+    code = changed(changed(CODE, '"gate": "threshold"', '"gate": "all"'), "every = 50", "every = 2")
+    exec(compile(code, str(PAGE), "exec"), {"model": ready, "batches": batches(6)})
+
+    assert len(seen) == 3
+    safety = safety_updates(base)
+    for before, after in seen:
+        for name, update in after.items():
+            expected = best_of_rank(0.8 * before[name] + 0.2 * safety[name], 4)
+            assert float((update - expected).norm() / expected.norm()) < 1e-4
+    fresh = PeftModel.from_pretrained(base.model(), "out").eval()
+    with torch.no_grad():
+        assert torch.equal(logits(ready.eval()), logits(fresh))
+    assert [e["step"] for e in read_journal("out/safemerge.jsonl")] == [2, 4, 6]
+
+
+def test_the_optimizer_trains_on_from_the_merged_factors(ready):
+    code = changed(changed(CODE, '"gate": "threshold"', '"gate": "all"'), "every = 50", "every = 3")
+    states = {}
+
+    def watched():
+        for step, batch in enumerate(batches(4), start=1):
+            states[step] = {n: p.detach().clone() for n, p in ready.named_parameters() if "lora_" in n}
+            yield batch
+        states["end"] = {n: p.detach().clone() for n, p in ready.named_parameters() if "lora_" in n}
+
+    exec(compile(code, str(PAGE), "exec"), {"model": ready, "batches": watched()})
+    for name, merged in states[4].items():
+        moved = float((states["end"][name] - merged).abs().max())
+        # Adam's steps are at most a few times the learning rate, 1e-3; a merge undone would be far more.
+        assert 0 < moved < 1e-2, name
