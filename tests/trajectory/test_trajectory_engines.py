@@ -146,7 +146,7 @@ DEEPSPEED = ("zero0", "zero1", "zero2", "zero3")
 @pytest.mark.parametrize("engines", [TORCH, DEEPSPEED], ids=["torch", "deepspeed"])
 def test_every_engine_trains_merges_and_keeps_the_edits(world, tmp_path, engines):
     if engines is DEEPSPEED and not importlib.util.find_spec("deepspeed"):
-        pytest.skip("deepspeed is not installed: pip install -r requirements/engines.txt")
+        pytest.skip("deepspeed is not installed: pip install 'safemerge-callback[engines]'")
     many, alone = train(world, tmp_path, engines, 2), train(world, tmp_path, ("single",), 1)
     finished(alone)
     finished(many)
