@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import replace
@@ -18,8 +19,10 @@ from ..adapters.files import WEIGHTS
 from ..adapters.processes import from_first
 from .entries import end_entry
 from .faults import Fault, attempt
+from .metrics import BEST_METRICS
 from .progress import Progress
 from .session import Session
+from .trackers import Report, finite
 
 # Batches of the evaluation set that a reloaded best model is compared on, before and after its merge.
 COMPARED_BATCHES = 50
@@ -64,7 +67,7 @@ def _last_check(
     if not edits:
         return
     if isinstance(before, float):
-        _note_best(session, state, before, _loss(model, batches))
+        _note_best(session, args, state, before, _loss(model, batches))
     if not reloaded:
         _save_again(session, args, state)
     _log_model_again(session, args, state, model)
@@ -101,13 +104,18 @@ def mean_loss(model: nn.Module, batches: Iterable[Any], limit: int = COMPARED_BA
     return float(torch.stack(losses).mean())
 
 
-def _note_best(session: Session, state: TrainerState, before: float, after: float | Fault) -> None:
+def _note_best(
+    session: Session, args: TrainingArguments, state: TrainerState, before: float, after: float | Fault
+) -> None:
     """Tell what the final merge did to the best model, on batches that both were seen on."""
-    losses = {"eval_loss_before": before, "eval_loss_after": after if isinstance(after, float) else None}
+    values = (before, after if isinstance(after, float) else math.nan)
+    losses = dict(zip(BEST_METRICS, map(finite, values), strict=True))
     best = {"checkpoint": Path(str(state.best_model_checkpoint)).name, "best_metric": state.best_metric}
-    session.note({"kind": "best", "step": state.global_step, **best, **losses})
-    shown = {f"safemerge/best_{key}": value for key, value in losses.items() if value is not None}
-    state.log_history.append({**shown, "step": state.global_step, "epoch": state.epoch})
+    plain = {key.rpartition("/")[2]: value for key, value in losses.items()}
+    session.note({"kind": "best", "step": state.global_step, **best, **plain})
+    numbers = {key: value for key, value in losses.items() if value is not None}
+    report = Report(state.global_step, numbers, (), session.config.to_dict(), args.output_dir)
+    session.trackers.send(args, state, report)
 
 
 def _save_again(session: Session, args: TrainingArguments, state: TrainerState) -> None:

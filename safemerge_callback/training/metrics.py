@@ -26,6 +26,13 @@ METRICS: dict[str, str] = {
 }
 
 
+# At the end of a run that reloaded its best model, on up to 50 evaluation batches.
+BEST_METRICS: dict[str, str] = {
+    "safemerge/best_loss_before": "Evaluation loss of the reloaded best model before its final merge.",
+    "safemerge/best_loss_after": "Evaluation loss of the reloaded best model after its final merge.",
+}
+
+
 def check_metrics(plan: MergePlan, edits: Sequence[Edit], progress: Progress, seconds: float) -> dict[str, float]:
     """Return the numbers of one check under the keys of `METRICS`; one that is not finite is left out.
 

@@ -93,9 +93,9 @@ def test_the_best_models_loss_before_and_after_its_merge(world, runs, tmp_path):
     with torch.no_grad():
         trainer.model.eval()
         batch = next(iter(trainer.get_eval_dataloader()))
-        assert best["eval_loss_after"] == pytest.approx(float(trainer.model(**batch).loss), rel=1e-5)
-    assert best["eval_loss_before"] != best["eval_loss_after"]
-    assert any("safemerge/best_eval_loss_after" in entry for entry in trainer.state.log_history)
+        assert best["best_loss_after"] == pytest.approx(float(trainer.model(**batch).loss), rel=1e-5)
+    assert best["best_loss_before"] != best["best_loss_after"]
+    assert any("safemerge/best_loss_after" in entry for entry in trainer.state.log_history)
 
 
 def test_two_callbacks_on_one_trainer_are_refused(world, tmp_path):
