@@ -13,7 +13,7 @@ from ..adapters import Adapter, LoraFactors, Writer
 from ..adapters.processes import agree, from_first, together
 from ..errors import PlanError
 from ..methods import Merged, get_method
-from ..ops import AlignmentMatrix, Factored, LowRank, accumulation_dtype, squared_norm, weighted_sum
+from ..ops import AlignmentMatrix, Factored, LowRank, accumulation_dtype, full_precision, squared_norm, weighted_sum
 from ..subspace import Subspace
 from .fit import all_finite, check_plan, needed_safety, needed_subspace
 from .measure import Batch, batches, split, stacked
@@ -65,6 +65,7 @@ def apply(
 
 
 @torch.no_grad()
+@full_precision()
 def merged_factors(
     plan: MergePlan,
     factors: Mapping[str, LoraFactors],

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import LoraFactors
-from ..ops import LowRank, accumulation_dtype, projected_cosine, squared_norm
+from ..ops import LowRank, accumulation_dtype, full_precision, projected_cosine, squared_norm
 from ..subspace import Subspace
 from .tables import render
 
@@ -138,6 +138,7 @@ def stacked(updates: Sequence[LowRank], device: torch.device) -> LowRank:
 
 
 @torch.no_grad()
+@full_precision()
 def measure(
     factors: Mapping[str, LoraFactors], subspace: Subspace, *, device: torch.device | str | None = None
 ) -> Readings:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, SubspaceError
-from ..ops import Factored, null_cosine
+from ..ops import Factored, full_precision, null_cosine
 from .file import Subspace
 from .header import PROBE_POSITIONS, PROBES, FileHeader, ModuleHeader, dtype_name
 from .sources import AlignmentAdapter, CheckpointPair, Material, Source
 from .stream import SafetensorsStream, reserve_for
 
 
+@full_precision()
 def build_subspace(
     output: str | Path,
     *,

@@ -9,6 +9,7 @@ from safemerge_callback.adapters import LoraFactors, live_factors
 from safemerge_callback.decision import Reading, Readings, measure
 from safemerge_callback.decision.measure import batches
 from safemerge_callback.errors import SubspaceError
+from safemerge_callback.ops import projected_cosine
 
 FAMILIES = {
     "llama": {},
@@ -182,3 +183,26 @@ def test_readings_print_every_module_and_compare_strictly():
     assert "0.7100" in text
     with pytest.raises(TypeError):
         readings["layers.0.q"] = None
+
+
+@pytest.mark.parametrize("chosen", ["high", "medium"])
+def test_a_trainings_low_precision_changes_no_reading(make_case, chosen):
+    """`high` is TF32 on a GPU; `medium` multiplies in bfloat16 on a CPU that can, from some size on."""
+    case = make_case("llama")
+    expected = measure(live_factors(case.model), case.subspace)
+    seen = []
+
+    def product(*args):
+        seen.append(torch.backends.mkldnn.matmul.fp32_precision)
+        return projected_cosine(*args)
+
+    torch.set_float32_matmul_precision(chosen)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys.modules[measure.__module__], "projected_cosine", product)
+            found = measure(live_factors(case.model), case.subspace)
+        assert set(seen) == {"ieee"}
+        assert {n: r.cosine for n, r in found.items()} == {n: r.cosine for n, r in expected.items()}
+        assert torch.get_float32_matmul_precision() == chosen
+    finally:
+        torch.set_float32_matmul_precision("highest")
