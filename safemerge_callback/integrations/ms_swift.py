@@ -29,7 +29,9 @@ PREFIX = "SAFEMERGE_"
 def register(registry: dict[str, Callable[..., Any]] | None = None) -> None:
     """Put `safemerge` among the names that ms-swift's `callbacks` takes; `registry` is its callbacks_map."""
     if registry is None:
-        from swift.callbacks import callbacks_map as registry
+        from swift.callbacks import callbacks_map
+
+        registry = callbacks_map
     registry[NAME] = make_callback
 
 

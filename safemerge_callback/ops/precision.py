@@ -16,7 +16,8 @@ def full_precision() -> Iterator[None]:
     A training often allows TF32 (`tf32: true`), which keeps ten bits of a product: a cosine would lose three digits,
     and a merge that changes nothing would change everything a little. Works as a decorator too.
     """
-    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    mkldnn: Any = torch.backends.mkldnn
+    backends: list[Any] = [torch.backends.cuda.matmul, getattr(mkldnn, "matmul", None)]
     if not all(hasattr(backend, "fp32_precision") for backend in backends):  # torch before 2.9
         with _legacy():
             yield
