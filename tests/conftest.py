@@ -1,12 +1,15 @@
 """Shared by all tests: shapes on floor 0 are checked, the hub is off, models are made on the spot."""
 
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+# Read once, when any library first imports trackio.
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")
 
 import pytest
 from jaxtyping import install_import_hook

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import os
 import sqlite3
 import struct
 import warnings
@@ -128,13 +129,12 @@ def test_a_failing_tracker_is_warned_of_once_and_gets_no_more(world, runs, tmp_p
     assert len([e for e in trainer.state.log_history if "safemerge/modules" in e]) == 3
 
 
-def test_trackio_run_read_back(world, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+def test_trackio_run_read_back(world, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pytest.importorskip("trackio")
         world.trainer(tmp_path / "out", world.guard(every=3), report_to=["trackio"], project="watched").train()
-    with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "watched.db")) as database:
+    with contextlib.closing(sqlite3.connect(Path(os.environ["TRACKIO_DIR"]) / "watched.db")) as database:
         rows = [json.loads(blob) for (blob,) in database.execute("select metrics from metrics order by id")]
     ours = [row for row in rows if "safemerge/modules" in row]
     assert [(row["train/global_step"], row["safemerge/modules_merged_total"]) for row in ours] == [(3, 4.0), (6, 8.0)]
