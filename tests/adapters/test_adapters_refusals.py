@@ -1,5 +1,7 @@
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from torch import nn
 
@@ -13,6 +15,8 @@ VARIANTS = {
     "alora": (LoraConfig(**Q, alora_invocation_tokens=[1], task_type="CAUSAL_LM"), "ALoraLinearVariant"),
     "mica": (LoraConfig(**Q, init_lora_weights="mica"), "MiCALinearVariant"),
 }
+if Version(peft.__version__) < Version("0.20"):
+    del VARIANTS["mica"]  # which came with 0.20
 TUNERS = {
     "ADALORA": AdaLoraConfig(target_modules=["q_proj"], total_step=10),
     "LOHA": LoHaConfig(**Q),

@@ -1,5 +1,7 @@
+import peft
 import pytest
 import torch
+from packaging.version import Version
 
 from safemerge_callback.errors import ConfigError, PlanError
 from safemerge_callback.methods import METHODS, get_method
@@ -34,7 +36,12 @@ def update_of(layer, adapter, unit=1.0):
     return LowRank(layer.lora_A[adapter].weight.detach() * root, layer.lora_B[adapter].weight.detach() * root)
 
 
-@pytest.mark.parametrize(("space", "combination"), [("factor", "linear"), ("delta", "svd")])
+PEFT = Version(peft.__version__)
+# Before 0.21 the svd combination of adapters whose scaling is not 1 came out in another scaling.
+SVD = pytest.param("delta", "svd", marks=pytest.mark.skipif(Version("0.21") > PEFT, reason="peft 0.21 changed it"))
+
+
+@pytest.mark.parametrize(("space", "combination"), [("factor", "linear"), SVD])
 @pytest.mark.parametrize("weights", [(0.8, 0.2), (0.5, 0.5), (1.0, 0.3), (0.0, 1.0)])
 def test_linear_equals_peft(tiny_llama, space, combination, weights):
     model = two_adapters(tiny_llama)
@@ -47,6 +54,7 @@ def test_linear_equals_peft(tiny_llama, space, combination, weights):
         assert float((ours.B @ ours.A - theirs).norm() / theirs.norm()) < 1e-5
 
 
+@pytest.mark.skipif(Version("0.19") > PEFT, reason="peft took no negative weights before 0.19")
 def test_factor_space_with_a_negative_weight_equals_peft(tiny_llama):
     model = two_adapters(tiny_llama)
     model.add_weighted_adapter(["task", "safety"], [1.0, -0.4], "merged", combination_type="linear")
