@@ -39,7 +39,7 @@ class Seals(transformers.TrainerCallback):
 
 trainer = world.trainer(out / "run", runs.Recorder(drift), world.guard(every=2), Seals(),
     max_steps=4, save_strategy="steps", save_steps=2, ddp_find_unused_parameters=False)
-trainer.train()
+trainer.train(resume_from_checkpoint=sys.argv[4] if len(sys.argv) > 4 else None)
 assert dist.get_world_size() == 2
 assert "wandb" not in sys.modules
 (out / f"rank{rank}.json").write_text(json.dumps({"end": digest(live_factors(trainer.model)), "steps": seen}))
@@ -47,12 +47,13 @@ dist.destroy_process_group()
 '''
 
 
-def test_two_processes_end_equal_with_one_journal(world, runs, tmp_path):
+def two_processes(world, tmp_path, *resume):
+    """Run the script above in two processes; return what each ended with."""
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     conftest = Path(__file__).parents[1] / "training" / "conftest.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "localhost:0", str(script), str(conftest), str(world.folder), str(tmp_path)]
+    command += ["--rdzv-endpoint", "localhost:0", str(script), str(conftest), str(world.folder), str(tmp_path), *resume]
     done = subprocess.run(
         command,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
@@ -62,8 +63,24 @@ def test_two_processes_end_equal_with_one_journal(world, runs, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    left, right = (json.loads((tmp_path / f"rank{n}.json").read_text()) for n in (0, 1))
+    return [json.loads((tmp_path / f"rank{n}.json").read_text()) for n in (0, 1)]
+
+
+def test_two_processes_end_equal_with_one_journal(world, runs, tmp_path):
+    left, right = two_processes(world, tmp_path)
     assert left == right
     assert len(set(left["steps"].values())) == 4
     assert [e["kind"] for e in runs.entries(tmp_path / "run")] == ["start", *["check", "merge"] * 2, "end"]
     assert (tmp_path / "run" / "checkpoint-4" / "safemerge_state.json").exists()
+
+
+def test_a_checkpoint_of_one_process_goes_on_in_two(world, runs, tmp_path):
+    """Counts and journal go on; the entry of the resume tells the new number of processes."""
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    world.trainer(tmp_path / "run", world.guard(every=2, at_train_end=False), **saving).train()
+    left, right = two_processes(world, tmp_path, str(tmp_path / "run" / "checkpoint-2"))
+    assert left == right
+    assert [e["step"] for e in runs.entries(tmp_path / "run", "merge")] == [2, 4]
+    starts = runs.entries(tmp_path / "run", "start")
+    assert [(e["step"], e["world_size"], e.get("restored")) for e in starts] == [(0, 1, False), (2, 2, True)]
+    assert [m["task_weight"] for m in runs.entries(tmp_path / "run", "merge")[-1]["modules"]] == [0.8 * 0.8] * 4
