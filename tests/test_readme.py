@@ -60,5 +60,5 @@ def test_links_and_extras_and_paths_exist():
     paths = re.findall(r"(?:recipes|configs)/[\w/]+\.(?:py|yaml)", README)
     assert [p for p in links + paths if not (ROOT / p).exists()] == []
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    named = re.search(r"safemerge-callback\[([^\]]+)\]", README)[1].split(",")
+    named = re.search(r'pip install "\.\[([^\]]+)\]"', README)[1].split(",")
     assert set(named) <= set(extras)
