@@ -76,7 +76,8 @@ def test_two_processes_end_equal_with_one_journal(world, runs, tmp_path):
 
 def test_a_checkpoint_of_one_process_goes_on_in_two(world, runs, tmp_path):
     """Counts and journal go on; the entry of the resume tells the new number of processes."""
-    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    # Without the optimizer: transformers 5.0 restores its tensors to a device "cpu:1" and fails.
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2, "save_only_model": True}
     world.trainer(tmp_path / "run", world.guard(every=2, at_train_end=False), **saving).train()
     left, right = two_processes(world, tmp_path, str(tmp_path / "run" / "checkpoint-2"))
     assert left == right
