@@ -21,7 +21,8 @@ class LoraFactors:
     """One LoRA module: the update of its weight is `scaling * B @ A`, in map orientation (d_out, d_in).
 
     A (r, d_in) and B (d_out, r), any floating dtype. Where `transposed`, the checkpoint stores the weight as
-    (d_in, d_out): embeddings, and the Conv1D of GPT-2 (`fan_in_fan_out` in PEFT).
+    (d_in, d_out): embeddings, and the Conv1D of GPT-2 (`fan_in_fan_out` in PEFT). `initial` is (A₀, B₀) where the
+    factors began as a part of the base weight (PiSSA, OLoRA), so that B·A is not what training changed.
     """
 
     name: str
@@ -29,6 +30,15 @@ class LoraFactors:
     B: Tensor
     scaling: float
     transposed: bool = False
+    initial: LowRank | None = None
+
+    @property
+    def update(self) -> LowRank:
+        """What training changed, divided by `scaling`: B·A, or B·A - B₀·A₀ (rank 2r) where the factors began at these."""
+        if self.initial is None:
+            return LowRank(self.A, self.B)
+        A, B = self.initial
+        return LowRank(torch.cat([self.A, A.to(self.A)]), torch.cat([self.B, -B.to(self.B)], dim=1))
 
     @property
     def rank(self) -> int:

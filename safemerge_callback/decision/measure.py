@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..adapters import LoraFactors
-from ..ops import LowRank, accumulation_dtype, full_precision, projected_cosine, squared_norm
-from ..subspace import Subspace
+from ..ops import AlignmentMatrix, LowRank, accumulation_dtype, full_precision, projected_cosine, squared_norm
+from ..subspace import Request, Subspace
 from .tables import render
 
 # What one batch of modules may take: alignment matrices as stored, and widened factors.
@@ -149,7 +149,8 @@ def measure(
     """
     subspace.check(factors)
     todo = batches(factors, subspace, device)
-    measured = [_measure_batch(batch, factors, subspace) for batch in todo]
+    matrices = subspace.stacks(Request(b.names, b.device, b.transposed) for b in todo if b.comparable)
+    measured = [_measure_batch(batch, factors, next(matrices) if batch.comparable else None) for batch in todo]
     if not measured:
         return Readings(())
     # Results of several devices meet on the first, so that the host waits once.
@@ -162,12 +163,11 @@ def measure(
     return Readings(found[name] for name in factors)
 
 
-def _measure_batch(batch: Batch, factors: Mapping[str, LoraFactors], subspace: Subspace) -> Tensor:
-    """(n, 2): the cosine and ‖B·A‖ of each module."""
-    update = stacked([LowRank(factors[name].A, factors[name].B) for name in batch.names], batch.device)
+def _measure_batch(batch: Batch, factors: Mapping[str, LoraFactors], V: AlignmentMatrix | None) -> Tensor:
+    """(n, 2): the cosine and ‖B·A‖ of each module; without V, of modules that have none."""
+    update = stacked([factors[name].update for name in batch.names], batch.device)
     norm = squared_norm(update).sqrt()
-    if batch.comparable:
-        V = subspace.stack(batch.names, device=batch.device, transposed=batch.transposed)
+    if V is not None:
         cosine = projected_cosine(update, V).to(norm.dtype)
     else:
         cosine = torch.where(torch.isfinite(norm), torch.ones_like(norm), torch.full_like(norm, torch.nan))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +17,14 @@ from ..ops import AlignmentMatrix, Factored
 from .check import check_base, check_modules
 from .header import PROBE_POSITIONS, PROBES, VERSION, FileHeader, ModuleHeader
 from .table import render
+
+
+class Request(NamedTuple):
+    """A stack of alignment matrices wanted: modules of one shape and kind, where, and in which orientation."""
+
+    names: tuple[str, ...]
+    device: torch.device
+    transposed: bool = False
 
 
 class Subspace:
@@ -102,6 +110,11 @@ class Subspace:
         if self._device is not None:
             matrix = self._kept[key] = _moved(matrix, self._device)
         return _moved(matrix, torch.device(device))
+
+    def stacks(self, requests: Iterable[Request]) -> Iterator[AlignmentMatrix]:
+        """Yield the stack of each request in turn, so that the next may be fetched while one is used."""
+        for request in requests:
+            yield self.stack(request.names, device=request.device, transposed=request.transposed)
 
     def keep_on(self, device: torch.device | str) -> None:
         """Keep what `stack` returns on `device` from now on, so that a later call with the same names reads nothing."""
