@@ -34,7 +34,7 @@ class LoraFactors:
 
     @property
     def update(self) -> LowRank:
-        """What training changed, divided by `scaling`: B·A, or B·A - B₀·A₀ (rank 2r) where the factors began at these."""
+        """What training changed, divided by `scaling`: B·A, or B·A - B₀·A₀ (rank 2r) where `initial` is set."""
         if self.initial is None:
             return LowRank(self.A, self.B)
         A, B = self.initial
