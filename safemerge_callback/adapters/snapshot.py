@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from ..errors import AdapterError
 from ..ops import LowRank
 from .factors import LoraFactors
+from .host import to_host
 
 SNAPSHOT_FOLDER = "pre_merge"
 SNAPSHOT_FILE = "factors.safetensors"
@@ -53,16 +54,25 @@ def save_snapshot(run: Path, snapshot: Snapshot) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{SNAPSHOT_FILE}.part"
     pairs = snapshot.factors.items()
-    tensors = {f"{name}.lora_{letter}": t for name, pair in pairs for letter, t in zip("AB", pair, strict=True)}
+    keys = [f"{name}.lora_{letter}" for name, _ in pairs for letter in "AB"]
+    tensors = to_host([tensor for _, pair in pairs for tensor in pair])
     about = {"step": json.dumps(snapshot.step), "norms": json.dumps(dict(snapshot.norms))}
     try:
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, part, metadata=about)
+        save_file(dict(zip(keys, tensors, strict=True)), part, metadata=about)
         part.replace(folder / SNAPSHOT_FILE)
     except SafetensorError as error:
         raise OSError(str(error)) from error
     finally:
         part.unlink(missing_ok=True)
     return folder / SNAPSHOT_FILE
+
+
+def set_aside_snapshot(run: Path) -> None:
+    """Give the snapshot of an earlier run in `run` the next free number, so that no later merge is undone with it."""
+    folder = run / SNAPSHOT_FOLDER
+    if folder.is_dir():
+        numbers = range(1, len(list(run.iterdir())) + 2)
+        folder.rename(next(p for n in numbers if not (p := run / f"{SNAPSHOT_FOLDER}.{n}").exists()))
 
 
 def load_snapshot(run: Path) -> Snapshot:

@@ -60,7 +60,7 @@ def _last_check(
     untouched: bool,
 ) -> None:
     reloaded = args.load_best_model_at_end and state.best_model_checkpoint is not None and not untouched
-    at = _provenance(session, args, state, untouched)
+    at = state.global_step if untouched else _provenance(session, state, reloaded)
     compare = reloaded and session.config.merges and model is not None and batches is not None
     before = _loss(model, batches) if compare else None
     edits = session.check(args, state, final=True, at=at)
@@ -73,14 +73,12 @@ def _last_check(
     _log_model_again(session, args, state, model)
 
 
-def _provenance(session: Session, args: TrainingArguments, state: TrainerState, untouched: bool) -> int:
-    """The step that the present weights are from; where they were reloaded, their merges are taken over too."""
-    best = state.best_model_checkpoint
-    reloaded = args.load_best_model_at_end and best is not None
+def _provenance(session: Session, state: TrainerState, reloaded: bool) -> int:
+    """The step that weights which are not those we left are from; where reloaded, their merges are taken over too."""
     sealed_here = session.seal is not None and session.seal[0] == state.global_step
-    if untouched or not (reloaded or sealed_here):
+    if not reloaded and not sealed_here:
         return state.global_step
-    history = Progress.load(Path(best)) if reloaded else None
+    history = Progress.load(Path(str(state.best_model_checkpoint))) if reloaded else None
     session.progress.rewind(from_first(history))
     return state.best_global_step if reloaded and state.best_global_step is not None else state.global_step
 

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 
 from ..adapters import Adapter, LoraFactors, base_weights, load_adapter, writer_for
 from ..adapters.optimizer import check_optimizer
 from ..adapters.processes import from_first
+from ..adapters.snapshot import set_aside_snapshot
 from ..decision import JOURNAL_FILE, Journal, MergePlan, check_safety_adapter, measure, merged_factors
 from ..errors import ConfigError, JournalError
 from ..subspace import Subspace
@@ -100,8 +102,6 @@ def _keep_near(subspace: Subspace, factors: Mapping[str, LoraFactors], config: S
 
     On a CPU the operating system keeps the file's pages, and a second copy would only cost memory.
     """
-    import torch
-
     device = next(iter(factors.values())).A.device
     if device.type != "cuda" or config.every == 0:
         return
@@ -121,6 +121,8 @@ def _records(config: SafeMergeConfig, args: TrainingArguments, state: TrainerSta
     progress.config = config.to_dict()
     path = Path(config.journal).expanduser() if config.journal else Path(args.output_dir) / JOURNAL_FILE
     if state.is_world_process_zero:
+        if state.global_step == 0:
+            set_aside_snapshot(Path(args.output_dir))
         count = found.journal_entries if found else None
         progress.journal_entries = _continued(path, state.global_step, count)
     return progress, Journal(path, enabled=state.is_world_process_zero), found is not None

@@ -48,3 +48,13 @@ def test_a_training_on_the_gpu_is_guarded(world, runs, tmp_path):
     trainer.train()
     assert seen.devices == {"cuda"}
     assert [e["step"] for e in runs.entries(tmp_path, "merge")] == [2, 4, 6]
+
+
+def test_tensors_come_to_the_host_together_and_as_they_are():
+    from safemerge_callback.adapters.host import to_host
+
+    torch.manual_seed(0)
+    sent = [torch.randn(3, 5), torch.randn(4, 2, device="cuda").T, torch.randn(6, device="cuda").bfloat16()]
+    for before, after in zip(sent, to_host(sent), strict=True):
+        assert after.device.type == "cpu"
+        assert torch.equal(before.cpu(), after)

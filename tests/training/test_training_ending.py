@@ -67,6 +67,15 @@ def test_undo_refuses_what_it_cannot_undo(world, runs, tmp_path):
         undo_merge(tmp_path / "merged" / "x" / "y")
 
 
+def test_a_new_run_sets_the_snapshot_of_an_earlier_one_aside(world, tmp_path):
+    world.trainer(tmp_path, world.guard(every=0)).train()
+    first = load_snapshot(tmp_path)
+    world.trainer(tmp_path, world.guard(gate="watch", every=0, safety_adapter=None)).train()
+    assert not (tmp_path / "pre_merge").exists()
+    (tmp_path / "pre_merge.1").rename(tmp_path / "pre_merge")
+    assert load_snapshot(tmp_path).norms == first.norms
+
+
 def test_a_run_whose_end_merges_nothing_keeps_no_snapshot(world, tmp_path):
     world.trainer(tmp_path, world.guard(every=2, at_train_end=False)).train()
     assert not (tmp_path / "pre_merge").exists()

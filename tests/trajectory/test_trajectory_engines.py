@@ -78,8 +78,9 @@ def check_equal_to_one_process(out, engine, dtype):
     mine, alone = ({k: read(out, e, dtype, k) for k in ("plain", "merge")} for e in (engine, "single"))
     assert tuple(merged(mine["merge"])) == EVENTS
     assert merged(mine["merge"]) == merged(alone["merge"])
-    own = furthest(mine["plain"]["steps"], alone["plain"]["steps"])
-    assert furthest(mine["merge"]["steps"], alone["merge"]["steps"]) <= SLACK * own
+    own, edited = (furthest(mine[kind]["steps"], alone[kind]["steps"]) for kind in ("plain", "merge"))
+    print(f"{dtype} {engine}: {own:.1e} from one process without merges, {edited:.1e} with")
+    assert edited <= SLACK * own
     # The merges are no small thing beside that.
     if dtype == "fp32":
         assert furthest(mine["merge"]["steps"], mine["plain"]["steps"]) > 1e4 * own
