@@ -73,6 +73,7 @@ def _narrow(base: Base, output: str, callbacks: list[TrainerCallback]) -> Setup:
     return plain(data.tokens, loading={"dtype": torch.bfloat16}, change=cast)(base, output, callbacks)
 
 
+MOVED = "measured against the initial factors; a merge loses most of the safety update, and a warning says how much"
 ADAPTERS = [
     Cell(
         KINDS,
@@ -86,8 +87,8 @@ ADAPTERS = [
     Cell(KINDS, "every linear layer", plain(data.tokens, target_modules="all-linear")),
     Cell(KINDS, "embeddings", plain(data.tokens, target_modules=EMBEDDED)),
     Cell(KINDS, "output head", plain(data.tokens, target_modules=[*TARGETS, "lm_head"])),
-    Cell(KINDS, "PiSSA", plain(data.tokens, init_lora_weights="pissa")),
-    Cell(KINDS, "OLoRA", plain(data.tokens, init_lora_weights="olora")),
+    Cell(KINDS, "PiSSA", plain(data.tokens, init_lora_weights="pissa"), note=MOVED, warns="began as a part"),
+    Cell(KINDS, "OLoRA", plain(data.tokens, init_lora_weights="olora"), note=MOVED, warns="began as a part"),
     Cell(KINDS, "LoftQ", plain(data.tokens, init_lora_weights="loftq", loftq_config=LOFTQ), needs="a GPU"),
     Cell(KINDS, "DoRA", plain(data.tokens, use_dora=True)),
     Cell(KINDS, "lora_bias", plain(data.tokens, lora_bias=True)),

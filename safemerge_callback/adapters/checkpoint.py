@@ -48,8 +48,11 @@ class Adapter:
     extra: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
 
-def load_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:
+def load_adapter(source: str | Path, *, revision: str | None = None, moved_base: bool = False) -> Adapter:
     """Return the adapter of a folder, or of a Hub id at `revision`; scaling as PEFT would set it.
+
+    `moved_base` accepts factors that began as a part of the base weight (PiSSA, OLoRA): good to copy and to compare,
+    but their s·B·A is not what training changed.
 
     Raises AdapterError when there is none, when its weights are pickled, truncated, not finite, or unlike its config,
     and for every kind of adapter that is not a plain LoRA.
@@ -57,7 +60,7 @@ def load_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:
     where = f"adapter {str(source)!r}"
     folder = adapter_folder(source, revision)
     config = read_config(folder / CONFIG, where)
-    refuse_config(config, where)
+    refuse_config(config, where, moved_base=moved_base)
     tensors = _read_tensors(folder / WEIGHTS, where)
     keys = _factor_keys(tensors, where)
     _refuse_unclear_orientation(keys, config, where)

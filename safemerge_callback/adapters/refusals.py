@@ -23,12 +23,20 @@ _SWITCHES = {
     "layer_replication": "layer_replication renumbers the layers, so names no longer match the base checkpoint",
 }
 # Initialisations that move part of the base weight into the factors: s·B·A is then not what training changed.
-_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+_MOVED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _ADVICE = "Use a plain LoRA (LoraConfig without that setting)."
 
 
-def refuse_config(config: Mapping[str, Any], where: str) -> None:
-    """Raise AdapterError when a PEFT config is not of a plain LoRA; `where` says whose config it is."""
+def moves_base(config: Mapping[str, Any]) -> bool:
+    """Return whether a PEFT config's initialisation moves a part of the base weight into the factors."""
+    return str(config.get("init_lora_weights")).lower().startswith(_MOVED_BASE)
+
+
+def refuse_config(config: Mapping[str, Any], where: str, *, moved_base: bool = False) -> None:
+    """Raise AdapterError when a PEFT config is not of a plain LoRA; `where` says whose config it is.
+
+    `moved_base` accepts initialisations that move a part of the base weight into the factors.
+    """
     kind = config.get("peft_type")
     kind = str(getattr(kind, "value", kind))
     if kind != "LORA":
@@ -36,12 +44,14 @@ def refuse_config(config: Mapping[str, Any], where: str) -> None:
     for switch, why in _SWITCHES.items():
         if config.get(switch):
             raise AdapterError(f"{where} has {switch}={config[switch]!r}: {why}, which is not supported. {_ADVICE}")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_BASE_CHANGING):
+    if str(config.get("init_lora_weights")).lower() == "mica":
+        raise AdapterError(f"{where} has init_lora_weights='mica', which freezes B: a merge must write both. {_ADVICE}")
+    if moves_base(config) and not moved_base:
         raise AdapterError(
-            f"{where} has init_lora_weights={start!r}, which moves part of the base weight into the factors, so B·A is "
-            "not the change that training made. Use true, 'gaussian', 'orthogonal' or 'eva', or convert the adapter to "
-            "a plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)."
+            f"{where} has init_lora_weights={config['init_lora_weights']!r}, which moves part of the base weight into "
+            "the factors, so B·A is not the change that training made. Live, give writer_for the factors at which "
+            "training began (initial); on disk, convert it to a plain LoRA (save_pretrained with "
+            "path_initial_model_for_weight_conversion)."
         )
 
 

@@ -25,7 +25,8 @@ class Edit:
     """What a merge did to a module.
 
     `residual`: ‖dropped‖/‖target‖, what truncation to the live rank lost. `change`: the Frobenius norm of new - old
-    over that of old, before the cast to the parameter's dtype; infinite where only the old update was zero.
+    over that of old, before the cast to the parameter's dtype; infinite where only the old update was zero. Both are
+    of updates: what a PiSSA adapter's factors hold of the base weight is left out.
     """
 
     name: str
@@ -151,19 +152,35 @@ def _merge_batch(
     safety: Adapter | None,
 ) -> tuple[Merged, Tensor]:
     """The new factors of a batch and its (n, 3): residual, change, and 1 where all of it is finite."""
-    live = stacked([LowRank(factors[name].A, factors[name].B) for name in batch.names], batch.device)
+    modules = [factors[name] for name in batch.names]
+    live = stacked([LowRank(module.A, module.B) for module in modules], batch.device)
     others = []
     if safety is not None:
-        units = [_in_units_of(factors[name], safety.factors[name], batch.device) for name in batch.names]
+        units = [_in_units_of(module, safety.factors[module.name], batch.device) for module in modules]
         others = [stacked(units, batch.device)]
+    initial = [module.initial for module in modules if module.initial is not None]
+    weights: tuple[float, ...] = plan.weights
+    if initial:
+        # Not w·B·A but B₀·A₀ + w·(B·A - B₀·A₀) is what keeps the share w of the update.
+        others, weights = [*others, stacked(initial, batch.device)], (*weights, 1.0 - weights[0])
     try:
-        merged = get_method(plan.method).merge(live, others, weights=plan.weights, space=plan.space, alignment_matrix=V)
+        merged = get_method(plan.method).merge(live, others, weights=weights, space=plan.space, alignment_matrix=V)
     except torch.linalg.LinAlgError as error:
         # The decompositions refuse NaN by raising for the whole batch: find the modules that hold it.
         raise _not_finite(_broken(batch.names, [live, *others]) or batch.names) from error
     finite = torch.isfinite(merged.A).flatten(1).all(-1) & torch.isfinite(merged.B).flatten(1).all(-1)
-    change = _change(LowRank(merged.A, merged.B), live)
-    return merged, torch.stack([merged.residual.to(change.dtype), change, finite.to(change.dtype)], dim=-1)
+    change, residual = _change(LowRank(merged.A, merged.B), live), merged.residual
+    if initial:
+        total = weighted_sum([live, *others], weights)
+        residual = _relative_to(weighted_sum([total, others[-1]], (1.0, -1.0)), residual, total)
+        change = _relative_to(stacked([module.update for module in modules], batch.device), change, live)
+    return merged, torch.stack([residual.to(change.dtype), change, finite.to(change.dtype)], dim=-1)
+
+
+def _relative_to(update: LowRank, ratio: Tensor, whole: LowRank) -> Tensor:
+    """A ratio to the norm of `whole`, (n), as one to that of `update`; 0 stays 0."""
+    scaled = ratio * (squared_norm(whole) / squared_norm(update)).sqrt()
+    return torch.where(ratio > 0, scaled, torch.zeros_like(scaled))
 
 
 def _in_units_of(live: LoraFactors, module: LoraFactors, device: torch.device) -> LowRank:

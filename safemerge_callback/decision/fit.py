@@ -49,6 +49,12 @@ def _check_modules(safety: Adapter, factors: Mapping[str, LoraFactors], space: s
 
 def check_plan(plan: MergePlan, factors: Mapping[str, LoraFactors]) -> None:
     """Raise PlanError unless every module to merge is there, of the shape and rank that was measured."""
+    sums = (plan.method, plan.space) == ("linear", "delta")
+    if not sums and any(module.initial is not None for module in factors.values()):
+        raise PlanError(
+            f"method {plan.method!r} in space {plan.space!r} cannot merge factors that began as a part of the base "
+            "weight (PiSSA, OLoRA): use method 'linear' in space 'delta', or train a plain LoRA"
+        )
     for name in plan.selected:
         if name not in factors:
             raise PlanError(

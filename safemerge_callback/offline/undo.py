@@ -30,7 +30,7 @@ def undo_merge(run: str | Path) -> tuple[str, ...]:
         raise ConfigError(
             f"run {str(run)!r} holds no folder {SNAPSHOT_FOLDER}: give the output folder of a training whose end merged"
         )
-    snapshot, merged = load_snapshot(home), load_adapter(folder)
+    snapshot, merged = load_snapshot(home), load_adapter(folder, moved_base=True)
     _require_merged(merged, snapshot, str(run))
     save_adapter(folder / MERGED_FOLDER, merged)
     save_adapter(folder, _restored(merged, snapshot))

@@ -73,4 +73,5 @@ class SafeMergeCallback(TrainerCallback):
         """Make sure that the weights the user is left with had their final check; close the journal."""
         if self.session:
             with self.session.timed():
+                self.session.settle(args, state, hold="training ended before this check could be applied")
                 after_training(self.session, args, state, model, kwargs.get("eval_dataloader"))

@@ -11,6 +11,7 @@ from ..adapters.optimizer import check_optimizer
 from ..decision import check_gate, check_merge
 from ..errors import ConfigError, nearest
 from ..methods import METHODS, Method, get_method
+from ..subspace.choice import check_placement
 
 # PEFT's `combination_type` strings, as the two knobs that they are.
 COMBINATION_TYPES = {
@@ -67,6 +68,14 @@ class SafeMergeConfig:
     )
     adapter_name: str | None = field(
         default=None, metadata={"help": "Name of the live LoRA adapter, where a model holds more than one."}
+    )
+    placement: str = field(
+        default="auto",
+        metadata={"help": "Where alignment matrices stay between checks: auto, device, host, disk or sharded (by rank)."},
+    )
+    asynchronous: bool = field(
+        default=False,
+        metadata={"help": "Whether a periodic check measures beside the next optimizer step, and merges after it."},
     )
     journal: str | None = field(
         default=None, metadata={"help": "Path of the journal; by default safemerge.jsonl in the output folder."}
@@ -175,8 +184,10 @@ def _check_types(config: SafeMergeConfig) -> None:
         optional = value is None and name in ("until_step", "num_layers")
         if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
             raise ConfigError(f"{name} is {value!r}: give a whole number of 0 or more")
-    if not isinstance(config.at_train_end, bool):
-        raise ConfigError(f"at_train_end is {config.at_train_end!r}: give true or false")
+    for name in ("at_train_end", "asynchronous"):
+        if not isinstance(getattr(config, name), bool):
+            raise ConfigError(f"{name} is {getattr(config, name)!r}: give true or false")
+    check_placement(config.placement)
 
 
 def _check_gate(config: SafeMergeConfig) -> None:
@@ -212,6 +223,11 @@ def _check_method(config: SafeMergeConfig) -> None:
 def _check_schedule(config: SafeMergeConfig) -> None:
     if config.every == 0 and not config.at_train_end:
         raise ConfigError("every is 0 and at_train_end is false, so no check would ever happen: set one of them")
+    if config.every == 0 and config.asynchronous:
+        raise ConfigError(
+            "asynchronous is true but every is 0, and the check at the end is never beside a step: give every, or leave "
+            "asynchronous out"
+        )
     if config.until_step is not None and config.until_step < config.from_step:
         raise ConfigError(
             f"until_step {config.until_step} comes before from_step {config.from_step}: swap them, or leave one out"

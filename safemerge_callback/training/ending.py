@@ -127,7 +127,7 @@ def _save_again(session: Session, args: TrainingArguments, state: TrainerState) 
     if not session.journal.enabled or engine or not (folder / WEIGHTS).is_file():
         return
     try:
-        saved = load_adapter(folder)
+        saved = load_adapter(folder, moved_base=True)
         merged = {
             name: replace(old, A=factors[name].A.to(old.A.dtype), B=factors[name].B.to(old.B.dtype))
             for name, old in saved.factors.items()

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..decision import MergePlan, Verdict
 from ..subspace import Subspace
+from ..subspace.choice import Choice
 from .config import SafeMergeConfig
 from .progress import Progress
 from .trackers import Row, finite
@@ -33,7 +34,7 @@ def decision_rows(step: int, plan: MergePlan) -> list[Row]:
 
 
 def start_entry(
-    step: int, config: SafeMergeConfig, subspace: Subspace, num_modules: int, world_size: int
+    step: int, config: SafeMergeConfig, subspace: Subspace, num_modules: int, world_size: int, choice: Choice
 ) -> dict[str, Any]:
     """Return the entry that opens a journal, or marks where a resumed run goes on."""
     names = ("torch", "transformers", "peft", "safemerge-callback")
@@ -44,6 +45,7 @@ def start_entry(
         "config": config.to_dict(),
         "versions": {name: _version(name) for name in names},
         "subspace": {"path": config.subspace, "aligned": subspace.aligned, "unaligned": subspace.unaligned},
+        "placement": choice.to_dict(),
         "num_modules": num_modules,
         "world_size": world_size,
     }

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary, ref
 
-import torch
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 
-from ..adapters import Adapter, LoraFactors, base_weights, load_adapter, writer_for
+from ..adapters import Adapter, LoraFactors, base_moved, base_weights, load_adapter, writer_for
+from ..adapters.initial import INITIAL_FILE, load_initial
 from ..adapters.optimizer import check_optimizer
-from ..adapters.processes import from_first
+from ..adapters.processes import from_first, together
 from ..adapters.snapshot import set_aside_snapshot
-from ..decision import JOURNAL_FILE, Journal, MergePlan, check_safety_adapter, measure, merged_factors
+from ..decision import JOURNAL_FILE, Journal, MergePlan, check_safety_adapter, merged_factors
 from ..errors import ConfigError, JournalError
+from ..ops import LowRank
 from ..subspace import Subspace
 from .config import SafeMergeConfig
 from .entries import plan_knobs, start_entry
+from .placing import Part, measure_together, own_part, place
 from .progress import Progress, changed_settings, continue_journal, find_progress
 from .session import Session
 
 # The callback and the run that hold a model, while both live.
 _HELD: WeakKeyDictionary[nn.Module, tuple[Any, Any]] = WeakKeyDictionary()
-# Of a GPU's memory, the share that alignment matrices may hold between checks: the rest is the training's.
-KEPT_SHARE = 1 / 8
+# Share of a merged update's norm that truncation may lose before it is told.
+WORTH_TELLING = 0.5
 
 
 def alone(callback: object, model: nn.Module | None, state: TrainerState) -> None:
@@ -57,24 +60,41 @@ def open_session(
     began = time.perf_counter()
     if config.merges:
         check_optimizer(optimizer, config.optimizer_state)
-    writer = writer_for(model, adapter_name=config.adapter_name, optimizer=optimizer)
+    initial = _initial(config, model, args, state)
+    writer = writer_for(model, adapter_name=config.adapter_name, optimizer=optimizer, initial=initial)
     factors = writer.gather()
     if config.merges and config.optimizer_state != "keep":
         writer.parameters(factors)
-    weights = base_weights(model)
+    # A base weight that gave a part of itself to the factors is not the aligned checkpoint's any more.
+    weights = {} if writer.initial else base_weights(model)
     subspace = Subspace.load(config.subspace)
     subspace.check(factors, weights)
     safety = _safety_adapter(config, factors)
-    _keep_near(subspace, factors, config)
-    _rehearse(config, factors, subspace, safety)
+    choice = place(config, subspace, factors)
+    part = own_part(choice, factors, subspace)
+    _rehearse(config, factors, subspace, safety, part)
     progress, journal, restored = _records(config, args, state)
-    start = start_entry(state.global_step, config, subspace, len(factors), args.world_size)
+    start = start_entry(state.global_step, config, subspace, len(factors), args.world_size, choice)
     journal.append({**start, "restored": restored})
     progress.journal_entries += 1
-    session = Session(config, writer, subspace, safety, journal, progress, optimizer, begun=began)
+    session = Session(config, writer, subspace, safety, journal, progress, optimizer, part, begun=began)
     session.seal_weights(state.global_step)
+    pending, progress.pending = progress.pending, None
+    if pending == state.global_step:
+        session.begin(pending)
     progress.seconds += time.perf_counter() - began
     return session
+
+
+def _initial(
+    config: SafeMergeConfig, model: nn.Module, args: TrainingArguments, state: TrainerState
+) -> Mapping[str, LowRank] | Literal["now"] | None:
+    """What factors that began as a part of the base weight began with: the present ones, or the checkpoint's."""
+    if state.global_step == 0 or not base_moved(model, config.adapter_name):
+        return "now"
+    folders = _checkpoints(args, state)
+    folder = next((f for f in folders if (f / INITIAL_FILE).is_file()), folders[-1])
+    return from_first(together(lambda: load_initial(folder) if state.is_world_process_zero else {}))
 
 
 def _safety_adapter(config: SafeMergeConfig, factors: Mapping[str, LoraFactors]) -> Adapter | None:
@@ -87,34 +107,36 @@ def _safety_adapter(config: SafeMergeConfig, factors: Mapping[str, LoraFactors])
 
 
 def _rehearse(
-    config: SafeMergeConfig, factors: Mapping[str, LoraFactors], subspace: Subspace, safety: Adapter | None
+    config: SafeMergeConfig,
+    factors: Mapping[str, LoraFactors],
+    subspace: Subspace,
+    safety: Adapter | None,
+    part: Part | None,
 ) -> None:
     """Measure, decide and compute a merge of every module, and drop it: what cannot work shows now, not at step 50."""
-    readings = measure(factors, subspace)
+    readings = measure_together(factors, subspace, part)
     MergePlan.decide(readings, **plan_knobs(config))
     if config.merges:
         everything = MergePlan.decide(readings, **{**plan_knobs(config), "gate": "all", "num_layers": None})
-        merged_factors(everything, factors, safety, subspace)
+        _, edits = merged_factors(everything, factors, safety, subspace)
+        _tell_losses([edit.residual for edit in edits if factors[edit.name].initial is not None])
 
 
-def _keep_near(subspace: Subspace, factors: Mapping[str, LoraFactors], config: SafeMergeConfig) -> None:
-    """Keep the alignment matrices on the GPU if checks repeat and they are small against its memory.
-
-    On a CPU the operating system keeps the file's pages, and a second copy would only cost memory.
-    """
-    device = next(iter(factors.values())).A.device
-    if device.type != "cuda" or config.every == 0:
-        return
-    needed = sum(4 * f.d_out * f.d_in for f in factors.values())
-    if needed <= KEPT_SHARE * torch.cuda.get_device_properties(device).total_memory:
-        subspace.keep_on(device)
+def _tell_losses(residuals: Sequence[float]) -> None:
+    """Warn where factors that hold a part of the base weight have no rank left for the safety adapter's update."""
+    lost = statistics.median(residuals) if residuals else 0.0
+    if lost > WORTH_TELLING:
+        warnings.warn(
+            f"safemerge: the adapter's factors began as a part of the base weight (PiSSA, OLoRA) and keep their rank, "
+            f"so a merge made now would lose {lost:.0%} of the merged update's norm (median of {len(residuals)} "
+            "modules). What is measured is exact; to merge, train a plain LoRA",
+            stacklevel=4,
+        )
 
 
 def _records(config: SafeMergeConfig, args: TrainingArguments, state: TrainerState) -> tuple[Progress, Journal, bool]:
     """The progress of the resumed checkpoint and the journal cut back to it, or new ones; whether it was found."""
-    given = [args.resume_from_checkpoint] if isinstance(args.resume_from_checkpoint, str) else []
-    here = checkpoint_folder(args, state)
-    found = from_first(find_progress(state.global_step, [*(Path(g) for g in given if Path(g).name == here.name), here]))
+    found = from_first(find_progress(state.global_step, _checkpoints(args, state)))
     progress = found or Progress()
     if found:
         _tell_changes(found.config, config.to_dict())
@@ -131,6 +153,13 @@ def _records(config: SafeMergeConfig, args: TrainingArguments, state: TrainerSta
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     """Where the trainer keeps the checkpoint of the present step."""
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _checkpoints(args: TrainingArguments, state: TrainerState) -> list[Path]:
+    """Where the checkpoint of the present step may be: the folder to resume from, if it is of this step, and ours."""
+    given = [args.resume_from_checkpoint] if isinstance(args.resume_from_checkpoint, str) else []
+    here = checkpoint_folder(args, state)
+    return [*(Path(g) for g in given if Path(g).name == here.name), here]
 
 
 def _continued(path: Path, step: int, count: int | None) -> int:

@@ -12,6 +12,8 @@ from typing import Any
 from ..decision import read_journal
 
 STATE_FILE = "safemerge_state.json"
+# Fields that an older state file may lack.
+_LATER = ("config", "pending")
 
 
 @dataclass
@@ -19,8 +21,8 @@ class Progress:
     """Counts since training began, over all resumes. Steps are optimizer steps, seconds are wall clock.
 
     `task_weights` holds, for every module ever merged, the product of the task's weights: the share of its update left.
-    `final_step` is the step of the last final check, `journal_entries` how many lines the journal had, `config` the
-    settings that held.
+    `final_step` is the step of the last final check, `pending` the step of a check that was measured but not yet
+    decided, `journal_entries` how many lines the journal had, `config` the settings that held.
     """
 
     checks: int = 0
@@ -33,6 +35,7 @@ class Progress:
     seconds: float = 0.0
     training_seconds: float = 0.0
     journal_entries: int = 0
+    pending: int | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
     def record_merge(self, step: int, names: Iterable[str], task_weight: float) -> None:
@@ -64,7 +67,7 @@ class Progress:
         """Read the state file of a checkpoint folder; None where it has none, or one that cannot be read."""
         try:
             values = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-            return cls(**{f.name: values[f.name] for f in fields(cls) if f.name != "config" or f.name in values})
+            return cls(**{f.name: values[f.name] for f in fields(cls) if f.name not in _LATER or f.name in values})
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

@@ -14,16 +14,19 @@ import torch
 from transformers import TrainerState, TrainingArguments
 
 from ..adapters import Adapter, LoraFactors, Writer
+from ..adapters.initial import save_initial
 from ..adapters.optimizer import edit_optimizer_states
 from ..adapters.processes import agree, from_first, many
 from ..adapters.snapshot import Snapshot, norms_of, norms_of_pairs, save_snapshot
-from ..decision import Edit, Journal, MergePlan, Readings, Verdict, apply, check_entry, measure, merge_entry
+from ..decision import Edit, Journal, MergePlan, Readings, Verdict, apply, check_entry, merge_entry
 from ..ops import LowRank
 from ..subspace import Subspace
+from .background import Pending, begin, undisturbed
 from .config import SafeMergeConfig
 from .entries import decision_rows, held_back, plan_knobs
 from .faults import Fault, attempt
 from .metrics import check_metrics
+from .placing import Part, join, measure_part
 from .progress import Progress
 from .schedule import cooling, due, final_due
 from .seal import digest
@@ -41,6 +44,8 @@ class Session:
     journal: Journal
     progress: Progress
     optimizer: Any = None
+    part: Part | None = None
+    pending: Pending | None = None
     trackers: Trackers = field(default_factory=Trackers)
     seal: tuple[int, str] | None = None
     begun: float | None = field(default_factory=time.perf_counter)
@@ -73,12 +78,17 @@ class Session:
         return min(self.seconds / max(self.training_seconds, 1e-9), 1.0)
 
     def after_step(self, args: TrainingArguments, state: TrainerState, *, stopping: bool) -> None:
-        """Check if this step is due; the run's last step has its final check here, so that its checkpoint holds it."""
+        """Apply what was measured beside this step, then check if it is due itself.
+
+        The run's last step has its final check here, so that its checkpoint holds it.
+        """
         config, step = self.config, state.global_step
+        self.settle(args, state)
         last = stopping or step >= state.max_steps
         final = config.at_train_end and self.final_due(state, stopping=stopping)
         if final or due(step, every=config.every, from_step=config.from_step, until_step=config.until_step):
-            self.check(args, state, final=final)
+            if last or not (config.asynchronous and self.begin(step)):
+                self.check(args, state, final=final)
         if last:
             self.seal_weights(step)
 
@@ -86,15 +96,57 @@ class Session:
         self, args: TrainingArguments, state: TrainerState, *, final: bool, at: int | None = None
     ) -> tuple[Edit, ...]:
         """Measure, decide, record, merge, record, report. `at` is the step the weights are from, if not this one."""
-        began, step = time.perf_counter(), state.global_step
+        began = time.perf_counter()
+        own = attempt("measure", lambda: measure_part(self.writer.gather(), self.subspace, self.part))
+        return self.conclude(args, state, own, began, final=final, at=at)
+
+    def begin(self, step: int) -> bool:
+        """Start to measure the factors of `step` beside the next one; False where that would disturb the training."""
+        if not from_first(undisturbed()):
+            self.warn(
+                "asynchronous",
+                "training allows TF32 products, which a check beside it would have to forbid: checks are synchronous",
+            )
+            return False
+        self.pending, self.progress.pending = begin(step, self.writer, self.subspace, self.part), step
+        return True
+
+    def settle(self, args: TrainingArguments, state: TrainerState, *, hold: str | None = None) -> None:
+        """Wait for the check that was begun, if one was, and conclude it; with `hold`, which says why, merge nothing."""
+        if self.pending is None:
+            return
+        began, pending = time.perf_counter(), self.pending
+        self.pending = self.progress.pending = None
+        self.conclude(args, state, pending.result(), began, hold=hold, measured_at=pending.step)
+
+    def conclude(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        own: Readings | Fault,
+        began: float,
+        *,
+        final: bool = False,
+        at: int | None = None,
+        hold: str | None = None,
+        measured_at: int | None = None,
+    ) -> tuple[Edit, ...]:
+        """Decide on this process's readings and the others', record, merge, record, report; `began` is a clock."""
+        step = state.global_step
         self.progress.checks += 1
         self.progress.final_step = step if final else self.progress.final_step
-        agreed = from_first(attempt("measure", lambda: self.decide(step if at is None else at)))
+        found = join(own, self.part)
+        agreed = from_first(
+            found
+            if isinstance(found, Fault)
+            else attempt("measure", lambda: self.decide(found, step if at is None else at, hold))
+        )
         if isinstance(agreed, Fault):
             self.report_fault(step, agreed)
             return ()
         plan = MergePlan(*agreed, **plan_knobs(self.config))
-        self.note(check_entry(step, plan, time.perf_counter() - began))
+        late = {} if measured_at is None else {"measured_at": measured_at}
+        self.note({**check_entry(step, plan, time.perf_counter() - began), **late})
         self._warn_of_broken_modules(step, plan)
         edits = self.merge(step, plan, Path(args.output_dir) if final else None) if plan.selected else ()
         took = time.perf_counter() - began
@@ -103,10 +155,10 @@ class Session:
         self.trackers.send(args, state, Report(step, numbers, rows, self.config.to_dict(), args.output_dir))
         return edits
 
-    def decide(self, step: int) -> tuple[Readings, dict[str, Verdict]]:
-        """Measure the live factors and ask the gate; where weights of `step` may not be merged, the reason says why."""
-        plan = MergePlan.decide(measure(self.writer.gather(), self.subspace), **plan_knobs(self.config))
-        pause = cooling(step, last_merge=self.progress.last_merge, cooldown=self.config.cooldown)
+    def decide(self, readings: Readings, step: int, hold: str | None = None) -> tuple[Readings, dict[str, Verdict]]:
+        """Ask the gate; where weights of `step` may not be merged, or `hold` says why not, the reason says so."""
+        plan = MergePlan.decide(readings, **plan_knobs(self.config))
+        pause = hold or cooling(step, last_merge=self.progress.last_merge, cooldown=self.config.cooldown)
         return plan.readings, dict(plan.verdicts) if pause is None else held_back(plan.verdicts, pause)
 
     def merge(self, step: int, plan: MergePlan, keep_in: Path | None) -> tuple[Edit, ...]:
@@ -138,6 +190,8 @@ class Session:
             return
         try:
             replace(self.progress, seconds=self.seconds, training_seconds=self.training_seconds).save(folder)
+            if self.writer.initial:
+                save_initial(folder, self.writer.initial)
         except OSError as error:
             self.warn(
                 "state",

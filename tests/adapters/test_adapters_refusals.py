@@ -5,7 +5,7 @@ from packaging.version import Version
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from torch import nn
 
-from safemerge_callback.adapters import live_factors, load_adapter
+from safemerge_callback.adapters import live_factors, load_adapter, writer_for
 from safemerge_callback.errors import AdapterError
 
 Q = {"target_modules": ["q_proj"], "r": 4}
@@ -74,6 +74,8 @@ def test_initialisations_that_change_the_base_are_refused(adapted, start, tmp_pa
     model = adapted(LoraConfig(**Q, init_lora_weights=start))
     with pytest.raises(AdapterError, match=rf"init_lora_weights='{start}'.*moves part of the base"):
         live_factors(model)
+    with pytest.raises(AdapterError, match="give writer_for the factors at which training began"):
+        writer_for(model)
     model.save_pretrained(tmp_path)
     with pytest.raises(AdapterError, match="moves part of the base"):
         load_adapter(tmp_path)

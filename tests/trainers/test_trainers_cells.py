@@ -21,6 +21,8 @@ WORK = [
     "GRPOTrainer",
     "rank_pattern and alpha_pattern",
     "rsLoRA",
+    "PiSSA",
+    "OLoRA",
     "the second adapter trained",
     "two active, adapter_name given",
     "DPOTrainer given a PeftModel (adds ref)",
@@ -33,8 +35,6 @@ WORK = [
     "SFTTrainer, packing (bfd)",
 ]
 REFUSED = {
-    "PiSSA": "moves part of the base weight",
-    "OLoRA": "moves part of the base weight",
     "DoRA": "DoRA also rescales the base weight",
     "two adapters active": "2 LoRA adapters are active",
     "mixture of experts, experts through target_parameters": "not one matrix on one weight",

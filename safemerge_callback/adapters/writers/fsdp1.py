@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..factors import Spot
+from ..sites import Spot
 from .slots import Slot
 
 

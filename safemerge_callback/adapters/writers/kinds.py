@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import AdapterError
-from ..factors import Site, Spot, is_dtensor
+from ..sites import Site, Spot, is_dtensor
 from .fsdp1 import FlatSlot, flat_slots
 from .slots import ShardedSlot, Slot
 from .zero import FragmentSlot, MasterSlot, PartitionSlot, whole_masters

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from ...errors import AdapterError, nearest
 from ...ops import LowRank
-from ..factors import LoraFactors, Site, active_adapter, lora_sites
+from ..factors import LoraFactors
+from ..initial import initial_factors, since
 from ..processes import together
+from ..sites import Site, active_adapter, base_moved, lora_sites
 from .commit import Pair, commit, read_all
 from .kinds import Kinds
 
@@ -22,14 +24,25 @@ class LiveWriter:
     Make one with `writer_for`. With many processes every rank must call the same methods in the same order.
     """
 
-    def __init__(self, model: nn.Module, adapter_name: str | None = None, optimizer: Any = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter_name: str | None = None,
+        optimizer: Any = None,
+        initial: Mapping[str, LowRank] | Literal["now"] | None = None,
+    ) -> None:
         self._model, self._optimizer = model, optimizer
         # Fixed now: a trainer may switch the active adapter for a moment, to compute reference log-probabilities.
         self._adapter_name = active_adapter(model, adapter_name)
+        self._moved_base = initial is not None and base_moved(model, self._adapter_name)
         self.sharded = Kinds.of(model, optimizer).sharded
+        self.initial: Mapping[str, LowRank] = {}
         _, pairs = self._look()
         for site, pair in pairs.values():
             _check_shapes(site, pair)
+        if self._moved_base:
+            self.initial = initial_factors(self.gather()) if isinstance(initial, str) else dict(initial or {})
+            since(self.gather(), self.initial)
 
     def gather(self) -> dict[str, LoraFactors]:
         """Return canonical name -> whole factors, detached: fp32 masters where there are, else in the live dtype.
@@ -41,7 +54,8 @@ class LiveWriter:
         _, pairs = together(self._look) if self.sharded else self._look()
         tensors = read_all([slot for _, pair in pairs.values() for slot in pair])
         wholes = zip(pairs.values(), tensors[::2], tensors[1::2], strict=True)
-        return {site.name: site.factors(A, B) for (site, _), A, B in wholes}
+        factors = {site.name: site.factors(A, B) for (site, _), A, B in wholes}
+        return since(factors, self.initial) if self.initial else factors
 
     def write(self, new: Mapping[str, LowRank]) -> None:
         """Replace the factors of the modules in `new`, all or none: A (r, d_in), B (d_out, r), in the live units.
@@ -57,15 +71,18 @@ class LiveWriter:
 
         Raises AdapterError for an unknown name, and for FSDP1 with use_orig_params=False, which registers none.
         """
-        sites = lora_sites(self._model, self._adapter_name)
+        sites = self._sites()
         return {name: _parameters(_named(sites, name)) for name in names}
 
     def _look(self) -> tuple[Kinds, dict[str, tuple[Site, Pair]]]:
         """Every module's site and slots as they are now."""
         kinds = Kinds.of(self._model, self._optimizer)
         kinds.settle()
-        sites = lora_sites(self._model, self._adapter_name)
+        sites = self._sites()
         return kinds, {n: (site, Pair(kinds.slot(site, "A"), kinds.slot(site, "B"))) for n, site in sites.items()}
+
+    def _sites(self) -> dict[str, Site]:
+        return lora_sites(self._model, self._adapter_name, moved_base=self._moved_base)
 
 
 def _check_shapes(site: Site, pair: Pair) -> None:

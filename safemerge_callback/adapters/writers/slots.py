@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..factors import Spot
+from ..sites import Spot
 
 
 class Slot:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..factors import Spot
+from ..sites import Spot
 from .slots import Slot
 
 

@@ -1,0 +1,72 @@
+"""Adapters whose factors begin as a part of the base weight (PiSSA, OLoRA, ...): the update is measured against those.
+
+Sources: PiSSA, arXiv:2404.02948; OLoRA, arXiv:2406.01775; CorDA, arXiv:2406.05223; LoftQ, arXiv:2310.08659; LoRA-GA,
+arXiv:2407.05000. Each sets the base weight to W - s·B₀·A₀, so that training changes the model by s·(B·A - B₀·A₀).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..errors import AdapterError
+from ..ops import LowRank
+from .factors import LoraFactors
+from .host import to_host
+
+INITIAL_FILE = "safemerge_initial.safetensors"
+
+
+def initial_factors(factors: Mapping[str, LoraFactors]) -> dict[str, LowRank]:
+    """Return a copy of the factors as they are, to measure later updates against."""
+    return {name: LowRank(f.A.detach().clone(), f.B.detach().clone()) for name, f in factors.items()}
+
+
+def since(factors: Mapping[str, LoraFactors], initial: Mapping[str, LowRank]) -> dict[str, LoraFactors]:
+    """Return the factors with what they began as; AdapterError unless `initial` has each of them in its shape."""
+    for name, now in factors.items():
+        then = initial.get(name)
+        if then is None or (then.A.shape, then.B.shape) != (now.A.shape, now.B.shape):
+            found = "nothing" if then is None else f"{tuple(then.A.shape)} and {tuple(then.B.shape)}"
+            raise AdapterError(
+                f"module {name!r}: its initial factors should be {tuple(now.A.shape)} and {tuple(now.B.shape)}, and "
+                f"are {found}. Give those that this very adapter began with."
+            )
+    return {name: replace(now, initial=initial[name]) for name, now in factors.items()}
+
+
+def save_initial(folder: Path, initial: Mapping[str, LowRank]) -> Path:
+    """Write the initial factors into `folder`, whole or not at all; return the file. Raises OSError."""
+    part = folder / f".{INITIAL_FILE}.part"
+    keys = [f"{name}.lora_{letter}" for name in initial for letter in "AB"]
+    tensors = to_host([tensor for pair in initial.values() for tensor in pair])
+    try:
+        save_file(dict(zip(keys, tensors, strict=True)), part)
+        part.replace(folder / INITIAL_FILE)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    finally:
+        part.unlink(missing_ok=True)
+    return folder / INITIAL_FILE
+
+
+def load_initial(folder: str | Path) -> dict[str, LowRank]:
+    """Read what `save_initial` wrote; AdapterError where there is none, or one that cannot be read."""
+    path = Path(folder) / INITIAL_FILE
+    if not path.is_file():
+        raise AdapterError(
+            f"{str(folder)!r} holds no {INITIAL_FILE}, and the factors began as a part of the base weight, so what "
+            "training changed is not known. Resume from a checkpoint that this callback wrote, or start anew."
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = dict.fromkeys(key.rpartition(".lora_")[0] for key in file.keys())  # noqa: SIM118  no mapping
+            return {name: LowRank(*(file.get_tensor(f"{name}.lora_{letter}") for letter in "AB")) for name in names}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(
+            f"{str(path)!r} is corrupt or truncated ({error}). Resume from another checkpoint."
+        ) from error
