@@ -1,8 +1,8 @@
-"""Run TRL's own trainer tests offline, without the callback and with it watching, and compare every outcome.
+"""Run TRL's (or transformers') own trainer tests offline, without the callback and with it watching, and compare.
 
 python -m benchmarks.peers.run CHECKOUT [--tests tests/test_sft_trainer.py ...] [--output FILE.json]
 
-CHECKOUT is a copy of TRL's repository; nothing of it is part of this one. What its tests fetch from the Hub is made on
+CHECKOUT is a copy of that repository; nothing of it is part of this one. What its tests fetch from the Hub is made on
 the spot (stand_ins.py), so many tests that assert on the real models fail, in both runs alike.
 """
 
