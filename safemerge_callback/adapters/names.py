@@ -7,7 +7,17 @@ import re
 # Parts that wrappers add anywhere in a module's path and that no model uses itself.
 _WRAPPERS = {"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module", "base_layer"}
 _FACTOR = re.compile(r"\.lora_(?:embedding_)?[AB](?:\.[^.]+)?$")
-_PREFIXES = ("module.", "base_model.model.", "model.", "transformer.")
+# In front of a language model, alone or inside a vision-language one, in the spelling of any release of transformers.
+_PREFIXES = ("module.", "base_model.model.", "model.", "transformer.", "language_model.", "thinker.")
+# Where the spelling inside a path was changed between releases of transformers: the old part, and what it is now.
+_RENAMED = (
+    (re.compile(r"(^|\.)(\w+_tower|vision_model)\.(?:vision|text)_model(?=\.)"), r"\1\2"),
+    (re.compile(r"(^|\.)block_sparse_moe(?=\.)"), r"\1mlp"),
+    (re.compile(r"\.router\.layer$"), ".router"),
+    (re.compile(r"(\.experts\.\d+)\.w1$"), r"\1.gate_proj"),
+    (re.compile(r"(\.experts\.\d+)\.w2$"), r"\1.down_proj"),
+    (re.compile(r"(\.experts\.\d+)\.w3$"), r"\1.up_proj"),
+)
 
 
 def canonical_name(name: str) -> str:
@@ -28,4 +38,6 @@ def _strip_once(name: str) -> str:
     name = _FACTOR.sub("", name.removesuffix(".weight"))
     for prefix in _PREFIXES:
         name = name.removeprefix(prefix)
+    for pattern, spelling in _RENAMED:
+        name = pattern.sub(spelling, name)
     return name

@@ -4,41 +4,52 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import SubspaceError
+from .shard_files import Folder, LocalFile, LocalFolder, ShardFile
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _REFUSED = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack"}
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 _CACHE_FOLDER = re.compile(r"models--(.+)")
 
 
 class Located(NamedTuple):
-    """A checkpoint's files: `name` and `revision` say which model without saying where it lies on this machine."""
+    """A checkpoint's files: `name` and `revision` say which model without saying where it lies on this machine.
+
+    `listed` is the index's map from tensor to file, empty without one; `architecture` the `model_type` of
+    config.json, None where there is none.
+    """
 
     name: str
     revision: str | None
-    files: tuple[Path, ...]
+    files: tuple[ShardFile, ...]
+    listed: Mapping[str, str] = {}
+    architecture: str | None = None
 
 
 def locate(source: str | Path, revision: str | None = None) -> Located:
-    """Return the safetensors files of a folder, a single `.safetensors` file, or a Hub id.
+    """Return the safetensors files of a folder, a single `.safetensors` file, or a Hub id, `org/name[@revision]`.
 
-    An existing path always wins over a Hub id of the same spelling. Pickle and GGUF files are never read.
-    Raises SubspaceError when nothing is there, when only refused formats are, or when a listed shard is missing.
+    An existing path always wins over a Hub id of the same spelling. Pickle and GGUF files are never read. Raises
+    SubspaceError when nothing is there, when only refused formats are, or when a listed shard is missing.
     """
-    path = Path(source).expanduser()
+    path, text = Path(source).expanduser(), str(source)
     if path.is_file():
-        return Located(path.name, revision, (_one_file(path),))
+        files = (LocalFile(_one_file(path)),)
+        return Located(path.name, revision, files, architecture=_architecture(LocalFolder(path.parent)))
     if path.is_dir():
-        return Located(*_identity(path, revision), _files_in(path, str(source)))
-    if not _HUB_ID.fullmatch(str(source)):
-        raise SubspaceError(f"checkpoint {str(source)!r}: no such folder or file, and not a Hub id such as 'org/name'.")
-    folder = _download(str(source), revision)
-    return Located(str(source), _identity(folder, revision)[1], _files_in(folder, str(source)))
+        return _located(*_identity(path, revision), LocalFolder(path), text)
+    match = _HUB_ID.fullmatch(text)
+    if not match:
+        raise SubspaceError(f"checkpoint {text!r}: no such folder or file, and not a Hub id such as 'org/name'.")
+    if revision and match["revision"] and revision != match["revision"]:
+        raise SubspaceError(f"checkpoint {text!r}: revision={revision!r} is given too; leave one of them out.")
+    return _on_hub(match["repo"], revision or match["revision"])
 
 
 def source_name(source: str | Path) -> str:
@@ -47,6 +58,44 @@ def source_name(source: str | Path) -> str:
     if Path(text).expanduser().exists():
         return _identity(Path(text).expanduser(), None)[0]
     return text if _HUB_ID.fullmatch(text) else Path(text).name
+
+
+def _on_hub(repo: str, revision: str | None) -> Located:
+    """The newest commit of `revision`, from the Hub's cache where all of it is there, else read over the network."""
+    from .hub import HubFolder, cached_folder, find_commit
+
+    commit = find_commit(repo, revision)
+    cached = cached_folder(repo, commit.sha or revision)
+    if cached is not None:
+        try:
+            return _located(repo, cached.name, LocalFolder(cached), repo)
+        except SubspaceError:
+            # Offline, what is in the cache is all there is; else it may hold a part, such as the tokenizer alone.
+            if commit.sha is None:
+                raise
+    if commit.sha is None:
+        raise SubspaceError(
+            f"checkpoint {repo!r} is no folder here and could not be fetched from the Hub"
+            f"{f' at revision {revision!r}' if revision else ''}: {commit.why}"
+        )
+    return _located(repo, commit.sha, HubFolder(repo, commit), repo)
+
+
+def _located(name: str, revision: str | None, folder: Folder, source: str) -> Located:
+    there = folder.names()
+    listed = _listed(folder, source) if INDEX in there else {}
+    chosen = _shards(listed, there, source) if INDEX in there else (_only_file(there, source),)
+    return Located(name, revision, tuple(folder.shard(file) for file in chosen), listed, _architecture(folder, there))
+
+
+def _architecture(folder: Folder, there: list[str] | None = None) -> str | None:
+    if "config.json" not in (folder.names() if there is None else there):
+        return None
+    try:
+        found = json.loads(folder.text("config.json"))["model_type"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def _identity(folder: Path, revision: str | None) -> tuple[str, str | None]:
@@ -59,29 +108,6 @@ def _identity(folder: Path, revision: str | None) -> tuple[str, str | None]:
     return folder.name, revision
 
 
-def _download(repo: str, revision: str | None) -> Path:
-    """Fetch a Hub model's safetensors and JSON files; sub-folders and Mistral's second copy of the weights are left."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = snapshot_download(
-            repo,
-            revision=revision,
-            allow_patterns=["*.safetensors", "*.json"],
-            ignore_patterns=["*/*", "consolidated*"],
-        )
-    except (OSError, ValueError) as error:  # every error of the Hub's client is one of the two
-        raise SubspaceError(
-            f"checkpoint {repo!r} is no folder here and could not be fetched from the Hub"
-            f"{f' at revision {revision!r}' if revision else ''}: {_first_line(error)}"
-        ) from error
-    return Path(folder)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _one_file(path: Path) -> Path:
     if path.suffix != ".safetensors":
         raise SubspaceError(
@@ -91,23 +117,21 @@ def _one_file(path: Path) -> Path:
     return path
 
 
-def _files_in(folder: Path, source: str) -> tuple[Path, ...]:
-    if (folder / INDEX).is_file():
-        return _listed_shards(folder / INDEX, source)
-    if (folder / SINGLE).is_file():
-        return (folder / SINGLE,)
-    found = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_"))
+def _only_file(there: list[str], source: str) -> str:
+    if SINGLE in there:
+        return SINGLE
+    found = [name for name in there if name.endswith(".safetensors") and not name.startswith("adapter_")]
     if len(found) == 1:
-        return (found[0],)
+        return found[0]
     if found:
         raise SubspaceError(f"checkpoint {source!r}: {len(found)} safetensors files but no {INDEX} that lists them.")
-    raise SubspaceError(f"checkpoint {source!r} {_why_nothing(folder)}")
+    raise SubspaceError(f"checkpoint {source!r} {_why_nothing(there)}")
 
 
-def _why_nothing(folder: Path) -> str:
-    if (folder / "adapter_model.safetensors").is_file():
+def _why_nothing(there: list[str]) -> str:
+    if "adapter_model.safetensors" in there:
         return "holds a PEFT adapter, not a model: pass it as alignment_adapter, or merge it into its base first."
-    refused = sorted(p.name for p in folder.iterdir() if p.suffix in _REFUSED)
+    refused = [name for name in there if Path(name).suffix in _REFUSED]
     if refused:
         return (
             f"has no safetensors weights, only {', '.join(refused[:3])}{' ...' if len(refused) > 3 else ''}: pickle "
@@ -116,16 +140,23 @@ def _why_nothing(folder: Path) -> str:
     return f"has neither {SINGLE} nor {INDEX} (pickle and GGUF files are never read)."
 
 
-def _listed_shards(index: Path, source: str) -> tuple[Path, ...]:
+def _listed(folder: Folder, source: str) -> dict[str, str]:
+    """The index's map from tensor to file."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        listed = json.loads(folder.text(INDEX))["weight_map"]
+        files = sorted(set(listed.values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise SubspaceError(f"checkpoint {source!r}: {INDEX} is corrupt ({_first_line(error)}).") from error
-    for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
+        raise SubspaceError(f"checkpoint {source!r}: {INDEX} is corrupt ({error}).") from error
+    for name in files:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise SubspaceError(f"checkpoint {source!r}: {INDEX} lists {name!r}; only .safetensors files beside it.")
-    missing = [name for name in names if not (index.parent / name).is_file()]
+    return dict(listed)
+
+
+def _shards(listed: Mapping[str, str], there: list[str], source: str) -> tuple[str, ...]:
+    names = sorted(set(listed.values()))
+    missing = [name for name in names if name not in there]
     if missing or not names:
         what = f"{len(missing)} of {len(names)} shards are missing, first {missing[0]!r}" if missing else "lists none"
         raise SubspaceError(f"checkpoint {source!r}: {INDEX}: {what}. Download the checkpoint again.")
-    return tuple(index.parent / name for name in names)
+    return tuple(names)

@@ -6,135 +6,127 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
-from ..adapters import canonical_name
 from ..errors import SubspaceError, nearest
 from .header import DTYPES
+from .layouts import Piece, Stored, Weight, alias_tied_head, named_as, weights_of
 from .locate import Located, locate
-
-# The embedding that an absent lm_head shares its weight with, by its last name part.
-_TIED_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
-
-
-class _Entry(NamedTuple):
-    key: str
-    file: Path
-    shape: tuple[int, int]
-    dtype: str
+from .spellings import spelling_of
 
 
 @dataclass(frozen=True, eq=False)
 class CheckpointShards:
-    """The 2-D weights (linear layers and embeddings) of a safetensors checkpoint, read one by one.
+    """The 2-D weights (linear layers, embeddings, single experts) of a safetensors checkpoint, read one by one.
 
     Make it with `CheckpointShards.open`; then only headers have been read. Names are canonical.
     """
 
     located: Located
-    _entries: Mapping[str, _Entry]
+    _weights: Mapping[str, Weight]
 
     @classmethod
     def open(cls, source: str | Path, revision: str | None = None) -> CheckpointShards:
-        """Open a folder (single file or sharded), a `.safetensors` file, or a Hub id.
+        """Open a folder (single file or sharded), a `.safetensors` file, or a Hub id, `org/name[@revision]`.
 
-        Where `lm_head` is absent it is the input embedding (tied weights). Raises SubspaceError for a checkpoint that
-        is corrupt, incomplete, or not in safetensors, and where two keys have one canonical name.
+        A Hub id is read from the Hub's cache where all of it is there, else over the network, the wanted tensors only.
+        Where `lm_head` is absent it is the input embedding (tied weights). Stacked experts (one 3-D tensor) are one
+        module an expert. Raises SubspaceError for a checkpoint that is corrupt, incomplete, out of reach, or not in
+        safetensors, and where two keys have one canonical name.
         """
         located = locate(source, revision)
-        entries: dict[str, _Entry] = {}
-        for file in located.files:
-            for name, entry in _read_entries(file).items():
-                if name in entries:
-                    raise SubspaceError(
-                        f"checkpoint {str(source)!r}: {entries[name].key!r} and {entry.key!r} are both module {name!r}."
-                    )
-                entries[name] = entry
-        if not entries:
+        tensors = _tensors_of(located)
+        try:
+            weights = weights_of(tensors, spelling_of(located.architecture))
+        except SubspaceError as error:
+            raise SubspaceError(f"checkpoint {located.name!r}: {error}") from error
+        if not weights:
             raise SubspaceError(
                 f"checkpoint {str(source)!r} has no 2-D `.weight` tensor; quantised ones (GPTQ, AWQ, ...) are not read."
             )
-        _alias_tied_head(entries)
-        return cls(located, entries)
+        alias_tied_head(weights)
+        return cls(located, weights)
+
+    def named_as(self, other: CheckpointShards) -> CheckpointShards:
+        """Return this checkpoint under the names of `other`, another checkpoint of the same model.
+
+        Where one has fused layers (`qkv_proj`, `gate_up_proj`) that the other has apart, the answers are views of the
+        fused tensor, or the parts put together, one module at a time.
+        """
+        shapes = {name: other.shape(name) for name in other.names}
+        return CheckpointShards(self.located, named_as(self._weights, shapes))
 
     @property
     def names(self) -> dict[str, str]:
-        """Canonical module name -> key in the checkpoint."""
-        return {name: entry.key for name, entry in self._entries.items()}
+        """Canonical module name -> key in the checkpoint, of the first part where the module is made of several."""
+        return {name: weight.key for name, weight in self._weights.items()}
 
     def shape(self, name: str) -> tuple[int, int]:
         """Return the weight's shape as stored, from the header."""
-        return self._entry(name).shape
+        return self._weight(name).shape
 
     def dtype(self, name: str) -> str:
         """Return the weight's safetensors dtype, such as `BF16`, from the header."""
-        return self._entry(name).dtype
+        return self._weight(name).dtype
 
     def read(self, name: str) -> Tensor:
-        """Return one weight on the CPU in its stored dtype and orientation; do not write to it (it may be a map)."""
-        entry = self._entry(name)
-        if entry.dtype not in DTYPES:
+        """Return one weight on the CPU in its stored dtype and orientation; do not write to it (it may be a map).
+
+        A view of a larger tensor where only a part of one is the module; a copy where it is made of several.
+        """
+        weight = self._weight(name)
+        if weight.dtype not in DTYPES:
             raise SubspaceError(
-                f"checkpoint {self.located.name!r}: {entry.key!r} is stored as {entry.dtype}, a quantised format; "
+                f"checkpoint {self.located.name!r}: {weight.key!r} is stored as {weight.dtype}, a quantised format; "
                 f"allowed are {', '.join(DTYPES)}. Use the unquantised checkpoint."
             )
-        # Opened anew for each tensor, so that the pages of the one before are given back.
-        try:
-            with safe_open(entry.file, framework="pt") as file:
-                return file.get_tensor(entry.key)
-        except (SafetensorError, OSError) as error:
-            raise _unreadable(entry.file, error) from error
+        parts = [_read(piece) for piece in weight.pieces]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return {source, revision, files, sha256}: no machine path; the hash is of all shards' headers, in order."""
+        """Return {source, revision, files, sizes, sha256}: no machine path; the hash is of all headers, in order."""
         digest = hashlib.sha256()
-        for path in self.located.files:
-            with path.open("rb") as file:
-                length = file.read(8)
-                digest.update(length + file.read(int.from_bytes(length, "little")))
-        files = [path.name for path in self.located.files]
-        name, revision = self.located.name, self.located.revision
-        return {"source": name, "revision": revision, "files": files, "sha256": digest.hexdigest()}
+        for file in self.located.files:
+            digest.update(file.header())
+        return {
+            "source": self.located.name,
+            "revision": self.located.revision,
+            "files": [file.name for file in self.located.files],
+            "sizes": [file.size() for file in self.located.files],
+            "sha256": digest.hexdigest(),
+        }
 
-    def _entry(self, name: str) -> _Entry:
-        if name not in self._entries:
+    def _weight(self, name: str) -> Weight:
+        if name not in self._weights:
             raise SubspaceError(
-                f"checkpoint {self.located.name!r} has no module {name!r}{nearest(name, self._entries)}."
+                f"checkpoint {self.located.name!r} has no module {name!r}{nearest(name, self._weights)}."
             )
-        return self._entries[name]
+        return self._weights[name]
 
 
-def _unreadable(path: Path, error: BaseException) -> SubspaceError:
-    return SubspaceError(
-        f"{path.name!r} is not a readable safetensors file: corrupt, cut short, or a Git LFS pointer ({error}). "
-        "Download it again."
-    )
+def _read(piece: Piece) -> Tensor:
+    rows, columns = piece.shape
+    return piece.file.read(piece.key, piece.start, rows * columns).view(rows, columns)
 
 
-def _read_entries(path: Path) -> dict[str, _Entry]:
-    """The 2-D `.weight` tensors that one file's header lists, by canonical name."""
-    entries: dict[str, _Entry] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118  (a safe_open is no mapping)
-                shape = tuple(file.get_slice(key).get_shape())
-                if len(shape) != 2 or not key.endswith(".weight"):
-                    continue
-                name = canonical_name(key)
-                if name in entries:
-                    raise SubspaceError(f"{path.name!r}: {entries[name].key!r} and {key!r} are both module {name!r}.")
-                entries[name] = _Entry(key, path, shape, file.get_slice(key).get_dtype())
-    except (SafetensorError, OSError) as error:
-        raise _unreadable(path, error) from error
-    return entries
-
-
-def _alias_tied_head(entries: dict[str, _Entry]) -> None:
-    if "lm_head" in entries:
-        return
-    tied = [entry for name, entry in entries.items() if name.rpartition(".")[2] in _TIED_EMBEDDINGS]
-    if len(tied) == 1:
-        entries["lm_head"] = tied[0]
+def _tensors_of(located: Located) -> dict[str, Stored]:
+    """Every tensor of the checkpoint, by key; SubspaceError where the files do not hold what the index lists."""
+    found: dict[str, Stored] = {}
+    for file in located.files:
+        for key, (shape, dtype) in file.tensors().items():
+            if key in found:
+                raise SubspaceError(
+                    f"checkpoint {located.name!r}: {key!r} is both in {found[key].file.name!r} and {file.name!r}."
+                )
+            found[key] = Stored(file, shape, dtype)
+    lacking = [key for key, name in located.listed.items() if key not in found or found[key].file.name != name]
+    if lacking:
+        raise SubspaceError(
+            f"checkpoint {located.name!r}: {len(lacking)} of {len(located.listed)} tensors that the index lists are "
+            f"not in the file that it names, first {lacking[0]!r} in {located.listed[lacking[0]]!r}. Download the "
+            "checkpoint again."
+        )
+    return found

@@ -11,23 +11,32 @@ ALL_LINEAR = "all-linear"
 _HEADS_AND_EMBEDDINGS = {"lm_head", "wte", "wpe", "shared", "embeddings"}
 
 
+# Linear layers that only sound like an embedding: `patch_embedding`, `embeddings_project`.
+_PROJECTS = re.compile(r"patch_embed|_proj|mapping")
+# Experts and the router before them: since transformers 5 they are bare parameters in the model, no linear layers. A
+# router spelled `router` is a linear layer in some models (Llama 4, Phi MoE), and small in all.
+_EXPERT_OR_ROUTER = re.compile(r"(^|\.)(experts\.\d+\.[^.]+|mlp\.gate)$")
+
+
 def is_linear(name: str) -> bool:
-    """Return whether a canonical name is a linear layer inside the model: neither embedding nor output head."""
+    """Return whether a canonical name is a linear layer of the model: no embedding, output head, expert or router."""
     last = name.rpartition(".")[2]
-    return last not in _HEADS_AND_EMBEDDINGS and "embed" not in last
+    embedding = last in _HEADS_AND_EMBEDDINGS or ("embed" in last and not _PROJECTS.search(last))
+    return not embedding and not _EXPERT_OR_ROUTER.search(name)
 
 
 def select_targets(names: Mapping[str, str], target_modules: Sequence[str] | str | None) -> list[str]:
     """Return the canonical names that `target_modules` selects, sorted by layer.
 
-    `names` maps canonical names to checkpoint keys. None or "all-linear": every linear layer but embeddings and output
-    head. A list: a name, or a suffix of whole dotted parts. A string: a regular expression that must match the whole
-    canonical name or the whole module path of the checkpoint. Raises SubspaceError for an entry that matches nothing.
+    `names` maps canonical names to checkpoint keys. None or "all-linear": every linear layer but the output head, as in
+    PEFT; single experts (`experts.0.up_proj`) are taken only where they are asked for. A list: a name, or a suffix of
+    whole dotted parts. A string: a regular expression that must match the whole canonical name or the whole module
+    path of the checkpoint. Raises SubspaceError for an entry that matches nothing.
     """
     if target_modules is None or (isinstance(target_modules, str) and target_modules.lower() == ALL_LINEAR):
         chosen = [name for name in names if is_linear(name)]
         if not chosen:
-            raise SubspaceError("the checkpoint has no linear layer besides embeddings and output head.")
+            raise SubspaceError("the checkpoint has no linear layer besides embeddings, output head and experts.")
     elif isinstance(target_modules, str):
         chosen = _by_regex(names, target_modules)
     else:

@@ -25,6 +25,12 @@ def test_none_and_all_linear_leave_embeddings_and_head_out():
     assert select_targets(gpt2, None) == ["h.0.attn.c_attn"]
 
 
+def test_a_linear_layer_that_sounds_like_an_embedding_is_one():
+    linear = ["vision_tower.embeddings.patch_embedding", "embeddings_project", "encoder.embedding_hidden_mapping_in"]
+    others = ["vision_tower.embeddings.position_embedding", "decoder.embed_positions", "embed_tokens_per_layer"]
+    assert set(select_targets({name: f"{name}.weight" for name in linear + others}, None)) == set(linear)
+
+
 @pytest.mark.parametrize(
     "targets",
     [

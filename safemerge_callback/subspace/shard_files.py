@@ -1,0 +1,109 @@
+"""Safetensors files and the folders that they lie in: headers, and runs of the values of one tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import SubspaceError
+
+
+class ShardFile(Protocol):
+    """A safetensors file of a checkpoint. Every method raises SubspaceError where it cannot be read."""
+
+    @property
+    def name(self) -> str:
+        """The file's name, without its folder."""
+
+    def size(self) -> int:
+        """Return how many bytes the file has."""
+
+    def header(self) -> bytes:
+        """Return the file's first bytes: the header's length (8 bytes, little endian), and the header."""
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Return key -> shape and dtype of every tensor, the dtype as safetensors names it, such as `BF16`."""
+
+    def read(self, key: str, start: int, count: int) -> Tensor:
+        """Return `count` values of one tensor from the flat position `start` on, (count,), in the stored dtype."""
+
+
+class LocalFile(NamedTuple):
+    """A file on this machine; what is read are maps of it, which take no memory until their values are used."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The file's name, without its folder."""
+        return self.path.name
+
+    def size(self) -> int:
+        """Return how many bytes the file has."""
+        return self.path.stat().st_size
+
+    def header(self) -> bytes:
+        """Return the header with its length in front."""
+        with self.path.open("rb") as file:
+            length = file.read(8)
+            return length + file.read(int.from_bytes(length, "little"))
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Return what the header lists; the library checks that the file is as long as the header says."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (a safe_open is no mapping)
+                return {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
+        except (SafetensorError, OSError) as error:
+            raise unreadable(self.name, error) from error
+
+    def read(self, key: str, start: int, count: int) -> Tensor:
+        """Return a view of the map."""
+        # Opened anew for each tensor, so that the pages of the one before are given back.
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                return file.get_tensor(key).reshape(-1)[start : start + count]
+        except (SafetensorError, OSError) as error:
+            raise unreadable(self.name, error) from error
+
+
+class Folder(Protocol):
+    """A model's folder, here or on the Hub."""
+
+    def names(self) -> list[str]:
+        """Return the names of the files that lie in it, sub-folders left out."""
+
+    def text(self, name: str) -> str:
+        """Return the content of a small file."""
+
+    def shard(self, name: str) -> ShardFile:
+        """Return one of its safetensors files."""
+
+
+class LocalFolder(NamedTuple):
+    """A folder on this machine."""
+
+    path: Path
+
+    def names(self) -> list[str]:
+        """Return the names of the files that lie in it; links to nowhere, as of a cache cut short, are left out."""
+        return sorted(path.name for path in self.path.iterdir() if path.is_file())
+
+    def text(self, name: str) -> str:
+        """Return the content of a small file."""
+        return (self.path / name).read_text(encoding="utf-8")
+
+    def shard(self, name: str) -> ShardFile:
+        """Return one of its safetensors files."""
+        return LocalFile(self.path / name)
+
+
+def unreadable(name: str, error: object) -> SubspaceError:
+    """Return the error for a file that is damaged."""
+    return SubspaceError(
+        f"{name!r} is not a readable safetensors file: corrupt, cut short, or a Git LFS pointer ({error}). "
+        "Download it again."
+    )
