@@ -41,6 +41,9 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.measure_and_merge
+	$(BIN)/python -m benchmarks.model_shapes --skip-svd
+	$(BIN)/python -m benchmarks.cost_by_size
+	$(BIN)/python -m benchmarks.variants
 
 trainers: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.trainers_matrix

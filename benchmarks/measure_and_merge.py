@@ -12,10 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
-import time
-from datetime import date
 from pathlib import Path
 
 import peft
@@ -23,23 +19,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.hardware import device, hardware, medians, timed, title
 from safemerge_callback.methods import get_method
 from safemerge_callback.ops import Factored, LowRank, projected_cosine
 
-
-def timed(work, repeats):
-    """Median seconds of `work()` over `repeats` runs, after one that is not counted."""
-    cuda = torch.cuda.is_available()
-    seconds = []
-    for _ in range(repeats + (repeats > 1)):
-        if cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        result = work()
-        if cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:] or seconds), result
+WEIGHTS = (0.8, 0.2)
 
 
 def published_cosine(C, A, B):
@@ -47,13 +31,12 @@ def published_cosine(C, A, B):
     return torch.nn.functional.cosine_similarity(((C @ B) @ A).flatten(), (B @ A).flatten(), dim=0)
 
 
-def peft_svd(size, task, safety, weights, device):
-    """PEFT's own `add_weighted_adapter(combination_type="svd")` on a model of one linear layer."""
-    rank = task.A.shape[-2]
+def peft_svd(task, safety, weights):
+    """PEFT's own `add_weighted_adapter(combination_type="svd")` on a model of one linear layer, and its result."""
+    (rank, d_in), d_out, where = task.A.shape, task.B.shape[0], task.A.device
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["0"])
-    model = peft.get_peft_model(
-        torch.nn.Sequential(torch.nn.Linear(size, size, bias=False, device=device)), config, adapter_name="task"
-    )
+    linear = torch.nn.Linear(d_in, d_out, bias=False, device=where)
+    model = peft.get_peft_model(torch.nn.Sequential(linear), config, adapter_name="task")
     model.add_adapter("safety", config)
     layer = model.base_model.model[0]
     for name, update in (("task", task), ("safety", safety)):
@@ -65,51 +48,63 @@ def peft_svd(size, task, safety, weights, device):
             ["task", "safety"], list(weights), "merged", combination_type="svd", svd_rank=rank
         )
 
-    seconds, _ = timed(merge, 1)
-    return seconds, layer.get_delta_weight("merged").detach()
+    return merge, lambda: layer.get_delta_weight("merged").detach()
 
 
 @torch.no_grad()
-def compare(size, rank, repeats, device):
+def compare(size, rank, repeats, where):
     """Rows of (work, peer, peer seconds, our seconds, peer's error, our error).
 
     Errors are absolute against float64 for a cosine, and relative against PEFT's matrix for the merge.
     """
-    torch.manual_seed(0)
 
     def rand(*shape):
-        return torch.randn(*shape, device=device)
+        return torch.randn(*shape, device=where)
 
     task, safety = LowRank(rand(rank, size), rand(size, rank)), LowRank(rand(rank, size), rand(size, rank))
     V = rand(size, size)
     factors = Factored(rand(size, 64), rand(64, size))
-    formed, C = timed(lambda: V @ V.mT / V.norm(), repeats)
-    each, rho = timed(lambda: published_cosine(C, task.A, task.B), repeats)
-    ours, mine = timed(lambda: projected_cosine(task, V), repeats)
-    thin, _ = timed(lambda: projected_cosine(task, factors), repeats)
-    wide = V.double()
-    exact = published_cosine(wide @ wide.mT, task.A.double(), task.B.double())
-    theirs_off, ours_off = abs(float(rho) - float(exact)), abs(float(mine) - float(exact))
-    weights = (0.8, 0.2)
-    svd, theirs = peft_svd(size, task, safety, weights, device)
+    C = V @ V.mT / V.norm()
     linear = get_method("linear").merge
-    merge, merged = timed(lambda: linear(task, [safety], weights=weights, space="delta"), repeats)
+    works = {
+        "form": lambda: V @ V.mT / V.norm(),
+        "each": lambda: published_cosine(C, task.A, task.B),
+        "ours": lambda: projected_cosine(task, V),
+        "thin": lambda: projected_cosine(task, factors),
+        "read": lambda: V.sum(),
+        "merge": lambda: linear(task, [safety], weights=WEIGHTS, space="delta"),
+    }
+    took = medians(works, repeats)
+    mine, merged = works["ours"](), works["merge"]()
+    theirs_off, ours_off = errors(works["each"](), mine, task, V)
+    their_merge, their_result = peft_svd(task, safety, WEIGHTS)
+    svd, _ = timed(their_merge)
+    theirs = their_result()
     away = float((merged.B @ merged.A - theirs).norm() / theirs.norm())
+    each, ours = took["each"], took["ours"]
     return [
         ("cosine of a module, C kept", "published formula", each, ours, theirs_off, ours_off),
-        ("cosine of a module, C formed", "published formula", formed + each, ours, theirs_off, ours_off),
-        ("cosine of a module, V of rank 64", "published formula, C kept", each, thin, None, None),
-        ("merge of a module, exact", "PEFT svd", svd, merge, None, away),
+        ("cosine of a module, C formed", "published formula", took["form"] + each, ours, theirs_off, ours_off),
+        ("cosine of a module, V of rank 64", "published formula, C kept", each, took["thin"], None, None),
+        ("cosine of a module", "V read once (its sum)", took["read"], ours, None, None),
+        ("merge of a module, exact", "PEFT svd", svd, took["merge"], None, away),
     ]
 
 
-def report(rows, hardware):
+def errors(theirs, ours, task, V):
+    """How far both cosines are from the formula in float64."""
+    wide = V.double()
+    exact = float(published_cosine(wide @ wide.mT, task.A.double(), task.B.double()))
+    return abs(float(theirs) - exact), abs(float(ours) - exact)
+
+
+def report(rows, about):
     """Print the rows as a table."""
-    table = Table("work", "peer", "peer ms", "ours ms", "ratio", "peer off by", "ours off by", title=hardware)
+    table = Table("work", "peer", "peer ms", "ours ms", "ratio", "peer off by", "ours off by")
     for work, peer, theirs, ours, *errors in rows:
         off = ["" if error is None else f"{error:.1e}" for error in errors]
-        table.add_row(work, peer, f"{theirs * 1e3:.2f}", f"{ours * 1e3:.2f}", f"{theirs / ours:,.0f}x", *off)
-    Console(width=132).print(table)
+        table.add_row(work, peer, f"{theirs * 1e3:.2f}", f"{ours * 1e3:.2f}", f"{theirs / ours:,.1f}x", *off)
+    Console(width=132).print(about, table, sep="\n")
 
 
 def main():
@@ -119,15 +114,17 @@ def main():
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
-    hardware = f"{asked.size} x {asked.size}, r {asked.rank}, float32, {name}, {torch.get_num_threads()} threads"
-    rows = compare(asked.size, asked.rank, asked.repeats, device)
-    report(rows, f"{hardware}, torch {torch.__version__}, peft {peft.__version__}, {date.today()}")
+    torch.manual_seed(asked.seed)
+    machine = hardware()
+    rows = compare(asked.size, asked.rank, asked.repeats, device())
+    report(rows, f"{asked.size} x {asked.size}, r {asked.rank}, float32. {title(machine)}")
     if asked.output:
         keys = ("work", "peer", "peer_seconds", "our_seconds", "peer_off_by", "ours_off_by")
-        asked.output.write_text(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=1) + "\n")
+        found = [dict(zip(keys, row, strict=True)) for row in rows]
+        sizes = {"size": asked.size, "rank": asked.rank, "repeats": asked.repeats, "seed": asked.seed}
+        asked.output.write_text(json.dumps({"hardware": machine, **sizes, "rows": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

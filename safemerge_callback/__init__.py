@@ -33,6 +33,7 @@ _HOMES = {
     "SafeMergeError": "errors",
     "Subspace": "subspace",
     "apply": "decision",
+    "compress_subspace": "subspace",
     "build_subspace": "subspace",
     "live_factors": "adapters",
     "load_adapter": "adapters",

@@ -10,7 +10,8 @@ import torch
 from typer.testing import CliRunner
 
 from safemerge_callback import __version__
-from safemerge_callback.cli import _targets, app
+from safemerge_callback.cli import app
+from safemerge_callback.cli.options import targets
 from safemerge_callback.decision import read_journal
 from safemerge_callback.offline import measure_adapter
 from safemerge_callback.subspace import Subspace
@@ -88,7 +89,7 @@ def test_measure_as_json(world):
     assert set(json.loads(run("measure", "task", "-s", "s.safetensors", "--json").stdout)) == {"modules"}
 
 
-def test_build_from_an_adapter_and_by_targets(world):
+def test_build_from_an_adapter_and_bytargets(world):
     run("build", "--adapter", "safety", "-o", "a.safetensors", "--no-progress")
     assert {module.kind for module in Subspace.load("a.safetensors").modules.values()} == {"factor"}
     build("--target-modules", "q_proj,down_proj")
@@ -98,11 +99,11 @@ def test_build_from_an_adapter_and_by_targets(world):
 
 
 def test_targets_are_names_or_a_pattern():
-    assert _targets(None) is None
-    assert _targets("q_proj") == ["q_proj"]
-    assert _targets("q_proj, layers.0.v_proj") == ["q_proj", "layers.0.v_proj"]
-    assert _targets("q_proj|v_proj") == "q_proj|v_proj"
-    assert _targets(r".*\d{1,2}.*") == r".*\d{1,2}.*"
+    assert targets(None) is None
+    assert targets("q_proj") == ["q_proj"]
+    assert targets("q_proj, layers.0.v_proj") == ["q_proj", "layers.0.v_proj"]
+    assert targets("q_proj|v_proj") == "q_proj|v_proj"
+    assert targets(r".*\d{1,2}.*") == r".*\d{1,2}.*"
 
 
 def test_methods_and_gates(world):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ from ..adapters import Adapter, LoraFactors, Writer
 from ..adapters.processes import agree, from_first, together
 from ..errors import PlanError
 from ..methods import Merged, get_method
-from ..ops import AlignmentMatrix, Factored, LowRank, accumulation_dtype, full_precision, squared_norm, weighted_sum
+from ..ops import AlignmentMatrix, LowRank, accumulation_dtype, full_precision, squared_norm, weighted_sum
 from ..subspace import Subspace
 from .fit import all_finite, check_plan, needed_safety, needed_subspace
 from .measure import Batch, batches, split, stacked
@@ -113,6 +113,8 @@ def _batches(
     """The selected modules in batches of one shape, with their alignment matrices if a subspace is given."""
     if subspace is not None:
         subspace.check(factors)
+        # Of a compressed file only the exact one may be multiplied with.
+        subspace = subspace.exact()
         return _projected_batches(set(plan.selected), batches(factors, subspace, device), subspace)
     groups: dict[tuple[torch.device, tuple[int, int], int, int], list[str]] = {}
     for name in plan.selected:
@@ -131,17 +133,23 @@ def _batches(
 def _projected_batches(
     selected: set[str], whole: Sequence[Batch], subspace: Subspace
 ) -> Iterable[tuple[Batch, AlignmentMatrix]]:
-    """Ask for the very stacks that `measure` asks for, and pick from them, so that nothing is kept twice."""
+    """Ask for the very stacks that `measure` asks for, and take views of them, so that no V is kept twice or copied."""
     for batch in whole:
         picked = [i for i, name in enumerate(batch.names) if name in selected]
         if picked:
             V = subspace.stack(batch.names, device=batch.device, transposed=batch.transposed)
-            V = Factored(V.U[picked], V.W[picked]) if isinstance(V, Factored) else _pick(V, picked)
-            yield batch._replace(names=tuple(batch.names[i] for i in picked)), V
+            for run in _runs(picked):
+                part = type(V)(*(t[run] for t in V)) if isinstance(V, tuple) else V[run]
+                yield batch._replace(names=batch.names[run]), part
 
 
-def _pick(V: Tensor, picked: list[int]) -> Tensor:
-    return V if len(picked) == len(V) else V[picked]
+def _runs(indices: Sequence[int]) -> Iterator[slice]:
+    """Consecutive indices as slices: what a slice picks is a view, what a list picks is a copy."""
+    start = 0
+    for i in range(1, len(indices) + 1):
+        if i == len(indices) or indices[i] != indices[i - 1] + 1:
+            yield slice(indices[start], indices[i - 1] + 1)
+            start = i
 
 
 def _merge_batch(

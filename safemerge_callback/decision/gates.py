@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ..errors import ConfigError, nearest
-from .measure import Reading, Readings
+from .reading import Reading, Readings
 
 
 class Verdict(NamedTuple):
@@ -24,12 +24,13 @@ def threshold(readings: Readings, *, threshold: float) -> dict[str, Verdict]:
     that has nothing to compare with, is never merged.
     """
     check_threshold(threshold)
-    return {name: _excluded(reading) or _compared(reading, threshold) for name, reading in readings.items()}
+    return {name: excluded(reading) or _compared(reading, threshold) for name, reading in readings.items()}
 
 
 def _compared(reading: Reading, threshold: float) -> Verdict:
     below = reading.cosine < threshold
-    return Verdict(below, f"cosine {_digits(reading.cosine, threshold)} {'<' if below else '>='} {threshold:g}")
+    proof = f" (certified: {reading.proof})" if reading.interval else " (re-read)" if reading.reread else ""
+    return Verdict(below, f"cosine {_digits(reading.cosine, threshold)} {'<' if below else '>='} {threshold:g}{proof}")
 
 
 def _digits(cosine: float, threshold: float) -> str:
@@ -47,12 +48,12 @@ def num_layers(readings: Readings, *, num_layers: int) -> dict[str, Verdict]:
     check_num_layers(num_layers)
     if num_layers > len(readings):
         raise ConfigError(f"num_layers={num_layers} is more than the {len(readings)} LoRA modules there are: lower it")
-    excluded = {name: _excluded(reading) for name, reading in readings.items()}
+    left_out = {name: excluded(reading) for name, reading in readings.items()}
     order = sorted(
-        (name for name in readings if excluded[name] is None), key=lambda name: (readings[name].cosine, name)
+        (name for name in readings if left_out[name] is None), key=lambda name: (readings[name].cosine, name)
     )
     rank = {name: position for position, name in enumerate(order, 1)}
-    return {name: excluded[name] or _ranked(rank[name], len(order), num_layers) for name in readings}
+    return {name: left_out[name] or _ranked(rank[name], len(order), num_layers) for name in readings}
 
 
 def _ranked(position: int, of: int, num_layers: int) -> Verdict:
@@ -83,8 +84,8 @@ def _not_finite(reading: Reading) -> Verdict | None:
     return None if reading.finite else Verdict(False, "update is not finite (NaN or infinite)")
 
 
-def _excluded(reading: Reading) -> Verdict | None:
-    """The verdict on a module that no cosine decides, else None."""
+def excluded(reading: Reading) -> Verdict | None:
+    """Return the verdict on a module that no cosine decides, else None."""
     if not reading.finite:
         return _not_finite(reading)
     if not reading.comparable:

@@ -120,6 +120,8 @@ def check_entry(step: int, plan: MergePlan, seconds: float) -> dict[str, Any]:
             "update_norm": reading.update_norm,
             "merge": plan.verdicts[name].merge,
             "reason": plan.verdicts[name].reason,
+            **({"interval": list(reading.interval)} if reading.interval else {}),
+            **({"reread": True} if reading.reread else {}),
         }
         for name, reading in plan.readings.items()
     ]

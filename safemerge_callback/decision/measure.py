@@ -2,83 +2,31 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..adapters import LoraFactors
-from ..ops import AlignmentMatrix, LowRank, accumulation_dtype, full_precision, projected_cosine, squared_norm
+from ..ops import (
+    AlignmentMatrix,
+    Known,
+    LowRank,
+    accumulation_dtype,
+    cosine_interval,
+    full_precision,
+    projected_cosine,
+    squared_norm,
+)
 from ..subspace import Request, Subspace
-from .tables import render
+from .certify import undecided
+from .reading import Reading as Reading
+from .reading import Readings as Readings
 
 # What one batch of modules may take: alignment matrices as stored, and widened factors.
 _BATCH_BYTES = 256 << 20
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One module measured.
-
-    `cosine`: in [0, 1] (Safe LoRA, arXiv:2405.16833; SafeMERGE, arXiv:2503.17239), 1.0 for an update that is zero, NaN
-    for one that is not finite. `null_cosine`: that of an update unrelated to V. `update_norm`: s·‖B·A‖ (Frobenius).
-    `shape`: (d_out, d_in) of the map. `comparable` is False where aligned and unaligned are equal, so that V = 0 and
-    `cosine` is 1.0 by convention.
-    """
-
-    name: str
-    cosine: float
-    null_cosine: float
-    update_norm: float
-    rank: int
-    shape: tuple[int, int]
-    comparable: bool = True
-
-    @property
-    def finite(self) -> bool:
-        """Whether the update holds finite numbers only."""
-        return math.isfinite(self.cosine) and math.isfinite(self.update_norm)
-
-    @property
-    def drift(self) -> float:
-        """1 - cosine, for display."""
-        return 1.0 - self.cosine
-
-
-class Readings(Mapping[str, Reading]):
-    """Module name -> `Reading`, immutable, in the order measured; prints as a table."""
-
-    def __init__(self, readings: Iterable[Reading]) -> None:
-        self._readings = {reading.name: reading for reading in readings}
-
-    def __getitem__(self, name: str) -> Reading:
-        return self._readings[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._readings)
-
-    def __len__(self) -> int:
-        return len(self._readings)
-
-    def below(self, threshold: float) -> list[str]:
-        """Return the modules whose cosine lies strictly below `threshold`, compared unrounded; never a NaN."""
-        return [name for name, reading in self.items() if reading.cosine < threshold]
-
-    def __str__(self) -> str:
-        columns = ("module", "shape", "rank", "cosine", "null", "‖update‖")
-        return render(f"{len(self)} modules measured", columns, map(_row, self.values()), right=columns[1:])
-
-    def __repr__(self) -> str:
-        return f"Readings({len(self)} modules)"
-
-
-def _row(reading: Reading) -> tuple[str, ...]:
-    shape = f"{reading.shape[0]} x {reading.shape[1]}"
-    numbers = (f"{reading.cosine:.4f}", f"{reading.null_cosine:.4f}", f"{reading.update_norm:.4g}")
-    return (reading.name, shape, str(reading.rank), *numbers)
 
 
 class Batch(NamedTuple):
@@ -124,9 +72,7 @@ def _factor_bytes(module: LoraFactors) -> int:
 def _matrix_bytes(subspace: Subspace, name: str) -> int:
     if name not in subspace.modules:
         return 0
-    header = subspace.modules[name]
-    itemsize = getattr(torch, header.dtype).itemsize
-    return itemsize * sum(rows * columns for rows, columns in header.tensors(name).values())
+    return subspace.modules[name].bytes(name)
 
 
 def stacked(updates: Sequence[LowRank], device: torch.device) -> LowRank:
@@ -140,41 +86,72 @@ def stacked(updates: Sequence[LowRank], device: torch.device) -> LowRank:
 @torch.no_grad()
 @full_precision()
 def measure(
-    factors: Mapping[str, LoraFactors], subspace: Subspace, *, device: torch.device | str | None = None
+    factors: Mapping[str, LoraFactors],
+    subspace: Subspace,
+    *,
+    device: torch.device | str | None = None,
+    gate: str | None = None,
+    threshold: float = 0.35,
+    num_layers: int | None = None,
 ) -> Readings:
     """Return the reading of every module, in the order of `factors`; nothing is written.
 
     Modules of one shape are batched, and the host waits for the device once. `device` None computes where the factors
-    live. Raises SubspaceError where the subspace does not fit the modules: names and both shapes are in the message.
+    live.
+
+    A compressed subspace gives intervals. With `gate` and its knobs only the modules of which an interval leaves the
+    gate's decision open are read again, from the exact file beside it (the host waits twice then), so the decisions are
+    those of the exact measure. Without `gate` every module is read from there.
+
+    Raises SubspaceError where the subspace does not fit the modules, with names and both shapes, and where the exact
+    file is needed and absent.
     """
     subspace.check(factors)
+    if gate is None:
+        return _readings(factors, subspace.exact(), device)
+    first = _readings(factors, subspace, device)
+    again = undecided(first, gate, threshold=threshold, num_layers=num_layers)
+    if not again:
+        return first
+    second = _readings({name: factors[name] for name in again}, subspace.exact(), device)
+    return Readings(replace(second[name], reread=True) if name in second else first[name] for name in first)
+
+
+def _readings(factors: Mapping[str, LoraFactors], subspace: Subspace, device: torch.device | str | None) -> Readings:
+    """The readings as this file gives them."""
     todo = batches(factors, subspace, device)
     matrices = subspace.stacks(Request(b.names, b.device, b.transposed) for b in todo if b.comparable)
-    measured = [_measure_batch(batch, factors, next(matrices) if batch.comparable else None) for batch in todo]
+    measured = [_measure_batch(b, factors, subspace, next(matrices) if b.comparable else None) for b in todo]
     if not measured:
         return Readings(())
     # Results of several devices meet on the first, so that the host waits once.
     values = torch.cat([part.to(measured[0].device) for part in measured]).tolist()
-    names = [(name, batch.comparable) for batch in todo for name in batch.names]
-    found = {
-        name: _reading(factors[name], subspace if comparable else None, cosine, norm)
-        for (name, comparable), (cosine, norm) in zip(names, values, strict=True)
-    }
+    names = [name for batch in todo for name in batch.names]
+    found = {name: _reading(factors[name], subspace, row) for name, row in zip(names, values, strict=True)}
     return Readings(found[name] for name in factors)
 
 
-def _measure_batch(batch: Batch, factors: Mapping[str, LoraFactors], V: AlignmentMatrix | None) -> Tensor:
-    """(n, 2): the cosine and ‖B·A‖ of each module; without V, of modules that have none."""
+def _measure_batch(
+    batch: Batch, factors: Mapping[str, LoraFactors], subspace: Subspace, V: AlignmentMatrix | None
+) -> Tensor:
+    """(n, 4): ‖B·A‖ of each module, its cosine and the ends of its interval; without V, of modules that have none."""
     update = stacked([factors[name].update for name in batch.names], batch.device)
     norm = squared_norm(update).sqrt()
-    if V is not None:
+    headers = [subspace.modules[name] for name in batch.names if V is not None]
+    if V is None:
+        cosine = torch.where(torch.isfinite(norm), torch.ones_like(norm), torch.full_like(norm, torch.nan))
+    elif headers[0].exact:
         cosine = projected_cosine(update, V).to(norm.dtype)
     else:
-        cosine = torch.where(torch.isfinite(norm), torch.ones_like(norm), torch.full_like(norm, torch.nan))
-    return torch.stack([cosine, norm], dim=-1)
+        known = torch.tensor([[h.error, h.cross, h.norm] for h in headers], dtype=norm.dtype, device=norm.device)
+        return torch.cat([norm[:, None], cosine_interval(update, V, Known(*known.T)).to(norm.dtype)], dim=-1)
+    return torch.stack([norm, cosine, cosine, cosine], dim=-1)
 
 
-def _reading(module: LoraFactors, subspace: Subspace | None, cosine: float, norm: float) -> Reading:
-    null = subspace.null_cosine(module.name, module.transposed) if subspace else 1.0
+def _reading(module: LoraFactors, subspace: Subspace, row: Sequence[float]) -> Reading:
+    norm, cosine, *ends = row
+    header = subspace.modules.get(module.name)
+    null = subspace.null_cosine(module.name, module.transposed) if header else 1.0
+    interval = (ends[0], ends[1]) if header and not header.exact else None
     size = abs(module.scaling) * norm
-    return Reading(module.name, cosine, null, size, module.rank, module.shape, comparable=subspace is not None)
+    return Reading(module.name, cosine, null, size, module.rank, module.shape, header is not None, interval)

@@ -9,8 +9,9 @@ from typing import Any
 
 from ..errors import ConfigError, PlanError, nearest
 from ..methods import get_method
+from .certify import undecided
 from .gates import GATES, Verdict, check_gate
-from .measure import Readings
+from .reading import Readings
 from .tables import render
 
 _LARGEST_WEIGHT = 2.0
@@ -37,6 +38,7 @@ class MergePlan:
         check_gate(self.gate, self.threshold, self.num_layers)
         live, safety = check_merge(self.method, self.space, self.weights)
         _check_verdicts(self.readings, self.verdicts)
+        _check_decided(self)
         object.__setattr__(self, "weights", (live, safety))
         object.__setattr__(self, "verdicts", MappingProxyType(dict(self.verdicts)))
 
@@ -70,18 +72,35 @@ class MergePlan:
         """The modules to merge, in the order of the readings."""
         return tuple(name for name in self.readings if self.verdicts[name].merge)
 
+    @property
+    def certified(self) -> tuple[str, ...]:
+        """The modules decided on a compressed V, whose interval proves the exact measure's decision."""
+        return tuple(name for name, reading in self.readings.items() if reading.interval)
+
+    @property
+    def reread(self) -> tuple[str, ...]:
+        """The modules that a compressed V left open, so that the exact one was read."""
+        return tuple(name for name, reading in self.readings.items() if reading.reread)
+
     def __str__(self) -> str:
-        rows = [
-            (name, f"{r.cosine:.4f}", f"{r.null_cosine:.4f}", "merge" if v.merge else "keep", v.reason)
-            for name, r, v in ((name, self.readings[name], self.verdicts[name]) for name in self.readings)
-        ]
-        columns = ("module", "cosine", "null", "decision", "reason")
-        return render(self._title(), columns, rows, right=("cosine", "null"))
+        columns = ["module", "cosine", "null", "decision", "reason"]
+        rows = []
+        for name, r in self.readings.items():
+            verdict = self.verdicts[name]
+            words = "merge" if verdict.merge else "keep"
+            rows.append([name, f"{r.cosine:.4f}", f"{r.null_cosine:.4f}", words, verdict.reason])
+            if self.readings.approximate:
+                rows[-1].insert(2, r.proof)
+        if self.readings.approximate:
+            columns.insert(2, "known as")
+        return render(self._title(), columns, rows, right=("cosine", "known as", "null"))
 
     def _title(self) -> str:
         knob = {"threshold": f" {self.threshold:g}", "num_layers": f" {self.num_layers}"}.get(self.gate, "")
         how = f"method {self.method}, space {self.space}, weights {self.weights[0]:g} / {self.weights[1]:g}"
-        return f"{len(self.selected)} of {len(self.readings)} modules to merge: gate {self.gate}{knob}, {how}"
+        proof = f"; {len(self.certified)} certified by interval, {len(self.reread)} re-read exactly"
+        title = f"{len(self.selected)} of {len(self.readings)} modules to merge: gate {self.gate}{knob}, {how}"
+        return title + (proof if self.readings.approximate else "")
 
 
 def _projectable(readings: Readings, name: str, verdict: Verdict) -> Verdict:
@@ -99,6 +118,15 @@ def _check_verdicts(readings: Readings, verdicts: Mapping[str, Verdict]) -> None
     broken = [name for name, verdict in verdicts.items() if verdict.merge and not readings[name].finite]
     if broken:
         raise PlanError(f"module {broken[0]!r} holds an update that is not finite: it must not be merged")
+
+
+def _check_decided(plan: MergePlan) -> None:
+    open_ones = undecided(plan.readings, plan.gate, threshold=plan.threshold, num_layers=plan.num_layers)
+    if open_ones:
+        raise PlanError(
+            f"{len(open_ones)} modules were measured on a compressed subspace that leaves gate {plan.gate!r} open, the "
+            f"first is {open_ones[0]!r} ({plan.readings[open_ones[0]].proof}): give `measure` this gate and its knobs"
+        )
 
 
 def check_merge(method: str, space: str, weights: Sequence[float]) -> tuple[float, float]:

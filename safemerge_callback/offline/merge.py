@@ -85,7 +85,11 @@ def merge_adapters(
     guard = None if safety is None else _adapter(safety)
     parts = _parts(task, guard, matrices)
     _warn_of_other_bases(task, guard, matrices)
-    plan = MergePlan.decide(measure(task.factors, matrices, device=device), **knobs, weights=weights)
+    plan = MergePlan.decide(
+        measure(task.factors, matrices, device=device, gate=gate, threshold=threshold, num_layers=num_layers),
+        **knobs,
+        weights=weights,
+    )
     decided = time.perf_counter()
     new, edits = merged_factors(plan, task.factors, guard, matrices, device)
     entries = _entries(plan, edits, parts, decided - began, time.perf_counter() - decided)

@@ -8,10 +8,10 @@ Grams. ρ sees neither the adapter's scaling nor ‖V‖.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 
+from .alignment import AlignmentMatrix, Factored, Int8, rows_of, turned
 from .lowrank import LowRank, accumulation_dtype, squared_norm, wide_dtype
 from .shapes import Float, Tensor
 
@@ -19,40 +19,45 @@ from .shapes import Float, Tensor
 _BLOCK = 1 << 22
 
 
-class Factored(NamedTuple):
-    """An alignment matrix V = U·W of rank k: `U` is (*n, d_out, k), `W` is (*n, k, d_in)."""
-
-    U: Tensor
-    W: Tensor
-
-
-AlignmentMatrix = Tensor | Factored
-
-
-def _row_blocks(V: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield V by blocks of rows in `dtype`: the whole of V where it has that dtype already, thin copies otherwise."""
+def _slices(V: Tensor, dtype: torch.dtype) -> Iterator[slice]:
+    """Yield blocks of rows that cover V: all of them where it has `dtype` already, thin ones to widen otherwise."""
     rows = V.shape[-2] if V.dtype == dtype else max(1, _BLOCK // max(1, V[..., :1, :].numel()))
     for start in range(0, V.shape[-2], rows):
-        block = slice(start, start + rows)
-        yield block, V[..., block, :].to(dtype)
+        yield slice(start, start + rows)
 
 
-def _times_transpose(V: AlignmentMatrix, B: Tensor) -> Tensor:
+def times_transpose(V: AlignmentMatrix, B: Tensor) -> Tensor:
     """Vᵀ·B, (*n, d_in, r)."""
     if isinstance(V, Factored):
         return V.W.to(B.dtype).mT @ (V.U.to(B.dtype).mT @ B)
-    parts = [block.mT @ B[..., rows, :] for rows, block in _row_blocks(V, B.dtype)]
-    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+    if isinstance(V, Int8):
+        by_row, by_column = _scales(V, B)
+        return by_column.mT * times_transpose(V.Q, by_row * B)
+    first, *others = _slices(V, B.dtype)
+    total = rows_of(V, first, B.dtype).mT @ B[..., first, :]
+    for rows in others:
+        total += rows_of(V, rows, B.dtype).mT @ B[..., rows, :]
+    return total
 
 
-def _times(V: AlignmentMatrix, T: Tensor) -> Tensor:
+def times(V: AlignmentMatrix, T: Tensor) -> Tensor:
     """V·T, (*n, d_out, r)."""
     if isinstance(V, Factored):
         return V.U.to(T.dtype) @ (V.W.to(T.dtype) @ T)
-    return torch.cat([block @ T for _, block in _row_blocks(V, T.dtype)], dim=-2)
+    if isinstance(V, Int8):
+        by_row, by_column = _scales(V, T)
+        return by_row * times(V.Q, by_column.mT * T)
+    return torch.cat([rows_of(V, rows, T.dtype) @ T for rows in _slices(V, T.dtype)], dim=-2)
 
 
-def _unit(x: Tensor) -> Tensor:
+def _scales(V: Int8, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale of rows and the scale of columns, one of them 1: they go on the thin factor, so Q is only widened."""
+    scale = V.scale.to(like.dtype)
+    one = torch.ones_like(scale[..., :1, :1])
+    return (scale, one) if V.scale.shape[-1] == 1 else (one, scale)
+
+
+def unit(x: Tensor) -> Tensor:
     """Scale each matrix to largest entry 1: the cosine does not see it, and products neither over- nor underflow."""
     largest = x.abs().amax((-2, -1), keepdim=True)
     return torch.where(largest > 0, x / largest, x)
@@ -66,21 +71,29 @@ def projected_cosine(update: LowRank, V: AlignmentMatrix) -> Float[Tensor, "*n"]
     exact zeros) there is nothing to compare with. An update or V that is not finite gives NaN.
     """
     dtype = accumulation_dtype(*update)
-    A, B = _unit(update.A.to(dtype)), _unit(update.B.to(dtype))
-    T = _unit(_times_transpose(V, B))
-    S = _unit(_times(V, T))
+    A, B = unit(update.A.to(dtype)), unit(update.B.to(dtype))
+    T = unit(times_transpose(V, B))
+    S = unit(times(V, T))
     # T and S were rescaled, so take ⟨CΔW, ΔW⟩ as ⟨S·A, B·A⟩ rather than ‖T·A‖²: one scale, which cancels.
-    overlap = _inner(A, S, B)
-    norms = (_inner(A, S, S) * _inner(A, B, B)).sqrt()
+    A = A.mT
+    G = gram(A, A)
+    overlap = (G * gram(S, B)).sum((-2, -1))
+    norms = ((G * gram(S, S)).sum((-2, -1)) * (G * gram(B, B)).sum((-2, -1))).sqrt()
     rho = torch.where(norms > 0, overlap / norms, torch.ones_like(norms)).clamp(0.0, 1.0)
     return torch.where(torch.isfinite(norms), rho, torch.full_like(rho, torch.nan))
 
 
-def _inner(A: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def inner(A: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """⟨x·A, y·A⟩ through r × r Grams."""
-    wide = wide_dtype(A.device)
-    A, x, y = A.to(wide), x.to(wide), y.to(wide)
-    return ((A @ A.mT) * (x.mT @ y)).sum((-2, -1))
+    A = A.mT
+    return (gram(A, A) * gram(x, y)).sum((-2, -1))
+
+
+def gram(x: Tensor, y: Tensor) -> Tensor:
+    """xᵀ·y in float64; a tensor with itself is widened once."""
+    wide = wide_dtype(x.device)
+    left = x.to(wide)
+    return left.mT @ (left if y is x else y.to(wide))
 
 
 def null_cosine(V: AlignmentMatrix) -> Float[Tensor, "*n"]:
@@ -92,8 +105,8 @@ def null_cosine(V: AlignmentMatrix) -> Float[Tensor, "*n"]:
     if isinstance(V, Factored):
         d_out, squared, gram = V.U.shape[-2], squared_norm(LowRank(V.W, V.U)), _factored_gram_norm(V)
     else:
-        d_out = V.shape[-2]
-        squared, gram = _dense_norms(V if V.shape[-2] <= V.shape[-1] else V.mT)
+        d_out, d_in = (V.Q if isinstance(V, Int8) else V).shape[-2:]
+        squared, gram = _dense_norms(V if d_out <= d_in else turned(V))
     return torch.where(gram > 0, squared / (d_out**0.5 * gram), torch.ones_like(gram)).clamp(0.0, 1.0)
 
 
@@ -105,20 +118,35 @@ def _factored_gram_norm(V: Factored) -> Tensor:
     return (product * product.mT).sum((-2, -1)).clamp_min(0.0).sqrt()
 
 
-def _dense_norms(V: Tensor) -> tuple[Tensor, Tensor]:
-    """‖V‖² and ‖V·Vᵀ‖ in float64, the Gram taken by blocks of rows so that it is never whole in memory."""
-    dtype, wide = accumulation_dtype(V), wide_dtype(V.device)
-    largest = torch.linalg.vector_norm(V, float("inf"), dim=(-2, -1), keepdim=True)
-    scale = torch.where(largest > 0, largest, torch.ones_like(largest)).to(dtype)
-    squared = torch.zeros(V.shape[:-2], dtype=wide, device=V.device)
+def _dense_norms(V: AlignmentMatrix) -> tuple[Tensor, Tensor]:
+    """‖V‖² and ‖V·Vᵀ‖ in float64, half the Gram (it is symmetric) taken by blocks, so that it is never in memory."""
+    assert not isinstance(V, Factored)
+    stored = V.Q if isinstance(V, Int8) else V
+    dtype, wide = accumulation_dtype(stored), wide_dtype(stored.device)
+    scale = _largest(V).to(dtype)
+    squared = torch.zeros(stored.shape[:-2], dtype=wide, device=stored.device)
     gram = torch.zeros_like(squared)
-    step = max(1, min(256, _BLOCK // max(1, V.shape[-1])))
-    for start in range(0, V.shape[-2], step):
-        rows = V[..., start : start + step, :].to(dtype) / scale
+    step = max(1, min(256, _BLOCK // max(1, stored.shape[-1])))
+    for start in range(0, stored.shape[-2], step):
+        rows = rows_of(V, slice(start, start + step), dtype) / scale
         squared += rows.to(wide).square().sum((-2, -1))
-        gram += (_times(V, rows.mT) / scale).to(wide).square().sum((-2, -1))
-    unit = scale.to(wide)[..., 0, 0].square()
-    return squared * unit, gram.sqrt() * unit
+        product = (times(_from_row(V, start), rows.mT) / scale).to(wide).square_()
+        gram += 2 * product.sum((-2, -1)) - product[..., : rows.shape[-2], :].sum((-2, -1))
+    area = scale.to(wide)[..., 0, 0].square()
+    return squared * area, gram.sqrt() * area
+
+
+def _from_row(V: Tensor | Int8, start: int) -> Tensor | Int8:
+    if isinstance(V, Tensor):
+        return V[..., start:, :]
+    return Int8(V.Q[..., start:, :], V.scale[..., start:, :] if V.scale.shape[-1] == 1 else V.scale)
+
+
+def _largest(V: Tensor | Int8) -> Tensor:
+    """A size of the entries of each matrix to divide by, (*n, 1, 1): never 0."""
+    tensor, by = (V.scale, 127) if isinstance(V, Int8) else (V, 1)
+    largest = by * torch.linalg.vector_norm(tensor, float("inf"), dim=(-2, -1), keepdim=True)
+    return torch.where(largest > 0, largest, torch.ones_like(largest))
 
 
 def project(B: Float[Tensor, "*n d_out r"], V: AlignmentMatrix) -> Float[Tensor, "*n d_out r"]:
@@ -129,8 +157,11 @@ def project(B: Float[Tensor, "*n d_out r"], V: AlignmentMatrix) -> Float[Tensor,
     dtype = accumulation_dtype(B)
     if isinstance(V, Factored):
         norm = squared_norm(LowRank(V.W, V.U)).sqrt()
+    elif isinstance(V, Int8):
+        norms = [torch.linalg.vector_norm(rows_of(V, rows, dtype), dim=(-2, -1)) for rows in _slices(V.Q, dtype)]
+        norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
     else:
         norm = torch.linalg.vector_norm(V, dim=(-2, -1), dtype=dtype)
     norm = norm.to(dtype)[..., None, None]
     B = B.to(dtype)
-    return torch.where(norm > 0, _times(V, _times_transpose(V, B)) / norm, B)
+    return torch.where(norm > 0, times(V, times_transpose(V, B)) / norm, B)

@@ -1,8 +1,22 @@
 """Floor 2: the safety subspace of a model: aligned - unaligned, module by module, in one file."""
 
 from .build import build_subspace
-from .file import Request, Subspace
+from .compress import COMPRESSED, compress_subspace
+from .file import Subspace
 from .header import FORMAT, VERSION, ModuleHeader
 from .shards import CheckpointShards
+from .stack import Placement, Read, Request
 
-__all__ = ["FORMAT", "VERSION", "CheckpointShards", "ModuleHeader", "Request", "Subspace", "build_subspace"]
+__all__ = [
+    "COMPRESSED",
+    "FORMAT",
+    "VERSION",
+    "CheckpointShards",
+    "ModuleHeader",
+    "Placement",
+    "Read",
+    "Request",
+    "Subspace",
+    "build_subspace",
+    "compress_subspace",
+]

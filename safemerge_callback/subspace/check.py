@@ -1,4 +1,4 @@
-"""Does a subspace fit the LoRA modules at hand, and is the base model the one it was built from?"""
+"""Is a subspace file whole, does it fit the LoRA modules at hand, and is the base model the one it was built from?"""
 
 from __future__ import annotations
 
@@ -8,8 +8,26 @@ from torch import Tensor
 
 from ..adapters import LoraFactors
 from ..errors import SubspaceError
-from .header import FileHeader
+from .header import DTYPES, PROBE_POSITIONS, PROBES, FileHeader, dtype_name
 from .probes import matches
+
+_NAMES = {**{name: dtype_name(dtype) for name, dtype in DTYPES.items()}, "I8": "int8"}
+
+
+def require_tensors(header: FileHeader, found: Mapping[str, tuple[tuple[int, ...], str]], where: str) -> None:
+    """Raise SubspaceError unless every tensor that the header announces is there; `found` has shape and dtype."""
+    for name, module in header.modules.items():
+        for key, shape in module.tensors(name).items():
+            there, dtype = found.get(key, ("absent", ""))
+            if there != shape:
+                raise SubspaceError(f"{where}: tensor {key!r} should be {shape} but is {there}. Build it again.")
+            if _NAMES.get(dtype) != module.dtype_of(key):
+                raise SubspaceError(
+                    f"{where}: tensor {key!r} should be {module.dtype_of(key)} but is {dtype}. Build it again."
+                )
+    rows = {found.get(key, ((0,), ""))[0][0] for key in (PROBES, PROBE_POSITIONS)}
+    if rows != {len(header.probed)}:
+        raise SubspaceError(f"{where}: probes of {len(header.probed)} modules announced, found {rows}. Build it again.")
 
 
 def check_modules(header: FileHeader, factors: Mapping[str, LoraFactors], where: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,28 +13,23 @@ from torch import Tensor
 
 from ..adapters import LoraFactors
 from ..errors import SubspaceError, nearest
-from ..ops import AlignmentMatrix, Factored
-from .check import check_base, check_modules
+from ..ops import AlignmentMatrix, turned
+from .check import check_base, check_modules, require_tensors
+from .digests import digest_of
 from .header import PROBE_POSITIONS, PROBES, VERSION, FileHeader, ModuleHeader
-from .table import render
-
-
-class Request(NamedTuple):
-    """A stack of alignment matrices wanted: modules of one shape and kind, where, and in which orientation."""
-
-    names: tuple[str, ...]
-    device: torch.device
-    transposed: bool = False
+from .stack import FromFile, Placement, Request, assemble
+from .table import as_dict, render
 
 
 class Subspace:
     """The alignment matrices V of a model, by canonical module name; open it with `Subspace.load`."""
 
-    def __init__(self, path: Path, header: FileHeader) -> None:
+    def __init__(self, path: Path, header: FileHeader, fingerprint: str) -> None:
         self.path = path
-        self._header = header
-        self._device: torch.device | None = None
-        self._kept: dict[tuple[tuple[str, ...], bool], AlignmentMatrix] = {}
+        self.header = header
+        self.fingerprint = fingerprint
+        self._exact: Subspace | None = None
+        self._placement: Placement = FromFile()
 
     @classmethod
     def load(cls, path: str | Path) -> Subspace:
@@ -49,13 +44,15 @@ class Subspace:
         try:
             with safe_open(path, framework="pt") as file:
                 header = FileHeader.from_metadata(file.metadata(), where)
-                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+                fingerprint = (file.metadata() or {}).get("sha256", "")
+                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+                found = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
         except (SafetensorError, OSError) as error:
             raise SubspaceError(
                 f"{where} is corrupt, cut short, or no safetensors file ({error}). Build it again."
             ) from error
-        _require_tensors(header, shapes, where)
-        return cls(path, header)
+        require_tensors(header, found, where)
+        return cls(path, header, fingerprint)
 
     @property
     def version(self) -> str:
@@ -65,22 +62,27 @@ class Subspace:
     @property
     def aligned(self) -> dict[str, Any]:
         """Fingerprint of the aligned checkpoint; empty where V came from an adapter alone."""
-        return dict(self._header.aligned)
+        return dict(self.header.aligned)
 
     @property
     def unaligned(self) -> dict[str, Any]:
         """Fingerprint of the unaligned checkpoint, or of the alignment adapter that V came from."""
-        return dict(self._header.unaligned)
+        return dict(self.header.unaligned)
+
+    @property
+    def compressed(self) -> bool:
+        """Whether this file was made from an exact one: `exact` opens that."""
+        return bool(self.header.exact)
 
     @property
     def modules(self) -> Mapping[str, ModuleHeader]:
         """Canonical name -> header of every module that has an alignment matrix."""
-        return MappingProxyType(self._header.modules)
+        return MappingProxyType(self.header.modules)
 
     @property
     def unmoved(self) -> tuple[str, ...]:
         """Modules at which aligned and unaligned are equal: V = 0, so they are neither stored nor measured."""
-        return tuple(self._header.unmoved)
+        return tuple(self.header.unmoved)
 
     def null_cosine(self, name: str, transposed: bool = False) -> float:
         """Return the null cosine, that of an update unrelated to V, for the stored orientation or the transposed one.
@@ -96,30 +98,21 @@ class Subspace:
     ) -> AlignmentMatrix:
         """Return V of modules of one shape and kind, (n, d_out, d_in), or factors (n, d_out, k) and (n, k, d_in).
 
-        The stored dtype, or the widest where it differs between modules; factors of lower rank are filled up with
-        zeros. `transposed` turns V from the checkpoint's orientation into the map's (embeddings, Conv1D). One dense
-        module is not copied but mapped from the file: do not write to it. Raises SubspaceError for unknown modules and
-        for those of different shape or kind.
+        Of a compressed file what is stored: near V, not V. The stored dtype, or the widest where it differs between
+        modules; factors of lower rank are filled up with zeros. `transposed` turns V from the checkpoint's orientation
+        into the map's (embeddings, Conv1D). One dense module is not copied but mapped from the file: do not write to
+        it. Raises SubspaceError for unknown modules and for those of different shape or kind.
         """
-        key = (tuple(names), transposed)
-        if key in self._kept:
-            return _moved(self._kept[key], torch.device(device))
-        matrix = self._read_stack(names)
-        if transposed:
-            matrix = Factored(matrix.W.mT, matrix.U.mT) if isinstance(matrix, Factored) else matrix.mT
-        if self._device is not None:
-            matrix = self._kept[key] = _moved(matrix, self._device)
-        return _moved(matrix, torch.device(device))
+        request = Request(tuple(names), torch.device(device), transposed)
+        return next(iter(self.stacks([request])))
 
     def stacks(self, requests: Iterable[Request]) -> Iterator[AlignmentMatrix]:
         """Yield the stack of each request in turn, so that the next may be fetched while one is used."""
-        for request in requests:
-            yield self.stack(request.names, device=request.device, transposed=request.transposed)
+        return self._placement.stacks(self._read_stack, requests)
 
-    def keep_on(self, device: torch.device | str) -> None:
-        """Keep what `stack` returns on `device` from now on, so that a later call with the same names reads nothing."""
-        self._device = torch.device(device)
-        self._kept.clear()
+    def place(self, placement: Placement) -> None:
+        """Let `placement` hold what `stack` and `stacks` return from now on."""
+        self._placement = placement
 
     def check(self, factors: Mapping[str, LoraFactors], weights: Mapping[str, Tensor] | None = None) -> None:
         """Raise SubspaceError unless this subspace fits these LoRA modules.
@@ -128,14 +121,56 @@ class Subspace:
         that differ, and, where live base `weights` are given and probes were recorded, a base model that is not
         `aligned`. A base loaded in bfloat16 or float16 passes.
         """
-        check_modules(self._header, factors, f"subspace {str(self.path)!r}")
-        if weights and self._header.probed:
-            positions, expected = self._read([PROBE_POSITIONS, PROBES])
-            check_base(self._header, weights, positions, expected, f"subspace {str(self.path)!r}")
+        check_modules(self.header, factors, f"subspace {str(self.path)!r}")
+        if weights and self.header.probed:
+            positions, expected = self.tensors([PROBE_POSITIONS, PROBES])
+            check_base(self.header, weights, positions, expected, f"subspace {str(self.path)!r}")
+
+    def exact(self) -> Subspace:
+        """Return the exact subspace: this one, or the one beside it that a compressed file was made from.
+
+        Raises SubspaceError where that is absent or another one.
+        """
+        if not self.compressed:
+            return self
+        if self._exact is None:
+            path = self.path.parent / self.header.exact["file"]
+            if not path.is_file():
+                raise SubspaceError(
+                    f"subspace {str(self.path)!r} is compressed and leaves a decision open, and the exact file it was "
+                    f"made from is not beside it: looked for {str(path)!r}. Put it there, or use it in its place."
+                )
+            found = Subspace.load(path)
+            if found.fingerprint != self.header.exact["sha256"]:
+                raise SubspaceError(
+                    f"{str(path)!r} is not the file that {str(self.path)!r} was made from: its header's sha256 is "
+                    f"{found.fingerprint}, not {self.header.exact['sha256']}. Compress it again."
+                )
+            self._exact = found
+        return self._exact
+
+    def verify(self) -> None:
+        """Read the whole file and compare every tensor with its checksum; SubspaceError names those that differ.
+
+        The header has a checksum of its own, which `load` compares.
+        """
+        noted = dict(self.header.checksums)
+        for module in self.modules.values():
+            noted.update(module.checksums)
+        others = [key for key, digest in noted.items() if digest_of(*self.tensors([key])) != digest]
+        if others:
+            raise SubspaceError(
+                f"subspace {str(self.path)!r} was changed: {len(others)} of {len(noted)} tensors are not what was "
+                f"written, first {others[0]!r}. Copy it anew, or build it again."
+            )
 
     def describe(self) -> str:
         """Return where V came from and one line a module, as a table."""
-        return render(self.path.name, self._header)
+        return render(self.path.name, self.header)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `describe` prints, JSON-able."""
+        return as_dict(self.header)
 
     def __repr__(self) -> str:
         return f"Subspace({str(self.path)!r}, {len(self.modules)} modules)"
@@ -143,57 +178,19 @@ class Subspace:
     def _module(self, name: str) -> ModuleHeader:
         if name in self.modules:
             return self.modules[name]
-        if name in self._header.unmoved:
+        if name in self.header.unmoved:
             raise SubspaceError(f"module {name!r} has no alignment matrix: aligned and unaligned are equal there.")
         raise SubspaceError(f"subspace {str(self.path)!r} has no module {name!r}{nearest(name, self.modules)}.")
 
-    def _read(self, keys: Sequence[str]) -> list[Tensor]:
+    def tensors(self, keys: Sequence[str]) -> list[Tensor]:
+        """Return tensors as they are stored, mapped from the file: do not write to them."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 return [file.get_tensor(key) for key in keys]
         except (SafetensorError, OSError) as error:
             raise SubspaceError(f"subspace {str(self.path)!r} changed or vanished since it was opened.") from error
 
-    def _read_stack(self, names: Sequence[str]) -> AlignmentMatrix:
-        found = {(self._module(name).shape, self._module(name).kind) for name in names}
-        if len(found) != 1:
-            raise SubspaceError(
-                f"stack takes modules of one shape and kind, got {len(found)} of them: {sorted(found)}."
-            )
-        if found.pop()[1] == "dense":
-            return _stacked(self._read([f"{name}.V" for name in names]))
-        rank = max(self._module(name).rank or 0 for name in names)
-        U, W = self._read([f"{name}.U" for name in names]), self._read([f"{name}.W" for name in names])
-        pad = torch.nn.functional.pad
-        return Factored(
-            _stacked([pad(u, (0, rank - u.shape[1])) for u in U]),
-            _stacked([pad(w, (0, 0, 0, rank - w.shape[0])) for w in W]),
-        )
-
-
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    if len(tensors) == 1:
-        return tensors[0][None]
-    dtype = max((t.dtype for t in tensors), key=lambda d: d.itemsize)
-    if {t.dtype for t in tensors} == {torch.float16, torch.bfloat16}:
-        dtype = torch.float32
-    return torch.stack([t.to(dtype) for t in tensors])
-
-
-def _moved(matrix: AlignmentMatrix, device: torch.device) -> AlignmentMatrix:
-    if isinstance(matrix, Factored):
-        return Factored(matrix.U.to(device), matrix.W.to(device))
-    return matrix.to(device)
-
-
-def _require_tensors(header: FileHeader, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Compare what the header announces with the tensors that are there."""
-    for name, module in header.modules.items():
-        for key, shape in module.tensors(name).items():
-            if shapes.get(key) != shape:
-                raise SubspaceError(
-                    f"{where}: tensor {key!r} should be {shape} but is {shapes.get(key, 'absent')}. Build it again."
-                )
-    rows = {shapes.get(key, (0,))[0] for key in (PROBES, PROBE_POSITIONS)}
-    if rows != {len(header.probed)}:
-        raise SubspaceError(f"{where}: probes of {len(header.probed)} modules announced, found {rows}. Build it again.")
+    def _read_stack(self, names: Sequence[str], transposed: bool = False) -> AlignmentMatrix:
+        keys = [key for name in names for key in self._module(name).tensors(name)]
+        matrix = assemble(names, self.modules, dict(zip(keys, self.tensors(keys), strict=True)))
+        return turned(matrix) if transposed else matrix

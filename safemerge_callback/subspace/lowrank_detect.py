@@ -7,52 +7,44 @@ from torch import Tensor
 
 from ..ops import Factored, wide_dtype
 from .blocks import row_blocks
+from .spectrum import Sketch
 
 MAX_RANK = 64
 TOLERANCE = 1e-5
-_OVERSAMPLING = 10
-_SEED = 0
 # Below this share of ‖V‖ captured, the residual is far above TOLERANCE whatever the rounding.
 _CAPTURED = 0.999
 
 
-def find_factors(V: Tensor, norm: float, *, max_rank: int = MAX_RANK, tolerance: float = TOLERANCE) -> Factored | None:
+def find_factors(
+    V: Tensor, norm: float, sketch: Sketch, *, max_rank: int = MAX_RANK, tolerance: float = TOLERANCE
+) -> Factored | None:
     """Return float32 factors of the smallest rank <= `max_rank` with ‖V - U·W‖ <= `tolerance`·‖V‖, or None.
 
-    V is (rows, columns) in float32 or float64, `norm` its Frobenius norm, not 0.
+    V is (rows, columns) in float32 or float64, `norm` its Frobenius norm, not 0; `sketch` is `sketch_of(V, norm)`.
     Source: randomised range finder, Halko, Martinsson and Tropp (arXiv:0909.4061), algorithm 4.1, with a fixed seed.
-    Differs: the residual is not estimated but taken entry by entry: ‖V‖² - ‖QᵀV‖² cancels long before 1e-5 in float32.
+    Differs: the residual is not estimated but taken entry by entry: ‖V‖² - ‖V·Q‖² cancels long before 1e-5 in float32.
     """
-    Q = _range(V, min(max_rank + _OVERSAMPLING, *V.shape))
-    W = Q.mT @ V
-    if float(torch.linalg.vector_norm(W)) < _CAPTURED * norm:
+    Q, Y = sketch.Q, sketch.Y
+    if float(torch.linalg.vector_norm(Y)) < _CAPTURED * norm:
         return None
-    missed = _residual(V, Q, W)
+    missed = _residual(V, Y, Q)
     wide = wide_dtype(V.device)
-    left, values, right = torch.linalg.svd(W.to(wide), full_matrices=False)
+    left, values, right = torch.linalg.svd(Y.to(wide), full_matrices=False)
     rank = _smallest_rank(values, missed, tolerance * norm)
     if rank is None or rank > max_rank:
         return None
     root = values[:rank].sqrt()
     return Factored(
-        (Q.to(wide) @ (left[:, :rank] * root)).float().contiguous(),
-        (root[:, None] * right[:rank]).float().contiguous(),
+        (left[:, :rank] * root).float().contiguous(),
+        ((root[:, None] * right[:rank]) @ Q.mT.to(wide)).float().contiguous(),
     )
 
 
-def _range(V: Tensor, samples: int) -> Tensor:
-    """An orthonormal basis, (rows, samples), of where V sends `samples` random vectors."""
-    generator = torch.Generator().manual_seed(_SEED)
-    omega = torch.randn(V.shape[1], samples, generator=generator, dtype=V.dtype).to(V.device)
-    q, _ = torch.linalg.qr((V @ omega).to(wide_dtype(V.device)))
-    return q.to(V.dtype)
-
-
-def _residual(V: Tensor, Q: Tensor, W: Tensor) -> float:
-    """‖V - Q·W‖, entry by entry."""
+def _residual(V: Tensor, Y: Tensor, Q: Tensor) -> float:
+    """‖V - Y·Qᵀ‖, entry by entry."""
     total = torch.zeros((), dtype=wide_dtype(V.device), device=V.device)
     for rows in row_blocks(V):
-        total += torch.linalg.vector_norm(V[rows] - Q[rows] @ W).to(total.dtype).square()
+        total += torch.linalg.vector_norm(V[rows] - Y[rows] @ Q.mT).to(total.dtype).square()
     return float(total.sqrt())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -13,62 +13,96 @@ from torch import Tensor
 
 from ..adapters import Adapter, LoraFactors, load_adapter
 from ..errors import SubspaceError
-from ..ops import AlignmentMatrix, Factored, LowRank, squared_norm
+from ..ops import Factored, LowRank, squared_norm
 from .difference import difference, norm_of, require_finite, storage_dtype
-from .header import DTYPES
 from .locate import source_name
 from .lowrank_detect import find_factors
+from .pairing import num_bytes, require_same_modules, stamps_of
 from .probes import choose_positions, values_at
+from .read_ahead import touch
 from .shards import CheckpointShards
+from .spectrum import Spectrum, factored_spectrum, sketch_of, spectrum_of
 from .targets import select_targets
 
 
 class Material(NamedTuple):
-    """One module read: V as the checkpoint stores it, the dtype to write, ‖V‖, and probes of the aligned weight.
+    """One module read: V as the checkpoint stores it, the dtype to write, its spectrum, probes of the aligned weight.
 
-    `probe_positions` and `probe_values` are None where no aligned checkpoint is at hand.
+    `spectrum` is None where V is zero. The probes are None where no aligned checkpoint is at hand.
     """
 
-    matrix: AlignmentMatrix
+    matrix: Tensor | Factored
     dtype: torch.dtype
-    norm: float
+    spectrum: Spectrum | None
     probe_positions: Tensor | None
     probe_values: Tensor | None
 
 
 class Source(Protocol):
-    """What `build_subspace` walks over."""
+    """What `build_subspace` walks over: `fetch` may run in another thread, while `material` of the one before does."""
 
     names: list[str]
     aligned: dict[str, Any]
     unaligned: dict[str, Any]
+    stamps: list[str]
 
     def shape(self, name: str) -> tuple[int, int]:
         """Return the module's shape as stored in the checkpoint."""
 
-    def read(self, name: str, device: torch.device) -> Material:
-        """Read one module and compute its alignment matrix on `device`."""
+    def num_bytes(self, name: str) -> int:
+        """Return how many bytes `fetch` reads."""
+
+    def fetch(self, name: str) -> tuple[Tensor, ...]:
+        """Read one module's weights."""
+
+    def material(
+        self, name: str, weights: tuple[Tensor, ...], device: torch.device, released: Callable[[], None]
+    ) -> Material:
+        """Compute one module's alignment matrix on `device` from what `fetch` returned.
+
+        `released` is called when the weights are held no longer, and more is to be computed.
+        """
 
 
 class CheckpointPair:
-    """V = aligned - unaligned. Everything that headers can tell is checked before a tensor is read."""
+    """V = aligned - unaligned. Everything that headers can tell is checked before a tensor is read.
+
+    common_rows: take embeddings and output heads of different height too: V has the height of the aligned one, and is
+        zero in the rows that the unaligned one lacks.
+    """
 
     def __init__(
-        self, aligned: str | Path, unaligned: str | Path, target_modules: Sequence[str] | str | None = None
+        self,
+        aligned: str | Path,
+        unaligned: str | Path,
+        target_modules: Sequence[str] | str | None = None,
+        *,
+        common_rows: bool = False,
     ) -> None:
         self._aligned = CheckpointShards.open(aligned)
-        self._unaligned = CheckpointShards.open(unaligned)
+        self._unaligned = CheckpointShards.open(unaligned).named_as(self._aligned)
         self.aligned, self.unaligned = self._aligned.fingerprint(), self._unaligned.fingerprint()
+        self.stamps = [*stamps_of(self._aligned), *stamps_of(self._unaligned)]
         self.names = select_targets({**self._unaligned.names, **self._aligned.names}, target_modules)
-        _require_same_modules(self._aligned, self._unaligned, self.names)
+        require_same_modules(self._aligned, self._unaligned, self.names, common_rows=common_rows)
 
     def shape(self, name: str) -> tuple[int, int]:
-        """Return the module's shape as stored in the checkpoint."""
+        """Return the module's shape as stored in the aligned checkpoint."""
         return self._aligned.shape(name)
 
-    def read(self, name: str, device: torch.device) -> Material:
-        """Read one module from both checkpoints and subtract; factored where V truly has low rank."""
-        weight, other = self._aligned.read(name), self._unaligned.read(name)
+    def num_bytes(self, name: str) -> int:
+        """Return how many bytes both weights have."""
+        return num_bytes(self._aligned, name) + num_bytes(self._unaligned, name)
+
+    def fetch(self, name: str) -> tuple[Tensor, ...]:
+        """Read one module from both checkpoints."""
+        return touch(self._aligned.read(name)), touch(self._unaligned.read(name))
+
+    def material(
+        self, name: str, weights: tuple[Tensor, ...], device: torch.device, released: Callable[[], None]
+    ) -> Material:
+        """Subtract; factored where V truly has low rank."""
+        weight, other = weights
         V = difference(weight, other, device)
         norm = norm_of(V)
         if not math.isfinite(norm):
@@ -76,12 +110,18 @@ class CheckpointPair:
             require_finite(name, other, self.unaligned["source"])
             raise SubspaceError(f"module {name!r}: aligned - unaligned overflows {V.dtype}; are both scaled alike?")
         dtype = storage_dtype(V, weight.dtype, other.dtype)
-        factors = find_factors(V, norm) if norm > 0 else None
         positions = choose_positions(weight, V)
         values = values_at(weight, positions)
+        # Their pages are given back here, unless the caller holds them.
+        del weight, other, weights
+        released()
+        if norm == 0:
+            return Material(V, dtype, None, positions, values)
+        sketch = sketch_of(V, norm)
+        factors = find_factors(V, norm, sketch)
         if factors is not None and _num_bytes(factors) < V.numel() * min(dtype.itemsize, torch.float32.itemsize):
-            return Material(factors, torch.float32, norm, positions, values)
-        return Material(V, dtype, norm, positions, values)
+            return Material(factors, torch.float32, factored_spectrum(factors, norm), positions, values)
+        return Material(V, dtype, spectrum_of(V, norm, sketch), positions, values)
 
 
 class AlignmentAdapter:
@@ -100,6 +140,7 @@ class AlignmentAdapter:
         self._checkpoint = CheckpointShards.open(aligned) if aligned is not None else None
         self.aligned = self._checkpoint.fingerprint() if self._checkpoint else {}
         self.unaligned = _adapter_fingerprint(loaded, adapter)
+        self.stamps = stamps_of(self._checkpoint) if self._checkpoint else []
         if self._checkpoint:
             self._require_checkpoint_shapes(self._checkpoint)
 
@@ -108,15 +149,26 @@ class AlignmentAdapter:
         factors = self._factors[name]
         return (factors.d_in, factors.d_out) if factors.transposed else (factors.d_out, factors.d_in)
 
-    def read(self, name: str, device: torch.device) -> Material:
+    def num_bytes(self, name: str) -> int:
+        """Return how many bytes the factors have."""
+        return _num_bytes(Factored(self._factors[name].B, self._factors[name].A))
+
+    def fetch(self, name: str) -> tuple[Tensor, ...]:
+        """Open the checkpoint's weight, of which a few values are wanted, if there is a checkpoint."""
+        return (self._checkpoint.read(name),) if self._checkpoint else ()
+
+    def material(
+        self, name: str, weights: tuple[Tensor, ...], device: torch.device, released: Callable[[], None]
+    ) -> Material:
         """Return U = s·B and W = A, or their transposes for a module that the checkpoint stores transposed."""
         matrix = _as_stored(self._factors[name], device)
+        released()
         norm = float(squared_norm(LowRank(matrix.W, matrix.U)).sqrt())
-        if self._checkpoint is None:
-            return Material(matrix, torch.float32, norm, None, None)
-        weight = self._checkpoint.read(name)
-        positions = choose_positions(weight, None)
-        return Material(matrix, torch.float32, norm, positions, values_at(weight, positions))
+        spectrum = factored_spectrum(matrix, norm) if norm > 0 else None
+        if not weights:
+            return Material(matrix, torch.float32, spectrum, None, None)
+        positions = choose_positions(weights[0], None)
+        return Material(matrix, torch.float32, spectrum, positions, values_at(weights[0], positions))
 
     def _require_checkpoint_shapes(self, checkpoint: CheckpointShards) -> None:
         for name in self.names:
@@ -135,33 +187,6 @@ def _as_stored(factors: LoraFactors, device: torch.device) -> Factored:
 
 def _num_bytes(factors: Factored) -> int:
     return sum(t.numel() * t.element_size() for t in factors)
-
-
-def _require_same_modules(aligned: CheckpointShards, unaligned: CheckpointShards, names: Sequence[str]) -> None:
-    for one, other in ((aligned, unaligned), (unaligned, aligned)):
-        missing = [name for name in names if name not in one.names]
-        if missing:
-            raise SubspaceError(
-                f"{len(missing)} of {len(names)} modules are missing in checkpoint {one.located.name!r} but present in "
-                f"{other.located.name!r}, first {missing[0]!r}. Are both of one model? Else narrow target_modules."
-            )
-    for name in names:
-        shapes = aligned.shape(name), unaligned.shape(name)
-        if shapes[0] != shapes[1]:
-            raise SubspaceError(
-                f"module {name!r} is {shapes[0]} in {aligned.located.name!r} but {shapes[1]} in "
-                f"{unaligned.located.name!r}; both checkpoints must be of one model. Else narrow target_modules."
-            )
-        for checkpoint in (aligned, unaligned):
-            _require_plain_dtype(checkpoint, name)
-
-
-def _require_plain_dtype(checkpoint: CheckpointShards, name: str) -> None:
-    if checkpoint.dtype(name) not in DTYPES:
-        raise SubspaceError(
-            f"module {name!r} is stored as {checkpoint.dtype(name)} in checkpoint {checkpoint.located.name!r}, a "
-            f"quantised format; allowed are {', '.join(DTYPES)}. Use the unquantised checkpoint."
-        )
 
 
 def _adapter_fingerprint(adapter: Adapter, source: str | Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -32,10 +32,11 @@ class Pending:
         return self.answer or Fault("measure", "the first rank measures")
 
 
-def begin(step: int, writer: Writer, subspace: Subspace, part: Part | None) -> Pending:
+def begin(step: int, writer: Writer, subspace: Subspace, part: Part | None, gate: Mapping[str, Any]) -> Pending:
     """Copy the factors and start to measure the copies, on the first rank or, in parts, on each.
 
-    Collective as `writer.gather` is. What goes wrong is kept, to be told when the result is asked for.
+    `gate` as `measure_part` has it. Collective as `writer.gather` is. What goes wrong is kept, to be told when the
+    result is asked for.
     """
 
     def start() -> Future[Readings] | None:
@@ -44,7 +45,7 @@ def begin(step: int, writer: Writer, subspace: Subspace, part: Part | None) -> P
             return None
         copies = {name: replace(f, A=f.A.detach().clone(), B=f.B.detach().clone()) for name, f in factors.items()}
         device = next(iter(copies.values())).A.device
-        return beside(lambda: measure_part(copies, subspace, part), device)
+        return beside(lambda: measure_part(copies, subspace, part, gate), device)
 
     return Pending(step, attempt("measure", start))
 

@@ -71,7 +71,7 @@ class SafeMergeConfig:
     )
     placement: str = field(
         default="auto",
-        metadata={"help": "Where alignment matrices stay between checks: auto, device, host, disk or sharded (by rank)."},
+        metadata={"help": "Where alignment matrices stay: auto, device, host, disk, or sharded over the processes."},
     )
     asynchronous: bool = field(
         default=False,
@@ -225,8 +225,8 @@ def _check_schedule(config: SafeMergeConfig) -> None:
         raise ConfigError("every is 0 and at_train_end is false, so no check would ever happen: set one of them")
     if config.every == 0 and config.asynchronous:
         raise ConfigError(
-            "asynchronous is true but every is 0, and the check at the end is never beside a step: give every, or leave "
-            "asynchronous out"
+            "asynchronous is true but every is 0, and the check at the end is never beside a step: give every, or "
+            "leave asynchronous out"
         )
     if config.until_step is not None and config.until_step < config.from_step:
         raise ConfigError(

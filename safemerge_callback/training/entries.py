@@ -14,14 +14,30 @@ from .progress import Progress
 from .trackers import Row, finite
 
 
+def gate_knobs(config: SafeMergeConfig) -> dict[str, Any]:
+    """The settings that `measure` needs of the gate."""
+    return {name: getattr(config, name) for name in ("gate", "threshold", "num_layers")}
+
+
 def plan_knobs(config: SafeMergeConfig) -> dict[str, Any]:
     """The settings that a `MergePlan` is made with."""
-    return {name: getattr(config, name) for name in ("gate", "threshold", "num_layers", "method", "space", "weights")}
+    return {**gate_knobs(config), **{name: getattr(config, name) for name in ("method", "space", "weights")}}
 
 
 def held_back(verdicts: Mapping[str, Verdict], pause: str) -> dict[str, Verdict]:
     """Return the verdicts with every merge held back, the reason saying so."""
     return {name: Verdict(False, f"{v.reason}; {pause}") if v.merge else v for name, v in verdicts.items()}
+
+
+def broken_modules(step: int, plan: MergePlan) -> str | None:
+    """Return what to warn of where updates are not finite; None where all are."""
+    broken = [name for name, reading in plan.readings.items() if not reading.finite]
+    if not broken:
+        return None
+    return (
+        f"{len(broken)} modules hold NaN or infinite updates at step {step} and are not merged, first "
+        f"{broken[0]!r}: lower the learning rate or resume from an earlier checkpoint"
+    )
 
 
 def decision_rows(step: int, plan: MergePlan) -> list[Row]:

@@ -23,7 +23,7 @@ from ..errors import ConfigError, JournalError
 from ..ops import LowRank
 from ..subspace import Subspace
 from .config import SafeMergeConfig
-from .entries import plan_knobs, start_entry
+from .entries import gate_knobs, plan_knobs, start_entry
 from .placing import Part, measure_together, own_part, place
 from .progress import Progress, changed_settings, continue_journal, find_progress
 from .session import Session
@@ -79,10 +79,13 @@ def open_session(
     progress.journal_entries += 1
     session = Session(config, writer, subspace, safety, journal, progress, optimizer, part, begun=began)
     session.seal_weights(state.global_step)
+    progress.seconds += time.perf_counter() - began
     pending, progress.pending = progress.pending, None
     if pending == state.global_step:
-        session.begin(pending)
-    progress.seconds += time.perf_counter() - began
+        # The checkpoint holds the weights that were being measured: the same readings come again.
+        with session.timed():
+            if not session.begin(state.global_step):
+                session.check(args, state, final=False)
     return session
 
 
@@ -114,7 +117,7 @@ def _rehearse(
     part: Part | None,
 ) -> None:
     """Measure, decide and compute a merge of every module, and drop it: what cannot work shows now, not at step 50."""
-    readings = measure_together(factors, subspace, part)
+    readings = measure_together(factors, subspace, part, gate_knobs(config))
     MergePlan.decide(readings, **plan_knobs(config))
     if config.merges:
         everything = MergePlan.decide(readings, **{**plan_knobs(config), "gate": "all", "num_layers": None})

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from torch import distributed as dist
 
 from ..adapters import LoraFactors
@@ -75,21 +73,30 @@ def shares(factors: Mapping[str, LoraFactors], subspace: Subspace, ranks: int) -
 def stored_bytes(subspace: Subspace, name: str) -> int:
     """Return the bytes of a module's tensors in the file; 0 for one that has none."""
     header = subspace.modules.get(name)
-    if header is None:
-        return 0
-    return getattr(torch, header.dtype).itemsize * sum(math.prod(shape) for shape in header.tensors(name).values())
+    return header.bytes(name) if header else 0
 
 
-def measure_part(factors: Mapping[str, LoraFactors], subspace: Subspace, part: Part | None) -> Readings:
-    """Measure this rank's part of the modules, all of them for None. No collective. Raises as `measure`."""
-    return measure(factors if part is None else {n: f for n, f in factors.items() if n in part.own}, subspace)
+def measure_part(
+    factors: Mapping[str, LoraFactors], subspace: Subspace, part: Part | None, gate: Mapping[str, Any]
+) -> Readings:
+    """Measure this rank's part of the modules, all of them for None. No collective. Raises as `measure`.
+
+    `gate`: the knobs that `measure` takes, by which a compressed subspace need not be read exactly everywhere. A rank
+    that sees a part of the modules cannot tell which of all have the lowest cosine, so there it is.
+    """
+    if part is None:
+        return measure(factors, subspace, **gate)
+    ranked = gate.get("gate") == "num_layers"
+    return measure({n: f for n, f in factors.items() if n in part.own}, subspace, **({} if ranked else gate))
 
 
-def measure_together(factors: Mapping[str, LoraFactors], subspace: Subspace, part: Part | None) -> Readings:
+def measure_together(
+    factors: Mapping[str, LoraFactors], subspace: Subspace, part: Part | None, gate: Mapping[str, Any]
+) -> Readings:
     """Measure all modules, each rank its part. Collective where there are parts; raises as `measure`, on all ranks."""
     if part is None:
-        return measure_part(factors, subspace, None)
-    return _in_order(part, everyones(together(lambda: measure_part(factors, subspace, part))))
+        return measure_part(factors, subspace, None, gate)
+    return _in_order(part, everyones(together(lambda: measure_part(factors, subspace, part, gate))))
 
 
 def join(own: Readings | Fault, part: Part | None) -> Readings | Fault:

@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from transformers import TrainerState, TrainingArguments
 
-from ..adapters import Adapter, LoraFactors, Writer
+from ..adapters import Adapter, Writer
 from ..adapters.initial import save_initial
-from ..adapters.optimizer import edit_optimizer_states
 from ..adapters.processes import agree, from_first, many
-from ..adapters.snapshot import Snapshot, norms_of, norms_of_pairs, save_snapshot
+from ..adapters.snapshot import Snapshot, norms_of, save_snapshot
 from ..decision import Edit, Journal, MergePlan, Readings, Verdict, apply, check_entry, merge_entry
 from ..ops import LowRank
 from ..subspace import Subspace
 from .background import Pending, begin, undisturbed
 from .config import SafeMergeConfig
-from .entries import decision_rows, held_back, plan_knobs
+from .entries import broken_modules, decision_rows, gate_knobs, held_back, plan_knobs
 from .faults import Fault, attempt
 from .metrics import check_metrics
+from .moments import edit_moments
 from .placing import Part, join, measure_part
 from .progress import Progress
 from .schedule import cooling, due, final_due
@@ -78,17 +78,16 @@ class Session:
         return min(self.seconds / max(self.training_seconds, 1e-9), 1.0)
 
     def after_step(self, args: TrainingArguments, state: TrainerState, *, stopping: bool) -> None:
-        """Apply what was measured beside this step, then check if it is due itself.
-
-        The run's last step has its final check here, so that its checkpoint holds it.
-        """
+        """Apply what was measured beside this step; check if it is due, or the last: its checkpoint holds the merge."""
         config, step = self.config, state.global_step
-        self.settle(args, state)
         last = stopping or step >= state.max_steps
         final = config.at_train_end and self.final_due(state, stopping=stopping)
-        if final or due(step, every=config.every, from_step=config.from_step, until_step=config.until_step):
-            if last or not (config.asynchronous and self.begin(step)):
-                self.check(args, state, final=final)
+        self.settle(args, state, hold="the final check at this step decides" if final else None)
+        now = final or due(step, every=config.every, from_step=config.from_step, until_step=config.until_step)
+        # Nothing follows the last step that a check could be measured beside.
+        beside = now and config.asynchronous and not last and self.begin(step)
+        if now and not beside:
+            self.check(args, state, final=final)
         if last:
             self.seal_weights(step)
 
@@ -96,23 +95,22 @@ class Session:
         self, args: TrainingArguments, state: TrainerState, *, final: bool, at: int | None = None
     ) -> tuple[Edit, ...]:
         """Measure, decide, record, merge, record, report. `at` is the step the weights are from, if not this one."""
-        began = time.perf_counter()
-        own = attempt("measure", lambda: measure_part(self.writer.gather(), self.subspace, self.part))
+        began, knobs = time.perf_counter(), gate_knobs(self.config)
+        own = attempt("measure", lambda: measure_part(self.writer.gather(), self.subspace, self.part, knobs))
         return self.conclude(args, state, own, began, final=final, at=at)
 
     def begin(self, step: int) -> bool:
         """Start to measure the factors of `step` beside the next one; False where that would disturb the training."""
         if not from_first(undisturbed()):
-            self.warn(
-                "asynchronous",
-                "training allows TF32 products, which a check beside it would have to forbid: checks are synchronous",
-            )
+            words = "training allows TF32 products, which a check beside it would forbid: checks are synchronous"
+            self.warn("asynchronous", words)
             return False
-        self.pending, self.progress.pending = begin(step, self.writer, self.subspace, self.part), step
+        self.pending = begin(step, self.writer, self.subspace, self.part, gate_knobs(self.config))
+        self.progress.pending = step
         return True
 
     def settle(self, args: TrainingArguments, state: TrainerState, *, hold: str | None = None) -> None:
-        """Wait for the check that was begun, if one was, and conclude it; with `hold`, which says why, merge nothing."""
+        """Wait for the check that was begun, if one was, and conclude it; `hold` says why it must not merge."""
         if self.pending is None:
             return
         began, pending = time.perf_counter(), self.pending
@@ -135,19 +133,16 @@ class Session:
         step = state.global_step
         self.progress.checks += 1
         self.progress.final_step = step if final else self.progress.final_step
-        found = join(own, self.part)
-        agreed = from_first(
-            found
-            if isinstance(found, Fault)
-            else attempt("measure", lambda: self.decide(found, step if at is None else at, hold))
-        )
+        found, weights_of = join(own, self.part), step if at is None else at
+        agreed = from_first(attempt("measure", lambda: self.decide(found, weights_of, hold)))
         if isinstance(agreed, Fault):
             self.report_fault(step, agreed)
             return ()
         plan = MergePlan(*agreed, **plan_knobs(self.config))
         late = {} if measured_at is None else {"measured_at": measured_at}
         self.note({**check_entry(step, plan, time.perf_counter() - began), **late})
-        self._warn_of_broken_modules(step, plan)
+        if words := broken_modules(step, plan):
+            self.warn("broken", words)
         edits = self.merge(step, plan, Path(args.output_dir) if final else None) if plan.selected else ()
         took = time.perf_counter() - began
         numbers = check_metrics(plan, edits, replace(self.progress, seconds=self.seconds), took)
@@ -155,8 +150,12 @@ class Session:
         self.trackers.send(args, state, Report(step, numbers, rows, self.config.to_dict(), args.output_dir))
         return edits
 
-    def decide(self, readings: Readings, step: int, hold: str | None = None) -> tuple[Readings, dict[str, Verdict]]:
+    def decide(
+        self, readings: Readings | Fault, step: int, hold: str | None = None
+    ) -> tuple[Readings, dict[str, Verdict]] | Fault:
         """Ask the gate; where weights of `step` may not be merged, or `hold` says why not, the reason says so."""
+        if isinstance(readings, Fault):
+            return readings
         plan = MergePlan.decide(readings, **plan_knobs(self.config))
         pause = hold or cooling(step, last_merge=self.progress.last_merge, cooldown=self.config.cooldown)
         return plan.readings, dict(plan.verdicts) if pause is None else held_back(plan.verdicts, pause)
@@ -176,7 +175,11 @@ class Session:
         after = {name: factors for name, factors in self.writer.gather().items() if name in before}
         if many():
             agree(f"the factors merged at step {step}", digest(after))
-        self._edit_optimizer(step, before, after)
+        edited = edit_moments(self.writer, self.optimizer, self.config.optimizer_state, before, after)
+        if isinstance(edited, Fault):
+            # The merge stands whatever happens to the moments.
+            self.note({"kind": "error", "step": step, "where": edited.where, "error": edited.error})
+            self.warn(edited.where, f"the optimizer's state was kept at step {step}: {edited.error}")
         share = self.config.weights[0] if "safety_adapter" in self.config.rule.needs else 1.0
         self.progress.record_merge(step, plan.selected, share)
         self.note(merge_entry(step, plan, edits, self.progress.task_weights, time.perf_counter() - began))
@@ -238,37 +241,8 @@ class Session:
         live, chosen = self.writer.gather(), set(plan.selected)
         return {name: LowRank(f.A.clone(), f.B.clone()) for name, f in live.items() if name in chosen}
 
-    def _edit_optimizer(self, step: int, before: Mapping[str, LowRank], after: Mapping[str, LoraFactors]) -> None:
-        """Edit the moments of the merged parameters, as the setting says. The merge stands whatever happens."""
-        if self.optimizer is None or self.config.optimizer_state == "keep":
-            return
-        old, new = norms_of_pairs(before), norms_of(after)
-
-        def edit() -> int:
-            # A factor's gradient goes with the norm of the other one.
-            scaled = [
-                (parameter, now / then if then > 0 else 1.0)
-                for name, pair in self.writer.parameters(after).items()
-                for parameter, now, then in zip(pair, reversed(new[name]), reversed(old[name]), strict=True)
-            ]
-            return edit_optimizer_states(self.optimizer, scaled, self.config.optimizer_state)
-
-        edited = attempt("optimizer_state", edit)
-        if isinstance(edited, Fault):
-            self.note({"kind": "error", "step": step, "where": edited.where, "error": edited.error})
-            self.warn(edited.where, f"the optimizer's state was kept at step {step}: {edited.error}")
-
     def _keep(self, run: Path, snapshot: Snapshot) -> None:
         try:
             save_snapshot(run, snapshot)
         except OSError as error:
             self.warn("snapshot", f"the factors before the final merge could not be kept ({error}): no undo")
-
-    def _warn_of_broken_modules(self, step: int, plan: MergePlan) -> None:
-        broken = [name for name, reading in plan.readings.items() if not reading.finite]
-        if broken:
-            self.warn(
-                "broken",
-                f"{len(broken)} modules hold NaN or infinite updates at step {step} and are not merged, first "
-                f"{broken[0]!r}: lower the learning rate or resume from an earlier checkpoint",
-            )

@@ -246,3 +246,6 @@ if __name__ == "__main__":
     for case in sys.argv[1:]:
         globals()[f"case_{case}"]()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    # DeepSpeed's own threads may abort a process that has done all its work while the interpreter ends.
+    os._exit(0)

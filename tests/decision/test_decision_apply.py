@@ -8,6 +8,7 @@ import torch
 from safemerge_callback.adapters import live_factors, writer_for
 from safemerge_callback.decision import MergePlan, apply, check_safety_adapter, measure, merged_factors
 from safemerge_callback.errors import AdapterError, PlanError
+from safemerge_callback.subspace.placement import Device
 
 ALL = {"gate": "all"}
 
@@ -137,7 +138,7 @@ def test_project_is_safe_loras_and_needs_no_safety_adapter(make_case):
 
 def test_project_asks_for_no_stack_that_measure_did_not_keep(make_case):
     case = make_case("llama")
-    case.subspace.keep_on("cpu")
+    case.subspace.place(Device())
     plan = decided(case, gate="num_layers", num_layers=3, method="project")
     case.subspace.path.unlink()
     assert len(apply(plan, writer_for(case.model), subspace=case.subspace)) == 3

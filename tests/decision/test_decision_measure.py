@@ -10,6 +10,7 @@ from safemerge_callback.decision import Reading, Readings, measure
 from safemerge_callback.decision.measure import batches
 from safemerge_callback.errors import SubspaceError
 from safemerge_callback.ops import projected_cosine
+from safemerge_callback.subspace.placement import Device
 
 FAMILIES = {
     "llama": {},
@@ -112,7 +113,7 @@ def test_batches_hold_one_shape_and_stay_within_the_budget(make_case, monkeypatc
 def test_kept_on_a_device_nothing_is_read_again(make_case):
     case = make_case("llama")
     factors = live_factors(case.model)
-    case.subspace.keep_on("cpu")
+    case.subspace.place(Device())
     first = measure(factors, case.subspace)
     case.subspace.path.unlink()
     assert measure(factors, case.subspace) == first

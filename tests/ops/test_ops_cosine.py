@@ -3,7 +3,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safemerge_callback.ops import Factored, LowRank, null_cosine, project, projected_cosine
+from safemerge_callback.ops import (
+    Factored,
+    Int8,
+    Known,
+    LowRank,
+    cosine_interval,
+    moved,
+    null_cosine,
+    project,
+    projected_cosine,
+    turned,
+)
 
 
 def rand(*shape, seed=0, dtype=torch.float32):
@@ -113,9 +124,43 @@ def test_project_is_safe_loras_formula():
     assert torch.equal(project(B, torch.zeros_like(V)), B)
 
 
-def test_no_square_nor_dense_temporary():
+def eight_bits(*shape, seed=0):
+    Q = (40 * rand(*shape, seed=seed)).round().clamp(-127, 127).to(torch.int8)
+    return Int8(Q, rand(*shape[:-1], 1, seed=seed + 1).abs() + 0.1)
+
+
+@pytest.mark.parametrize("turn", [False, True])
+def test_eight_bits_equal_dense(turn, monkeypatch):
+    from safemerge_callback.ops import cosine
+
+    V = eight_bits(3, 30, 20)
+    V = turned(V) if turn else V
+    dense = V.Q * V.scale
+    d_out, d_in = dense.shape[-2:]
+    update = LowRank(rand(3, 4, d_in, seed=3), rand(3, d_out, 4, seed=4))
+    for block in (1 << 22, 60):
+        monkeypatch.setattr(cosine, "_BLOCK", block)
+        torch.testing.assert_close(projected_cosine(update, V), projected_cosine(update, dense), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(null_cosine(V), null_cosine(dense), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(project(update.B, V), project(update.B, dense), rtol=1e-4, atol=1e-5)
+
+
+def test_forms_move_and_turn_without_a_copy():
+    U, W = rand(3, 20, 5), rand(3, 5, 30)
+    for V in (rand(3, 20, 30), Factored(U, W), eight_bits(3, 20, 30)):
+        for same in (turned(turned(V)), moved(V, torch.device("cpu"))):
+            assert all(a.data_ptr() == b.data_ptr() for a, b in zip(parts(same), parts(V), strict=True))
+
+
+def parts(V):
+    return list(V) if isinstance(V, tuple) else [V]
+
+
+def test_no_square_nor_dense_temporary(monkeypatch):
     """The largest tensor that the measure makes is thin: watched through every operator's outputs."""
     from torch.utils._python_dispatch import TorchDispatchMode
+
+    from safemerge_callback.ops import cosine
 
     class Largest(TorchDispatchMode):
         seen = 0
@@ -130,6 +175,12 @@ def test_no_square_nor_dense_temporary():
 
     d, r = 256, 4
     update, V = LowRank(rand(r, d, seed=1), rand(d, r, seed=2)), rand(d, d, seed=3)
-    with Largest():
-        projected_cosine(update, V)
-    assert 0 < Largest.seen <= 2 * d * r
+    monkeypatch.setattr(cosine, "_BLOCK", d * r)
+    known = Known(*(torch.tensor(x, dtype=torch.float64) for x in (1e-3, 1e-2, 10.0)))
+    for matrix in (V, V.bfloat16(), eight_bits(d, d), turned(eight_bits(d, d))):
+        Largest.seen = 0
+        with Largest():
+            projected_cosine(update, matrix)
+            cosine_interval(update, matrix, known)
+        # Thin factors and their float64 copies; a block that is widened, its integers and its product are as small.
+        assert 0 < Largest.seen <= 2 * d * r

@@ -51,7 +51,9 @@ def test_truncate_and_refit_are_the_best_rank_r(shape):
         assert fitted.A.shape == x.A.shape
         assert fitted.B.shape == x.B.shape
         # Where singular values tie the best approximation is not unique, its distance is.
-        assert float((dense(fitted) - target).norm()) <= float(tail.norm()) + 2e-5 * float(target.norm())
+        # Float32 factors round by their own size, however much of the products cancels.
+        rounding = 2e-5 * float(target.norm()) + 1e-6 * float(stacked.A.norm() * stacked.B.norm())
+        assert float((dense(fitted) - target).norm()) <= float(tail.norm()) + rounding
         assert float(residual) == pytest.approx(float(tail.norm() / target.norm()), abs=1e-5)
 
 

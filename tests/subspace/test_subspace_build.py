@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from safemerge_callback.adapters import base_weights, live_factors
 from safemerge_callback.errors import ConfigError, SubspaceError
 from safemerge_callback.ops import Factored
-from safemerge_callback.subspace import Subspace, build_subspace
+from safemerge_callback.subspace import VERSION, Subspace, build_subspace
 
 
 def perturbed(model, seed=7, scale=0.01):
@@ -196,7 +196,7 @@ def test_the_written_file_is_plain_safetensors_without_machine_paths(tiny_llama,
     assert {k for k in tensors if k.endswith(".V")} == {f"layers.{i}.self_attn.q_proj.V" for i in (0, 1)}
     with safe_open(tmp_path / "v.safetensors", framework="pt") as file:
         metadata = file.metadata()
-    assert (metadata["format"], metadata["version"]) == ("safemerge.subspace", "1")
+    assert (metadata["format"], metadata["version"]) == ("safemerge.subspace", VERSION)
     assert str(tmp_path) not in json.dumps(metadata)
     assert json.loads(metadata["header"])["aligned"]["source"] == "aligned"
 
@@ -270,7 +270,7 @@ def test_load_is_what_build_returns(tmp_path):
     built = build_from(tmp_path)
     loaded = Subspace.load(tmp_path / "v.safetensors")
     assert dict(loaded.modules) == dict(built.modules)
-    assert (loaded.aligned, loaded.unaligned, loaded.version) == (built.aligned, built.unaligned, "1")
+    assert (loaded.aligned, loaded.unaligned, loaded.version) == (built.aligned, built.unaligned, VERSION)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,14 +1,20 @@
+import hashlib
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from safemerge_callback.adapters import LoraFactors
 from safemerge_callback.errors import SubspaceError
 from safemerge_callback.ops import Factored
-from safemerge_callback.subspace import Subspace, build_subspace
+from safemerge_callback.subspace import Request, Subspace, build_subspace, compress_subspace
+from safemerge_callback.subspace.placement import Device
 
 
 def build(tmp_path, aligned, unaligned, **knobs):
@@ -91,7 +97,7 @@ def test_unknown_and_unmoved_modules_are_told_apart(subspace):
 def test_kept_stacks_need_the_file_no_more(subspace):
     before = subspace.stack(["a", "b"])
     assert subspace.stack(["a", "b"]).data_ptr() != before.data_ptr()
-    subspace.keep_on("cpu")
+    subspace.place(Device())
     kept = subspace.stack(["a", "b"])
     low = subspace.stack(["low1"])
     subspace.path.unlink()
@@ -130,18 +136,23 @@ def rewrite(path, change):
         metadata = file.metadata()
     header, tensors = json.loads(metadata["header"]), {k: t.clone() for k, t in load_file(path).items()}
     change(metadata, header, tensors)
-    save_file(tensors, path, {**metadata, "header": metadata.get("broken") or json.dumps(header)})
+    text = metadata.pop("broken", None) or json.dumps(header)
+    sha256 = metadata.pop("wrong", None) or hashlib.sha256(text.encode()).hexdigest()
+    save_file(tensors, path, {**metadata, "header": text, "sha256": sha256})
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda m, h, t: m.update(version="2"), "format version '2'; this release reads version '1'"),
+        (lambda m, h, t: m.update(version="3"), "format version '3'; this release reads version '2'"),
+        (lambda m, h, t: m.update(version="1"), "format version '1'.*Build the subspace again"),
         (lambda m, h, t: m.update(format="pt"), "not a safety-subspace file: format is 'pt'"),
-        (lambda m, h, t: m.update(broken="{"), "corrupt header"),
-        (lambda m, h, t: h.pop("modules"), "corrupt header"),
-        (lambda m, h, t: h["modules"]["a"].pop("norm"), "corrupt header"),
-        (lambda m, h, t: h["modules"]["a"].update(kind="sparse"), "corrupt header"),
+        (lambda m, h, t: m.update(broken="{"), "corrupt header .*JSONDecodeError"),
+        (lambda m, h, t: m.update(wrong="0" * 64), "corrupt header .*not the one whose sha256"),
+        (lambda m, h, t: h.pop("modules"), "corrupt header .*modules"),
+        (lambda m, h, t: h["modules"]["a"].pop("norm"), "corrupt header .*norm"),
+        (lambda m, h, t: h["modules"]["a"].update(kind="sparse"), "corrupt header .*sparse"),
+        (lambda m, h, t: h["modules"]["a"].update(dtype="float16"), r"'a\.V' should be float16 but is F32"),
         (lambda m, h, t: t.pop("a.V"), r"'a\.V' should be \(12, 20\) but is absent"),
         (lambda m, h, t: t.update({"a.V": torch.zeros(2, 2)}), r"should be \(12, 20\) but is \(2, 2\)"),
         (lambda m, h, t: t.update(probes=t["probes"][:2].clone()), "probes of"),
@@ -227,3 +238,100 @@ def test_the_null_value_of_a_module_never_exceeds_one(tmp_path):
     assert subspace.null_cosine("a") == pytest.approx(1.0)
     assert subspace.null_cosine("a", transposed=True) == pytest.approx(1 / 8)
     assert subspace.null_cosine("b") == pytest.approx(1.0)
+
+
+def test_every_tensor_has_a_checksum(subspace):
+    noted = {key for module in subspace.modules.values() for key in module.checksums}
+    assert noted == {key for name, module in subspace.modules.items() for key in module.tensors(name)}
+    subspace.verify()
+
+
+def test_verify_names_the_tensor_that_differs(subspace):
+    whole = bytearray(subspace.path.read_bytes())
+    raw = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
+    begin, end = raw["b.V"]["data_offsets"]
+    whole[8 + int.from_bytes(whole[:8], "little") + (begin + end) // 2] ^= 1
+    subspace.path.write_bytes(whole)
+    with pytest.raises(SubspaceError, match=r"1 of \d+ tensors .* first 'b\.V'"):
+        Subspace.load(subspace.path).verify()
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.floats(0, 1, exclude_max=True), st.integers(0, 7), st.booleans())
+def test_a_byte_that_was_edited_is_found(subspace, where, bit, in_header):
+    """Anywhere in the file but in the padding, which says nothing."""
+    whole = subspace.path.read_bytes()
+    size = 8 + int.from_bytes(whole[:8], "little")
+    place = int(where * (size if in_header else len(whole)))
+    raw = json.loads(whole[8:size])
+    spans = [raw[key]["data_offsets"] for key in raw if not key.startswith(("__", "padding"))]
+    if place >= size and not any(begin <= place - size < end for begin, end in spans):
+        return
+    damaged = bytearray(whole)
+    damaged[place] ^= 1 << bit
+    copy = subspace.path.with_name("damaged.safetensors")
+    copy.write_bytes(damaged)
+    if _same(bytes(damaged), raw, size):
+        return
+    with pytest.raises(SubspaceError):
+        Subspace.load(copy).verify()
+
+
+def _same(damaged, raw, size):
+    """Whether the header, which is JSON and may be written in several ways, still says the same."""
+    if damaged[:8] != (size - 8).to_bytes(8, "little"):
+        return False
+    try:
+        found = json.loads(damaged[8:size])
+    except ValueError:
+        return False
+    kept = [{k: v for k, v in header.items() if not k.startswith("padding")} for header in (found, raw)]
+    return kept[0] == kept[1]
+
+
+def test_describe_as_plain_data(subspace):
+    plain = json.loads(json.dumps(subspace.to_dict()))
+    assert plain["modules"]["a"]["bytes"] == 12 * 20 * 4
+    assert plain["bytes"] == sum(entry["bytes"] for entry in plain["modules"].values())
+    assert plain["aligned"]["source"] == "aligned"
+    assert (plain["version"], plain["unmoved"]) == ("2", ["still"])
+
+
+def test_describe_has_energy_null_spread_and_bytes(subspace):
+    module = replace(subspace.modules["a"], energy={"1": 0.5, "16": 0.97}, null_std={"4": 0.012, "64": 0.003})
+    subspace.header.modules["a"] = module
+    (line,) = [line for line in subspace.describe().splitlines() if " a " in line]
+    assert "50 % / - / 97 % / -" in line
+    assert f"{module.null_cosine:.3f} ± 0.003 to 0.012" in line
+    assert "960 B" in line
+    assert f"in {len(subspace.modules)} modules (4 dense, 2 factor)" in subspace.describe()
+
+
+def test_a_placement_holds_what_is_read(subspace):
+    class Twice:
+        def stacks(self, read, requests):
+            for request in requests:
+                yield 2 * read(request.names, request.transposed)
+
+    plain = subspace.stack(["a", "b"], transposed=True)
+    subspace.place(Twice())
+    assert torch.equal(subspace.stack(["a", "b"], transposed=True), 2 * plain)
+    wanted = [Request(("a",), torch.device("cpu")), Request(("b",), torch.device("cpu"), transposed=True)]
+    assert [tuple(V.shape) for V in subspace.stacks(wanted)] == [(1, 12, 20), (1, 20, 12)]
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "truncated"])
+def test_the_pages_reader_reads_every_kind(subspace, tmp_path, kind):
+    page = (Path(__file__).parents[2] / "docs" / "subspace_format.md").read_text(encoding="utf-8")
+    (code,) = [part for part in page.split("```python\n")[1:] if "def alignment_matrix" in part]
+    names = {}
+    exec(code.split("```")[0], names)
+    knobs = {"rank": 3} if kind == "truncated" else {}
+    path = (
+        compress_subspace(subspace, tmp_path / "small", kind, **knobs, progress=False).path if kind else subspace.path
+    )
+    for name, module in Subspace.load(path).modules.items():
+        V = names["alignment_matrix"](path, name)
+        exact = names["alignment_matrix"](subspace.path, name)
+        assert float(torch.linalg.matrix_norm((V - exact).double(), 2)) <= module.error * (1 + 1e-5) + 1e-5
+        assert tuple(V.shape) == module.shape

@@ -1,7 +1,12 @@
 import pytest
 import torch
 
-from safemerge_callback.subspace.lowrank_detect import find_factors
+from safemerge_callback.subspace import lowrank_detect
+from safemerge_callback.subspace.spectrum import sketch_of
+
+
+def find_factors(V, norm):
+    return lowrank_detect.find_factors(V, norm, sketch_of(V, norm))
 
 
 def low_rank(rank, rows=200, columns=300, dtype=torch.float64):

@@ -24,7 +24,8 @@ def write(path, tensors, metadata, reserve=None, interrupt=False):
         for name, tensor in tensors.items():
             stream.append(name, tensor)
         if interrupt:
-            assert len(list(path.parent.iterdir())) == 2
+            beside = {f".{path.name}.partial", f".{path.name}.lock"}
+            assert {p.name for p in path.parent.iterdir()} == {path.name, *beside}
             raise KeyboardInterrupt
         stream.finish(metadata)
 

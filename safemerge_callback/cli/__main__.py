@@ -1,0 +1,5 @@
+"""`python -m safemerge_callback.cli`."""
+
+from . import main
+
+main()

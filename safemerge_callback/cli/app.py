@@ -1,0 +1,57 @@
+"""The command itself: how it greets, warns and refuses."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .. import __version__
+from ..errors import SafeMergeError
+
+
+class _Verbs(TyperGroup):
+    """Whatever this package refuses becomes one message on stderr and exit code 2, and a warning becomes a note."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.showwarning = _note
+            try:
+                return super().invoke(ctx)
+            except SafeMergeError as error:
+                typer.echo(f"safemerge: {error}", err=True)
+                raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_Verbs,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Keep a language model's safety while it is fine-tuned: the verbs on files.",
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="safemerge")
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=lambda on: _print_version(on))] = False,
+) -> None:
+    """The verbs' common options."""
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"safemerge {__version__}")
+        raise typer.Exit
+
+
+def _note(message: Warning | str, *_where: Any, **_more: Any) -> None:
+    typer.echo(f"note: {str(message).removeprefix('safemerge: ')}", err=True)

@@ -1,0 +1,48 @@
+"""What several verbs take, and what they show while they work."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+SubspaceFile = Annotated[Path, typer.Option("--subspace", "-s", help="Subspace file, from `safemerge build`.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
+Bar = Annotated[bool, typer.Option(help="Show progress on stderr.")]
+
+
+@contextmanager
+def working(what: str, shown: bool) -> Iterator[None]:
+    """Show a moving mark on stderr while one long call runs; nothing where stderr is no terminal."""
+    if not shown:
+        yield
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    with Console(stderr=True).status(Text(what)):
+        yield
+
+
+def targets(text: str | None) -> list[str] | str | None:
+    """Return a list where all parts between commas are plain names, else one regular expression."""
+    names = [part.strip() for part in (text or "").split(",")]
+    return names if text and all(re.fullmatch(r"[\w.]+", name) for name in names) else text
+
+
+def device_named(name: str) -> str:
+    """Return `name` where tensors can be made there; ConfigError where not."""
+    import torch
+
+    from ..errors import ConfigError
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"device {name!r} cannot be used here: {reason}") from error
+    return name

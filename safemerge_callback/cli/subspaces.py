@@ -1,0 +1,83 @@
+"""Verbs on subspace files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import app
+from .options import Bar, Device, device_named, targets
+
+
+@app.command()
+def build(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Subspace file to write (safetensors).")],
+    aligned: Annotated[
+        str | None, typer.Option(help="Aligned checkpoint (chat): folder, file or Hub id, org/name[@revision].")
+    ] = None,
+    unaligned: Annotated[str | None, typer.Option(help="Unaligned checkpoint (base) of the same model.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="Instead of --unaligned: the LoRA adapter that aligned the model.")
+    ] = None,
+    target_modules: Annotated[
+        str | None, typer.Option(help="Names or endings, with commas between, or one regular expression; as PEFT.")
+    ] = None,
+    common_rows: Annotated[
+        bool, typer.Option("--common-rows", help="Let vocabularies differ in size: take the rows that both have.")
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...; left out: a GPU, if there is one.")
+    ] = None,
+    progress: Bar = True,
+) -> None:
+    """Write a model's safety subspace: aligned minus unaligned, module by module; a killed build is gone on with."""
+    from ..subspace import build_subspace
+
+    subspace = build_subspace(
+        output,
+        aligned=aligned,
+        unaligned=unaligned,
+        alignment_adapter=adapter,
+        target_modules=targets(target_modules),
+        common_rows=common_rows,
+        device=None if device is None else device_named(device),
+        progress=progress,
+    )
+    typer.echo(f"{output}: alignment matrices of {len(subspace.modules)} modules")
+
+
+@app.command()
+def describe(
+    subspace: Annotated[Path, typer.Argument(help="Subspace file.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Also compare every tensor with its checksum.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Tell where a subspace file came from and what it holds."""
+    import json
+
+    from ..subspace import Subspace
+
+    found = Subspace.load(subspace)
+    if verify:
+        found.verify()
+    typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.describe())
+
+
+@app.command()
+def compress(
+    subspace: Annotated[Path, typer.Argument(help="Exact subspace file, which stays needed beside the output.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Compressed file to write, in the same folder.")],
+    kind: Annotated[str, typer.Option(help="int8: a byte a value; truncated: two factors.")] = "int8",
+    rank: Annotated[int | None, typer.Option(help="Of kind truncated. [default: 64]")] = None,
+    device: Device = "cpu",
+    progress: Bar = True,
+) -> None:
+    """Write a smaller companion of a subspace file, with proven bounds, so that decisions stay exact."""
+    from ..subspace import Subspace, compress_subspace
+
+    exact = Subspace.load(subspace)
+    small = compress_subspace(exact, output, kind, rank, device=device_named(device), progress=progress)
+    before, after = (sum(m.bytes(n) for n, m in s.modules.items()) for s in (exact, small))
+    typer.echo(f"{output}: {len(small.modules)} modules, {after / before:.1%} of the bytes; keep {subspace} beside it")

@@ -1,0 +1,100 @@
+"""What a measure found of each module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from .tables import render
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One module measured.
+
+    `cosine`: in [0, 1] (Safe LoRA, arXiv:2405.16833; SafeMERGE, arXiv:2503.17239), 1.0 for an update that is zero, NaN
+    for one that is not finite. `null_cosine`: that of an update unrelated to V. `update_norm`: s·‖B·A‖ (Frobenius).
+    `shape`: (d_out, d_in) of the map. `comparable` is False where aligned and unaligned are equal, so that V = 0 and
+    `cosine` is 1.0 by convention. `interval`, where V is stored compressed: numbers that the cosine is proven to lie
+    between, `cosine` being an estimate. `reread`: the compressed V left a decision open, so the exact one was read.
+    """
+
+    name: str
+    cosine: float
+    null_cosine: float
+    update_norm: float
+    rank: int
+    shape: tuple[int, int]
+    comparable: bool = True
+    interval: tuple[float, float] | None = None
+    reread: bool = False
+
+    @property
+    def lower(self) -> float:
+        """The least that the cosine can be; `cosine` itself where V is exact."""
+        return self.interval[0] if self.interval else self.cosine
+
+    @property
+    def upper(self) -> float:
+        """The most that the cosine can be; `cosine` itself where V is exact."""
+        return self.interval[1] if self.interval else self.cosine
+
+    @property
+    def proof(self) -> str:
+        """How the cosine is known, in words."""
+        if self.interval:
+            return f"{self.lower:.4f} to {self.upper:.4f}"
+        return "re-read" if self.reread else "exact"
+
+    @property
+    def finite(self) -> bool:
+        """Whether the update holds finite numbers only."""
+        return math.isfinite(self.cosine) and math.isfinite(self.update_norm)
+
+    @property
+    def drift(self) -> float:
+        """1 - cosine, for display."""
+        return 1.0 - self.cosine
+
+
+class Readings(Mapping[str, Reading]):
+    """Module name -> `Reading`, immutable, in the order measured; prints as a table."""
+
+    def __init__(self, readings: Iterable[Reading]) -> None:
+        self._readings = {reading.name: reading for reading in readings}
+
+    def __getitem__(self, name: str) -> Reading:
+        return self._readings[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readings)
+
+    def __len__(self) -> int:
+        return len(self._readings)
+
+    def below(self, threshold: float) -> list[str]:
+        """Return the modules whose cosine lies strictly below `threshold`, compared unrounded; never a NaN."""
+        return [name for name, reading in self.items() if reading.cosine < threshold]
+
+    @property
+    def approximate(self) -> bool:
+        """Whether any of them came from a compressed V, or would have but for a decision that it left open."""
+        return any(reading.interval or reading.reread for reading in self.values())
+
+    def __str__(self) -> str:
+        columns = ["module", "shape", "rank", "cosine", "null", "‖update‖"]
+        rows = [[*_row(reading)] for reading in self.values()]
+        if self.approximate:
+            columns.append("known as")
+            rows = [[*row, reading.proof] for row, reading in zip(rows, self.values(), strict=True)]
+        return render(f"{len(self)} modules measured", columns, rows, right=columns[1:])
+
+    def __repr__(self) -> str:
+        return f"Readings({len(self)} modules)"
+
+
+def _row(reading: Reading) -> tuple[str, ...]:
+    shape = f"{reading.shape[0]} x {reading.shape[1]}"
+    numbers = (f"{reading.cosine:.4f}", f"{reading.null_cosine:.4f}", f"{reading.update_norm:.4g}")
+    return (reading.name, shape, str(reading.rank), *numbers)

@@ -1,0 +1,63 @@
+import threading
+
+import pytest
+import torch
+
+from safemerge_callback.errors import SubspaceError
+from safemerge_callback.subspace.read_ahead import ReadAhead, touch
+
+
+def test_the_next_is_read_when_told_and_no_more_than_that():
+    begun = {name: threading.Event() for name in "abcd"}
+
+    def read(name):
+        begun[name].set()
+        return name.upper()
+
+    with ReadAhead("abcd", read) as ahead:
+        assert ahead.take() == "A"
+        assert not begun["b"].wait(0.05)
+        ahead.start()
+        ahead.start()
+        assert begun["b"].wait(10)
+        assert not begun["c"].wait(0.05)
+        assert [ahead.take() for _ in range(3)] == ["B", "C", "D"]
+        ahead.start()
+        with pytest.raises(StopIteration):
+            ahead.take()
+
+
+def test_reading_is_done_in_another_thread_and_its_fault_comes_out_at_its_own_turn():
+    threads = set()
+
+    def read(name):
+        threads.add(threading.current_thread())
+        if name == "b":
+            raise SubspaceError("shard gone")
+        return name
+
+    with ReadAhead("abc", read) as ahead:
+        assert ahead.take() == "a"
+        with pytest.raises(SubspaceError, match="shard gone"):
+            ahead.take()
+    assert threads.isdisjoint({threading.current_thread()})
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_nothing_that_was_taken_is_kept():
+    freed = threading.Event()
+
+    class Weight:
+        def __del__(self):
+            freed.set()
+
+    with ReadAhead(range(2), lambda number: Weight() if number == 0 else None) as ahead:
+        assert isinstance(ahead.take(), Weight)
+        assert freed.wait(10)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_touching_returns_the_tensor_itself_whatever_its_layout(dtype):
+    whole = torch.randn(70, 3000).to(dtype)
+    for tensor in (whole, whole.mT, whole[3:9], whole[:, 100:200], whole[:0]):
+        assert touch(tensor) is tensor
