@@ -10,13 +10,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-
 from ..errors import AdapterError
 from ..ops import LowRank
 from .factors import LoraFactors
-from .host import to_host
+from .pairs import read_pairs, write_pairs
 
 INITIAL_FILE = "safemerge_initial.safetensors"
 
@@ -41,16 +38,7 @@ def since(factors: Mapping[str, LoraFactors], initial: Mapping[str, LowRank]) ->
 
 def save_initial(folder: Path, initial: Mapping[str, LowRank]) -> Path:
     """Write the initial factors into `folder`, whole or not at all; return the file. Raises OSError."""
-    part = folder / f".{INITIAL_FILE}.part"
-    keys = [f"{name}.lora_{letter}" for name in initial for letter in "AB"]
-    tensors = to_host([tensor for pair in initial.values() for tensor in pair])
-    try:
-        save_file(dict(zip(keys, tensors, strict=True)), part)
-        part.replace(folder / INITIAL_FILE)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-    finally:
-        part.unlink(missing_ok=True)
+    write_pairs(folder / INITIAL_FILE, initial)
     return folder / INITIAL_FILE
 
 
@@ -63,10 +51,6 @@ def load_initial(folder: str | Path) -> dict[str, LowRank]:
             "training changed is not known. Resume from a checkpoint that this callback wrote, or start anew."
         )
     try:
-        with safe_open(path, framework="pt") as file:
-            names = dict.fromkeys(key.rpartition(".lora_")[0] for key in file.keys())  # noqa: SIM118  no mapping
-            return {name: LowRank(*(file.get_tensor(f"{name}.lora_{letter}") for letter in "AB")) for name in names}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(
-            f"{str(path)!r} is corrupt or truncated ({error}). Resume from another checkpoint."
-        ) from error
+        return read_pairs(path)[0]
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{str(path)!r} is corrupt or truncated ({error}). Take another checkpoint.") from error

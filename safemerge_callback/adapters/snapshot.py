@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ..errors import AdapterError
 from ..ops import LowRank
 from .factors import LoraFactors
-from .host import to_host
+from .pairs import read_pairs, write_pairs
 
 SNAPSHOT_FOLDER = "pre_merge"
 SNAPSHOT_FILE = "factors.safetensors"
@@ -52,18 +50,8 @@ def save_snapshot(run: Path, snapshot: Snapshot) -> Path:
     """Write `snapshot` into the folder `pre_merge` of `run`, whole or not at all; return the file. Raises OSError."""
     folder = run / SNAPSHOT_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{SNAPSHOT_FILE}.part"
-    pairs = snapshot.factors.items()
-    keys = [f"{name}.lora_{letter}" for name, _ in pairs for letter in "AB"]
-    tensors = to_host([tensor for _, pair in pairs for tensor in pair])
     about = {"step": json.dumps(snapshot.step), "norms": json.dumps(dict(snapshot.norms))}
-    try:
-        save_file(dict(zip(keys, tensors, strict=True)), part, metadata=about)
-        part.replace(folder / SNAPSHOT_FILE)
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-    finally:
-        part.unlink(missing_ok=True)
+    write_pairs(folder / SNAPSHOT_FILE, snapshot.factors, about)
     return folder / SNAPSHOT_FILE
 
 
@@ -83,10 +71,9 @@ def load_snapshot(run: Path) -> Snapshot:
             f"{str(run)!r} holds no {SNAPSHOT_FOLDER}/{SNAPSHOT_FILE}: no training there ended with a merge."
         )
     try:
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
-            step, norms = (json.loads(about[key]) for key in _KEYS)
-            pairs = {name: LowRank(*(file.get_tensor(f"{name}.lora_{letter}") for letter in "AB")) for name in norms}
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        pairs, about = read_pairs(path)
+        step, norms = (json.loads(about[key]) for key in _KEYS)
+        pairs = {name: pairs[name] for name in norms}
+    except (OSError, ValueError, KeyError) as error:
         raise AdapterError(f"{str(path)!r} is corrupt or truncated ({error}): the merge cannot be undone.") from error
     return Snapshot(step, pairs, {name: tuple(pair) for name, pair in norms.items()})

@@ -90,6 +90,15 @@ def measure_part(
     return measure({n: f for n, f in factors.items() if n in part.own}, subspace, **({} if ranked else gate))
 
 
+def measure_own(
+    factors: Mapping[str, LoraFactors], subspace: Subspace, part: Part | None, gate: Mapping[str, Any]
+) -> Readings | Fault:
+    """Measure as `measure_part`; without parts on the first rank alone, whose readings count: a Fault on others."""
+    if part is None and not first_rank():
+        return Fault("measure", "the first rank measures")
+    return measure_part(factors, subspace, part, gate)
+
+
 def measure_together(
     factors: Mapping[str, LoraFactors], subspace: Subspace, part: Part | None, gate: Mapping[str, Any]
 ) -> Readings:

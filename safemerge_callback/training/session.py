@@ -26,7 +26,7 @@ from .entries import broken_modules, decision_rows, gate_knobs, held_back, plan_
 from .faults import Fault, attempt
 from .metrics import check_metrics
 from .moments import edit_moments
-from .placing import Part, join, measure_part
+from .placing import Part, join, measure_own
 from .progress import Progress
 from .schedule import cooling, due, final_due
 from .seal import digest
@@ -96,7 +96,7 @@ class Session:
     ) -> tuple[Edit, ...]:
         """Measure, decide, record, merge, record, report. `at` is the step the weights are from, if not this one."""
         began, knobs = time.perf_counter(), gate_knobs(self.config)
-        own = attempt("measure", lambda: measure_part(self.writer.gather(), self.subspace, self.part, knobs))
+        own = attempt("measure", lambda: measure_own(self.writer.gather(), self.subspace, self.part, knobs))
         return self.conclude(args, state, own, began, final=final, at=at)
 
     def begin(self, step: int) -> bool:
