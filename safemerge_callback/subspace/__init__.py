@@ -1,10 +1,10 @@
 """Floor 2: the safety subspace of a model: aligned - unaligned, module by module, in one file."""
 
 from .build import build_subspace
+from .checkpoints.shards import CheckpointShards
 from .compress import COMPRESSED, compress_subspace
 from .file import Subspace
 from .header import FORMAT, VERSION, ModuleHeader
-from .shards import CheckpointShards
 from .stack import Placement, Read, Request
 
 __all__ = [

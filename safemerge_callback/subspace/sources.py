@@ -14,15 +14,15 @@ from torch import Tensor
 from ..adapters import Adapter, LoraFactors, load_adapter
 from ..errors import SubspaceError
 from ..ops import Factored, LowRank, squared_norm
+from .checkpoints.locate import source_name
+from .checkpoints.pairing import num_bytes, require_same_modules, stamps_of
+from .checkpoints.shards import CheckpointShards
+from .checkpoints.targets import select_targets
 from .difference import difference, norm_of, require_finite, storage_dtype
-from .locate import source_name
 from .lowrank_detect import find_factors
-from .pairing import num_bytes, require_same_modules, stamps_of
 from .probes import choose_positions, values_at
 from .read_ahead import touch
-from .shards import CheckpointShards
 from .spectrum import Spectrum, factored_spectrum, sketch_of, spectrum_of
-from .targets import select_targets
 
 
 class Material(NamedTuple):

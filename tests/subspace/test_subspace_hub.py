@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from safemerge_callback.errors import SubspaceError
-from safemerge_callback.subspace import CheckpointShards, build_subspace, hub
+from safemerge_callback.subspace import CheckpointShards, build_subspace
+from safemerge_callback.subspace.checkpoints import hub
 
 SHA, OLD = "a" * 40, "b" * 40
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from safemerge_callback.adapters import canonical_name, live_factors
 from safemerge_callback.errors import SubspaceError
 from safemerge_callback.subspace import CheckpointShards, build_subspace
-from safemerge_callback.subspace.targets import select_targets
+from safemerge_callback.subspace.checkpoints.targets import select_targets
 
 TEXT = {
     "vocab_size": 64,

@@ -9,9 +9,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
 from safemerge_callback.adapters import canonical_name
-from safemerge_callback.subspace.layouts import Stored, weights_of
-from safemerge_callback.subspace.shard_files import LocalFile
-from safemerge_callback.subspace.spellings import _BY_ARCHITECTURE, Spelling, spelling_of
+from safemerge_callback.subspace.checkpoints.layouts import Stored, weights_of
+from safemerge_callback.subspace.checkpoints.shard_files import LocalFile
+from safemerge_callback.subspace.checkpoints.spellings import _BY_ARCHITECTURE, Spelling, spelling_of
 
 CLASSES = {
     "hrm_text": "HrmTextForCausalLM",

@@ -3,7 +3,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from safemerge_callback.errors import SubspaceError
-from safemerge_callback.subspace.targets import select_targets
+from safemerge_callback.subspace.checkpoints.targets import select_targets
 
 NAMES = {
     name: f"model.{name}.weight"

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import SubspaceError
-from .header import DTYPES
+from ...errors import SubspaceError
+from ..header import DTYPES
 from .shard_files import ShardFile, unreadable
 
 # One request fetches at most this much, so that a fault costs little and a tensor needs little more than itself.

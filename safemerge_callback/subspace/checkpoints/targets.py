@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from ..errors import SubspaceError, nearest
+from ...errors import SubspaceError, nearest
 
 ALL_LINEAR = "all-linear"
 _HEADS_AND_EMBEDDINGS = {"lm_head", "wte", "wpe", "shared", "embeddings"}

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import SubspaceError, nearest
-from .header import DTYPES
+from ...errors import SubspaceError, nearest
+from ..header import DTYPES
 from .layouts import Piece, Stored, Weight, alias_tied_head, named_as, weights_of
 from .locate import Located, locate
 from .spellings import spelling_of

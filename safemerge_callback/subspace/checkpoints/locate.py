@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import SubspaceError
+from ...errors import SubspaceError
 from .shard_files import Folder, LocalFile, LocalFolder, ShardFile
 
 INDEX = "model.safetensors.index.json"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from ..adapters import canonical_name
-from ..errors import SubspaceError
+from ...adapters import canonical_name
+from ...errors import SubspaceError
 from .shard_files import ShardFile
 from .spellings import Spelling
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import SubspaceError
-from .header import DTYPES
+from ...errors import SubspaceError
+from ..header import DTYPES
 from .shards import CheckpointShards
 
 # Modules with one row a token.

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import SubspaceError
+from ...errors import SubspaceError
 
 
 class ShardFile(Protocol):
