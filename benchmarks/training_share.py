@@ -4,10 +4,10 @@ python -m benchmarks.training_share [--steps 100] [--every 25] [--repeats 3] [--
 
 The training is that of the demo (configs/finetune/smollm2_sentiment.yaml, SmolLM2-135M-Instruct, 60 modules): same
 data, order, seed and start in every arm. After a short run that is not counted the arms take turns, each turn from the
-next one on. Two figures an arm: the callback's own clock, which is the time that training waited in its hooks, and the
-wall clock against the run without it of the same turn. The second also holds what opening the files takes, what an
-asynchronous check takes from the steps beside it, and all noise: its range over the turns is shown, and on a shared
-machine it is wider than the cost. Everything after the options is a setting of all arms: `--max_length 128`.
+next one on. Two figures an arm: the callback's own clock, which is the time that training waited in its hooks, the
+opening of the files among them, and the wall clock against the run without it of the same turn. The second also holds
+what an asynchronous check takes from the steps beside it, and all noise: its range over the turns is shown, and on a
+shared machine it is wider than the cost. Everything after the options is a setting of all arms: `--max_length 128`.
 """
 
 from __future__ import annotations

@@ -80,6 +80,40 @@ def test_build_describe_measure_merge_report(world):
     run("report", "out/safemerge.jsonl")
 
 
+def test_describe_as_json_and_verify(world):
+    build()
+    told = json.loads(run("describe", "s.safetensors", "--json", "--verify").stdout)
+    assert len(told["modules"]) == 14
+    data = bytearray((world / "s.safetensors").read_bytes())
+    data[-5000] ^= 1
+    (world / "s.safetensors").write_bytes(bytes(data))
+    assert "was changed: 1 of" in run("describe", "s.safetensors", "--verify", code=2).stderr
+
+
+def test_merge_on_a_compressed_file_decides_as_on_the_exact_one(world):
+    build()
+    assert "14 modules" in run("compress", "s.safetensors", "-o", "s8.safetensors").stdout
+    assert "int8" in run("describe", "s8.safetensors").stdout
+    cosines = sorted(reading.cosine for reading in measure_adapter("task", "s.safetensors").values())
+    gate = ["--threshold", (cosines[1] + cosines[2]) / 2]
+    for file in ("s.safetensors", "s8.safetensors"):
+        run("merge", "task", "safety", "--subspace", file, "-o", f"out_{file[:2]}", *gate)
+    exact, small = (
+        {m["name"]: m["merge"] for m in read_journal(f"out_{name}/safemerge.jsonl")[1]["modules"]}
+        for name in ("s.", "s8")
+    )
+    assert exact == small
+    assert sum(exact.values()) == 2
+
+
+def test_vocabularies_of_other_sizes_only_when_asked(world, tiny_llama):
+    tiny_llama(seed=2, vocab_size=80).save_pretrained(world / "unaligned")
+    chosen = ["--target-modules", "embed_tokens,q_proj"]
+    refused = run("build", "--aligned", "aligned", "--unaligned", "unaligned", "-o", "s", *chosen, code=2).stderr
+    assert "--common-rows" in refused
+    assert "3 modules" in build(*chosen, "--common-rows").stdout
+
+
 def test_measure_as_json(world):
     build()
     answer = json.loads(run("measure", "task", "-s", "s.safetensors", "--json", "--threshold", 0.99).stdout)
@@ -89,7 +123,7 @@ def test_measure_as_json(world):
     assert set(json.loads(run("measure", "task", "-s", "s.safetensors", "--json").stdout)) == {"modules"}
 
 
-def test_build_from_an_adapter_and_bytargets(world):
+def test_build_from_an_adapter_and_by_targets(world):
     run("build", "--adapter", "safety", "-o", "a.safetensors", "--no-progress")
     assert {module.kind for module in Subspace.load("a.safetensors").modules.values()} == {"factor"}
     build("--target-modules", "q_proj,down_proj")

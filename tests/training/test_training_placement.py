@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from safemerge_callback import SafeMergeConfig, Subspace, measure, writer_for
 from safemerge_callback.adapters import LoraFactors
 from safemerge_callback.decision.measure import batches
-from safemerge_callback.errors import ConfigError
+from safemerge_callback.errors import ConfigError, SubspaceError
 from safemerge_callback.training.placing import Part, measure_part, place, shares, stored_bytes
 
 SCRIPT = """
@@ -220,7 +221,6 @@ def test_a_run_keeps_what_was_chosen(world, monkeypatch):
 @pytest.fixture(scope="module")
 def compressed(world, tmp_path_factory):
     """An int8 companion beside a copy of the exact file."""
-    import shutil
 
     from safemerge_callback.subspace.compress import compress_subspace
 
@@ -242,6 +242,17 @@ def test_a_compressed_subspace_gives_the_exact_decisions_in_a_run(world, runs, t
     )
     assert exact == int8
     assert any(merge for check in exact for _, merge in check)
+
+
+def test_a_compressed_subspace_without_its_exact_file_only_watches(world, tmp_path, compressed):
+    alone = shutil.copy(compressed, tmp_path)
+    trainer = world.trainer(tmp_path, world.guard(subspace=alone, gate="threshold", threshold=0.3))
+    with pytest.raises(SubspaceError, match="the exact file it was made from is not beside it"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    watching = world.guard(subspace=alone, gate="watch", safety_adapter=None)
+    world.trainer(tmp_path, watching).train()
+    assert watching.session.progress.checks == 3
 
 
 def test_a_part_is_read_exactly_where_the_gate_ranks_all_modules(world, compressed):
