@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import ConfigError, SubspaceError, nearest
 from ..ops import Int8, full_precision
 from .approximate import proven, quantised, truncated
+from .bar import byte_bar
 from .file import Subspace
 from .header import PROBE_POSITIONS, PROBES, FileHeader, ModuleHeader
 from .stream import SafetensorsStream, reserve_for
@@ -44,12 +45,17 @@ def compress_subspace(
     _check(kind, rank)
     exact = source if isinstance(source, Subspace) else Subspace.load(source)
     header = _header(exact, Path(output).expanduser())
-    with SafetensorsStream(output, _reserve(header, exact)) as stream:
-        for name in _with_bar(list(exact.modules), progress):
+    total = sum(module.bytes(name) for name, module in exact.modules.items())
+    with (
+        SafetensorsStream(output, _reserve(header, exact)) as stream,
+        byte_bar("compressing subspace", total, 0, shown=progress) as advance,
+    ):
+        for name, before in exact.modules.items():
             after, tensors = _compressed(exact, name, kind, rank or DEFAULT_RANK, torch.device(device))
             keys = list(after.tensors(name))
             sums = {key: stream.append(key, tensor) for key, tensor in zip(keys, tensors, strict=True)}
             header.modules[name] = replace(after, checksums=sums)
+            advance(name, before.bytes(name))
         for key in (PROBE_POSITIONS, PROBES) if header.probed else ():
             header.checksums[key] = stream.append(key, exact.tensors([key])[0])
         stream.finish(header.to_metadata())
@@ -114,12 +120,3 @@ def _reserve(header: FileHeader, exact: Subspace) -> int:
     sums = dict.fromkeys((PROBES, PROBE_POSITIONS), "0" * 64)
     keys = [key for name in widest for key in (f"{name}.scale", f"{name}.Q")]
     return reserve_for(replace(header, modules=widest, checksums=sums).to_metadata(), [*keys, *sums])
-
-
-def _with_bar(names: Sequence[str], progress: bool) -> Iterable[str]:
-    if not progress:
-        return names
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(names, description="compressing subspace", console=Console(stderr=True))

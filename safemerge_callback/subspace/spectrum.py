@@ -61,7 +61,7 @@ def estimated_null_cosine(V: Tensor, norm: float, sketch: Sketch) -> float:
 
     Source: Hutch++, Meyer, Musco, Musco and Woodruff (arXiv:2010.09649), for tr((VᵀV)²) = ‖V·Vᵀ‖²: exact on the span of
     the sketch's Q, estimated from Gaussian columns on what is left. Differs: the seed is fixed. Three thin products in
-    place of a product of V with itself, which would take longer than all else in a build.
+    place of a product of V with itself.
     """
     wide = wide_dtype(V.device)
     generator = torch.Generator().manual_seed(_SEED + 1)
