@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,7 +21,7 @@ def measure(
     progress: Bar = True,
 ) -> None:
     """Measure how far each module of an adapter has drifted from the safety subspace; no model is loaded."""
-    from ..decision.gates import check_threshold
+    from ..decision.gates.checks import check_threshold
     from ..offline import measure_adapter
     from ..reports import readings_json, readings_text
 
@@ -39,10 +39,23 @@ def merge(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the merged adapter to.")],
     safety: Annotated[str | None, typer.Argument(help="Safety LoRA adapter; method project needs none.")] = None,
     gate: Annotated[
-        str | None, typer.Option(help="threshold, num_layers or all. [default: threshold, or by --num-layers]")
+        str | None,
+        typer.Option(
+            help="threshold, calibrated, reference, num_layers, quantile, gap, all or random. "
+            "[default: threshold, or the one whose knob is given]"
+        ),
     ] = None,
     threshold: Annotated[float, typer.Option(help="Merge modules whose cosine is below it.")] = 0.35,
     num_layers: Annotated[int | None, typer.Option(help="Merge that many modules of lowest cosine.")] = None,
+    quantile: Annotated[float | None, typer.Option(help="Merge that share of the modules, of lowest cosine.")] = None,
+    z_threshold: Annotated[
+        float | None, typer.Option(help="Merge below so many standard deviations from an unrelated update's cosine.")
+    ] = None,
+    reference_fraction: Annotated[
+        float | None, typer.Option(help="Merge below this fraction of the safety adapter's own cosine.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="What gate random draws by.")] = 0,
+    soft: Annotated[bool, typer.Option("--soft", help="Let the weights fade in below the gate.")] = False,
     method: Annotated[
         str, typer.Option(help="linear (keeps the rank), cat (no loss, ranks add) or project.")
     ] = "linear",
@@ -53,17 +66,28 @@ def merge(
     progress: Bar = True,
 ) -> None:
     """Merge a safety adapter into the drifted modules of a fine-tuned one; no model is loaded."""
+    from ..decision import KNOB
     from ..offline import merge_adapters
 
+    every = {
+        "num_layers": num_layers,
+        "quantile": quantile,
+        "z_threshold": z_threshold,
+        "reference_fraction": reference_fraction,
+    }
+    given: dict[str, Any] = {knob: value for knob, value in every.items() if value is not None}
+    named = next((name for name, knob in KNOB.items() if knob in given), "threshold")
     with working(f"merging {finetuned}", progress):
         plan = merge_adapters(
             finetuned,
             safety,
             subspace,
             output,
-            gate=gate or ("threshold" if num_layers is None else "num_layers"),
+            gate=gate or named,
             threshold=threshold,
-            num_layers=num_layers,
+            seed=seed,
+            soft=soft,
+            **given,
             method=method,
             space=space,
             weights=weights,

@@ -13,7 +13,7 @@ from ..adapters import Adapter, LoraFactors, Writer
 from ..adapters.processes import agree, from_first, together
 from ..errors import PlanError
 from ..methods import Merged, get_method
-from ..ops import AlignmentMatrix, LowRank, accumulation_dtype, full_precision, squared_norm, weighted_sum
+from ..ops import AlignmentMatrix, LowRank, accumulation_dtype, full_precision, squared_norm, weighted_sum, wide_dtype
 from ..subspace import Subspace
 from .fit import all_finite, check_plan, needed_safety, needed_subspace
 from .measure import Batch, batches, split, stacked
@@ -100,7 +100,8 @@ def merged_factors(
 def _decisions(plan: MergePlan) -> str:
     """What ranks must agree on; not the readings, whose last bits may differ between machines."""
     mark = hashlib.blake2b("\n".join(plan.selected).encode(), digest_size=4).hexdigest()
-    return f"{len(plan.selected)} modules (digest {mark}), {plan.method}, {plan.space}, weights {plan.weights}"
+    soft = ", soft" if plan.rule.soft else ""
+    return f"{len(plan.selected)} modules (digest {mark}), {plan.method}, {plan.space}, weights {plan.weights}{soft}"
 
 
 def _batches(
@@ -167,7 +168,7 @@ def _merge_batch(
         units = [_in_units_of(module, safety.factors[module.name], batch.device) for module in modules]
         others = [stacked(units, batch.device)]
     initial = [module.initial for module in modules if module.initial is not None]
-    weights: tuple[float, ...] = plan.weights
+    weights = _weights(plan, batch)
     if initial:
         # Not w·B·A but B₀·A₀ + w·(B·A - B₀·A₀) is what keeps the share w of the update.
         others, weights = [*others, stacked(initial, batch.device)], (*weights, 1.0 - weights[0])
@@ -183,6 +184,14 @@ def _merge_batch(
         residual = _relative_to(weighted_sum([total, others[-1]], (1.0, -1.0)), residual, total)
         change = _relative_to(stacked([module.update for module in modules], batch.device), change, live)
     return merged, torch.stack([residual.to(change.dtype), change, finite.to(change.dtype)], dim=-1)
+
+
+def _weights(plan: MergePlan, batch: Batch) -> tuple[float | Tensor, ...]:
+    """Those of the plan, or where its rule is soft one number a module, (n)."""
+    if not plan.rule.soft:
+        return plan.weights
+    rows = [plan.weights_of(name) for name in batch.names]
+    return tuple(torch.tensor(rows, dtype=torch.float64).to(batch.device, wide_dtype(batch.device)).unbind(-1))
 
 
 def _relative_to(update: LowRank, ratio: Tensor, whole: LowRank) -> Tensor:

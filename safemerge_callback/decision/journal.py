@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import JournalError
 from .apply import Edit
+from .gates import KNOB
 from .plan import MergePlan
 
 VERSION = 1
@@ -122,10 +123,14 @@ def check_entry(step: int, plan: MergePlan, seconds: float) -> dict[str, Any]:
             "reason": plan.verdicts[name].reason,
             **({"interval": list(reading.interval)} if reading.interval else {}),
             **({"reread": True} if reading.reread else {}),
+            **({"null_std": reading.null_std} if plan.gate == "calibrated" else {}),
+            **({"reference": reading.reference} if plan.gate == "reference" else {}),
         }
         for name, reading in plan.readings.items()
     ]
     gate = {"gate": plan.gate, "threshold": plan.threshold, "num_layers": plan.num_layers}
+    if plan.gate in KNOB:
+        gate[KNOB[plan.gate]] = plan.rule.knob
     return {"kind": "check", "step": step, **gate, "seconds": seconds, "modules": modules}
 
 
@@ -134,7 +139,14 @@ def merge_entry(
 ) -> dict[str, Any]:
     """Return the entry of one merge. `task_weights`: module name -> product of all w_live so far, this one's too."""
     modules = [
-        {"name": e.name, "residual": e.residual, "change": e.change, "task_weight": task_weights[e.name]} for e in edits
+        {
+            "name": e.name,
+            "residual": e.residual,
+            "change": e.change,
+            "task_weight": task_weights[e.name],
+            **({"weights": list(plan.weights_of(e.name))} if plan.rule.soft else {}),
+        }
+        for e in edits
     ]
     how = {"method": plan.method, "space": plan.space, "weights": list(plan.weights)}
     return {"kind": "merge", "step": step, **how, "seconds": seconds, "modules": modules}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from ..ops import (
 )
 from ..subspace import Request, Subspace
 from .certify import undecided
+from .gates import Gate, Knobs, as_gate
 from .reading import Reading as Reading
 from .reading import Readings as Readings
 
@@ -90,9 +91,9 @@ def measure(
     subspace: Subspace,
     *,
     device: torch.device | str | None = None,
-    gate: str | None = None,
-    threshold: float = 0.35,
-    num_layers: int | None = None,
+    gate: str | Gate | None = None,
+    reference: Mapping[str, float] | None = None,
+    **knobs: Unpack[Knobs],
 ) -> Readings:
     """Return the reading of every module, in the order of `factors`; nothing is written.
 
@@ -101,20 +102,29 @@ def measure(
 
     A compressed subspace gives intervals. With `gate` and its knobs only the modules of which an interval leaves the
     gate's decision open are read again, from the exact file beside it (the host waits twice then), so the decisions are
-    those of the exact measure. Without `gate` every module is read from there.
+    those of the exact measure. Without `gate` every module is read from there. `reference`: the safety adapter's own
+    cosines (`own_cosines`), which gate `reference` compares with; the readings hold them from then on.
 
     Raises SubspaceError where the subspace does not fit the modules, with names and both shapes, and where the exact
-    file is needed and absent.
+    file is needed and absent; ConfigError for knobs that the gate cannot use.
     """
     subspace.check(factors)
     if gate is None:
-        return _readings(factors, subspace.exact(), device)
-    first = _readings(factors, subspace, device)
-    again = undecided(first, gate, threshold=threshold, num_layers=num_layers)
+        return _with_reference(_readings(factors, subspace.exact(), device), reference)
+    rule = as_gate(gate, knobs)
+    first = _with_reference(_readings(factors, subspace, device), reference)
+    again = undecided(first, rule)
     if not again:
         return first
     second = _readings({name: factors[name] for name in again}, subspace.exact(), device)
+    second = _with_reference(second, reference)
     return Readings(replace(second[name], reread=True) if name in second else first[name] for name in first)
+
+
+def _with_reference(readings: Readings, reference: Mapping[str, float] | None) -> Readings:
+    if reference is None:
+        return readings
+    return Readings(replace(reading, reference=reference.get(name)) for name, reading in readings.items())
 
 
 def _readings(factors: Mapping[str, LoraFactors], subspace: Subspace, device: torch.device | str | None) -> Readings:
@@ -154,4 +164,7 @@ def _reading(module: LoraFactors, subspace: Subspace, row: Sequence[float]) -> R
     null = subspace.null_cosine(module.name, module.transposed) if header else 1.0
     interval = (ends[0], ends[1]) if header and not header.exact else None
     size = abs(module.scaling) * norm
-    return Reading(module.name, cosine, null, size, module.rank, module.shape, header is not None, interval)
+    spread = subspace.null_std(module.name, module.rank, module.transposed) if header else None
+    return Reading(
+        module.name, cosine, null, size, module.rank, module.shape, header is not None, interval, null_std=spread
+    )

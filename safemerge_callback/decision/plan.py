@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Unpack
 
 from ..errors import ConfigError, PlanError, nearest
 from ..methods import get_method
 from .certify import undecided
-from .gates import GATES, Verdict, check_gate
+from .gates import Gate, Knobs, Verdict, as_gate
 from .reading import Readings
+from .strength import attenuated, check_soft
 from .tables import render
 
 _LARGEST_WEIGHT = 2.0
@@ -21,22 +22,21 @@ _LARGEST_WEIGHT = 2.0
 class MergePlan:
     """Which modules to merge and how, with the readings and reasons it was decided on.
 
-    `verdicts` has one entry a reading; `weights` are (w_live, w_safety). Make one with `MergePlan.decide`. Raises
-    ConfigError for a knob that has no meaning and PlanError for verdicts that do not belong to the readings.
+    `verdicts` has one entry a reading; `weights` are (w_live, w_safety), with a soft `rule` those at a cosine of 0.
+    Make one with `MergePlan.decide`. Raises ConfigError for a knob that has no meaning and PlanError for verdicts that
+    do not belong to the readings.
     """
 
     readings: Readings
     verdicts: Mapping[str, Verdict]
-    gate: str
-    threshold: float
-    num_layers: int | None
+    rule: Gate
     method: str
     space: str
     weights: tuple[float, float]
 
     def __post_init__(self) -> None:
-        check_gate(self.gate, self.threshold, self.num_layers)
         live, safety = check_merge(self.method, self.space, self.weights)
+        check_soft(self.rule.soft, self.method, self.space)
         _check_verdicts(self.readings, self.verdicts)
         _check_decided(self)
         object.__setattr__(self, "weights", (live, safety))
@@ -47,25 +47,49 @@ class MergePlan:
         cls,
         readings: Readings,
         *,
-        gate: str = "threshold",
-        threshold: float = 0.35,
-        num_layers: int | None = None,
+        gate: str | Gate = "threshold",
         method: str = "linear",
         space: str = "delta",
         weights: Sequence[float] = (0.8, 0.2),
+        **knobs: Unpack[Knobs],
     ) -> MergePlan:
         """Ask the gate about every reading. The defaults are the released SafeMERGE's (arXiv:2503.17239).
 
-        Raises ConfigError for an unknown gate, method or space, weights outside [0, 2], and more `num_layers` than
-        there are modules.
+        `gate`: its name with its knobs (those of `Gate`: threshold, num_layers, ...), or a `Gate`. Raises ConfigError
+        for an unknown gate, knob, method or space, weights outside [0, 2], and more `num_layers` than there are
+        modules; as the gate does for readings that lack what it needs.
         """
-        check_gate(gate, threshold, num_layers)
+        rule = as_gate(gate, knobs)
         live, safety = check_merge(method, space, weights)
-        knobs: dict[str, Any] = {"threshold": threshold, "num_layers": num_layers}
-        verdicts = GATES[gate](readings, **{gate: knobs[gate]} if gate in knobs else {})
+        verdicts = rule.verdicts(readings)
         if "subspace" in get_method(method).needs:
             verdicts = {name: _projectable(readings, name, verdict) for name, verdict in verdicts.items()}
-        return cls(readings, verdicts, gate, threshold, num_layers, method, space, (live, safety))
+        return cls(readings, verdicts, rule, method, space, (live, safety))
+
+    @property
+    def gate(self) -> str:
+        """The gate's name."""
+        return self.rule.name
+
+    @property
+    def threshold(self) -> float:
+        """The cosine that gate `threshold` merges below."""
+        return self.rule.threshold
+
+    @property
+    def num_layers(self) -> int | None:
+        """How many modules gate `num_layers` merges; None for gates that do not count."""
+        return self.rule.num_layers
+
+    def weights_of(self, name: str) -> tuple[float, float]:
+        """Return (w_live, w_safety) of a module: `weights`, or for a soft rule less of a change, by its cosine."""
+        reading = self.readings[name]
+        limit = self.rule.limit(reading) if self.rule.soft else None
+        return self.weights if limit is None else attenuated(self.weights, reading.cosine, limit)
+
+    def task_weight_of(self, name: str) -> float:
+        """Return the share of a module's own update that this merge leaves; 1.0 for a method that takes none away."""
+        return self.weights_of(name)[0] if "safety_adapter" in get_method(self.method).needs else 1.0
 
     @property
     def selected(self) -> tuple[str, ...]:
@@ -96,10 +120,10 @@ class MergePlan:
         return render(self._title(), columns, rows, right=("cosine", "known as", "null"))
 
     def _title(self) -> str:
-        knob = {"threshold": f" {self.threshold:g}", "num_layers": f" {self.num_layers}"}.get(self.gate, "")
         how = f"method {self.method}, space {self.space}, weights {self.weights[0]:g} / {self.weights[1]:g}"
+        how += " (soft)" if self.rule.soft else ""
         proof = f"; {len(self.certified)} certified by interval, {len(self.reread)} re-read exactly"
-        title = f"{len(self.selected)} of {len(self.readings)} modules to merge: gate {self.gate}{knob}, {how}"
+        title = f"{len(self.selected)} of {len(self.readings)} modules to merge: gate {self.rule}, {how}"
         return title + (proof if self.readings.approximate else "")
 
 
@@ -121,7 +145,7 @@ def _check_verdicts(readings: Readings, verdicts: Mapping[str, Verdict]) -> None
 
 
 def _check_decided(plan: MergePlan) -> None:
-    open_ones = undecided(plan.readings, plan.gate, threshold=plan.threshold, num_layers=plan.num_layers)
+    open_ones = undecided(plan.readings, plan.rule)
     if open_ones:
         raise PlanError(
             f"{len(open_ones)} modules were measured on a compressed subspace that leaves gate {plan.gate!r} open, the "

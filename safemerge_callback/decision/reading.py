@@ -18,6 +18,8 @@ class Reading:
     `shape`: (d_out, d_in) of the map. `comparable` is False where aligned and unaligned are equal, so that V = 0 and
     `cosine` is 1.0 by convention. `interval`, where V is stored compressed: numbers that the cosine is proven to lie
     between, `cosine` being an estimate. `reread`: the compressed V left a decision open, so the exact one was read.
+    `null_std`: the standard deviation that goes with `null_cosine`, for this rank; None where the subspace file has
+    none. `reference`: the safety adapter's own cosine in this module, NaN where it has not moved; None if not asked.
     """
 
     name: str
@@ -29,6 +31,8 @@ class Reading:
     comparable: bool = True
     interval: tuple[float, float] | None = None
     reread: bool = False
+    null_std: float | None = None
+    reference: float | None = None
 
     @property
     def lower(self) -> float:

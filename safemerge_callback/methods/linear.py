@@ -24,18 +24,19 @@ def linear(
     live: LowRank,
     safety: Sequence[LowRank],
     *,
-    weights: Sequence[float],
+    weights: Sequence[float | Tensor],
     space: str = "delta",
     alignment_matrix: AlignmentMatrix | None = None,
 ) -> Merged:
     """Return Σ wᵢ·ΔWᵢ at the live rank. Shapes as in `Method`; float32 or better.
 
     `delta`: exact sum, refitted in the live gauge; a module that the sum leaves as it was keeps both factors to the
-    bit. `factor`: (Σ √|wᵢ|·Bᵢ)(Σ ±√|wᵢ|·Aᵢ) as PEFT does it; ranks must agree; residual 0, since nothing is truncated.
+    bit, and a weight may be a tensor of one number a module, (*n).
+    `factor`: (Σ √|wᵢ|·Bᵢ)(Σ ±√|wᵢ|·Aᵢ) as PEFT does it; ranks must agree; residual 0, since nothing is truncated.
     """
     if space == "factor":
         _check_ranks(live, safety)
-        return _in_factors([live, *safety], weights)
+        return _in_factors([live, *safety], [float(weight) for weight in weights])
     fitted, residual = refit(live, weighted_sum([live, *safety], weights))
     still = _unchanged(live, safety, weights)
     wide = still[..., None, None]
@@ -46,12 +47,13 @@ def linear(
     )
 
 
-def _unchanged(live: LowRank, safety: Sequence[LowRank], weights: Sequence[float]) -> Tensor:
+def _unchanged(live: LowRank, safety: Sequence[LowRank], weights: Sequence[float | Tensor]) -> Tensor:
     """Which modules of the batch the sum leaves as they were, (*n): w_live = 1 and every other term exactly zero."""
-    still = torch.full(live.A.shape[:-2], weights[0] == 1.0, device=live.A.device)
+    n, device = live.A.shape[:-2], live.A.device
+    still = torch.as_tensor(weights[0] == 1.0, device=device).expand(n)
     for update, weight in zip(safety, weights[1:], strict=True):
-        if weight != 0.0:
-            still = still & ((update.A == 0).all(-1).all(-1) | (update.B == 0).all(-1).all(-1))
+        nothing = (update.A == 0).all(-1).all(-1) | (update.B == 0).all(-1).all(-1)
+        still = still & (nothing | torch.as_tensor(weight == 0.0, device=device))
     return still
 
 

@@ -14,9 +14,9 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 def model_card(plan: MergePlan, edits: Sequence[Edit], parts: Mapping[str, str | None], base_model: str | None) -> str:
     """Return README.md; `parts` names what was put together. Names from outside are escaped."""
-    knob = {"threshold": f" {plan.threshold:g}", "num_layers": f" {plan.num_layers}"}.get(plan.gate, "")
     how = f"{plan.method}, space {plan.space}, weights {plan.weights[0]:g} / {plan.weights[1]:g}"
-    facts = {**parts, "gate": f"{plan.gate}{knob}", "method": how, "modules": f"{len(edits)} of {len(plan.readings)}"}
+    how += " (soft)" if plan.rule.soft else ""
+    facts = {**parts, "gate": str(plan.rule), "method": how, "modules": f"{len(edits)} of {len(plan.readings)}"}
     rows = [f"| {key.replace('_', ' ')} | {_escaped(value)} |" for key, value in facts.items() if value]
     modules = [
         f"| {_escaped(e.name)} | {plan.readings[e.name].cosine:.4f} | {plan.readings[e.name].null_cosine:.4f} "

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
@@ -17,15 +17,19 @@ from ..adapters import Adapter, load_adapter
 from ..decision import (
     VERSION,
     Edit,
+    Gate,
     MergePlan,
     Readings,
+    as_gate,
     check_entry,
-    check_gate,
     check_merge,
+    check_soft,
     measure,
     merge_entry,
     merged_factors,
+    own_cosines,
 )
+from ..decision.gates import KNOB, Knobs
 from ..errors import ConfigError, PlanError
 from ..methods import get_method
 from ..ops import LowRank
@@ -51,14 +55,13 @@ def merge_adapters(
     subspace: str | Path | Subspace,
     output: str | Path,
     *,
-    gate: str = "threshold",
-    threshold: float = 0.35,
-    num_layers: int | None = None,
+    gate: str | Gate = "threshold",
     method: str = "linear",
     space: str = "delta",
     weights: Sequence[float] = (0.8, 0.2),
     overwrite: bool = False,
     device: torch.device | str | None = None,
+    **knobs: Unpack[Knobs],
 ) -> MergePlan:
     """Merge `safety` into the modules of `finetuned` that the gate selects; return the plan that was carried out.
 
@@ -67,29 +70,22 @@ def merge_adapters(
 
     output: a new folder: a plain PEFT adapter, its journal `safemerge.jsonl` and a model card. Modules that were not
         selected are there to the bit. `cat` adds the ranks up (rank_pattern). It appears whole or not at all.
-    overwrite: replace an `output` that holds such files and no others. The other knobs are those of `MergePlan`.
+    overwrite: replace an `output` that holds such files and no others. The other knobs are those of `MergePlan` and of
+        its gate (threshold, num_layers, ...).
     Raises ConfigError for knobs or an output that cannot be, PlanError, AdapterError and SubspaceError for parts that
     do not fit; nothing is written then. Warns where the base models of the parts have different names.
     """
     began = time.perf_counter()
-    knobs: dict[str, Any] = {
-        "gate": gate,
-        "threshold": threshold,
-        "num_layers": num_layers,
-        "method": method,
-        "space": space,
-    }
-    _check_knobs(knobs, weights, safety)
+    rule = as_gate(gate, knobs)
+    _check_knobs(rule, method, space, weights, safety)
     target = free_output(output, [finetuned, safety, subspace], overwrite)
     task, matrices = _adapter(finetuned), _subspace(subspace)
     guard = None if safety is None else _adapter(safety)
     parts = _parts(task, guard, matrices)
     _warn_of_other_bases(task, guard, matrices)
-    plan = MergePlan.decide(
-        measure(task.factors, matrices, device=device, gate=gate, threshold=threshold, num_layers=num_layers),
-        **knobs,
-        weights=weights,
-    )
+    own = own_cosines(guard, task.factors, matrices, device=device) if guard and rule.name == "reference" else None
+    readings = measure(task.factors, matrices, device=device, gate=rule, reference=own)
+    plan = MergePlan.decide(readings, gate=rule, method=method, space=space, weights=weights)
     decided = time.perf_counter()
     new, edits = merged_factors(plan, task.factors, guard, matrices, device)
     entries = _entries(plan, edits, parts, decided - began, time.perf_counter() - decided)
@@ -111,13 +107,17 @@ def _subspace(given: str | Path | Subspace) -> Subspace:
     return given if isinstance(given, Subspace) else Subspace.load(given)
 
 
-def _check_knobs(knobs: Mapping[str, Any], weights: Sequence[float], safety: object) -> None:
-    check_gate(knobs["gate"], knobs["threshold"], knobs["num_layers"])
-    check_merge(knobs["method"], knobs["space"], weights)
-    if knobs["gate"] == "watch":
+def _check_knobs(rule: Gate, method: str, space: str, weights: Sequence[float], safety: object) -> None:
+    check_merge(method, space, weights)
+    check_soft(rule.soft, method, space)
+    if rule.name == "watch":
         raise ConfigError("gate 'watch' merges nothing: measure the adapter instead, or choose another gate.")
-    if safety is None and "safety_adapter" in get_method(knobs["method"]).needs:
-        raise PlanError(f"method {knobs['method']!r} needs a safety adapter, got none: give its folder or Hub id.")
+    if safety is None and "safety_adapter" in get_method(method).needs:
+        raise PlanError(f"method {method!r} needs a safety adapter, got none: give its folder or Hub id.")
+    if safety is None and rule.name == "reference":
+        raise PlanError(
+            "gate 'reference' compares with a safety adapter's cosines, got none: give its folder or Hub id."
+        )
 
 
 def _with_factors(task: Adapter, new: Mapping[str, LowRank]) -> Adapter:
@@ -161,6 +161,8 @@ def _entries(
     plan: MergePlan, edits: Sequence[Edit], parts: Mapping[str, str | None], measuring: float, merging: float
 ) -> list[dict[str, Any]]:
     config = {name: getattr(plan, name) for name in ("gate", "threshold", "num_layers", "method", "space", "weights")}
+    if plan.gate in KNOB:
+        config[KNOB[plan.gate]] = plan.rule.knob
     sources = {"path": parts["subspace"], "aligned": parts["aligned"], "unaligned": parts["unaligned"]}
     start = {
         "kind": "start",
@@ -171,7 +173,7 @@ def _entries(
         "subspace": sources,
         "num_modules": len(plan.readings),
     }
-    left = plan.weights[0] if "safety_adapter" in get_method(plan.method).needs else 1.0
-    merges = [merge_entry(0, plan, edits, dict.fromkeys(plan.selected, left), merging)] if edits else []
+    left = {name: plan.task_weight_of(name) for name in plan.selected}
+    merges = [merge_entry(0, plan, edits, left, merging)] if edits else []
     end = {"kind": "end", "step": 0, "checks": 1, "merges": len(merges), "modules_merged": len(edits)}
     return [start, check_entry(0, plan, measuring), *merges, {**end, "seconds": measuring + merging}]

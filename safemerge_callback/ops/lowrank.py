@@ -52,15 +52,20 @@ def squared_norm(update: LowRank) -> Float[Tensor, "*n"]:
     return inner_product(update, update).clamp_min(0.0)
 
 
-def weighted_sum(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+def weighted_sum(updates: Sequence[LowRank], weights: Sequence[float | Tensor]) -> LowRank:
     """Return Σ wᵢ·Bᵢ·Aᵢ without loss: factors stacked, so the ranks add. The weight goes on B.
 
-    All updates share d_out, d_in and the batch; their ranks may differ. float32 or float64.
+    All updates share d_out, d_in and the batch; their ranks may differ. A weight is one number for the batch or a
+    tensor of one a module, (*n). float32 or float64.
     """
     dtype = accumulation_dtype(*(t for update in updates for t in update))
     A = torch.cat([update.A.to(dtype) for update in updates], dim=-2)
-    B = torch.cat([update.B.to(dtype) * w for update, w in zip(updates, weights, strict=True)], dim=-1)
+    B = torch.cat([_scaled(update.B.to(dtype), w) for update, w in zip(updates, weights, strict=True)], dim=-1)
     return LowRank(A, B)
+
+
+def _scaled(B: Tensor, weight: float | Tensor) -> Tensor:
+    return B * (weight[..., None, None].to(B.dtype) if isinstance(weight, Tensor) else weight)
 
 
 def _spectrum(update: LowRank) -> _Spectrum:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..decision import JOURNAL_FILE, read_journal
+from ..decision import JOURNAL_FILE, KNOB, read_journal
 from ..errors import JournalError
 
 
@@ -30,8 +30,9 @@ class History:
     """What happened in a run, by module and step; `read_history` makes it.
 
     `cells`: (module, step) -> reading; where a step was checked twice, the later one. `merges`: (module, step) -> the
-    share of the task's update that was left after it. `gate`, `threshold`, `num_layers`: of the last check; `how`: of
-    the last merge. `faults`: one line each. `seconds`: spent on checks and merges.
+    share of the task's update that was left after it. `gate`, `threshold`, `num_layers` and `knob` (the one that says
+    how much another gate merges): of the last check; `how`: of the last merge. `faults`: one line each. `seconds`:
+    spent on checks and merges.
     """
 
     title: str
@@ -40,6 +41,7 @@ class History:
     gate: str = ""
     threshold: float = math.nan
     num_layers: int | None = None
+    knob: float | None = None
     how: str = ""
     faults: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -57,7 +59,8 @@ class History:
     @property
     def rule(self) -> str:
         """The gate in words, as `threshold 0.35`."""
-        knob = {"threshold": f" {self.threshold:g}", "num_layers": f" {self.num_layers}"}.get(self.gate, "")
+        own = "" if self.knob is None else f" {self.knob:g}"
+        knob = {"threshold": f" {self.threshold:g}", "num_layers": f" {self.num_layers}"}.get(self.gate, own)
         return f"gate {self.gate}{knob}"
 
     @cached_property
@@ -99,6 +102,7 @@ def _journal_in(path: Path) -> Path:
 def _check(history: History, entry: Mapping[str, Any]) -> None:
     history.gate, history.num_layers = str(entry["gate"]), entry.get("num_layers")
     history.threshold = _number(entry["threshold"])
+    history.knob = entry.get(KNOB.get(history.gate, ""))
     history.seconds += _number(entry["seconds"])
     for module in entry["modules"]:
         history.cells[str(module["name"]), int(entry["step"])] = _cell(module)

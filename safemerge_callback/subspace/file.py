@@ -17,6 +17,7 @@ from ..ops import AlignmentMatrix, turned
 from .check import check_base, check_modules, require_tensors
 from .digests import digest_of
 from .header import PROBE_POSITIONS, PROBES, VERSION, FileHeader, ModuleHeader
+from .null_spread import spread_at, turned_spread
 from .stack import FromFile, Placement, Request, assemble
 from .table import as_dict, render
 
@@ -92,6 +93,19 @@ class Subspace:
         module = self._module(name)
         rows, columns = module.shape
         return min(1.0, module.null_cosine * (rows / columns) ** 0.5) if transposed else module.null_cosine
+
+    def null_std(self, name: str, rank: int, transposed: bool = False) -> float | None:
+        """Return the standard deviation of the cosine of an unrelated update of `rank`, as `null_cosine` its mean.
+
+        None where the file has none. `spread_at` has the formula between the ranks that were drawn.
+        """
+        module = self._module(name)
+        if not module.null_std:
+            return None
+        spread = spread_at(rank, module.null_std)
+        if not transposed:
+            return spread
+        return turned_spread(spread, module.null_cosine, self.null_cosine(name, transposed=True), rank, module.shape)
 
     def stack(
         self, names: Sequence[str], *, device: torch.device | str = "cpu", transposed: bool = False

@@ -1,4 +1,4 @@
-"""Every knob of the callback, once: what it means, what it may be, and one refusal that prints what it was."""
+"""Every knob of the callback, once, and what it means; what it may be is in `refusals`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..adapters.optimizer import check_optimizer
-from ..decision import check_gate, check_merge
+from ..decision import KNOBS, Gate
 from ..errors import ConfigError, nearest
-from ..methods import METHODS, Method, get_method
-from ..subspace.choice import check_placement
+from ..methods import Method, get_method
+from .refusals import check_settings
 
 # PEFT's `combination_type` strings, as the two knobs that they are.
 COMBINATION_TYPES = {
@@ -34,13 +33,48 @@ class SafeMergeConfig:
         default=None, metadata={"help": "Folder or Hub id of the safety LoRA that is merged in."}
     )
     gate: str = field(
-        default="threshold", metadata={"help": "Which modules to merge: threshold, num_layers, all, or watch (none)."}
+        default="threshold",
+        metadata={
+            "help": "Which modules to merge: threshold, calibrated, reference, num_layers, quantile, gap, all, random, "
+            "or watch (none)."
+        },
     )
     threshold: float = field(
         default=0.35, metadata={"help": "Gate threshold merges the modules whose cosine is below this."}
     )
     num_layers: int | None = field(
         default=None, metadata={"help": "How many modules, those of lowest cosine, gate num_layers merges."}
+    )
+    z_threshold: float = field(
+        default=-2.0,
+        metadata={
+            "help": "Gate calibrated merges below so many standard deviations from an unrelated update's cosine."
+        },
+    )
+    reference_fraction: float = field(
+        default=0.5,
+        metadata={
+            "help": "Gate reference merges below this fraction of the safety adapter's own cosine in the module."
+        },
+    )
+    quantile: float | None = field(
+        default=None, metadata={"help": "Which share of the modules, those of lowest cosine, gate quantile merges."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of whatever is drawn, such as the modules of gate random."})
+    rearm: float | None = field(
+        default=None,
+        metadata={"help": "How far above the gate a merged module must be seen before it is merged again."},
+    )
+    min_task_weight: float = field(
+        default=0.0,
+        metadata={"help": "Share of the task's update that all merges together must leave in every module."},
+    )
+    soft: bool = field(
+        default=False,
+        metadata={"help": "Whether weights fade in, from no change at the gate to the asked weights at a cosine of 0."},
+    )
+    spread_weights: bool = field(
+        default=False, metadata={"help": "Whether the weights are the run's total, shared out over its merge events."}
     )
     method: str = field(
         default="linear", metadata={"help": "How two updates become one: linear, or project (needs no safety adapter)."}
@@ -82,10 +116,7 @@ class SafeMergeConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _check_gate(self)
-        _check_method(self)
-        _check_schedule(self)
+        check_settings(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SafeMergeConfig:
@@ -130,6 +161,11 @@ class SafeMergeConfig:
         """The merge method that `method` names."""
         return get_method(self.method)
 
+    def gate_at(self, step: int = 0) -> Gate:
+        """The gate with its knobs, as it decides at optimizer step `step`."""
+        knobs = {name: getattr(self, name) for name in KNOBS if name != "step"}
+        return Gate(self.gate, **knobs, step=step)
+
     @property
     def merges(self) -> bool:
         """Whether any check may change the model; False for gate watch."""
@@ -166,74 +202,3 @@ def _without_alias(knobs: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"combination_type {alias!r} is unknown: choose one of {sorted(COMBINATION_TYPES)}{hint}")
     knobs["method"], knobs["space"] = COMBINATION_TYPES[alias]
     return knobs
-
-
-def _check_types(config: SafeMergeConfig) -> None:
-    """Refuse what YAML or a command line may hold by mistake, such as '50' or true where a count is meant."""
-    if not isinstance(config.subspace, str | Path) or not str(config.subspace):
-        raise ConfigError(f"subspace is {config.subspace!r}: give the path of a safety-subspace file")
-    for name in ("subspace", "safety_adapter", "journal"):
-        value = getattr(config, name)
-        setattr(config, name, str(value) if isinstance(value, Path) else value)
-    for name in ("safety_adapter", "journal", "adapter_name"):
-        value = getattr(config, name)
-        if value is not None and (not isinstance(value, str) or not value):
-            raise ConfigError(f"{name} is {value!r}: give a non-empty string, or leave it out")
-    for name in ("every", "from_step", "until_step", "cooldown", "num_layers"):
-        value = getattr(config, name)
-        optional = value is None and name in ("until_step", "num_layers")
-        if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise ConfigError(f"{name} is {value!r}: give a whole number of 0 or more")
-    for name in ("at_train_end", "asynchronous"):
-        if not isinstance(getattr(config, name), bool):
-            raise ConfigError(f"{name} is {getattr(config, name)!r}: give true or false")
-    check_placement(config.placement)
-
-
-def _check_gate(config: SafeMergeConfig) -> None:
-    check_gate(config.gate, config.threshold, config.num_layers)
-    if config.threshold == 0:
-        raise ConfigError(
-            "threshold is 0, below which no cosine is: give one above 0, or set gate='watch' to measure only"
-        )
-    config.threshold = float(config.threshold)
-
-
-def _check_method(config: SafeMergeConfig) -> None:
-    method = get_method(str(config.method))
-    if not method.keeps_rank:
-        able = sorted(name for name, other in METHODS.items() if other.keeps_rank)
-        raise ConfigError(
-            f"method {config.method!r} changes the rank, which a live adapter cannot: choose one of {able}, "
-            "or merge after training with `safemerge merge`"
-        )
-    check_optimizer(None, config.optimizer_state)
-    config.weights = list(check_merge(config.method, config.space, config.weights))
-    if config.weights[0] == 0:
-        raise ConfigError(
-            f"weights are {config.weights}: the first must be above 0, or a merge erases what was trained"
-        )
-    if config.merges and "safety_adapter" in method.needs and config.safety_adapter is None:
-        raise ConfigError(
-            f"safety_adapter is missing: method {config.method!r} merges one in; give its folder or Hub id, or set "
-            "gate='watch' to measure only"
-        )
-
-
-def _check_schedule(config: SafeMergeConfig) -> None:
-    if config.every == 0 and not config.at_train_end:
-        raise ConfigError("every is 0 and at_train_end is false, so no check would ever happen: set one of them")
-    if config.every == 0 and config.asynchronous:
-        raise ConfigError(
-            "asynchronous is true but every is 0, and the check at the end is never beside a step: give every, or "
-            "leave asynchronous out"
-        )
-    if config.until_step is not None and config.until_step < config.from_step:
-        raise ConfigError(
-            f"until_step {config.until_step} comes before from_step {config.from_step}: swap them, or leave one out"
-        )
-    if config.merges and config.method == "project" and config.every > 0:
-        raise ConfigError(
-            f"method 'project' with every={config.every} would project again and again, and C is not idempotent: "
-            "set every=0, so that it happens once, at the end"
-        )

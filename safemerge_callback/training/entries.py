@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
 from typing import Any
 
-from ..decision import MergePlan, Verdict
+from ..decision import MergePlan
 from ..subspace import Subspace
 from ..subspace.choice import Choice
 from .config import SafeMergeConfig
 from .progress import Progress
 from .trackers import Row, finite
-
-
-def gate_knobs(config: SafeMergeConfig) -> dict[str, Any]:
-    """The settings that `measure` needs of the gate."""
-    return {name: getattr(config, name) for name in ("gate", "threshold", "num_layers")}
-
-
-def plan_knobs(config: SafeMergeConfig) -> dict[str, Any]:
-    """The settings that a `MergePlan` is made with."""
-    return {**gate_knobs(config), **{name: getattr(config, name) for name in ("method", "space", "weights")}}
-
-
-def held_back(verdicts: Mapping[str, Verdict], pause: str) -> dict[str, Verdict]:
-    """Return the verdicts with every merge held back, the reason saying so."""
-    return {name: Verdict(False, f"{v.reason}; {pause}") if v.merge else v for name, v in verdicts.items()}
 
 
 def broken_modules(step: int, plan: MergePlan) -> str | None:

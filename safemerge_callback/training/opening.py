@@ -18,12 +18,13 @@ from ..adapters.initial import INITIAL_FILE, load_initial
 from ..adapters.optimizer import check_optimizer
 from ..adapters.processes import from_first, together
 from ..adapters.snapshot import set_aside_snapshot
-from ..decision import JOURNAL_FILE, Journal, MergePlan, check_safety_adapter, merged_factors
+from ..decision import JOURNAL_FILE, Journal, MergePlan, check_safety_adapter, merged_factors, own_cosines
 from ..errors import ConfigError, JournalError
 from ..ops import LowRank
 from ..subspace import Subspace
 from .config import SafeMergeConfig
-from .entries import gate_knobs, plan_knobs, start_entry
+from .deciding import plan_knobs
+from .entries import start_entry
 from .placing import Part, measure_together, own_part, place
 from .progress import Progress, changed_settings, continue_journal, find_progress
 from .session import Session
@@ -73,14 +74,15 @@ def open_session(
         # A compressed file may leave a decision open at any check: its exact one is looked for now.
         subspace.exact()
     safety = _safety_adapter(config, factors)
+    reference = own_cosines(safety, factors, subspace) if safety and config.gate == "reference" else None
     choice = place(config, subspace, factors)
     part = own_part(choice, factors, subspace)
-    _rehearse(config, factors, subspace, safety, part)
+    _rehearse(config, factors, subspace, safety, part, reference)
     progress, journal, restored = _records(config, args, state)
     start = start_entry(state.global_step, config, subspace, len(factors), args.world_size, choice)
     journal.append({**start, "restored": restored})
     progress.journal_entries += 1
-    session = Session(config, writer, subspace, safety, journal, progress, optimizer, part, begun=began)
+    session = Session(config, writer, subspace, safety, journal, progress, optimizer, part, reference, begun=began)
     session.seal_weights(state.global_step)
     progress.seconds += time.perf_counter() - began
     pending, progress.pending = progress.pending, None
@@ -105,7 +107,8 @@ def _initial(
 
 def _safety_adapter(config: SafeMergeConfig, factors: Mapping[str, LoraFactors]) -> Adapter | None:
     """The safety adapter where one will be merged; kept outside the model, which would save and train it."""
-    if not config.merges or config.safety_adapter is None or "safety_adapter" not in config.rule.needs:
+    needed = "safety_adapter" in config.rule.needs or config.gate == "reference"
+    if not config.merges or config.safety_adapter is None or not needed:
         return None
     safety = load_adapter(config.safety_adapter)
     check_safety_adapter(safety, factors, space=config.space)
@@ -118,12 +121,13 @@ def _rehearse(
     subspace: Subspace,
     safety: Adapter | None,
     part: Part | None,
+    reference: Mapping[str, float] | None,
 ) -> None:
     """Measure, decide and compute a merge of every module, and drop it: what cannot work shows now, not at step 50."""
-    readings = measure_together(factors, subspace, part, gate_knobs(config))
+    readings = measure_together(factors, subspace, part, {"gate": config.gate_at(), "reference": reference})
     MergePlan.decide(readings, **plan_knobs(config))
     if config.merges:
-        everything = MergePlan.decide(readings, **{**plan_knobs(config), "gate": "all", "num_layers": None})
+        everything = MergePlan.decide(readings, **{**plan_knobs(config), "gate": "all"})
         _, edits = merged_factors(everything, factors, safety, subspace)
         _tell_losses([edit.residual for edit in edits if factors[edit.name].initial is not None])
 

@@ -12,7 +12,7 @@ from torch import distributed as dist
 
 from ..adapters import LoraFactors
 from ..adapters.processes import everyones, many, together
-from ..decision import Readings, measure
+from ..decision import Readings, as_gate, measure
 from ..decision.measure import batches
 from ..subspace import Subspace
 from ..subspace.choice import Choice, Setting, choose
@@ -86,8 +86,10 @@ def measure_part(
     """
     if part is None:
         return measure(factors, subspace, **gate)
-    ranked = gate.get("gate") == "num_layers"
-    return measure({n: f for n, f in factors.items() if n in part.own}, subspace, **({} if ranked else gate))
+    knobs = {name: value for name, value in gate.items() if name not in ("gate", "reference")}
+    ranked = gate.get("gate") is not None and as_gate(gate["gate"], knobs).ranked
+    own = {n: f for n, f in factors.items() if n in part.own}
+    return measure(own, subspace, **({"reference": gate.get("reference")} if ranked else gate))
 
 
 def measure_own(

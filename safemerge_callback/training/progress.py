@@ -13,7 +13,7 @@ from ..decision import read_journal
 
 STATE_FILE = "safemerge_state.json"
 # Fields that an older state file may lack.
-_LATER = ("config", "pending")
+_LATER = ("config", "pending", "disarmed")
 
 
 @dataclass
@@ -22,7 +22,8 @@ class Progress:
 
     `task_weights` holds, for every module ever merged, the product of the task's weights: the share of its update left.
     `final_step` is the step of the last final check, `pending` the step of a check that was measured but not yet
-    decided, `journal_entries` how many lines the journal had, `config` the settings that held.
+    decided, `journal_entries` how many lines the journal had, `config` the settings that held. `disarmed` are the
+    modules that were merged and not seen above the gate since, where the settings ask for that.
     """
 
     checks: int = 0
@@ -37,21 +38,23 @@ class Progress:
     journal_entries: int = 0
     pending: int | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    disarmed: list[str] = field(default_factory=list)
 
-    def record_merge(self, step: int, names: Iterable[str], task_weight: float) -> None:
-        """Count a merge of `names` at `step`, each keeping the share `task_weight` of its update."""
-        names = list(names)
+    def record_merge(self, step: int, shares: Mapping[str, float]) -> None:
+        """Count a merge at `step`; `shares`: module -> the share of its own update that it keeps."""
         self.merges += 1
-        self.modules_merged += len(names)
+        self.modules_merged += len(shares)
         self.merged_steps.append(step)
         self.last_merge = step
-        for name in names:
-            self.task_weights[name] = self.task_weights.get(name, 1.0) * task_weight
+        for name, share in shares.items():
+            self.task_weights[name] = self.task_weights.get(name, 1.0) * share
+        self.disarmed = sorted({*self.disarmed, *shares})
 
     def rewind(self, checkpoint: Progress | None) -> None:
         """Take over what belongs to the weights (not the counts) from the checkpoint that they were loaded from."""
         self.task_weights = dict(checkpoint.task_weights) if checkpoint else {}
         self.last_merge = checkpoint.last_merge if checkpoint else None
+        self.disarmed = list(checkpoint.disarmed) if checkpoint else []
 
     def save(self, folder: Path) -> None:
         """Write the state file into `folder`, whole or not at all; OSError if that fails."""

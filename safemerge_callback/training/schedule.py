@@ -21,6 +21,30 @@ def final_due(step: int, *, max_steps: int, stopping: bool, final_step: int | No
     return stopping or step >= max_steps
 
 
+def merge_events(
+    max_steps: int,
+    *,
+    every: int,
+    from_step: int = 0,
+    until_step: int | None = None,
+    cooldown: int = 0,
+    at_train_end: bool = True,
+    asynchronous: bool = False,
+) -> list[int]:
+    """Return the steps at which a run of `max_steps` merges a module that every check selects.
+
+    A check that is measured beside a step merges after it. At the last step one check decides, the final one. Each
+    merge starts a cooldown.
+    """
+    checks = [s for s in range(1, max_steps + 1) if due(s, every=every, from_step=from_step, until_step=until_step)]
+    steps = {min(s + 1, max_steps) if asynchronous else s for s in checks} | ({max_steps} if at_train_end else set())
+    merges: list[int] = []
+    for step in sorted(steps):
+        if cooling(step, last_merge=merges[-1] if merges else None, cooldown=cooldown) is None:
+            merges.append(step)
+    return merges
+
+
 def cooling(step: int, *, last_merge: int | None, cooldown: int) -> str | None:
     """Why a check at `step` must only measure, or None where it may merge.
 

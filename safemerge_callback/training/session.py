@@ -17,18 +17,19 @@ from ..adapters import Adapter, Writer
 from ..adapters.initial import save_initial
 from ..adapters.processes import agree, from_first, many
 from ..adapters.snapshot import Snapshot, norms_of, save_snapshot
-from ..decision import Edit, Journal, MergePlan, Readings, Verdict, apply, check_entry, merge_entry
+from ..decision import Edit, Journal, MergePlan, Readings, apply, check_entry, merge_entry
 from ..ops import LowRank
 from ..subspace import Subspace
 from .background import Pending, begin, undisturbed
 from .config import SafeMergeConfig
-from .entries import broken_modules, decision_rows, gate_knobs, held_back, plan_knobs
+from .deciding import Moment, agreed_plan, decided, still_disarmed
+from .entries import broken_modules, decision_rows
 from .faults import Fault, attempt
 from .metrics import check_metrics
 from .moments import edit_moments
 from .placing import Part, join, measure_own
 from .progress import Progress
-from .schedule import cooling, due, final_due
+from .schedule import due, final_due
 from .seal import digest
 from .trackers import Report, Trackers
 
@@ -45,6 +46,7 @@ class Session:
     progress: Progress
     optimizer: Any = None
     part: Part | None = None
+    reference: Mapping[str, float] | None = None
     pending: Pending | None = None
     trackers: Trackers = field(default_factory=Trackers)
     seal: tuple[int, str] | None = None
@@ -95,8 +97,8 @@ class Session:
         self, args: TrainingArguments, state: TrainerState, *, final: bool, at: int | None = None
     ) -> tuple[Edit, ...]:
         """Measure, decide, record, merge, record, report. `at` is the step the weights are from, if not this one."""
-        began, knobs = time.perf_counter(), gate_knobs(self.config)
-        own = attempt("measure", lambda: measure_own(self.writer.gather(), self.subspace, self.part, knobs))
+        began = time.perf_counter()
+        own = attempt("measure", lambda: measure_own(self.writer.gather(), self.subspace, self.part, self.asked))
         return self.conclude(args, state, own, began, final=final, at=at)
 
     def begin(self, step: int) -> bool:
@@ -105,7 +107,7 @@ class Session:
             words = "training allows TF32 products, which a check beside it would forbid: checks are synchronous"
             self.warn("asynchronous", words)
             return False
-        self.pending = begin(step, self.writer, self.subspace, self.part, gate_knobs(self.config))
+        self.pending = begin(step, self.writer, self.subspace, self.part, self.asked)
         self.progress.pending = step
         return True
 
@@ -133,12 +135,13 @@ class Session:
         step = state.global_step
         self.progress.checks += 1
         self.progress.final_step = step if final else self.progress.final_step
-        found, weights_of = join(own, self.part), step if at is None else at
-        agreed = from_first(attempt("measure", lambda: self.decide(found, weights_of, hold)))
+        found, moment = join(own, self.part), Moment(step, step if at is None else at, state.max_steps)
+        agreed = from_first(attempt("measure", lambda: decided(found, self.config, self.progress, moment, hold)))
         if isinstance(agreed, Fault):
             self.report_fault(step, agreed)
             return ()
-        plan = MergePlan(*agreed, **plan_knobs(self.config))
+        plan = agreed_plan(agreed, self.config, moment)
+        self.progress.disarmed = still_disarmed(self.progress.disarmed, agreed.seen)
         late = {} if measured_at is None else {"measured_at": measured_at}
         self.note({**check_entry(step, plan, time.perf_counter() - began), **late})
         if words := broken_modules(step, plan):
@@ -150,15 +153,10 @@ class Session:
         self.trackers.send(args, state, Report(step, numbers, rows, self.config.to_dict(), args.output_dir))
         return edits
 
-    def decide(
-        self, readings: Readings | Fault, step: int, hold: str | None = None
-    ) -> tuple[Readings, dict[str, Verdict]] | Fault:
-        """Ask the gate; where weights of `step` may not be merged, or `hold` says why not, the reason says so."""
-        if isinstance(readings, Fault):
-            return readings
-        plan = MergePlan.decide(readings, **plan_knobs(self.config))
-        pause = hold or cooling(step, last_merge=self.progress.last_merge, cooldown=self.config.cooldown)
-        return plan.readings, dict(plan.verdicts) if pause is None else held_back(plan.verdicts, pause)
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What `measure` needs of the gate."""
+        return {"gate": self.config.gate_at(), "reference": self.reference}
 
     def merge(self, step: int, plan: MergePlan, keep_in: Path | None) -> tuple[Edit, ...]:
         """Apply `plan` on every rank. After a fault nothing is merged and training goes on.
@@ -180,8 +178,7 @@ class Session:
             # The merge stands whatever happens to the moments.
             self.note({"kind": "error", "step": step, "where": edited.where, "error": edited.error})
             self.warn(edited.where, f"the optimizer's state was kept at step {step}: {edited.error}")
-        share = self.config.weights[0] if "safety_adapter" in self.config.rule.needs else 1.0
-        self.progress.record_merge(step, plan.selected, share)
+        self.progress.record_merge(step, {name: plan.task_weight_of(name) for name in plan.selected})
         self.note(merge_entry(step, plan, edits, self.progress.task_weights, time.perf_counter() - began))
         if keep_in and self.journal.enabled:
             self._keep(keep_in, Snapshot(step, before, norms_of(after)))

@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safemerge_callback.adapters import live_factors
-from safemerge_callback.decision import GATES, MergePlan, Reading, Readings, measure, undecided
+from safemerge_callback.decision import Gate, MergePlan, Reading, Readings, above, measure, undecided
 from safemerge_callback.errors import ConfigError, PlanError, SubspaceError
 from safemerge_callback.subspace import compress_subspace
 
 
 def reading(name, cosine, interval=None, **more):
-    return Reading(name, cosine, 0.7, more.pop("norm", 1.0), 4, (8, 8), interval=interval, **more)
+    known = {"null_std": 0.25, "reference": 0.5}
+    return Reading(name, cosine, 0.75, more.pop("norm", 1.0), 4, (8, 8), interval=interval, **known, **more)
 
 
 def test_the_interval_must_exclude_the_threshold():
@@ -47,9 +48,10 @@ GRID = st.integers(0, 4).map(lambda i: i / 4)
     st.lists(st.tuples(GRID, GRID, GRID, GRID, st.booleans(), st.booleans()), min_size=1, max_size=9),
     GRID,
     st.integers(1, 9),
+    st.sampled_from([None, 0.0, 0.25]),
 )
 @settings(max_examples=1500, deadline=None)
-def test_decisions_are_those_of_exact_readings(drawn, threshold, num_layers):
+def test_decisions_are_those_of_exact_readings(drawn, knob, num_layers, rearm):
     """Whatever the estimates, ties and intervals of one point among them, and only undecided ones read exactly."""
     exact, first = [], []
     for i, (a, b, c, d, compressed, still) in enumerate(drawn):
@@ -59,18 +61,54 @@ def test_decisions_are_those_of_exact_readings(drawn, threshold, num_layers):
         exact.append(reading(f"m{i}", true, norm=norm))
         first.append(reading(f"m{i}", estimate, (low, high), norm=norm) if compressed else exact[-1])
     exact, first = Readings(exact), Readings(first)
-    knobs = {"num_layers": min(num_layers, len(exact))}
-    for gate, given_knobs in (
-        ("threshold", {"threshold": threshold}),
-        ("num_layers", knobs),
-        ("all", {}),
-        ("watch", {}),
-    ):
-        again = undecided(first, gate, **given_knobs)
+    count = min(num_layers, len(exact))
+    for gate in gates(knob, count, rearm):
+        again = undecided(first, gate)
         settled = Readings(exact[name] if name in again else first[name] for name in first)
-        assert undecided(settled, gate, **given_knobs) == []
-        chosen = [{n for n, v in GATES[gate](r, **given_knobs).items() if v.merge} for r in (settled, exact)]
-        assert chosen[0] == chosen[1]
+        assert undecided(settled, gate) == []
+        plans = [MergePlan.decide(r, gate=gate) for r in (settled, exact)]
+        assert plans[0].selected == plans[1].selected
+        assert above(plans[0]) == above(plans[1])
+        if gate.soft:
+            assert [plans[0].weights_of(n) for n in plans[0].selected] == [
+                plans[1].weights_of(n) for n in plans[1].selected
+            ]
+
+
+def gates(knob, count, rearm):
+    yield Gate("threshold", threshold=knob, rearm=rearm if knob + (rearm or 0) <= 1 else None)
+    yield Gate("threshold", threshold=knob, soft=True)
+    for z in (-4 * knob, 4 * knob):
+        yield Gate("calibrated", z_threshold=z, rearm=rearm)
+    yield Gate("reference", reference_fraction=max(knob, 0.25), rearm=rearm, soft=True)
+    ranked = None if rearm is None else 0.0
+    yield Gate("num_layers", num_layers=count, rearm=ranked)
+    yield Gate("quantile", quantile=max(knob, 0.25), rearm=ranked)
+    yield Gate("gap", rearm=ranked)
+    yield Gate("random", threshold=knob, seed=count)
+    yield Gate("random", num_layers=count)
+    yield from (Gate("all"), Gate("watch"))
+
+
+def test_the_gap_is_proven_where_no_other_can_be_as_wide():
+    ends = [(0.10, 0.12), (0.13, 0.15), (0.60, 0.62), (0.66, 0.68)]
+    apart = Readings(reading(f"m{i}", low, (low, high)) for i, (low, high) in enumerate(ends))
+    assert undecided(apart, "gap") == []
+    assert MergePlan.decide(apart, gate="gap").selected == ("m0", "m1")
+    near = Readings(reading(f"m{i}", low, (low, low + 0.3)) for i, (low, _) in enumerate(ends))
+    assert undecided(near, "gap") == list(near)
+
+
+def test_soft_weights_need_the_cosine_of_every_merged_module():
+    readings = Readings([reading("a", 0.1, (0.05, 0.15)), reading("b", 0.4, (0.36, 0.44)), reading("c", 0.2)])
+    assert undecided(readings, "threshold", soft=True) == ["a"]
+    assert undecided(readings, "threshold") == []
+
+
+def test_rearming_needs_the_cosine_where_the_raised_gate_lies_inside_the_interval():
+    readings = Readings([reading("a", 0.1, (0.05, 0.15)), reading("b", 0.4, (0.36, 0.44))])
+    assert undecided(readings, "threshold", rearm=0.0) == []
+    assert undecided(readings, "threshold", rearm=0.05) == ["b"]
 
 
 @pytest.fixture(params=["int8", "truncated"])
@@ -112,6 +150,11 @@ def test_every_decision_is_the_exact_measures(case):
         seen.add(len(plan.reread))
     assert min(seen) == 0
     assert max(seen) > 0
+    others = [Gate("gap"), *(Gate("quantile", quantile=q) for q in (0.3, 0.5)), Gate("random", threshold=ordered[1])]
+    others += [Gate("calibrated", z_threshold=z) for z in (-3, 0, 3)]
+    for knobs in [{"gate": gate} for gate in others]:
+        plan = MergePlan.decide(measure(factors, case.subspace, **knobs), **knobs)
+        assert plan.selected == MergePlan.decide(true, **knobs).selected
     for k in range(1, len(true) + 1):
         knobs = {"gate": "num_layers", "num_layers": k}
         plan = MergePlan.decide(measure(factors, case.subspace, **knobs), **knobs)

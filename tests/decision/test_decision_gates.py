@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safemerge_callback.decision import GATES, Reading, Readings, check_gate
+from safemerge_callback.decision import GATES, Gate, Reading, Readings, as_gate
 from safemerge_callback.errors import ConfigError
 
 
 def reading(name, cosine, norm=1.0, comparable=True):
-    return Reading(name, cosine, 0.7, norm, 4, (8, 8), comparable)
+    return Reading(name, cosine, 0.7, norm, 4, (8, 8), comparable, null_std=0.05, reference=0.6)
 
 
 def merged(verdicts):
@@ -71,8 +71,8 @@ def test_num_layers_sees_no_order(readings, data, random):
 def test_every_gate_gives_every_module_a_verdict_with_a_reason_and_spares_the_broken(readings, gate):
     if gate == "num_layers" and not len(readings):
         return
-    knobs = {"threshold": {"threshold": 0.5}, "num_layers": {"num_layers": 1}}.get(gate, {})
-    verdicts = GATES[gate](readings, **knobs)
+    knobs = {"num_layers": {"num_layers": 1}, "quantile": {"quantile": 0.5}}.get(gate, {})
+    verdicts = Gate(gate, **{"threshold": 0.5, **knobs}).verdicts(readings)
     assert list(verdicts) == list(readings)
     for name, verdict in verdicts.items():
         assert verdict.reason
@@ -122,9 +122,54 @@ def test_more_layers_than_modules_is_refused_with_both_numbers():
         ("num_layers", 0.3, 0, "num_layers=0"),
         ("num_layers", 0.3, 2.0, r"num_layers=2\.0"),
         ("num_layers", 0.3, True, "num_layers=True"),
-        ("all", 0.3, 4, "num_layers=4 is read by gate 'num_layers' only, and gate is 'all'"),
+        ("gap", 0.3, 4, "num_layers=4 is read by"),
+        ("random", 0.3, 0, "num_layers=0"),
+        ("quantile", 0.3, 4, "num_layers=4 is read by"),
+        ("all", 0.3, 4, "num_layers=4 is read by gate 'num_layers' and 'random' only, and gate is 'all'"),
     ],
 )
 def test_knobs_without_meaning_are_refused(gate, threshold, num_layers, message):
     with pytest.raises(ConfigError, match=message):
-        check_gate(gate, threshold, num_layers)
+        Gate(gate, threshold, num_layers)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"name": "calibrated", "z_threshold": math.inf}, "z_threshold=inf.*finite number of standard deviations"),
+        ({"name": "calibrated", "z_threshold": "-2"}, "z_threshold='-2'"),
+        ({"name": "reference", "reference_fraction": 0}, r"reference_fraction=0.*above 0 and up to 1"),
+        ({"name": "reference", "reference_fraction": 1.2}, r"reference_fraction=1\.2"),
+        ({"name": "quantile"}, "quantile=None: gate 'quantile' needs a share"),
+        ({"name": "quantile", "quantile": 0.0}, r"quantile=0\.0"),
+        ({"name": "quantile", "quantile": True}, "quantile=True"),
+        ({"quantile": 0.2}, r"quantile=0\.2 is read by gate 'quantile' only, and gate is 'threshold'"),
+        ({"name": "random", "seed": -1}, "seed=-1"),
+        ({"name": "random", "seed": 1.0}, r"seed=1\.0"),
+        ({"rearm": -0.1}, r"rearm=-0\.1"),
+        ({"rearm": math.nan}, "rearm=nan"),
+        ({"threshold": 0.95, "rearm": 0.1}, r"rearm=0\.1 above threshold=0\.95 is a cosine over 1"),
+        ({"name": "gap", "rearm": 0.1}, "which no cosine lies above: only 0 has a meaning"),
+        ({"name": "random", "rearm": 0}, "rearm=0 with gate 'random'.*leave it out"),
+        ({"name": "all", "rearm": 0.1}, "leave it out"),
+        ({"name": "gap", "soft": True}, "soft=True with gate 'gap'.*calibrated.*reference.*threshold"),
+        ({"soft": "yes"}, "soft='yes'"),
+    ],
+)
+def test_each_gates_own_knobs_are_refused_by_value(knobs, message):
+    with pytest.raises(ConfigError, match=message):
+        Gate(**knobs)
+
+
+def test_a_gate_with_its_knobs_stands_for_both():
+    gate = Gate("calibrated", z_threshold=-1)
+    assert as_gate(gate, {}) is gate
+    assert as_gate("calibrated", {"z_threshold": -1}) == gate
+    assert [str(as_gate(*given)) for given in [("gap", {}), ("quantile", {"quantile": 0.25})]] == [
+        "gap",
+        "quantile 0.25",
+    ]
+    with pytest.raises(ConfigError, match=r"\['z_threshold'\] were given beside a Gate"):
+        as_gate(gate, {"z_threshold": -2})
+    with pytest.raises(ConfigError, match="'treshold' of a gate is unknown; did you mean 'threshold'"):
+        as_gate("threshold", {"treshold": 0.2})

@@ -106,7 +106,7 @@ def test_nothing_is_projected_where_there_is_nothing_to_project_on():
         ({"space": "dleta"}, r"space 'dleta'.*'linear'.*\['delta', 'factor'\].*did you mean 'delta'"),
         ({"method": "cat", "space": "factor"}, "space 'factor' is not one that method 'cat' works in"),
         ({"gate": "num_layers", "num_layers": 5}, "num_layers=5 is more than the 4"),
-        ({"gate": "quantile"}, "gate 'quantile' is unknown"),
+        ({"gate": "quantiles"}, "gate 'quantiles' is unknown"),
         *[
             ({"weights": weights}, r"weights=.*from 0 to 2, not both 0")
             for weights in [

@@ -1,0 +1,6 @@
+"""Readings in, one verdict a module out, each with its reason. A gate is a file; its name is its name in YAML."""
+
+from .common import Verdict, excluded
+from .rule import GATES, KNOB, KNOBS, LIMITS, RANKED, Gate, Knobs, as_gate
+
+__all__ = ["GATES", "KNOB", "KNOBS", "LIMITS", "RANKED", "Gate", "Knobs", "Verdict", "as_gate", "excluded"]

@@ -1,0 +1,50 @@
+"""`reference`: the safety adapter's own cosine is the measure of what a safe update has in that module."""
+
+from __future__ import annotations
+
+import math
+
+from ...errors import ConfigError
+from ..reading import Reading, Readings
+from .checks import check_reference_fraction
+from .common import Verdict, below, digits, excluded, proof
+
+
+def reference(readings: Readings, *, reference_fraction: float) -> dict[str, Verdict]:
+    """Merge where ρ < reference_fraction·ρ_safety, ρ_safety being the safety adapter's cosine in that module.
+
+    A module that the safety adapter has not moved is not merged: there is nothing to compare with, nor to merge.
+
+    Source: none. Raises ConfigError for readings without ρ_safety (`measure` takes them as `reference`) and for a
+    fraction outside (0, 1].
+    """
+    check_reference_fraction(reference_fraction)
+    for reading in readings.values():
+        # A module that has not moved will: what is missing shows before the first step.
+        _own(reading)
+    return {name: excluded(reading) or _compared(reading, reference_fraction) for name, reading in readings.items()}
+
+
+def limit(reading: Reading, reference_fraction: float) -> float:
+    """Return the cosine below which a module is merged; -inf where the safety adapter has not moved."""
+    own = _own(reading)
+    return reference_fraction * own if math.isfinite(own) else -math.inf
+
+
+def _compared(reading: Reading, fraction: float) -> Verdict:
+    own = _own(reading)
+    if not math.isfinite(own):
+        return Verdict(False, "nothing to compare with: the safety adapter has not moved here")
+    bound = limit(reading, fraction)
+    sign = below(reading, bound)
+    words = f"cosine {digits(reading.cosine, bound)} {sign} {bound:.4f}, {fraction:g} of the safety adapter's {own:.4f}"
+    return Verdict(sign == "<", words + proof(reading))
+
+
+def _own(reading: Reading) -> float:
+    if reading.reference is None:
+        raise ConfigError(
+            f"gate 'reference' compares with the safety adapter's own cosines, and there is none for module "
+            f"{reading.name!r}: give `measure` reference=own_cosines(safety, factors, subspace)"
+        )
+    return reading.reference
