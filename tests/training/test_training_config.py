@@ -33,6 +33,21 @@ def test_defaults_are_the_released_safemerge():
         ({"gate": "num_layers"}, "num_layers"),
         ({"gate": "num_layers", "num_layers": 0}, "num_layers=0"),
         ({"num_layers": 3}, "num_layers=3"),
+        ({"gate": "quantile"}, "quantile=None"),
+        ({"gate": "quantile", "quantile": 2}, "quantile=2"),
+        ({"gate": "calibrated", "z_threshold": math.nan}, "z_threshold=nan"),
+        ({"gate": "reference", "reference_fraction": -1}, "reference_fraction=-1"),
+        ({"gate": "reference", "method": "project", "every": 0, "safety_adapter": None}, "gate 'reference' compares"),
+        ({"gate": "random", "seed": -1}, "seed is -1"),
+        ({"rearm": "0.1"}, "rearm='0.1'"),
+        ({"gate": "all", "rearm": 0.1}, "rearm=0.1 with gate 'all'"),
+        ({"min_task_weight": 1.5}, "min_task_weight is 1.5.*from 0 .no floor. to 1"),
+        ({"min_task_weight": True}, "min_task_weight is True"),
+        ({"soft": 1}, "soft is 1"),
+        ({"soft": True, "gate": "gap"}, "soft=True with gate 'gap'"),
+        ({"soft": True, "space": "factor"}, "soft=True with method 'linear' in space 'factor'"),
+        ({"spread_weights": "yes"}, "spread_weights is 'yes'"),
+        ({"spread_weights": True, "method": "project", "every": 0}, "spread_weights is true, and method 'project'"),
         ({"weights": [0.8]}, r"\[0.8\]"),
         ({"weights": [0.8, math.inf]}, "inf"),
         ({"weights": [0.8, -0.2]}, "-0.2"),
@@ -68,6 +83,11 @@ def test_a_bad_value_is_refused_by_name_and_value(change, says):
         {"subspace": "s", "method": "project", "every": 0},
         {**GOOD, "gate": "num_layers", "num_layers": 10},
         {**GOOD, "threshold": 1},
+        {**GOOD, "gate": "calibrated", "z_threshold": -3, "soft": True, "rearm": 1},
+        {**GOOD, "gate": "reference", "reference_fraction": 0.8, "method": "project", "every": 0},
+        {**GOOD, "gate": "quantile", "quantile": 0.25, "rearm": 0, "min_task_weight": 0.5},
+        {**GOOD, "gate": "gap", "spread_weights": True},
+        {**GOOD, "gate": "random", "num_layers": 4, "seed": 7},
         {**GOOD, "every": 0},
         {**GOOD, "at_train_end": False},
         {**GOOD, "from_step": 10, "until_step": 10, "weights": (1, 0.5)},
@@ -134,11 +154,23 @@ def test_the_command_line_takes_the_class_as_it_is(parser):
     else:
         Parser = HfArgumentParser
     words = (
-        "--subspace s --safety_adapter a --weights 0.7 0.3 --every 25 --until_step 75 --no_at_train_end --cooldown 5"
+        "--subspace s --safety_adapter a --weights 0.7 0.3 --every 25 --until_step 75 --no_at_train_end --cooldown 5 "
+        "--gate quantile --quantile 0.2 --rearm 0 --min_task_weight 0.5 --seed 3"
     )
     (config,) = Parser(SafeMergeConfig).parse_args_into_dataclasses(words.split())
     expected = SafeMergeConfig(
-        subspace="s", safety_adapter="a", weights=[0.7, 0.3], every=25, until_step=75, at_train_end=False, cooldown=5
+        subspace="s",
+        safety_adapter="a",
+        weights=[0.7, 0.3],
+        every=25,
+        until_step=75,
+        at_train_end=False,
+        cooldown=5,
+        gate="quantile",
+        quantile=0.2,
+        rearm=0.0,
+        min_task_weight=0.5,
+        seed=3,
     )
     assert config == expected
 

@@ -13,6 +13,7 @@ import torch
 
 from safemerge_callback import SafeMergeConfig, Subspace, measure, writer_for
 from safemerge_callback.adapters import LoraFactors
+from safemerge_callback.decision import Gate
 from safemerge_callback.decision.measure import batches
 from safemerge_callback.errors import ConfigError, SubspaceError
 from safemerge_callback.training.placing import Part, measure_part, place, shares, stored_bytes
@@ -230,7 +231,17 @@ def compressed(world, tmp_path_factory):
     return str(folder / "int8.safetensors")
 
 
-@pytest.mark.parametrize("gate", [{"gate": "threshold", "threshold": 0.82}, {"gate": "num_layers", "num_layers": 2}])
+@pytest.mark.parametrize(
+    "gate",
+    [
+        {"gate": "threshold", "threshold": 0.82},
+        {"gate": "num_layers", "num_layers": 2},
+        {"gate": "gap"},
+        {"gate": "calibrated", "z_threshold": 0},
+        {"gate": "reference", "reference_fraction": 1.0, "soft": True},
+        {"gate": "random", "threshold": 0.82},
+    ],
+)
 @pytest.mark.parametrize("later", [False, True])
 def test_a_compressed_subspace_gives_the_exact_decisions_in_a_run(world, runs, tmp_path, compressed, gate, later):
     for name, subspace in {"exact": world.subspace, "int8": compressed}.items():
@@ -255,12 +266,14 @@ def test_a_compressed_subspace_without_its_exact_file_only_watches(world, tmp_pa
     assert watching.session.progress.checks == 3
 
 
-def test_a_part_is_read_exactly_where_the_gate_ranks_all_modules(world, compressed):
+@pytest.mark.parametrize("knobs", [{"gate": "num_layers", "num_layers": 2}, {"gate": Gate("gap")}])
+def test_a_part_is_read_exactly_where_the_gate_ranks_all_modules(world, compressed, knobs):
     subspace, factors = Subspace.load(compressed), moved(world)
     assert subspace.compressed
-    ranked, alone = {"gate": "num_layers", "num_layers": 2}, Part(frozenset(list(factors)[:2]), tuple(factors))
+    ranked = {**knobs, "reference": dict.fromkeys(factors, 0.5)}
+    alone = Part(frozenset(list(factors)[:2]), tuple(factors))
     exact = measure(factors, Subspace.load(world.subspace))
     for name, reading in measure_part(factors, subspace, alone, ranked).items():
-        assert reading.interval is None
+        assert (reading.interval, reading.reference) == (None, 0.5)
         assert reading.cosine == pytest.approx(exact[name].cosine, abs=1e-6)
     assert any(r.interval for r in measure_part(factors, subspace, alone, {"gate": "watch"}).values())

@@ -16,11 +16,12 @@ LATER, END = {"kind": "check", "step": 20}, {"kind": "end", "step": 20}
 
 def test_progress_round_trips_whole(tmp_path):
     progress = Progress(checks=3, seconds=1.25, journal_entries=7)
-    progress.record_merge(10, ["a", "b"], 0.8)
-    progress.record_merge(20, ["b"], 0.8)
+    progress.record_merge(10, {"a": 0.8, "b": 0.8})
+    progress.record_merge(20, {"b": 0.8})
     progress.save(tmp_path)
     assert Progress.load(tmp_path) == progress
     assert progress.task_weights == {"a": 0.8, "b": pytest.approx(0.64)}
+    assert progress.disarmed == ["a", "b"]
     assert (progress.merges, progress.modules_merged, progress.merged_steps, progress.last_merge) == (
         2,
         3,
@@ -47,10 +48,23 @@ def test_find_progress_takes_the_first_folder_that_has_one_and_nothing_at_step_z
 
 def test_rewind_takes_the_weights_history_and_leaves_the_counts():
     progress = Progress(merges=4, last_merge=40, task_weights={"a": 0.4})
-    progress.rewind(Progress(merges=1, last_merge=10, task_weights={"a": 0.8}))
-    assert (progress.merges, progress.last_merge, progress.task_weights) == (4, 10, {"a": 0.8})
+    progress.rewind(Progress(merges=1, last_merge=10, task_weights={"a": 0.8}, disarmed=["a"]))
+    assert (progress.merges, progress.last_merge, progress.task_weights, progress.disarmed) == (
+        4,
+        10,
+        {"a": 0.8},
+        ["a"],
+    )
     progress.rewind(None)
-    assert (progress.merges, progress.last_merge, progress.task_weights) == (4, None, {})
+    assert (progress.merges, progress.last_merge, progress.task_weights, progress.disarmed) == (4, None, {}, [])
+
+
+def test_a_state_of_before_there_was_rearming_is_read(tmp_path):
+    Progress(checks=2).save(tmp_path)
+    older = json.loads((tmp_path / "safemerge_state.json").read_text())
+    del older["disarmed"]
+    (tmp_path / "safemerge_state.json").write_text(json.dumps(older))
+    assert Progress.load(tmp_path) == Progress(checks=2)
 
 
 def test_a_resumed_run_keeps_what_its_checkpoint_knew():

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safemerge_callback.training.schedule import cooling, due, final_due
+from safemerge_callback.training.schedule import cooling, due, final_due, merge_events
 
 STEPS = st.integers(0, 500)
 
@@ -49,3 +49,35 @@ def test_cooling_says_why():
     assert cooling(10, last_merge=None, cooldown=5) is None
     assert cooling(10, last_merge=10, cooldown=0) == "already merged at step 10"
     assert cooling(12, last_merge=10, cooldown=5) == "cooldown: 2 of 5 steps since the merge at step 10"
+
+
+@pytest.mark.parametrize(
+    ("knobs", "steps"),
+    [
+        ({"every": 25}, [25, 50, 75, 100]),
+        ({"every": 30}, [30, 60, 90, 100]),
+        ({"every": 0}, [100]),
+        ({"every": 30, "at_train_end": False}, [30, 60, 90]),
+        ({"every": 25, "from_step": 40, "until_step": 80}, [50, 75, 100]),
+        ({"every": 25, "cooldown": 30}, [25, 75]),
+        ({"every": 25, "cooldown": 30, "at_train_end": False}, [25, 75]),
+        ({"every": 25, "asynchronous": True}, [26, 51, 76, 100]),
+        ({"every": 33, "asynchronous": True}, [34, 67, 100]),
+        ({"every": 25, "asynchronous": True, "at_train_end": False}, [26, 51, 76, 100]),
+        ({"every": 500, "at_train_end": False}, []),
+    ],
+)
+def test_merge_events_are_the_steps_at_which_every_check_would_merge(knobs, steps):
+    assert merge_events(100, **knobs) == steps
+
+
+@given(every=st.integers(0, 20), first=STEPS, cooldown=st.integers(0, 30), last=st.integers(1, 120), end=st.booleans())
+def test_merge_events_follow_due_and_cooling(every, first, cooldown, last, end):
+    found = merge_events(last, every=every, from_step=first, cooldown=cooldown, at_train_end=end)
+    expected, before = [], None
+    for step in range(1, last + 1):
+        wanted = due(step, every=every, from_step=first) or (end and step == last)
+        if wanted and cooling(step, last_merge=before, cooldown=cooldown) is None:
+            expected.append(step)
+            before = step
+    assert found == expected
