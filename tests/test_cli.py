@@ -146,6 +146,14 @@ def test_methods_and_gates(world):
     run(*base, "--num-layers", 3, "-o", "three")
     assert read_journal("three/safemerge.jsonl")[1]["gate"] == "num_layers"
     assert len(read_journal("three/safemerge.jsonl")[2]["modules"]) == 3
+    for knob, gate in {"quantile": 0.5, "z-threshold": -1, "reference-fraction": 0.75}.items():
+        run(*base, f"--{knob}", gate, "-o", knob)
+        assert read_journal(f"{knob}/safemerge.jsonl")[1][knob.replace("-", "_")] == gate
+    run(*base, "--gate", "random", "--num-layers", 2, "--seed", 7, "-o", "lot")
+    assert "2 of 4 by lot" in read_journal("lot/safemerge.jsonl")[1]["modules"][0]["reason"]
+    run(*base, "--gate", "gap", "-o", "gap")
+    run(*base, "--threshold", 1, "--soft", "-o", "soft")
+    assert all(len(m["weights"]) == 2 for m in read_journal("soft/safemerge.jsonl")[2]["modules"])
     run(*base, "--gate", "all", "--method", "cat", "-o", "cat")
     assert json.loads((world / "cat" / "adapter_config.json").read_text())["r"] == 8
     run(*base, "--gate", "all", "--space", "factor", "-o", "factor")
@@ -168,6 +176,12 @@ def test_methods_and_gates(world):
         (["merge", "task", "safety", "-s", "s.safetensors", "-o", "x", "--gate", "watch"], "merges nothing"),
         (["merge", "task", "safety", "-s", "s.safetensors", "-o", "x", "--weights", "3", "0"], "weights=(3.0, 0.0)"),
         (["merge", "task", "-s", "s.safetensors", "-o", "x"], "needs a safety adapter"),
+        (["merge", "task", "safety", "-s", "s.safetensors", "-o", "x", "--quantile", "3"], "quantile=3"),
+        (["merge", "task", "safety", "-s", "s.safetensors", "-o", "x", "--gate", "gap", "--soft"], "soft=True"),
+        (
+            ["merge", "task", "-s", "s.safetensors", "-o", "x", "--method", "project", "--gate", "reference"],
+            "gate 'reference' compares",
+        ),
         (["merge", "task", "safety", "-s", "s.safetensors", "-o", "task"], "one of the inputs"),
         (["report", "task"], "holds no safemerge.jsonl"),
         (["report", "task/README.md"], "line 1: not JSON"),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from .app import app
-from .options import Bar, Device, SubspaceFile, device_named, working
+from .options import Bar, Device, SubspaceFile, device_named, gate_options, working
 
 
 @app.command()
@@ -66,28 +66,24 @@ def merge(
     progress: Bar = True,
 ) -> None:
     """Merge a safety adapter into the drifted modules of a fine-tuned one; no model is loaded."""
-    from ..decision import KNOB
     from ..offline import merge_adapters
 
-    every = {
-        "num_layers": num_layers,
-        "quantile": quantile,
-        "z_threshold": z_threshold,
-        "reference_fraction": reference_fraction,
-    }
-    given: dict[str, Any] = {knob: value for knob, value in every.items() if value is not None}
-    named = next((name for name, knob in KNOB.items() if knob in given), "threshold")
     with working(f"merging {finetuned}", progress):
         plan = merge_adapters(
             finetuned,
             safety,
             subspace,
             output,
-            gate=gate or named,
-            threshold=threshold,
-            seed=seed,
-            soft=soft,
-            **given,
+            **gate_options(
+                gate,
+                threshold=threshold,
+                num_layers=num_layers,
+                quantile=quantile,
+                z_threshold=z_threshold,
+                reference_fraction=reference_fraction,
+                seed=seed,
+                soft=soft,
+            ),
             method=method,
             space=space,
             weights=weights,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,6 +32,15 @@ def targets(text: str | None) -> list[str] | str | None:
     """Return a list where all parts between commas are plain names, else one regular expression."""
     names = [part.strip() for part in (text or "").split(",")]
     return names if text and all(re.fullmatch(r"[\w.]+", name) for name in names) else text
+
+
+def gate_options(gate: str | None, **knobs: Any) -> dict[str, Any]:
+    """Return `gate` and the knobs that were given; without `gate`, the one whose own knob was, or threshold."""
+    from ..decision import KNOB
+
+    given = {name: value for name, value in knobs.items() if value is not None}
+    named = (name for name, knob in KNOB.items() if name != "threshold" and knob in given)
+    return {"gate": gate or next(named, "threshold"), **given}
 
 
 def device_named(name: str) -> str:

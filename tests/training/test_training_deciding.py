@@ -63,7 +63,8 @@ def test_each_module_waits_for_itself():
 def test_what_is_seen_during_a_cooldown_counts():
     settings, progress = config(rearm=0.0, cooldown=15), Progress()
     assert decide(settings, progress, 10, 0.3).selected == ("m0",)
-    assert "cooldown" in decide(settings, progress, 20, 0.9).verdicts["m0"].reason or progress.disarmed == []
+    decide(settings, progress, 20, 0.9)
+    assert progress.disarmed == []
     assert decide(settings, progress, 30, 0.3).selected == ("m0",)
 
 
