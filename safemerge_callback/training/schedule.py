@@ -36,7 +36,8 @@ def merge_events(
     A check that is measured beside a step merges after it. At the last step one check decides, the final one. Each
     merge starts a cooldown.
     """
-    checks = [s for s in range(1, max_steps + 1) if due(s, every=every, from_step=from_step, until_step=until_step)]
+    multiples = range(every, max_steps + 1, every) if every > 0 else ()
+    checks = [s for s in multiples if due(s, every=every, from_step=from_step, until_step=until_step)]
     steps = {min(s + 1, max_steps) if asynchronous else s for s in checks} | ({max_steps} if at_train_end else set())
     merges: list[int] = []
     for step in sorted(steps):
