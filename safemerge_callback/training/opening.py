@@ -70,7 +70,7 @@ def open_session(
     weights = {} if writer.initial else base_weights(model)
     subspace = Subspace.load(config.subspace)
     subspace.check(factors, weights)
-    if config.gate in ("threshold", "num_layers") or "subspace" in config.rule.needs:
+    if config.gate_at().asks_cosines or "subspace" in config.rule.needs:
         # A compressed file may leave a decision open at any check: its exact one is looked for now.
         subspace.exact()
     safety = _safety_adapter(config, factors)

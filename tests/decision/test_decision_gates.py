@@ -161,6 +161,12 @@ def test_each_gates_own_knobs_are_refused_by_value(knobs, message):
         Gate(**knobs)
 
 
+def test_a_gate_says_whether_it_asks_for_cosines():
+    asks = {name: Gate(name, **{name: 1} if name in ("num_layers", "quantile") else {}).asks_cosines for name in GATES}
+    assert {name for name, value in asks.items() if not value} == {"all", "watch"}
+    assert not Gate("random", num_layers=1).asks_cosines
+
+
 def test_a_gate_with_its_knobs_stands_for_both():
     gate = Gate("calibrated", z_threshold=-1)
     assert as_gate(gate, {}) is gate

@@ -261,6 +261,8 @@ def test_a_compressed_subspace_without_its_exact_file_only_watches(world, tmp_pa
     with pytest.raises(SubspaceError, match="the exact file it was made from is not beside it"):
         trainer.train()
     assert trainer.state.global_step == 0
+    with pytest.raises(SubspaceError, match="is not beside it"):
+        world.trainer(tmp_path, world.guard(subspace=alone, gate="gap")).train()
     watching = world.guard(subspace=alone, gate="watch", safety_adapter=None)
     world.trainer(tmp_path, watching).train()
     assert watching.session.progress.checks == 3

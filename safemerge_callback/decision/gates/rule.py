@@ -134,6 +134,11 @@ class Gate:
         return LIMITS[self.name](reading, getattr(self, KNOB[self.name]) + margin)
 
     @property
+    def asks_cosines(self) -> bool:
+        """Whether any verdict depends on a cosine."""
+        return self.name not in ("all", "watch") and not (self.name == "random" and self.num_layers is not None)
+
+    @property
     def ranked(self) -> bool:
         """Whether a module is open or not (`undecided`) only by the readings of all modules."""
         return self.name in RANKED
