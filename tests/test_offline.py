@@ -359,3 +359,31 @@ def test_values_that_overflow_the_dtype_are_refused(tmp_path, tiny_llama):
             task, replace(task, source="huge", factors=huge), world / "s.safetensors", world / "out", gate="all"
         )
     assert entries(world) == ["aligned", "s.safetensors", "task", "unaligned"]
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_linear", "pcb", "slerp", "orthogonal"])
+def test_every_method_merges_folders(world, tiny_llama, method):
+    pruning = {} if method in ("slerp", "orthogonal") else {"density": 0.5}
+    plan = merged(world, gate="all", method=method, **pruning)
+    assert plan.selected
+    entries = read_journal(world / "out" / "safemerge.jsonl")
+    assert entries[0]["config"]["method"] == method
+    assert entries[0]["config"].items() >= plan.taken.items()
+    before, after = (load_adapter(world / folder).factors for folder in ("task", "out"))
+    for name in plan.selected:
+        assert after[name].rank == before[name].rank
+        assert not torch.equal(after[name].B, before[name].B)
+    # The same masks again, with the same seed; others with another.
+    merged(world, output="again", gate="all", method=method, **pruning)
+    same = load_adapter(world / "again").factors
+    assert all(torch.equal(same[name].B, after[name].B) for name in after)
+    if method == "dare_linear":
+        merged(world, output="other", gate="all", method=method, seed=1, **pruning)
+        assert not torch.equal(load_adapter(world / "other").factors[name].B, after[name].B)
+
+
+def test_a_density_is_refused_before_anything_is_read(world):
+    with pytest.raises(ConfigError, match="density is missing"):
+        merged(world, task="nowhere", method="ties")
+    with pytest.raises(ConfigError, match="does not read"):
+        merged(world, task="nowhere", density=0.5)

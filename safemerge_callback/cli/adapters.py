@@ -8,7 +8,24 @@ from typing import Annotated
 import typer
 
 from .app import app
-from .options import Bar, Device, SubspaceFile, device_named, gate_options, working
+from .options import (
+    Bar,
+    Density,
+    Device,
+    GateName,
+    MajoritySign,
+    NumLayers,
+    Quantile,
+    ReferenceFraction,
+    Seed,
+    Soft,
+    SubspaceFile,
+    Threshold,
+    ZThreshold,
+    device_named,
+    gate_options,
+    working,
+)
 
 
 @app.command()
@@ -38,29 +55,21 @@ def merge(
     subspace: SubspaceFile,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the merged adapter to.")],
     safety: Annotated[str | None, typer.Argument(help="Safety LoRA adapter; method project needs none.")] = None,
-    gate: Annotated[
-        str | None,
-        typer.Option(
-            help="threshold, calibrated, reference, num_layers, quantile, gap, all or random. "
-            "[default: threshold, or the one whose knob is given]"
-        ),
-    ] = None,
-    threshold: Annotated[float, typer.Option(help="Merge modules whose cosine is below it.")] = 0.35,
-    num_layers: Annotated[int | None, typer.Option(help="Merge that many modules of lowest cosine.")] = None,
-    quantile: Annotated[float | None, typer.Option(help="Merge that share of the modules, of lowest cosine.")] = None,
-    z_threshold: Annotated[
-        float | None, typer.Option(help="Merge below so many standard deviations from an unrelated update's cosine.")
-    ] = None,
-    reference_fraction: Annotated[
-        float | None, typer.Option(help="Merge below this fraction of the safety adapter's own cosine.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="What gate random draws by.")] = 0,
-    soft: Annotated[bool, typer.Option("--soft", help="Let the weights fade in below the gate.")] = False,
+    gate: GateName = None,
+    threshold: Threshold = 0.35,
+    num_layers: NumLayers = None,
+    quantile: Quantile = None,
+    z_threshold: ZThreshold = None,
+    reference_fraction: ReferenceFraction = None,
+    seed: Seed = 0,
+    soft: Soft = False,
     method: Annotated[
-        str, typer.Option(help="linear (keeps the rank), cat (no loss, ranks add) or project.")
+        str, typer.Option(help="linear (keeps the rank), cat (no loss, ranks add), project, ties, dare_linear, ...")
     ] = "linear",
     space: Annotated[str, typer.Option(help="delta: sum of the updates; factor: PEFT's sum of the factors.")] = "delta",
     weights: Annotated[tuple[float, float], typer.Option(help="Of the fine-tuned and the safety update.")] = (0.8, 0.2),
+    density: Density = None,
+    majority_sign_method: MajoritySign = "total",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is in OUT already.")] = False,
     device: Device = "cpu",
     progress: Bar = True,
@@ -87,6 +96,8 @@ def merge(
             method=method,
             space=space,
             weights=weights,
+            density=density,
+            majority_sign_method=majority_sign_method,
             overwrite=overwrite,
             device=device_named(device),
         )

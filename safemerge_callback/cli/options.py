@@ -14,6 +14,27 @@ SubspaceFile = Annotated[Path, typer.Option("--subspace", "-s", help="Subspace f
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
 Bar = Annotated[bool, typer.Option(help="Show progress on stderr.")]
 
+GateName = Annotated[
+    str | None,
+    typer.Option(
+        help="threshold, calibrated, reference, num_layers, quantile, gap, all or random. "
+        "[default: threshold, or the one whose knob is given]"
+    ),
+]
+Threshold = Annotated[float, typer.Option(help="Merge modules whose cosine is below it.")]
+NumLayers = Annotated[int | None, typer.Option(help="Merge that many modules of lowest cosine.")]
+Quantile = Annotated[float | None, typer.Option(help="Merge that share of the modules, of lowest cosine.")]
+ZThreshold = Annotated[
+    float | None, typer.Option(help="Merge below so many standard deviations from an unrelated update's cosine.")
+]
+ReferenceFraction = Annotated[
+    float | None, typer.Option(help="Merge below this fraction of the safety adapter's own cosine.")
+]
+Seed = Annotated[int, typer.Option(help="What gate random and the masks of random methods are drawn by.")]
+Soft = Annotated[bool, typer.Option("--soft", help="Let the weights fade in below the gate.")]
+Density = Annotated[float | None, typer.Option(help="Share of entries kept by methods that prune.")]
+MajoritySign = Annotated[str, typer.Option(help="Sign election: total or frequency.")]
+
 
 @contextmanager
 def working(what: str, shown: bool) -> Iterator[None]:

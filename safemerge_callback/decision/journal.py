@@ -148,5 +148,5 @@ def merge_entry(
         }
         for e in edits
     ]
-    how = {"method": plan.method, "space": plan.space, "weights": list(plan.weights)}
+    how = {"method": plan.method, "space": plan.space, "weights": list(plan.weights), **plan.taken}
     return {"kind": "merge", "step": step, **how, "seconds": seconds, "modules": modules}

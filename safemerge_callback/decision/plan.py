@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, Unpack
 
 from ..errors import ConfigError, PlanError, nearest
-from ..methods import get_method
+from ..methods import check_density, check_majority_sign, get_method
 from .certify import undecided
 from .gates import Gate, Knobs, Verdict, as_gate
 from .reading import Readings
@@ -23,8 +23,9 @@ class MergePlan:
     """Which modules to merge and how, with the readings and reasons it was decided on.
 
     `verdicts` has one entry a reading; `weights` are (w_live, w_safety), with a soft `rule` those at a cosine of 0.
-    Make one with `MergePlan.decide`. Raises ConfigError for a knob that has no meaning and PlanError for verdicts that
-    do not belong to the readings.
+    `density` and `majority_sign_method` are for the methods that read them; the rule's seed and step are, with a
+    module's name, what random masks are drawn from. Make one with `MergePlan.decide`. Raises ConfigError for a knob
+    that has no meaning and PlanError for verdicts that do not belong to the readings.
     """
 
     readings: Readings
@@ -33,10 +34,14 @@ class MergePlan:
     method: str
     space: str
     weights: tuple[float, float]
+    density: float | None = None
+    majority_sign_method: str = "total"
 
     def __post_init__(self) -> None:
         live, safety = check_merge(self.method, self.space, self.weights)
         check_soft(self.rule.soft, self.method, self.space)
+        object.__setattr__(self, "density", check_density(self.method, self.density))
+        check_majority_sign(self.method, self.majority_sign_method)
         _check_verdicts(self.readings, self.verdicts)
         _check_decided(self)
         object.__setattr__(self, "weights", (live, safety))
@@ -51,20 +56,24 @@ class MergePlan:
         method: str = "linear",
         space: str = "delta",
         weights: Sequence[float] = (0.8, 0.2),
+        density: float | None = None,
+        majority_sign_method: str = "total",
         **knobs: Unpack[Knobs],
     ) -> MergePlan:
         """Ask the gate about every reading. The defaults are the released SafeMERGE's (arXiv:2503.17239).
 
         `gate`: its name with its knobs (those of `Gate`: threshold, num_layers, ...), or a `Gate`. Raises ConfigError
-        for an unknown gate, knob, method or space, weights outside [0, 2], and more `num_layers` than there are
-        modules; as the gate does for readings that lack what it needs.
+        for an unknown gate, knob, method or space, weights outside [0, 2], more `num_layers` than there are modules,
+        and a `density` that is outside (0, 1], missing, or given to a method that prunes nothing; as the gate does for
+        readings that lack what it needs.
         """
         rule = as_gate(gate, knobs)
         live, safety = check_merge(method, space, weights)
+        share, sign = check_density(method, density), check_majority_sign(method, majority_sign_method)
         verdicts = rule.verdicts(readings)
         if "subspace" in get_method(method).needs:
             verdicts = {name: _projectable(readings, name, verdict) for name, verdict in verdicts.items()}
-        return cls(readings, verdicts, rule, method, space, (live, safety))
+        return cls(readings, verdicts, rule, method, space, (live, safety), share, sign)
 
     @property
     def gate(self) -> str:
@@ -80,6 +89,16 @@ class MergePlan:
     def num_layers(self) -> int | None:
         """How many modules gate `num_layers` merges; None for gates that do not count."""
         return self.rule.num_layers
+
+    @property
+    def seed(self) -> int:
+        """The seed of whatever is drawn, modules or masks."""
+        return self.rule.seed
+
+    @property
+    def step(self) -> int:
+        """The optimizer step, by which every event draws anew."""
+        return self.rule.step
 
     def weights_of(self, name: str) -> tuple[float, float]:
         """Return (w_live, w_safety) of a module: `weights`, or for a soft rule less of a change, by its cosine."""
@@ -106,6 +125,13 @@ class MergePlan:
         """The modules that a compressed V left open, so that the exact one was read."""
         return tuple(name for name, reading in self.readings.items() if reading.reread)
 
+    @property
+    def taken(self) -> dict[str, Any]:
+        """The knobs that this method reads beyond the weights, and their values: what the journal adds."""
+        takes = get_method(self.method).takes
+        names = [name for name in ("density", "majority_sign_method") if name in takes]
+        return {name: getattr(self, name) for name in (*names, *(["seed"] if "generator" in takes else []))}
+
     def __str__(self) -> str:
         columns = ["module", "cosine", "null", "decision", "reason"]
         rows = []
@@ -122,6 +148,7 @@ class MergePlan:
     def _title(self) -> str:
         how = f"method {self.method}, space {self.space}, weights {self.weights[0]:g} / {self.weights[1]:g}"
         how += " (soft)" if self.rule.soft else ""
+        how += "".join(f", {name} {value}" for name, value in self.taken.items())
         proof = f"; {len(self.certified)} certified by interval, {len(self.reread)} re-read exactly"
         title = f"{len(self.selected)} of {len(self.readings)} modules to merge: gate {self.rule}, {how}"
         return title + (proof if self.readings.approximate else "")

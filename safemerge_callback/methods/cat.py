@@ -21,6 +21,9 @@ def cat(
     weights: Sequence[float],
     space: str = "delta",
     alignment_matrix: AlignmentMatrix | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
+    generator: torch.Generator | None = None,
 ) -> Merged:
     """Return Σ wᵢ·ΔWᵢ exactly, at rank Σ rᵢ. Shapes as in `Method`; float32 or better; residual 0."""
     A, B = weighted_sum([live, *safety], weights)

@@ -8,15 +8,14 @@ to the live rank in the best way there is.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..errors import PlanError
-from ..ops import AlignmentMatrix, LowRank, accumulation_dtype, refit, weighted_sum
+from ..ops import AlignmentMatrix, LowRank, refit, weighted_sum
 from .registry import Merged, register
+from .spaces import merge_entries, weighted
 
 
 @register(spaces=("delta", "factor"), needs=frozenset({"safety_adapter"}))
@@ -27,6 +26,9 @@ def linear(
     weights: Sequence[float | Tensor],
     space: str = "delta",
     alignment_matrix: AlignmentMatrix | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
+    generator: torch.Generator | None = None,
 ) -> Merged:
     """Return Σ wᵢ·ΔWᵢ at the live rank. Shapes as in `Method`; float32 or better.
 
@@ -35,8 +37,8 @@ def linear(
     `factor`: (Σ √|wᵢ|·Bᵢ)(Σ ±√|wᵢ|·Aᵢ) as PEFT does it; ranks must agree; residual 0, since nothing is truncated.
     """
     if space == "factor":
-        _check_ranks(live, safety)
-        return _in_factors([live, *safety], [float(weight) for weight in weights])
+        weighed = [float(weight) for weight in weights]
+        return merge_entries(space, live, safety, weighed, lambda stack, scaled: weighted(stack, scaled).sum(0))
     fitted, residual = refit(live, weighted_sum([live, *safety], weights))
     still = _unchanged(live, safety, weights)
     wide = still[..., None, None]
@@ -55,19 +57,3 @@ def _unchanged(live: LowRank, safety: Sequence[LowRank], weights: Sequence[float
         nothing = (update.A == 0).all(-1).all(-1) | (update.B == 0).all(-1).all(-1)
         still = still & (nothing | torch.as_tensor(weight == 0.0, device=device))
     return still
-
-
-def _check_ranks(live: LowRank, safety: Sequence[LowRank]) -> None:
-    ranks = [update.A.shape[-2] for update in (live, *safety)]
-    if len(set(ranks)) > 1:
-        raise PlanError(f"space 'factor' adds the factors, so ranks must agree, got {ranks}: use space 'delta'")
-
-
-def _in_factors(updates: Sequence[LowRank], weights: Sequence[float]) -> Merged:
-    """PEFT's arithmetic; a negative weight's sign goes on A alone, or it would cancel in the product."""
-    dtype = accumulation_dtype(*(t for update in updates for t in update))
-    roots = [math.sqrt(abs(w)) for w in weights]
-    signed = [math.copysign(root, w) for root, w in zip(roots, weights, strict=True)]
-    A = torch.stack([u.A.to(dtype) * root for u, root in zip(updates, signed, strict=True)]).sum(0)
-    B = torch.stack([u.B.to(dtype) * root for u, root in zip(updates, roots, strict=True)]).sum(0)
-    return Merged(A, B, A.new_zeros(A.shape[:-2], dtype=torch.float64))

@@ -23,6 +23,9 @@ def project(
     weights: Sequence[float],
     space: str = "delta",
     alignment_matrix: AlignmentMatrix | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
+    generator: torch.Generator | None = None,
 ) -> Merged:
     """Return (A, C·B); A untouched, weights and safety adapters unused. Shapes as in `Method`; residual 0."""
     if alignment_matrix is None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, PlanError, nearest
+from ..ops import SIGN_METHODS, LowRank, accumulation_dtype
 
 
 class Merged(NamedTuple):
@@ -21,29 +23,45 @@ class Merged(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """A merge method: its function, the spaces it works in, what it needs, and whether it keeps the live rank.
+    """A merge method: its function, the spaces it works in, what it needs and takes, whether it keeps the live rank.
 
-    `merge(live, safety, *, weights, space, alignment_matrix)` takes a `LowRank` batch of modules of one shape, the
-    safety adapters' updates in the live adapter's units, `weights` = (w_live, w_safety, ...) and returns `Merged`.
+    `merge(live, safety, *, weights, space, alignment_matrix, density, majority_sign_method, generator)` takes a
+    `LowRank` batch of modules of one shape, the safety adapters' updates in the live adapter's units, `weights` =
+    (w_live, w_safety, ...) and returns `Merged`. Every method accepts every keyword; `takes` names those of the last
+    three that it reads. `generator` is on the CPU; where a batch has several modules they draw from it in turn.
+
+    `dense`: whether space `delta` forms the d_out × d_in updates, which a mask on their entries cannot do without.
     """
 
     name: str
     merge: Callable[..., Merged]
     spaces: tuple[str, ...]
     needs: frozenset[str]
+    takes: frozenset[str]
+    dense: bool
     keeps_rank: bool
+
+    @property
+    def random(self) -> bool:
+        """Whether the result depends on the state of a generator."""
+        return "generator" in self.takes
 
 
 METHODS: dict[str, Method] = {}
 
 
 def register(
-    *, spaces: tuple[str, ...], needs: frozenset[str], keeps_rank: bool = True
+    *,
+    spaces: tuple[str, ...],
+    needs: frozenset[str],
+    takes: frozenset[str] = frozenset(),
+    dense: bool = False,
+    keeps_rank: bool = True,
 ) -> Callable[[Callable[..., Merged]], Callable[..., Merged]]:
     """Enter a merge function under its own name."""
 
     def enter(merge: Callable[..., Merged]) -> Callable[..., Merged]:
-        METHODS[merge.__name__] = Method(merge.__name__, merge, spaces, needs, keeps_rank)
+        METHODS[merge.__name__] = Method(merge.__name__, merge, spaces, needs, takes, dense, keeps_rank)
         return merge
 
     return enter
@@ -54,3 +72,66 @@ def get_method(name: str) -> Method:
     if name not in METHODS:
         raise ConfigError(f"method {name!r} is unknown: choose one of {sorted(METHODS)}{nearest(name, METHODS)}")
     return METHODS[name]
+
+
+def check_density(method: str, density: Any) -> float | None:
+    """Return `density` as a float in (0, 1], or None for a method that reads none; ConfigError otherwise.
+
+    A method that prunes has no density of its own: one that is left out is refused, too.
+    """
+    able = sorted(name for name, other in METHODS.items() if "density" in other.takes)
+    if "density" not in get_method(method).takes:
+        if density is not None:
+            raise ConfigError(
+                f"density is {density!r}, which method {method!r} does not read: leave it out, or choose one of {able}"
+            )
+        return None
+    allowed = "give the share of entries to keep, above 0 and at most 1, such as 0.5"
+    if density is None:
+        raise ConfigError(f"density is missing, method {method!r} prunes by it: {allowed}")
+    if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
+        raise ConfigError(f"density is {density!r}: {allowed}")
+    return float(density)
+
+
+def check_majority_sign(method: str, majority_sign_method: Any) -> str:
+    """Return `majority_sign_method`; ConfigError if it is unknown, or set for a method that elects no sign."""
+    if majority_sign_method not in SIGN_METHODS:
+        hint = nearest(str(majority_sign_method), SIGN_METHODS)
+        raise ConfigError(
+            f"majority_sign_method {majority_sign_method!r} is unknown: choose one of {list(SIGN_METHODS)}{hint}"
+        )
+    if majority_sign_method != SIGN_METHODS[0] and "majority_sign_method" not in get_method(method).takes:
+        able = sorted(name for name, other in METHODS.items() if "majority_sign_method" in other.takes)
+        raise ConfigError(
+            f"majority_sign_method is {majority_sign_method!r}, but method {method!r} elects no sign: leave it out, or "
+            f"choose one of {able}"
+        )
+    return str(majority_sign_method)
+
+
+def needed_density(method: str, density: float | None) -> float:
+    """Return `density` for a method that takes one; ConfigError if it is None or outside (0, 1]."""
+    checked = check_density(method, density)
+    return 1.0 if checked is None else checked
+
+
+def needed_generator(method: str, generator: torch.Generator | None) -> torch.Generator:
+    """Return `generator`; PlanError if it is None or not on the CPU."""
+    if generator is None or generator.device.type != "cpu":
+        where = "none" if generator is None else f"one on {generator.device}"
+        raise PlanError(
+            f"method {method!r} draws masks from a generator on the CPU, got {where}: give torch.Generator(), seeded"
+        )
+    return generator
+
+
+def unmoved(live: LowRank, weights: Sequence[float]) -> Merged | None:
+    """Return the live factors to the bit where weights (1, 0, ...) ask for nothing but them; None otherwise.
+
+    Not a matter of speed: a method that prunes would thin the live update, and count the signs of one of weight 0.
+    """
+    if weights[0] != 1.0 or any(weights[1:]):
+        return None
+    dtype = accumulation_dtype(*live)
+    return Merged(live.A.to(dtype), live.B.to(dtype), live.A.new_zeros(live.A.shape[:-2], dtype=torch.float64))

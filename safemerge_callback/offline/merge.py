@@ -31,7 +31,7 @@ from ..decision import (
 )
 from ..decision.gates import KNOB, Knobs
 from ..errors import ConfigError, PlanError
-from ..methods import get_method
+from ..methods import check_density, check_majority_sign, get_method
 from ..ops import LowRank
 from ..subspace import Subspace
 from .card import model_card
@@ -59,6 +59,8 @@ def merge_adapters(
     method: str = "linear",
     space: str = "delta",
     weights: Sequence[float] = (0.8, 0.2),
+    density: float | None = None,
+    majority_sign_method: str = "total",
     overwrite: bool = False,
     device: torch.device | str | None = None,
     **knobs: Unpack[Knobs],
@@ -78,6 +80,8 @@ def merge_adapters(
     began = time.perf_counter()
     rule = as_gate(gate, knobs)
     _check_knobs(rule, method, space, weights, safety)
+    check_density(method, density)
+    check_majority_sign(method, majority_sign_method)
     target = free_output(output, [finetuned, safety, subspace], overwrite)
     task, matrices = _adapter(finetuned), _subspace(subspace)
     guard = None if safety is None else _adapter(safety)
@@ -85,7 +89,15 @@ def merge_adapters(
     _warn_of_other_bases(task, guard, matrices)
     own = own_cosines(guard, task.factors, matrices, device=device) if guard and rule.name == "reference" else None
     readings = measure(task.factors, matrices, device=device, gate=rule, reference=own)
-    plan = MergePlan.decide(readings, gate=rule, method=method, space=space, weights=weights)
+    plan = MergePlan.decide(
+        readings,
+        gate=rule,
+        method=method,
+        space=space,
+        weights=weights,
+        density=density,
+        majority_sign_method=majority_sign_method,
+    )
     decided = time.perf_counter()
     new, edits = merged_factors(plan, task.factors, guard, matrices, device)
     entries = _entries(plan, edits, parts, decided - began, time.perf_counter() - decided)
@@ -161,6 +173,7 @@ def _entries(
     plan: MergePlan, edits: Sequence[Edit], parts: Mapping[str, str | None], measuring: float, merging: float
 ) -> list[dict[str, Any]]:
     config = {name: getattr(plan, name) for name in ("gate", "threshold", "num_layers", "method", "space", "weights")}
+    config |= plan.taken
     if plan.gate in KNOB:
         config[KNOB[plan.gate]] = plan.rule.knob
     sources = {"path": parts["subspace"], "aligned": parts["aligned"], "unaligned": parts["unaligned"]}

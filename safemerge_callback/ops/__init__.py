@@ -1,30 +1,66 @@
 """Floor 0: tensors in, tensors out; torch only."""
 
 from .alignment import AlignmentMatrix, Factored, Int8, moved, rows_of, turned
+from .consensus import SIGN_METHODS, balances, disjoint_mean, elected
 from .cosine import null_cosine, project, projected_cosine
 from .interval import Known, cosine_interval
-from .lowrank import LowRank, accumulation_dtype, inner_product, refit, squared_norm, truncate, weighted_sum, wide_dtype
+from .lowrank import (
+    LowRank,
+    accumulation_dtype,
+    column_space,
+    inner_product,
+    refit,
+    refit_dense,
+    squared_norm,
+    truncate,
+    weighted_sum,
+    wide_dtype,
+)
 from .precision import full_precision
+from .sparsify import (
+    band_mask,
+    bernoulli_mask,
+    dropped,
+    keep_probabilities,
+    kept_count,
+    magnitude_mask,
+    mask_seed,
+    trimmed,
+)
 from .spectral import spectral_bound
 
 __all__ = [
+    "SIGN_METHODS",
     "AlignmentMatrix",
     "Factored",
     "Int8",
     "Known",
     "LowRank",
     "accumulation_dtype",
+    "balances",
+    "band_mask",
+    "bernoulli_mask",
+    "column_space",
     "cosine_interval",
+    "disjoint_mean",
+    "dropped",
+    "elected",
     "full_precision",
     "inner_product",
+    "keep_probabilities",
+    "kept_count",
+    "magnitude_mask",
+    "mask_seed",
     "moved",
     "null_cosine",
     "project",
     "projected_cosine",
     "refit",
+    "refit_dense",
     "rows_of",
     "spectral_bound",
     "squared_norm",
+    "trimmed",
     "truncate",
     "turned",
     "weighted_sum",

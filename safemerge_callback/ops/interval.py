@@ -13,7 +13,8 @@ A truncated SVD has c = 0 and e = the next singular value; in general c ≤ ‖V
 Rounding: e and c are proven bounds, what floating point adds to the thin products is allowed for but not proven. With
 ε the machine epsilon of their dtype and x̃ = Σₖ‖bₖ‖‖aₖ‖ ≥ x the size of the update before anything cancels, e·x is
 widened by 2ε·‖V‖·x̃ and c·x by 2ε·‖V‖²·x̃, which is above what blocked products lose, and the ends by 128·ε (1.5e-5
-in float32), which is above what the measure of an exact V loses.
+in float32), which is above what the measure of an exact V loses. ‖V‖ stands for ‖V̂‖ there, so where e is no small part
+of ‖V‖ both are widened by what V̂ may be larger, (1 + e/‖V‖) and its square.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ def _sizes(update: LowRank, V: AlignmentMatrix, known: Known) -> _Sizes:
     noise = _PRODUCT * torch.finfo(dtype).eps * whole
     unit_norm = known.norm.to(x.dtype)
     error, cross = known.error.to(x.dtype) / unit_norm, known.cross.to(x.dtype) / unit_norm.square()
-    return _Sizes(x, t, p, error * x + noise, cross * x + noise)
+    larger = 1 + error
+    return _Sizes(x, t, p, error * x + noise * larger, cross * x + noise * larger.square())
 
 
 def _overlap(sizes: _Sizes) -> tuple[Tensor, Tensor]:

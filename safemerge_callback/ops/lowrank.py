@@ -11,7 +11,11 @@ from typing import NamedTuple
 
 import torch
 
+from .krylov import leading_triplets
 from .shapes import Float, Tensor
+
+# The shorter side of a dense matrix up to which all of it is decomposed: about a second on one core.
+_EXACT_UP_TO = 1024
 
 
 class LowRank(NamedTuple):
@@ -120,7 +124,33 @@ def refit(live: LowRank, target: LowRank) -> tuple[LowRank, Float[Tensor, "*n"]]
     Alternating least squares from the live pair reach the same product in the limit; this reaches it at once, and
     stays as well-conditioned as the live A even where the target's row space is far from it.
     """
-    left, values, right = _spectrum(target)
+    spectrum = _spectrum(target)
+    return _in_gauge(live, spectrum), _residual(spectrum.values, live.A.shape[-2])
+
+
+def refit_dense(live: LowRank, target: Float[Tensor, "*n d_out d_in"]) -> tuple[LowRank, Float[Tensor, "*n"]]:
+    """Return what `refit` does for a target that has no factors: an entrywise mask leaves a matrix of full rank.
+
+    Where the shorter side is at most 1024, exact (Eckart-Young) by the full singular value decomposition in the dtype
+    of `target`, float32 or float64, which equals PEFT's `_svd` combinations at `svd_rank` = live rank. Beyond that the
+    leading triplets alone (`leading_triplets`, its precision is said there).
+    """
+    rank = live.A.shape[-2]
+    if min(target.shape[-2:]) <= _EXACT_UP_TO:
+        left, values, right = torch.linalg.svd(target, full_matrices=False)
+        values = values.to(wide_dtype(values.device))
+        return _in_gauge(live, _Spectrum(left, values, right)), _residual(values, rank)
+    left, values, right = leading_triplets(target, rank)
+    values = values.to(wide_dtype(values.device))
+    total = torch.linalg.vector_norm(target, dim=(-2, -1), dtype=values.dtype)
+    # Not the norm of a difference, which would be one more matrix: what the kept values leave of the whole.
+    dropped = (total.square() - values.square().sum(-1)).clamp_min(0.0).sqrt()
+    residual = torch.where(total > 0, dropped / total, torch.zeros_like(total))
+    return _in_gauge(live, _Spectrum(left, values, right)), residual
+
+
+def _in_gauge(live: LowRank, spectrum: _Spectrum) -> LowRank:
+    left, values, right = spectrum
     k = min(live.A.shape[-2], values.shape[-1])
     left, kept, right = left[..., :k], values[..., :k], right[..., :k, :]
     root, inverse_root = _gram_roots(live.A)
@@ -129,4 +159,15 @@ def refit(live: LowRank, target: LowRank) -> tuple[LowRank, Float[Tensor, "*n"]]
     turn = u @ v
     A = (root @ turn).to(right.dtype) @ right
     B = left @ (kept[..., :, None] * (turn.mT @ inverse_root)).to(left.dtype)
-    return LowRank(A, B), _residual(values, k)
+    return LowRank(A, B)
+
+
+def column_space(update: LowRank, tolerance: float = 1e-6) -> Float[Tensor, "*n d_out k"]:
+    """Return an orthonormal basis of the column space of B·A, k ≤ r; columns are zero beyond its rank.
+
+    Thin QR of both factors, then an SVD of the core, so that it is the product's space in whatever gauge it is
+    written. A direction counts where its singular value exceeds `tolerance` times the largest.
+    """
+    left, values, _ = _spectrum(update)
+    counts = (values > tolerance * values[..., :1]).to(left.dtype)
+    return left * counts[..., None, :]

@@ -10,15 +10,8 @@ from typing import Any
 from ..decision import KNOBS, Gate
 from ..errors import ConfigError, nearest
 from ..methods import Method, get_method
+from .aliases import without_alias
 from .refusals import check_settings
-
-# PEFT's `combination_type` strings, as the two knobs that they are.
-COMBINATION_TYPES = {
-    "linear": ("linear", "factor"),
-    "svd": ("linear", "delta"),
-    "linear_svd": ("linear", "delta"),
-    "cat": ("cat", "delta"),
-}
 
 
 @dataclass
@@ -60,7 +53,10 @@ class SafeMergeConfig:
     quantile: float | None = field(
         default=None, metadata={"help": "Which share of the modules, those of lowest cosine, gate quantile merges."}
     )
-    seed: int = field(default=0, metadata={"help": "Seed of whatever is drawn, such as the modules of gate random."})
+    seed: int = field(
+        default=0,
+        metadata={"help": "Seed of whatever is drawn: the modules of gate random, the masks of random methods."},
+    )
     rearm: float | None = field(
         default=None,
         metadata={"help": "How far above the gate a merged module must be seen before it is merged again."},
@@ -77,13 +73,23 @@ class SafeMergeConfig:
         default=False, metadata={"help": "Whether the weights are the run's total, shared out over its merge events."}
     )
     method: str = field(
-        default="linear", metadata={"help": "How two updates become one: linear, or project (needs no safety adapter)."}
+        default="linear",
+        metadata={
+            "help": "How two updates become one: linear, slerp, orthogonal, ties, dare_linear, dare_ties, della, "
+            "magnitude_prune, breadcrumbs or pcb; project needs no safety adapter."
+        },
     )
     space: str = field(
         default="delta", metadata={"help": "What is summed: delta (the updates, exact) or factor (A and B, as PEFT)."}
     )
     weights: list[float] = field(
         default_factory=lambda: [0.8, 0.2], metadata={"help": "Weight of the task's update and of the safety update."}
+    )
+    density: float | None = field(
+        default=None, metadata={"help": "Share of entries that methods which prune keep, above 0 and at most 1."}
+    )
+    majority_sign_method: str = field(
+        default="total", metadata={"help": "Whose sign ties, dare_ties and della take: total (of sums) or frequency."}
     )
     every: int = field(
         default=50, metadata={"help": "Optimizer steps from one check to the next; 0 for none before the end."}
@@ -124,7 +130,7 @@ class SafeMergeConfig:
 
         `combination_type` is taken as PEFT's alias of `method` and `space`.
         """
-        knobs = _without_alias(dict(values))
+        knobs = without_alias(dict(values))
         allowed = [f.name for f in fields(cls)]
         for key in knobs:
             if key not in allowed:
@@ -185,20 +191,3 @@ def resolve_config(config: SafeMergeConfig | None, knobs: Mapping[str, Any]) -> 
             f"settings {sorted(knobs)} were given beside a config: put them into the config, or give no config"
         )
     return config
-
-
-def _without_alias(knobs: dict[str, Any]) -> dict[str, Any]:
-    """Replace PEFT's `combination_type` by `method` and `space`."""
-    if "combination_type" not in knobs:
-        return knobs
-    alias = knobs.pop("combination_type")
-    clash = sorted({"method", "space"} & knobs.keys())
-    if clash:
-        raise ConfigError(
-            f"combination_type {alias!r} was given beside {clash}: it is an alias of both, give one or the other"
-        )
-    if alias not in COMBINATION_TYPES:
-        hint = nearest(str(alias), COMBINATION_TYPES)
-        raise ConfigError(f"combination_type {alias!r} is unknown: choose one of {sorted(COMBINATION_TYPES)}{hint}")
-    knobs["method"], knobs["space"] = COMBINATION_TYPES[alias]
-    return knobs

@@ -28,7 +28,8 @@ def plan_knobs(config: SafeMergeConfig, step: int = 0, max_steps: int | None = N
     weights = tuple(config.weights)
     if config.spread_weights and max_steps is not None:
         weights = spread((weights[0], weights[1]), events_of(config, max_steps))
-    return {"gate": config.gate_at(step), "method": config.method, "space": config.space, "weights": weights}
+    how = {name: getattr(config, name) for name in ("method", "space", "density", "majority_sign_method")}
+    return {"gate": config.gate_at(step), **how, "weights": weights}
 
 
 def events_of(config: SafeMergeConfig, max_steps: int) -> int:

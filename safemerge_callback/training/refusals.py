@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..adapters.optimizer import check_optimizer
 from ..decision import check_merge, check_soft
 from ..errors import ConfigError
-from ..methods import METHODS, get_method
+from ..methods import METHODS, check_density, check_majority_sign, get_method
 from ..subspace.choice import check_placement
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ def _check_method(config: SafeMergeConfig) -> None:
             "or merge after training with `safemerge merge`"
         )
     check_optimizer(None, config.optimizer_state)
+    config.density = check_density(config.method, config.density)
+    check_majority_sign(config.method, config.majority_sign_method)
     config.weights = list(check_merge(config.method, config.space, config.weights))
     if config.weights[0] == 0:
         raise ConfigError(

@@ -3,7 +3,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safemerge_callback.ops import LowRank, inner_product, refit, squared_norm, truncate, weighted_sum
+from safemerge_callback.ops import (
+    LowRank,
+    column_space,
+    inner_product,
+    refit,
+    refit_dense,
+    squared_norm,
+    truncate,
+    weighted_sum,
+)
 
 
 def update(d_out, d_in, r, seed=0, n=(), dtype=torch.float32):
@@ -118,3 +127,30 @@ def test_shapes_are_checked_in_the_test_run():
 
     with pytest.raises(Exception, match=r"(?i)type-check|jaxtyping|shape"):
         project(torch.randn(4, 3).long(), torch.randn(4, 5))
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (12, 12)])
+@pytest.mark.parametrize("batch", [(), (2, 3)])
+def test_refit_dense_is_refit_of_the_same_target(shape, batch):
+    g = torch.Generator().manual_seed(0)
+    d_out, d_in = shape
+    live, target = (
+        LowRank(torch.randn(*batch, r, d_in, generator=g).double(), torch.randn(*batch, d_out, r, generator=g).double())
+        for r in (3, 6)
+    )
+    dense, lost = refit_dense(live, target.B @ target.A)
+    fitted, residual = refit(live, target)
+    torch.testing.assert_close(dense.A, fitted.A, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(dense.B, fitted.B, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(lost, residual)
+
+
+def test_column_space_is_the_products_and_knows_its_rank():
+    g = torch.Generator().manual_seed(1)
+    A, B = torch.randn(2, 4, 15, generator=g).double(), torch.randn(2, 11, 4, generator=g).double()
+    B[1, :, 2:] = 0  # the second module has rank 2
+    basis = column_space(LowRank(A, B))
+    assert (basis.norm(dim=-2) > 0.5).sum(-1).tolist() == [4, 2]
+    delta = B @ A
+    torch.testing.assert_close(basis @ (basis.mT @ delta), delta)
+    assert not column_space(LowRank(A, 0 * B)).any()

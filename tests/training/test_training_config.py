@@ -6,6 +6,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from safemerge_callback.errors import ConfigError
+from safemerge_callback.training.aliases import COMBINATION_TYPES
 from safemerge_callback.training.config import SafeMergeConfig, resolve_config
 
 GOOD = {"subspace": "s.safetensors", "safety_adapter": "folder"}
@@ -62,6 +63,14 @@ def test_defaults_are_the_released_safemerge():
         ({"every": 0, "at_train_end": False}, "no check would ever happen"),
         ({"at_train_end": "yes"}, "at_train_end is 'yes'"),
         ({"method": "cat"}, "changes the rank"),
+        ({"method": "ties"}, "density is missing"),
+        ({"method": "ties", "density": 0}, "density is 0"),
+        ({"method": "dare_linear", "density": 1.2}, "density is 1.2"),
+        ({"density": 0.5}, "density is 0.5, which method 'linear' does not read"),
+        ({"majority_sign_method": "frequency"}, "'linear' elects no sign"),
+        ({"method": "ties", "density": 0.5, "majority_sign_method": "totl"}, "did you mean 'total'"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": "7"}, "seed is '7'"),
         ({"method": "project"}, "every=50.*set every=0"),
         ({"method": "project", "every": 0, "space": "factor"}, "project"),
         ({"safety_adapter": None}, "safety_adapter is missing"),
@@ -89,6 +98,7 @@ def test_a_bad_value_is_refused_by_name_and_value(change, says):
         {**GOOD, "gate": "gap", "spread_weights": True},
         {**GOOD, "gate": "random", "num_layers": 4, "seed": 7},
         {**GOOD, "every": 0},
+        {**GOOD, "method": "dare_ties", "density": 0.5, "majority_sign_method": "frequency", "seed": 3},
         {**GOOD, "at_train_end": False},
         {**GOOD, "from_step": 10, "until_step": 10, "weights": (1, 0.5)},
     ],
@@ -105,13 +115,23 @@ def test_unknown_and_missing_settings_are_refused_with_the_nearest_name():
         SafeMergeConfig.from_dict({"safety_adapter": "x"})
 
 
-@pytest.mark.parametrize(
-    ("alias", "pair"),
-    [("linear", ("linear", "factor")), ("svd", ("linear", "delta")), ("linear_svd", ("linear", "delta"))],
-)
-def test_pefts_combination_type_is_an_alias(alias, pair):
-    config = SafeMergeConfig.from_dict({**GOOD, "combination_type": alias})
-    assert (config.method, config.space) == pair
+def test_pefts_combination_types_are_aliases():
+    """All that PEFT's own signature lists, each as a method and a space that there is."""
+    import typing
+
+    from peft import LoraModel
+
+    theirs = typing.get_args(typing.get_type_hints(LoraModel.add_weighted_adapter)["combination_type"])
+    assert len(theirs) == 11
+    assert set(theirs) | {"linear_svd"} == set(COMBINATION_TYPES)
+    for alias in theirs:
+        pruning = {"density": 0.5} if alias.split("_")[0] in ("ties", "dare", "magnitude") else {}
+        method = "linear" if alias == "svd" else alias.removesuffix("_svd")
+        space = "delta" if alias.endswith("svd") or alias == "cat" else "factor"
+        assert COMBINATION_TYPES[alias] == (method, space)
+        if alias != "cat":
+            config = SafeMergeConfig.from_dict({**GOOD, **pruning, "combination_type": alias})
+            assert (config.method, config.space) == (method, space)
 
 
 def test_a_bad_combination_type_is_refused():

@@ -3,7 +3,9 @@
 import contextlib
 import json
 import shutil
+import sys
 
+import pytest
 import torch
 from transformers import TrainerCallback
 
@@ -34,8 +36,10 @@ def broken_then_resumed(world, output, at, checkpoint, **knobs):
     return trainer
 
 
-def test_resumed_equals_unbroken(world, runs, tmp_path):
-    knobs = {"every": 1, "cooldown": 1}
+@pytest.mark.parametrize("how", [{}, {"combination_type": "dare_linear_svd", "density": 0.5, "seed": 3}])
+def test_resumed_equals_unbroken(world, runs, tmp_path, how):
+    """Random masks too: they come from seed, step and module, and not from a stream that a crash cuts."""
+    knobs = {"every": 1, "cooldown": 1, **how}
     whole = world.trainer(tmp_path / "whole", world.guard(**knobs), save_strategy="steps", save_steps=2)
     whole.train()
     # the crash comes after step 3 was checked and journalled, which the checkpoint of step 2 does not know
@@ -48,6 +52,16 @@ def test_resumed_equals_unbroken(world, runs, tmp_path):
     assert (second["step"], second["restored"]) == (2, True)
     assert [e for e in resumed if (e["kind"], e["step"]) != ("start", 2)] == unbroken
     assert [e["step"] for e in unbroken if e["kind"] == "merge"] == [1, 3, 5]
+
+
+def test_masks_are_drawn_from_the_seed_and_the_step_of_the_merge(world, monkeypatch, tmp_path):
+    """Step 0 is the rehearsal of every merge before the first step; two modules a layer, two layers."""
+    asked, seeds = [], sys.modules["safemerge_callback.decision.merging"]
+    draw = seeds.mask_seed
+    monkeypatch.setattr(seeds, "mask_seed", lambda *of: asked.append(of) or draw(*of))
+    world.trainer(tmp_path, world.guard(every=2, method="dare_linear", density=0.5, seed=3), max_steps=4).train()
+    assert [(seed, step) for seed, step, _ in asked] == [(3, step) for step in (0, 2, 4) for _ in range(4)]
+    assert len({module for _, _, module in asked}) == 4
 
 
 def test_resumed_at_every_step_equals_unbroken(world, runs, tmp_path):

@@ -1,0 +1,117 @@
+"""One batch of modules, merged: the method's arithmetic in the live adapter's units, and what it changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..adapters import Adapter, LoraFactors
+from ..errors import PlanError
+from ..methods import Merged, get_method
+from ..ops import AlignmentMatrix, LowRank, accumulation_dtype, mask_seed, squared_norm, weighted_sum, wide_dtype
+from .fit import all_finite
+from .measure import Batch, stacked
+from .plan import MergePlan
+
+
+def merge_batch(
+    batch: Batch,
+    V: AlignmentMatrix | None,
+    plan: MergePlan,
+    factors: Mapping[str, LoraFactors],
+    safety: Adapter | None,
+) -> tuple[Merged, Tensor]:
+    """Return the new factors of a batch and its (n, 3): residual, change, and 1 where all of it is finite.
+
+    PlanError where a decomposition refuses the values.
+    """
+    modules = [factors[name] for name in batch.names]
+    live = stacked([LowRank(module.A, module.B) for module in modules], batch.device)
+    others = []
+    if safety is not None:
+        units = [_in_units_of(module, safety.factors[module.name], batch.device) for module in modules]
+        others = [stacked(units, batch.device)]
+    initial = [module.initial for module in modules if module.initial is not None]
+    weights = _weights(plan, batch)
+    if initial:
+        # Not w·B·A but B₀·A₀ + w·(B·A - B₀·A₀) is what keeps the share w of the update.
+        others, weights = [*others, stacked(initial, batch.device)], (*weights, 1.0 - weights[0])
+    try:
+        merged = _merged(batch.names, plan, live, others, weights, V)
+    except torch.linalg.LinAlgError as error:
+        # The decompositions refuse NaN by raising for the whole batch: find the modules that hold it.
+        raise not_finite(_broken(batch.names, [live, *others]) or batch.names) from error
+    finite = torch.isfinite(merged.A).flatten(1).all(-1) & torch.isfinite(merged.B).flatten(1).all(-1)
+    change, residual = _change(LowRank(merged.A, merged.B), live), merged.residual
+    if initial:
+        total = weighted_sum([live, *others], weights)
+        residual = _relative_to(weighted_sum([total, others[-1]], (1.0, -1.0)), residual, total)
+        change = _relative_to(stacked([module.update for module in modules], batch.device), change, live)
+    return merged, torch.stack([residual.to(change.dtype), change, finite.to(change.dtype)], dim=-1)
+
+
+def _weights(plan: MergePlan, batch: Batch) -> tuple[float | Tensor, ...]:
+    """Those of the plan, or where its rule is soft one number a module, (n)."""
+    if not plan.rule.soft:
+        return plan.weights
+    rows = [plan.weights_of(name) for name in batch.names]
+    return tuple(torch.tensor(rows, dtype=torch.float64).to(batch.device, wide_dtype(batch.device)).unbind(-1))
+
+
+def _merged(
+    names: Sequence[str],
+    plan: MergePlan,
+    live: LowRank,
+    others: Sequence[LowRank],
+    weights: Sequence[float | Tensor],
+    V: AlignmentMatrix | None,
+) -> Merged:
+    """The plan's method on a batch; a random one module by module, so that masks do not depend on the batch."""
+    method = get_method(plan.method)
+    knobs = {"density": plan.density, "majority_sign_method": plan.majority_sign_method}
+    if not method.random:
+        return method.merge(live, others, weights=weights, space=plan.space, alignment_matrix=V, **knobs)
+    done = []
+    for i, name in enumerate(names):
+        own, *rest = (LowRank(update.A[i], update.B[i]) for update in (live, *others))
+        source = torch.Generator().manual_seed(mask_seed(plan.seed, plan.step, name))
+        done.append(method.merge(own, rest, weights=weights, space=plan.space, generator=source, **knobs))
+    return Merged(*(torch.stack(parts) for parts in zip(*done, strict=True)))
+
+
+def _relative_to(update: LowRank, ratio: Tensor, whole: LowRank) -> Tensor:
+    """A ratio to the norm of `whole`, (n), as one to that of `update`; 0 stays 0."""
+    scaled = ratio * (squared_norm(whole) / squared_norm(update)).sqrt()
+    return torch.where(ratio > 0, scaled, torch.zeros_like(scaled))
+
+
+def _in_units_of(live: LoraFactors, module: LoraFactors, device: torch.device) -> LowRank:
+    """The safety update divided by the live scaling; widened first, so that the division does not round."""
+    dtype = accumulation_dtype(module.A, module.B)
+    return replace(module, A=module.A.to(device, dtype), B=module.B.to(device, dtype)).low_rank(unit=live.scaling)
+
+
+def _change(new: LowRank, old: LowRank) -> Tensor:
+    """‖new - old‖/‖old‖, (n): 0 where the factors are equal, infinite where only the old update is zero."""
+    before = squared_norm(old)
+    moved = squared_norm(weighted_sum([new, old], [1.0, -1.0]))
+    if new.A.shape == old.A.shape:
+        same = (new.A == old.A).flatten(1).all(-1) & (new.B == old.B).flatten(1).all(-1)
+        moved = torch.where(same, torch.zeros_like(moved), moved)
+    return torch.where(moved > 0, (moved / before).sqrt(), moved)
+
+
+def _broken(names: Sequence[str], updates: Sequence[LowRank]) -> list[str]:
+    """The modules that hold NaN or infinities in any of the batched updates."""
+    return [name for i, name in enumerate(names) if not all_finite(*(t[i] for update in updates for t in update))]
+
+
+def not_finite(names: Sequence[str]) -> PlanError:
+    """Return the error for modules whose merge is not finite."""
+    return PlanError(
+        f"merging gives values that are not finite in {len(names)} modules, the first is {names[0]!r}; nothing was "
+        "written: look at the safety adapter's weights there, and at the learning rate"
+    )

@@ -1,0 +1,37 @@
+"""`magnitude_prune`: of each update the largest entries, then their weighted sum.
+
+Source: PEFT's `combination_type="magnitude_prune"` (its `_svd` form: space `delta`); the trim is that of TIES (Yadav et
+al. 2023, arXiv:2306.01708). Differs: at least one entry is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..ops import AlignmentMatrix, LowRank, trimmed
+from .registry import Merged, needed_density, register
+from .spaces import each, merge_entries, weighted
+
+
+@register(spaces=("delta", "factor"), needs=frozenset({"safety_adapter"}), takes=frozenset({"density"}), dense=True)
+def magnitude_prune(
+    live: LowRank,
+    safety: Sequence[LowRank],
+    *,
+    weights: Sequence[float],
+    space: str = "delta",
+    alignment_matrix: AlignmentMatrix | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
+    generator: torch.Generator | None = None,
+) -> Merged:
+    """Return Σ wᵢ·trim(ΔWᵢ) at the live rank. Shapes and spaces as in `merge_entries`; ConfigError without density."""
+    share = needed_density("magnitude_prune", density)
+
+    def combine(stack: Tensor, scaled: Sequence[float]) -> Tensor:
+        return weighted(each(stack, lambda matrix: trimmed(matrix, share)), scaled).sum(0)
+
+    return merge_entries(space, live, safety, weights, combine)
