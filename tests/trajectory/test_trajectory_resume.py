@@ -3,11 +3,12 @@
 import contextlib
 import json
 import shutil
-import sys
 
 import pytest
 import torch
 from transformers import TrainerCallback
+
+from safemerge_callback.decision import merging
 
 
 def told(entry):
@@ -56,9 +57,9 @@ def test_resumed_equals_unbroken(world, runs, tmp_path, how):
 
 def test_masks_are_drawn_from_the_seed_and_the_step_of_the_merge(world, monkeypatch, tmp_path):
     """Step 0 is the rehearsal of every merge before the first step; two modules a layer, two layers."""
-    asked, seeds = [], sys.modules["safemerge_callback.decision.merging"]
-    draw = seeds.mask_seed
-    monkeypatch.setattr(seeds, "mask_seed", lambda *of: asked.append(of) or draw(*of))
+    asked = []
+    draw = merging.mask_seed
+    monkeypatch.setattr(merging, "mask_seed", lambda *of: asked.append(of) or draw(*of))
     world.trainer(tmp_path, world.guard(every=2, method="dare_linear", density=0.5, seed=3), max_steps=4).train()
     assert [(seed, step) for seed, step, _ in asked] == [(3, step) for step in (0, 2, 4) for _ in range(4)]
     assert len({module for _, _, module in asked}) == 4
