@@ -127,7 +127,7 @@ def _rehearse(
     readings = measure_together(factors, subspace, part, {"gate": config.gate_at(), "reference": reference})
     MergePlan.decide(readings, **plan_knobs(config))
     if config.merges:
-        everything = MergePlan.decide(readings, **{**plan_knobs(config), "gate": "all"})
+        everything = MergePlan.decide(readings, **{**plan_knobs(config), "gate": "all", "seed": config.seed})
         _, edits = merged_factors(everything, factors, safety, subspace)
         _tell_losses([edit.residual for edit in edits if factors[edit.name].initial is not None])
 
