@@ -129,8 +129,8 @@ def _batches(
     return [
         (Batch(part, where, transposed=False, comparable=False), None)
         for (where, (d_out, d_in), rank, other), names in groups.items()
-        # Four bytes an entry, for the factors of both, their sum and its decomposition.
-        for part in split(names, 4 * 4 * (rank + other) * (d_out + d_in) + 4 * matrices * d_out * d_in)
+        # Eight bytes an entry, for the factors of both, their sum and its decomposition.
+        for part in split(names, 4 * 8 * (rank + other) * (d_out + d_in) + 4 * matrices * d_out * d_in)
     ]
 
 

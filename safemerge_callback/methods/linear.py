@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops import AlignmentMatrix, LowRank, refit, weighted_sum
+from ..ops import AlignmentMatrix, LowRank, refit, weighted_sum, wide_dtype
 from .registry import Merged, register
 from .spaces import merge_entries, weighted
 
@@ -32,19 +32,22 @@ def linear(
 ) -> Merged:
     """Return Σ wᵢ·ΔWᵢ at the live rank. Shapes as in `Method`; float32 or better.
 
-    `delta`: exact sum, refitted in the live gauge; a module that the sum leaves as it was keeps both factors to the
-    bit, and a weight may be a tensor of one number a module, (*n).
+    `delta`: exact sum, refitted in the live gauge, in float64 and rounded once; a module that the sum leaves as it was
+    keeps both factors to the bit, and a weight may be a tensor of one number a module, (*n).
     `factor`: (Σ √|wᵢ|·Bᵢ)(Σ ±√|wᵢ|·Aᵢ) as PEFT does it; ranks must agree; residual 0, since nothing is truncated.
     """
     if space == "factor":
         weighed = [float(weight) for weight in weights]
         return merge_entries(space, live, safety, weighed, lambda stack, scaled: weighted(stack, scaled).sum(0))
-    fitted, residual = refit(live, weighted_sum([live, *safety], weights))
+    # Widened before the weights, so that the factors are rounded once.
+    wide = wide_dtype(live.A.device)
+    whole = [LowRank(update.A.to(wide), update.B.to(wide)) for update in (live, *safety)]
+    fitted, residual = refit(live, weighted_sum(whole, weights))
     still = _unchanged(live, safety, weights)
-    wide = still[..., None, None]
+    kept = still[..., None, None]
     return Merged(
-        torch.where(wide, live.A.to(fitted.A.dtype), fitted.A),
-        torch.where(wide, live.B.to(fitted.B.dtype), fitted.B),
+        torch.where(kept, live.A.to(fitted.A.dtype), fitted.A),
+        torch.where(kept, live.B.to(fitted.B.dtype), fitted.B),
         torch.where(still, torch.zeros_like(residual), residual),
     )
 

@@ -1,7 +1,8 @@
 """Arithmetic on low-rank updates B·A that never forms the d_out × d_in product.
 
-Shapes: `*n` is any batch of modules of one shape, possibly empty. Thin factors are widened to float32 or better,
-their r × r Grams and cores to float64 (float32 on devices that have no float64).
+Shapes: `*n` is any batch of modules of one shape, possibly empty. Sums are stacked in float32 or better. All else is
+computed in float64 (float32 on devices that have none) and rounded once, at the end: thin QR and products in float32
+lose seven times what that rounding does, and trainings that differ by rounding drift further apart at a merge.
 """
 
 from __future__ import annotations
@@ -73,12 +74,16 @@ def _scaled(B: Tensor, weight: float | Tensor) -> Tensor:
 
 
 def _spectrum(update: LowRank) -> _Spectrum:
-    dtype = accumulation_dtype(*update)
-    q_b, r_b = torch.linalg.qr(update.B.to(dtype))
-    q_a, r_a = torch.linalg.qr(update.A.to(dtype).mT)
-    wide = wide_dtype(q_b.device)
-    u, s, v = torch.linalg.svd(r_b.to(wide) @ r_a.to(wide).mT, full_matrices=False)
-    return _Spectrum(q_b @ u.to(dtype), s, v.to(dtype) @ q_a.mT)
+    wide = wide_dtype(update.A.device)
+    q_b, r_b = torch.linalg.qr(update.B.to(wide))
+    q_a, r_a = torch.linalg.qr(update.A.to(wide).mT)
+    u, s, v = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+    return _Spectrum(q_b @ u, s, v @ q_a.mT)
+
+
+def _rounded(A: Tensor, B: Tensor, like: LowRank) -> LowRank:
+    dtype = accumulation_dtype(*like)
+    return LowRank(A.to(dtype), B.to(dtype))
 
 
 def _residual(values: Tensor, rank: int) -> Tensor:
@@ -96,11 +101,11 @@ def truncate(update: LowRank, rank: int) -> tuple[LowRank, Float[Tensor, "*n"]]:
     """
     left, values, right = _spectrum(update)
     k = min(rank, values.shape[-1])
-    root = values[..., :k].sqrt().to(left.dtype)
+    root = values[..., :k].sqrt()
     pad = rank - k
     B = torch.nn.functional.pad(left[..., :k] * root[..., None, :], (0, pad))
     A = torch.nn.functional.pad(right[..., :k, :] * root[..., :, None], (0, 0, 0, pad))
-    return LowRank(A, B), _residual(values, rank)
+    return _rounded(A, B, update), _residual(values, rank)
 
 
 def _gram_roots(A: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,7 +127,8 @@ def refit(live: LowRank, target: LowRank) -> tuple[LowRank, Float[Tensor, "*n"]]
     Procrustes). Where `target` equals the live update this is the live pair, up to rounding.
 
     Alternating least squares from the live pair reach the same product in the limit; this reaches it at once, and
-    stays as well-conditioned as the live A even where the target's row space is far from it.
+    stays as well-conditioned as the live A even where the target's row space is far from it. Both factors are in
+    float32, float64 where a live one is: `target` in float64 is not rounded before.
     """
     spectrum = _spectrum(target)
     return _in_gauge(live, spectrum), _residual(spectrum.values, live.A.shape[-2])
@@ -157,13 +163,12 @@ def _in_gauge(live: LowRank, spectrum: _Spectrum) -> LowRank:
     overlap = live.A.to(root.dtype) @ right.to(root.dtype).mT
     u, _, v = torch.linalg.svd(root @ overlap, full_matrices=False)
     turn = u @ v
-    A = (root @ turn).to(right.dtype) @ right
-    B = left @ (kept[..., :, None] * (turn.mT @ inverse_root)).to(left.dtype)
-    return LowRank(A, B)
+    B = left.to(root.dtype) @ (kept[..., :, None] * (turn.mT @ inverse_root))
+    return _rounded(root @ turn @ right.to(root.dtype), B, live)
 
 
 def column_space(update: LowRank, tolerance: float = 1e-6) -> Float[Tensor, "*n d_out k"]:
-    """Return an orthonormal basis of the column space of B·A, k ≤ r; columns are zero beyond its rank.
+    """Return an orthonormal basis of the column space of B·A, k ≤ r, in float64; columns are zero beyond its rank.
 
     Thin QR of both factors, then an SVD of the core, so that it is the product's space in whatever gauge it is
     written. A direction counts where its singular value exceeds `tolerance` times the largest.

@@ -54,6 +54,21 @@ def test_linear_equals_peft(tiny_llama, space, combination, weights):
         assert float((ours.B @ ours.A - theirs).norm() / theirs.norm()) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_rounds_once(dtype):
+    """To the bit: the factors in float32 are those of float64, rounded; arithmetic in float32 adds nothing to that."""
+    live, safety = (LowRank(rand(2, r, 48, seed=r).to(dtype), rand(2, 40, r, seed=r + 9).to(dtype)) for r in (4, 3))
+    ours = get_method("linear").merge(live, [safety], weights=(0.7, 0.3))
+    wide, other = (LowRank(update.A.double(), update.B.double()) for update in (live, safety))
+    exact = get_method("linear").merge(wide, [other], weights=(0.7, 0.3))
+    assert ours.A.dtype == torch.float32
+    assert exact.A.dtype == torch.float64
+    assert torch.equal(ours.A, exact.A.float())
+    assert torch.equal(ours.B, exact.B.float())
+    dense = 0.7 * live.B.double() @ live.A.double() + 0.3 * safety.B.double() @ safety.A.double()
+    assert float(exact.residual[0]) == pytest.approx(float((exact.B @ exact.A - dense)[0].norm() / dense[0].norm()))
+
+
 @pytest.mark.skipif(Version("0.19") > PEFT, reason="peft took no negative weights before 0.19")
 def test_factor_space_with_a_negative_weight_equals_peft(tiny_llama):
     model = two_adapters(tiny_llama)

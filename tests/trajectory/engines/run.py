@@ -1,11 +1,11 @@
 """What each process of an engine test runs: short trainings of the real Trainer, one after the other.
 
-    run.py CONFTEST WORLD OUT JOB...      where a JOB is engine:dtype:what
+    run.py CONFTEST WORLD OUT JOB...      where a JOB is engine:dtype:what, or engine:dtype:what:order
 
 `what` is `plain` (12 steps), `merge` (12 steps, merges after 4, 8 and 12, by a loop's own verbs), `guard` (the same by
 SafeMergeCallback), `reset` (the same, moments reset) or `survive` (3 steps: a merge that fails on one rank after the
-first, an edit after the second).
-Each process writes OUT/<engine>-<dtype>-<what>-rank<n>.pt.
+first, an edit after the second). `order` is the seed of the data's order, 3 if not given.
+Each process writes OUT/<job, with dashes>-rank<n>.pt.
 """
 
 import importlib.util
@@ -83,7 +83,7 @@ class Verbs(transformers.TrainerCallback):
 
     def __init__(self, world, what):
         self.world, self.what = world, what
-        self.decisions, self.steps, self.kind, self.seen = {}, {}, None, {}
+        self.decisions, self.before, self.steps, self.seen = {}, {}, {}, {}
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         writer, step = writer_for(model, optimizer=optimizer), state.global_step
@@ -98,10 +98,10 @@ class Verbs(transformers.TrainerCallback):
             self.seen["before"] = max(float(f.B.abs().max()) for f in new.values())
             writer.write({name: f._replace(B=torch.full_like(f.B, 0.25)) for name, f in new.items()})
             self.seen["visible"] = visible(model)
-        self.steps[step] = {n: (f.A.float().clone(), f.B.float().clone()) for n, f in writer.gather().items()}
+        self.steps[step] = copies(writer)
 
     def merge(self, writer, step):
-        plan = self.decide(writer)
+        plan, self.before[step] = self.decide(writer), copies(writer)
         edits = apply(plan, writer, load_adapter(self.world.safety))
         self.decisions[step] = {n: (plan.verdicts[n].merge, r.cosine) for n, r in plan.readings.items()}
         assert len(edits) == 2
@@ -136,6 +136,10 @@ class Verbs(transformers.TrainerCallback):
             return str(error)
 
 
+def copies(writer):
+    return {n: (f.A.float().clone(), f.B.float().clone()) for n, f in writer.gather().items()}
+
+
 def visible(model):
     """The B that the next forward pass uses, of one module: what an evaluation and a checkpoint would see."""
     parameter = next(p for n, p in model.named_parameters() if "lora_B" in n or "flat_param" in n)
@@ -153,14 +157,14 @@ def visible(model):
 
 
 def run(world, job, out):
-    engine, dtype, what = job.split(":")
+    engine, dtype, what, *order = job.split(":")
     steps = 3 if what == "survive" else 12
     rate = {"learning_rate": 1e-3} if what == "survive" else {}
     verbs = Verbs(world, what)
     guards = [world.guard(**KNOBS, optimizer_state=STATES[what])] if what in STATES else []
     transformers.set_seed(3)
     changed = {"max_steps": steps, "average_tokens_across_devices": False, **rate, **settings(engine, dtype)}
-    trainer = world.trainer(out / job, *guards, verbs, **changed)
+    trainer = world.trainer(out / job, *guards, verbs, **changed, seed=int(order[0]) if order else 3)
     trainer.train()
     sites = [m for m in verbs.model.modules() if hasattr(m, "lora_A") and hasattr(m, "scaling")]
     factor = [getattr(m.lora_B["default"], "_fsdp_wrapped_module", m.lora_B["default"]).weight for m in sites]
@@ -168,7 +172,7 @@ def run(world, job, out):
     assert all(MARKS[engine](p) for p in factor), (engine, [type(p) for p in factor], [p.shape for p in factor])
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     assert world_size == WORLD_SIZE
-    found = {"decisions": verbs.decisions, "steps": verbs.steps, "seen": verbs.seen, "dtype": str(factor[0].dtype)}
+    found = {name: getattr(verbs, name) for name in ("decisions", "before", "steps", "seen")}
     torch.save(found, out / f"{job.replace(':', '-')}-rank{RANK}.pt")
     trainer.accelerator.free_memory()
     forget()
