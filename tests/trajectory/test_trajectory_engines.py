@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import math
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from safemerge_callback.adapters import LoraFactors, load_adapter
 from safemerge_callback.decision import MergePlan, measure
 from safemerge_callback.decision.apply import merged_factors
+from safemerge_callback.ops import LowRank
 from safemerge_callback.subspace import Subspace
 
 ROOT = Path(__file__).parents[2]
@@ -31,13 +34,13 @@ def kinds(engine):
     return KINDS if engine != "fsdp1flat" else tuple(kind for kind in KINDS if kind != "reset")
 
 
-def train(world, out, engines, processes):
+def train(world, out, work, processes):
     """Start the processes; the single one without a launcher, so that nothing is distributed in it."""
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv-backend", "c10d"]
     command = [sys.executable, *([*launcher, "--rdzv-endpoint", "localhost:0"] if processes > 1 else [])]
     out.mkdir(exist_ok=True)
     return subprocess.Popen(
-        [*command, str(SCRIPT), str(CONFTEST), str(world.folder), str(out), *jobs(engines)],
+        [*command, str(SCRIPT), str(CONFTEST), str(world.folder), str(out), *work],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -45,8 +48,8 @@ def train(world, out, engines, processes):
     )
 
 
-def finished(process):
-    said, _ = process.communicate(timeout=420)
+def finished(process, timeout=420):
+    said, _ = process.communicate(timeout=timeout)
     assert process.returncode == 0, said[-6000:]
 
 
@@ -63,13 +66,17 @@ def same_bits(left, right):
     )
 
 
-def furthest(left, right):
-    """The largest relative distance of any module's update B·A, over all steps."""
-    return max(
+def distances(left, right):
+    """The relative distance of each module's update B·A at each step."""
+    return [
         float((B.double() @ A.double() - D.double() @ C.double()).norm() / (D.double() @ C.double()).norm())
         for step, modules in left.items()
         for (A, B), (C, D) in zip(modules.values(), right[step].values(), strict=True)
-    )
+    ]
+
+
+def furthest(left, right):
+    return max(distances(left, right))
 
 
 def merged(run):
@@ -77,8 +84,8 @@ def merged(run):
     return {step: [n for n, (merge, _) in found.items() if merge] for step, found in run["decisions"].items()}
 
 
-def check_equal_to_one_process(out, engine, dtype):
-    mine, alone = ({k: read(out, e, dtype, k) for k in ("plain", "merge")} for e in (engine, "single"))
+def check_equal_to_one_process(out, engine, dtype, start=""):
+    mine, alone = ({k: read(out, e, dtype, k + start) for k in ("plain", "merge")} for e in (engine, "single"))
     assert tuple(merged(mine["merge"])) == EVENTS
     assert merged(mine["merge"]) == merged(alone["merge"])
     own, edited = (furthest(mine[kind]["steps"], alone[kind]["steps"]) for kind in ("plain", "merge"))
@@ -89,11 +96,13 @@ def check_equal_to_one_process(out, engine, dtype):
         assert furthest(mine["merge"]["steps"], mine["plain"]["steps"]) > 1e4 * own
 
 
-def check_the_edits_are_exact(world, out, engine, dtype):
+def check_the_edits_are_exact(world, run):
     """To the bit: what this process decides and computes from the factors that the engine had is what it then has."""
-    run, safety, subspace = read(out, engine, dtype, "merge"), load_adapter(world.safety), Subspace.load(world.subspace)
+    safety, subspace = load_adapter(world.safety), Subspace.load(world.subspace)
+    began = {name: LowRank(*pair) for name, pair in run["initial"].items()}
+    assert tuple(run["before"]) == EVENTS
     for step, before in run["before"].items():
-        factors = {name: LoraFactors(name, A, B, scaling=2.0) for name, (A, B) in before.items()}
+        factors = {name: LoraFactors(name, *pair, 2.0, initial=began.get(name)) for name, pair in before.items()}
         readings = measure(factors, subspace)
         plan = MergePlan.decide(readings, gate="num_layers", num_layers=2, weights=(0.7, 0.3))
         assert {n: (plan.verdicts[n].merge, r.cosine) for n, r in readings.items()} == run["decisions"][step]
@@ -101,8 +110,8 @@ def check_the_edits_are_exact(world, out, engine, dtype):
         assert same_bits({step: {**before, **new}}, {step: run["steps"][step]})
 
 
-def check_ranks_agree(out, engine, dtype):
-    for kind in kinds(engine):
+def check_ranks_agree(out, engine, dtype, trainings):
+    for kind in trainings:
         mine, other = (read(out, engine, dtype, kind, rank) for rank in (0, 1))
         assert same_bits(mine["steps"], other["steps"])
         assert mine["decisions"] == other["decisions"]
@@ -159,20 +168,80 @@ TORCH = ("ddp", "fsdp1", "fsdp1flat", "fsdp2")
 DEEPSPEED = ("zero0", "zero1", "zero2", "zero3")
 
 
+def skip_without_its_package(engine):
+    if engine in DEEPSPEED and not importlib.util.find_spec("deepspeed"):
+        pytest.skip("deepspeed is not installed: pip install 'safemerge-callback[engines]'")
+
+
 @pytest.mark.parametrize("engines", [TORCH, DEEPSPEED], ids=["torch", "deepspeed"])
 def test_every_engine_trains_merges_and_keeps_the_edits(world, tmp_path, engines):
-    if engines is DEEPSPEED and not importlib.util.find_spec("deepspeed"):
-        pytest.skip("deepspeed is not installed: pip install 'safemerge-callback[engines]'")
-    many, alone = train(world, tmp_path, engines, 2), train(world, tmp_path, ("single",), 1)
+    skip_without_its_package(engines[0])
+    many, alone = train(world, tmp_path, jobs(engines), 2), train(world, tmp_path, jobs(("single",)), 1)
     finished(alone)
     finished(many)
     for engine in engines:
         for dtype in DTYPES:
-            check_ranks_agree(tmp_path, engine, dtype)
-            check_the_edits_are_exact(world, tmp_path, engine, dtype)
+            check_ranks_agree(tmp_path, engine, dtype, kinds(engine))
+            check_the_edits_are_exact(world, read(tmp_path, engine, dtype, "merge"))
             check_equal_to_one_process(tmp_path, engine, dtype)
             check_survival(tmp_path, engine, dtype)
             check_the_callback_does_as_the_verbs(tmp_path, engine, dtype)
     alike = {dtype: check_engines_agree(tmp_path, engines, dtype) for dtype in DTYPES}
     expected = {TORCH: (6, 1), DEEPSPEED: (3, 1)}[engines]
     assert tuple(map(len, alike.values())) == expected, alike
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_pissa_merges_as_in_one_process(world, tmp_path, engine):
+    """Its factors began as a part of the base weight, so a merge weighs what has changed since, on every rank."""
+    skip_without_its_package(engine)
+    trainings = [f"{kind}+pissa" for kind in ("plain", "merge", "guard")]
+    for e, processes in (("single", 1), (engine, 2)):
+        finished(train(world, tmp_path, [f"{e}:fp32:{kind}" for kind in trainings], processes))
+    check_ranks_agree(tmp_path, engine, "fp32", trainings)
+    check_equal_to_one_process(tmp_path, engine, "fp32", "+pissa")
+    guard, merge = (read(tmp_path, engine, "fp32", f"{kind}+pissa") for kind in ("guard", "merge"))
+    check_the_edits_are_exact(world, merge)
+    assert len(merge["initial"]) == 4
+    assert same_bits(guard["steps"], merge["steps"])
+
+
+ORDERS = range(3, 13)
+
+
+def closest(world, run):
+    """The smallest 1 - σ₅/σ₄ of the sums that were cut to rank 4; a difference grows by up to its inverse there."""
+    safety = load_adapter(world.safety).factors
+    sums = [
+        0.7 * B.double() @ A.double() + 0.3 * safety[n].scaling / 2.0 * safety[n].B.double() @ safety[n].A.double()
+        for step, chosen in merged(run).items()
+        for n, (A, B) in run["before"][step].items()
+        if n in chosen
+    ]
+    return min(1 - float(values[4] / values[3]) for values in map(torch.linalg.svdvals, sums))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+def test_over_ten_orders_of_the_data_merges_add_no_distance(world, tmp_path, engine):
+    """One order is one draw of rounding: the typical distance, a root mean square, in the median of ten orders."""
+    skip_without_its_package(engine)
+    work = {
+        e: [f"{e}:fp32:{kind}:{order}" for order in ORDERS for kind in ("plain", "merge")] for e in (engine, "single")
+    }
+    for process in [train(world, tmp_path, work["single"], 1), train(world, tmp_path, work[engine], 2)]:
+        finished(process, 1500)
+    found = []
+    for order in ORDERS:
+        mine, alone = (
+            {kind: read(tmp_path, e, "fp32", f"{kind}-{order}") for kind in ("plain", "merge")}
+            for e in (engine, "single")
+        )
+        check_the_edits_are_exact(world, mine["merge"])
+        own, edited = (distances(mine[kind]["steps"], alone[kind]["steps"]) for kind in ("plain", "merge"))
+        found.append([math.sqrt(sum(x * x for x in each) / len(each)) for each in (own, edited)])
+        rms, largest = (f"{x:.1e} without merges and {y:.1e} with" for x, y in (found[-1], (max(own), max(edited))))
+        print(f"{engine}, order {order}: {rms}; largest {largest}; σ₅ {closest(world, mine['merge']):.1%} below σ₄")
+    own, edited = (statistics.median(column) for column in zip(*found, strict=True))
+    print(f"{engine}, median of {len(found)} orders: without merges {own:.1e}, with {edited:.1e}")
+    assert edited <= own

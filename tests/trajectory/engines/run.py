@@ -4,7 +4,8 @@
 
 `what` is `plain` (12 steps), `merge` (12 steps, merges after 4, 8 and 12, by a loop's own verbs), `guard` (the same by
 SafeMergeCallback), `reset` (the same, moments reset) or `survive` (3 steps: a merge that fails on one rank after the
-first, an edit after the second). `order` is the seed of the data's order, 3 if not given.
+first, an edit after the second), of a LoRA, or with `+pissa` behind it of a PiSSA. `order` is the seed of the data's
+order, 3 if not given.
 Each process writes OUT/<job, with dashes>-rank<n>.pt.
 """
 
@@ -83,10 +84,13 @@ class Verbs(transformers.TrainerCallback):
 
     def __init__(self, world, what):
         self.world, self.what = world, what
-        self.decisions, self.before, self.steps, self.seen = {}, {}, {}, {}
+        self.decisions, self.before, self.steps, self.seen, self.initial = {}, {}, {}, {}, None
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.initial = writer_for(model, optimizer=optimizer, initial="now").initial
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
-        writer, step = writer_for(model, optimizer=optimizer), state.global_step
+        writer, step = writer_for(model, optimizer=optimizer, initial=self.initial), state.global_step
         self.model, self.optimizer = model, optimizer
         if self.what == "merge" and step % EVERY == 0:
             self.merge(writer, step)
@@ -158,13 +162,15 @@ def visible(model):
 
 def run(world, job, out):
     engine, dtype, what, *order = job.split(":")
+    what, _, start = what.partition("+")
     steps = 3 if what == "survive" else 12
     rate = {"learning_rate": 1e-3} if what == "survive" else {}
     verbs = Verbs(world, what)
     guards = [world.guard(**KNOBS, optimizer_state=STATES[what])] if what in STATES else []
     transformers.set_seed(3)
     changed = {"max_steps": steps, "average_tokens_across_devices": False, **rate, **settings(engine, dtype)}
-    trainer = world.trainer(out / job, *guards, verbs, **changed, seed=int(order[0]) if order else 3)
+    changed |= {"model": world.model(init_lora_weights=start or True), "seed": int(order[0]) if order else 3}
+    trainer = world.trainer(out / job, *guards, verbs, **changed)
     trainer.train()
     sites = [m for m in verbs.model.modules() if hasattr(m, "lora_A") and hasattr(m, "scaling")]
     factor = [getattr(m.lora_B["default"], "_fsdp_wrapped_module", m.lora_B["default"]).weight for m in sites]
@@ -173,6 +179,7 @@ def run(world, job, out):
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     assert world_size == WORLD_SIZE
     found = {name: getattr(verbs, name) for name in ("decisions", "before", "steps", "seen")}
+    found["initial"] = {name: tuple(pair) for name, pair in verbs.initial.items()}
     torch.save(found, out / f"{job.replace(':', '-')}-rank{RANK}.pt")
     trainer.accelerator.free_memory()
     forget()
