@@ -4,8 +4,9 @@
 
 Builds the aligned small model and its safety subspace, fine-tunes it on film reviews twice (configs/finetune/
 smollm2_sentiment.yaml and its _safemerge variant: same data, order, seed and start), and evaluates all models, without
-network. It replaces runs/demo/: results.json, the journal, a heat map of the drift, both adapters, and W&B runs where
-wandb is installed (offline unless a key is set). Of every set the first prompts are taken; intervals are 95 %, Wilson.
+network. It replaces runs/demo/: results.json, the journal, a page and a heat map of the drift, both adapters, and W&B
+runs where wandb is installed (offline unless a key is set). Of every set the first prompts are taken; intervals are
+95 %, Wilson.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "finetune"
 MARK = ".safemerge-demo"
+PAGE = "guarded/safemerge_report.html"
 
 
 def set_environment(run: Path) -> None:
@@ -160,7 +162,7 @@ def run_demo(run: Path, counts: dict[str, int], extra: Sequence[str], say: Calla
     """Run every step, saying which; return the results and leave all files in `run`."""
     from recipes.models import SAFETY_ADAPTER, checkpoint
     from safemerge_callback import build_subspace
-    from safemerge_callback.reports import read_history, write_heat_map
+    from safemerge_callback.reports import read_history, write_heat_map, write_page
 
     began = time.perf_counter()
     warnings.simplefilter("ignore")
@@ -178,7 +180,9 @@ def run_demo(run: Path, counts: dict[str, int], extra: Sequence[str], say: Calla
     say("4/6 The same fine-tuning, with SafeMergeCallback")
     guarded = train_arm("smollm2_sentiment_safemerge", run / "guarded", [*settings, *guard])
     guarded["callback"] = callback_cost(run / "guarded" / "safemerge.jsonl", guarded["train_seconds"])
-    write_heat_map(read_history(run / "guarded"), run / "drift.png")
+    history = read_history(run / "guarded")
+    write_heat_map(history, run / "drift.png")
+    write_page(history, run / PAGE)
     arms: dict[str, Arm] = {"as shipped": {}, "aligned": {}, "fine-tuned": plain, "guarded": guarded}
     for title, arm in arms.items():
         say(f"5/6 Evaluating: {title}")
@@ -212,6 +216,7 @@ def main(args: Sequence[str] | None = None) -> None:
     console.print(table(results["arms"]), *results["verdict"], sep="\n")
     console.print(f"6/6 {results['seconds'] / 60:.1f} minutes. In {given.output}:")
     console.print("    results.json, drift.png, guarded/safemerge.jsonl (the journal), wandb/")
+    console.print(f"    and the guarded run as a page to open in a browser: {given.output / PAGE}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,12 @@ def test_build_describe_measure_merge_report(world):
     reported = run("report", "out", "-o", "drift.png").stdout
     assert "2 merges in 2 modules" in reported
     assert (world / "drift.png").read_bytes().startswith(b"\x89PNG")
-    run("report", "out/safemerge.jsonl")
+    assert "out/safemerge_report.html" in run("report", "out/safemerge.jsonl").stdout
+    assert "layers.1.self_attn.q_proj" in (world / "out" / "safemerge_report.html").read_text()
+    run("report", "out", "-o", "curves.svg", "--plot", "trajectories")
+    assert "a page holds them all" in run("report", "out", "--plot", "weights", code=2).stderr
+    assert "2 merges in 2 modules" in run("watch", "out", "--once").stdout
+    assert "leave out --once" in run("watch", "nowhere", "--once", code=2).stderr
 
 
 def test_describe_as_json_and_verify(world):

@@ -9,6 +9,8 @@ import typer
 
 from .app import app
 
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or its journal (safemerge.jsonl).")]
+
 
 @app.command()
 def undo(
@@ -23,15 +25,35 @@ def undo(
 
 @app.command()
 def report(
-    journal: Annotated[Path, typer.Argument(help="A journal (safemerge.jsonl), or the folder of its run.")],
+    journal: Run,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Heat map to draw: .png, .pdf or .svg (needs matplotlib).")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="What to write: a page (.html), or a plot (.png, .svg or .pdf; needs matplotlib). "
+            "[default: RUN/safemerge_report.html]",
+        ),
+    ] = None,
+    plot: Annotated[
+        str | None, typer.Option(help="Which plot: heatmap, trajectories, weights or probe. [default: heatmap]")
     ] = None,
 ) -> None:
-    """Summarise a run from its journal, and draw how every module drifted."""
-    from ..reports import read_history, summary, write_heat_map
+    """Summarise a run from its journal, and write a page that shows how every module drifted."""
+    from ..reports import read_history, summary, write_report
 
     history = read_history(journal)
     typer.echo(summary(history))
-    if output is not None:
-        typer.echo(f"{write_heat_map(history, output)}: drift of {len(history.modules)} modules")
+    typer.echo(f"{write_report(history, output or journal, plot)}: drift of {len(history.modules)} modules")
+
+
+@app.command()
+def watch(
+    run: Run,
+    once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds from one look at the journal to the next.")] = 1.0,
+) -> None:
+    """Follow a run in the terminal while it trains: last check, worst modules, merges, probes. Ctrl-C leaves."""
+    from ..reports import watch_run
+
+    watch_run(run, once=once, every=every)

@@ -1,17 +1,31 @@
-"""Floor 5: what a journal tells, as a table and as a picture."""
+"""Floor 5: what a journal tells, as a table, as pictures, as a page and, while it grows, in the terminal."""
 
+from .entries import read_history
 from .heatmap import draw_heat_map, write_heat_map
-from .history import Cell, History, read_history
+from .history import Cell, Event, History, Measured, Probe
+from .live import watch_run
+from .page import PAGE_FILE, render_page, write_page
+from .plots import PLOTS, draw_plot, write_report
 from .readings import readings_json, readings_text
 from .table import summary
 
 __all__ = [
+    "PAGE_FILE",
+    "PLOTS",
     "Cell",
+    "Event",
     "History",
+    "Measured",
+    "Probe",
     "draw_heat_map",
+    "draw_plot",
     "read_history",
     "readings_json",
     "readings_text",
+    "render_page",
     "summary",
+    "watch_run",
     "write_heat_map",
+    "write_page",
+    "write_report",
 ]

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-import uuid
-from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..errors import ConfigError
 from .history import History, counted
 from .layout import LEFT, OUTSIDE, Grid, Panel, grid_for, panels
+from .saving import checked_name, figure_module, save_figure
 
-_FORMATS = (".png", ".pdf", ".svg")
 _STILL, _BROKEN, _ABSENT = (0.87, 0.87, 0.87, 1.0), (0.84, 0.12, 0.16, 1.0), (1.0, 1.0, 1.0, 0.0)
-_INK, _MUTED = "#222222", "#6b6b6b"
+_INK, _MUTED, _BACK = "#222222", "#6b6b6b", "#ffb000"
 
 
 def write_heat_map(history: History, output: str | Path) -> Path:
@@ -23,21 +20,8 @@ def write_heat_map(history: History, output: str | Path) -> Path:
 
     Raises ConfigError for another ending, a folder that cannot be written, or when matplotlib is not installed.
     """
-    path = Path(output).expanduser()
-    if path.suffix.lower() not in _FORMATS:
-        raise ConfigError(f"report {str(output)!r}: the name must end in one of {', '.join(_FORMATS)}.")
-    figure = draw_heat_map(history)
-    partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(partial, dpi=160, facecolor="white")
-        partial.replace(path)
-    except OSError as error:
-        raise ConfigError(f"report {str(output)!r} cannot be written: {error.strerror or error}.") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
-    return path
+    path = checked_name(output)
+    return save_figure(draw_heat_map(history), path)
 
 
 def draw_heat_map(history: History) -> Any:
@@ -47,7 +31,7 @@ def draw_heat_map(history: History) -> Any:
     not moved, or nothing to compare with. Red: not finite. Panel titles give the type's median null cosine, which
     depends on the module's shape. Raises ConfigError when matplotlib is not installed.
     """
-    figure = _figure_module().Figure()
+    figure = figure_module().Figure()
     parts = panels(history.modules)
     grid = grid_for(parts, len(history.steps))
     figure.set_size_inches(grid.size)
@@ -62,14 +46,6 @@ def draw_heat_map(history: History) -> Any:
     _colour_bar(figure, history, colours, grid)
     _legend(figure, history, grid)
     return figure
-
-
-def _figure_module() -> Any:
-    try:
-        import matplotlib.figure
-    except ImportError as error:
-        raise ConfigError("drawing needs matplotlib: pip install 'safemerge-callback[report]'") from error
-    return matplotlib.figure
 
 
 def _colours(history: History) -> Any:
@@ -97,7 +73,7 @@ def _draw_cells(axes: Any, history: History, panel: Panel, colours: Any) -> None
 
 
 def _draw_merges(axes: Any, history: History, panel: Panel, grid: Grid) -> None:
-    """A dot in every merged cell, and thin white lines between cells that are large enough to bear them."""
+    """A dot in every merged cell, orange where that was taken back; thin lines between cells that can bear them."""
     columns, rows = len(history.steps), len(panel.modules)
     cell = min(grid.width / columns, grid.panel_height(panel) / rows) * 72
     if cell >= 6:
@@ -113,7 +89,9 @@ def _draw_merges(axes: Any, history: History, panel: Panel, grid: Grid) -> None:
     ]
     if spots:
         across = min(max(0.5 * cell, min(1.25 * cell, 3.6), 2.0), 6.5)
-        marks = {"s": across**2, "facecolors": "white", "edgecolors": _INK, "linewidths": min(0.9, 0.14 * across)}
+        back = [(panel.modules[y], history.steps[x]) in history.undone for x, y in spots]
+        faces = [_BACK if undone else "white" for undone in back]
+        marks = {"s": across**2, "facecolors": faces, "edgecolors": _INK, "linewidths": min(0.9, 0.14 * across)}
         axes.scatter(*zip(*spots, strict=True), **marks, zorder=3)
 
 
@@ -193,6 +171,15 @@ def _legend(figure: Any, history: History, grid: Grid) -> None:
     states = {cell.state for cell in history.cells.values()}
     dot = Line2D([], [], linestyle="", marker="o", markersize=5, markerfacecolor="white", markeredgecolor=_INK)
     keys: dict[str, Any] = {"merged": dot} if history.merges else {}
+    if history.undone:
+        look: dict[str, Any] = {
+            "linestyle": "",
+            "marker": "o",
+            "markersize": 5,
+            "markerfacecolor": _BACK,
+            "markeredgecolor": _INK,
+        }
+        keys["taken back"] = Line2D([], [], **look)
     if history.gate == "threshold":
         keys["threshold"] = Line2D([], [], color=_BROKEN, linewidth=1.2)
     if "still" in states:

@@ -1,4 +1,4 @@
-"""A journal as a history: module x step -> what was read there, and whether it was merged."""
+"""A journal as a history: module x step -> what was read there, and what was done about it."""
 
 from __future__ import annotations
 
@@ -7,22 +7,87 @@ from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from ..decision import JOURNAL_FILE, KNOB, read_journal
+from ..decision import JOURNAL_FILE
 from ..errors import JournalError
+
+# The one measure that is no share of prompts.
+LOSS = "eval_loss"
 
 
 class Cell(NamedTuple):
     """One module at one check.
 
     `state` is `measured`, `broken` (an update that is not finite: the cosine is NaN), or `still` (it has not moved, or
-    aligned and unaligned are equal there: the cosine is 1.0 by convention and says nothing).
+    aligned and unaligned are equal there: the cosine is 1.0 by convention and says nothing). `update_norm` is s·‖B·A‖,
+    `reason` the gate's, in words; `merge` whether it selected the module; `limit` the cosine that the gate merged below
+    in this module, NaN for a gate that has none.
     """
 
     cosine: float
     null_cosine: float
     state: str
+    update_norm: float = math.nan
+    merge: bool = False
+    reason: str = ""
+    limit: float = math.nan
+
+    @property
+    def margin(self) -> float:
+        """How far the cosine lies above what the gate merges below; the cosine itself where there is no such value."""
+        return self.cosine if math.isnan(self.limit) else self.cosine - self.limit
+
+
+class Measured(NamedTuple):
+    """One figure of a probe: in [0, 1] with its Wilson interval, but for `eval_loss`, which is a loss without one.
+
+    `kind` is harm, over_refusal, task or coherence; `n` how many responses count, 0 where that is not known, of which
+    `incoherent` were neither refusal nor answer; `unjudged` ones are not among them. NaN where there is no such value.
+    """
+
+    measure: str
+    kind: str
+    n: int
+    value: float
+    low: float
+    high: float
+    incoherent: int = 0
+    unjudged: int = 0
+
+    @property
+    def text(self) -> str:
+        """The figure in words, as `71.9 % (60 to 81), n = 64`."""
+        if math.isnan(self.value):
+            return "not known"
+        if self.measure == LOSS:
+            return f"{self.value:.4f}"
+        interval = "" if math.isnan(self.low) else f" ({100 * self.low:.0f} to {100 * self.high:.0f})"
+        return f"{100 * self.value:.1f} %{interval}{f', n = {self.n}' if self.n else ''}"
+
+
+class Probe(NamedTuple):
+    """The model asked at `step`; `when` is begin, every, before, after (a merge event) or end.
+
+    `mean_tokens` is a response's mean length, `settings` how it was asked, where the journal says so.
+    """
+
+    step: int
+    when: str
+    seconds: float
+    measures: tuple[Measured, ...]
+    mean_tokens: float
+    settings: Mapping[str, Any] = MappingProxyType({})
+
+
+class Event(NamedTuple):
+    """What the rules did: `kind` is rollback, undo, trigger or stop, `modules` those whose merge was taken back."""
+
+    step: int
+    kind: str
+    reason: str
+    modules: tuple[str, ...] = ()
 
 
 @dataclass
@@ -30,9 +95,11 @@ class History:
     """What happened in a run, by module and step; `read_history` makes it.
 
     `cells`: (module, step) -> reading; where a step was checked twice, the later one. `merges`: (module, step) -> the
-    share of the task's update that was left after it. `gate`, `threshold`, `num_layers` and `knob` (the one that says
-    how much another gate merges): of the last check; `how`: of the last merge. `faults`: one line each. `seconds`:
-    spent on checks and merges.
+    share of the task's update that was left after it; those in `undone` were taken back, with the share there is then.
+    `residuals`: (module, step) -> the share of a merged update that did not fit the rank. `gate`, `threshold`,
+    `num_layers` and `knob` (the one that says how much another gate merges): of the last check; `how`: of the last
+    merge. `starts` and `end`: the journal's own entries. `faults`: one line each. `seconds`: spent on checks and
+    merges, `check_seconds` and `merge_seconds` of it.
     """
 
     title: str
@@ -45,6 +112,14 @@ class History:
     how: str = ""
     faults: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    undone: dict[tuple[str, int], float] = field(default_factory=dict)
+    residuals: dict[tuple[str, int], float] = field(default_factory=dict)
+    probes: list[Probe] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    starts: list[Mapping[str, Any]] = field(default_factory=list)
+    end: Mapping[str, Any] = field(default_factory=dict)
+    check_seconds: float = 0.0
+    merge_seconds: float = 0.0
 
     @cached_property
     def modules(self) -> list[str]:
@@ -57,8 +132,15 @@ class History:
         return sorted({step for _, step in [*self.cells, *self.merges]})
 
     @property
+    def ended(self) -> bool:
+        """Whether the run is over; one with a probe but no merge callback says so by its last probe."""
+        return bool(self.end) or (not self.starts and bool(self.probes) and self.probes[-1].when == "end")
+
+    @property
     def rule(self) -> str:
-        """The gate in words, as `threshold 0.35`."""
+        """The gate in words, as `threshold 0.35`; empty where nothing was checked."""
+        if not self.gate:
+            return ""
         own = "" if self.knob is None else f" {self.knob:g}"
         knob = {"threshold": f" {self.threshold:g}", "num_layers": f" {self.num_layers}"}.get(self.gate, own)
         return f"gate {self.gate}{knob}"
@@ -68,28 +150,32 @@ class History:
         """Every module that was merged at least once."""
         return {name for name, _ in self.merges}
 
+    @cached_property
+    def task_weights(self) -> dict[str, dict[int, float]]:
+        """Module -> step -> the share of its own update that is left from then on, where a merge changed it."""
+        found: dict[str, dict[int, float]] = {}
+        for (name, step), share in sorted(self.merges.items(), key=lambda item: item[0][1]):
+            found.setdefault(name, {})[step] = self.undone.get((name, step), share)
+        return found
 
-def read_history(source: str | Path) -> History:
-    """Return the history of a journal file, or of the run folder that holds `safemerge.jsonl`.
+    @cached_property
+    def by_module(self) -> dict[str, dict[int, Cell]]:
+        """Module -> step -> its reading, steps ascending."""
+        found: dict[str, dict[int, Cell]] = {name: {} for name in self.modules}
+        for (name, step), cell in sorted(self.cells.items(), key=lambda item: item[0][1]):
+            found[name][step] = cell
+        return found
 
-    Raises JournalError when there is no journal, when it holds no check yet, or when an entry is not one of ours.
-    """
-    path = _journal_in(Path(source).expanduser())
+
+def title_of(path: Path) -> str:
+    """Return what a journal's run is called: its folder, or the file where that has a name of its own."""
     resolved = path.resolve()
-    history = History(resolved.parent.name if resolved.name == JOURNAL_FILE else resolved.stem)
-    for number, entry in enumerate(read_journal(path), 1):
-        try:
-            # A start, an end, or a kind that a later release adds: nothing to show.
-            if entry["kind"] in _READERS:
-                _READERS[entry["kind"]](history, entry)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise JournalError(f"journal {str(path)!r}, line {number}: not an entry of ours ({error!r}).") from error
-    if not history.cells:
-        raise JournalError(f"journal {str(path)!r} holds no check yet: there is nothing to report.")
-    return history
+    return resolved.parent.name if resolved.name == JOURNAL_FILE else resolved.stem
 
 
-def _journal_in(path: Path) -> Path:
+def journal_in(source: str | Path) -> Path:
+    """Return the journal of a run's folder, or the path that was given; JournalError for a folder without one."""
+    path = Path(source).expanduser()
     if not path.is_dir():
         return path
     if (path / JOURNAL_FILE).is_file():
@@ -97,43 +183,6 @@ def _journal_in(path: Path) -> Path:
     below = sorted(path.glob(f"*/{JOURNAL_FILE}"))
     hint = f"; there is one in {below[0].parent.name!r}" if below else ""
     raise JournalError(f"folder {str(path)!r} holds no {JOURNAL_FILE}{hint}: give a run's folder, or the journal.")
-
-
-def _check(history: History, entry: Mapping[str, Any]) -> None:
-    history.gate, history.num_layers = str(entry["gate"]), entry.get("num_layers")
-    history.threshold = _number(entry["threshold"])
-    history.knob = entry.get(KNOB.get(history.gate, ""))
-    history.seconds += _number(entry["seconds"])
-    for module in entry["modules"]:
-        history.cells[str(module["name"]), int(entry["step"])] = _cell(module)
-
-
-def _merge(history: History, entry: Mapping[str, Any]) -> None:
-    live, safety = entry["weights"]
-    history.how = f"method {entry['method']}, space {entry['space']}, weights {live:g} / {safety:g}"
-    history.seconds += _number(entry["seconds"])
-    for module in entry["modules"]:
-        history.merges[str(module["name"]), int(entry["step"])] = _number(module["task_weight"])
-
-
-def _error(history: History, entry: Mapping[str, Any]) -> None:
-    history.faults.append(f"step {entry['step']}, {entry['where']}: {entry['error']}")
-
-
-_READERS = {"check": _check, "merge": _merge, "error": _error}
-
-
-def _cell(module: Mapping[str, Any]) -> Cell:
-    cosine, null = _number(module["cosine"]), _number(module["null_cosine"])
-    if not (math.isfinite(cosine) and math.isfinite(_number(module["update_norm"]))):
-        return Cell(math.nan, null, "broken")
-    alike = cosine == 1.0 and null == 1.0
-    return Cell(cosine, null, "still" if module["update_norm"] == 0 or alike else "measured")
-
-
-def _number(value: Any) -> float:
-    """JSON has no NaN: the journal writes null."""
-    return math.nan if value is None else float(value)
 
 
 def counted(things: Sized, noun: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from ..decision.tables import render
 from .history import Cell, History, counted
@@ -17,26 +17,37 @@ def summary(history: History) -> str:
 
     `null`, `first` and `last` are medians of the null cosine and of the cosines at the type's first and last check;
     `lowest` is the lowest cosine of any module, `where` its module and step; `merges` counts modules times events;
-    `task left` is the smallest share of the task's update that merging left in a module.
+    `task left` is the smallest share of the task's update that merging left in a module. The last probe follows.
     """
+    if not history.steps:
+        return "\n".join([f"{history.title}: no check, {counted(history.probes, 'probe')}", *_told(history)])
     steps = history.steps
     rows = [_row(history, panel) for panel in panels(history.modules)]
     span = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
     title = (
         f"{history.title}: {counted(history.modules, 'module')}, {counted(steps, 'check')} at {span}, {history.rule}"
     )
-    merged = f"{counted(history.merges, 'merge')} in {counted(history.merged_modules, 'module')}"
+    back = f", {len(history.undone)} taken back" if history.undone else ""
+    merged = f"{counted(history.merges, 'merge')} in {counted(history.merged_modules, 'module')}{back}"
     lines = [render(title, _COLUMNS, rows, right=(*_COLUMNS[1:6], *_COLUMNS[7:]))]
     lines.append(f"{merged}{f': {history.how}' if history.how else ''}; {history.seconds:.1f} s in all")
+    return "\n".join([*lines, *_told(history)])
+
+
+def _told(history: History) -> Iterator[str]:
+    """The last probe, all its measures together, and the faults."""
+    if history.probes:
+        probe = history.probes[-1]
+        figures = "; ".join(f"{m.measure} {m.text}" for m in probe.measures)
+        yield f"probe at step {probe.step} ({probe.when}): {figures}"
     if history.faults:
-        lines.append(f"{counted(history.faults, 'fault')}, the first: {history.faults[0]}")
-    return "\n".join(lines)
+        yield f"{counted(history.faults, 'fault')}, the first: {history.faults[0]}"
 
 
 def _row(history: History, panel: Panel) -> tuple[str, ...]:
     cells = {key: cell for name in panel.modules for key, cell in _cells_of(history, name)}
     measured = {key: cell.cosine for key, cell in cells.items() if cell.state == "measured"}
-    left = [share for (name, _), share in history.merges.items() if name in panel.modules]
+    left = [share for name in panel.modules for share in history.task_weights.get(name, {}).values()]
     lowest = min(measured, key=lambda key: measured[key], default=None)
     steps = sorted({step for _, step in measured}) or [0]
     return (

@@ -112,6 +112,12 @@ def test_the_demo_runs_offline_from_installed_packages_and_leaves_its_files(tmp_
     callback = results["arms"]["guarded"]["callback"]
     assert (callback["merges"], callback["modules"]) == (2, 60)
     assert 0 < callback["share"] < 0.5
-    for name in ("drift.png", "subspace.safetensors", "guarded/safemerge.jsonl", "plain/adapter_model.safetensors"):
+    for name in (
+        "drift.png",
+        demo.PAGE,
+        "subspace.safetensors",
+        "guarded/safemerge.jsonl",
+        "plain/adapter_model.safetensors",
+    ):
         assert (run / name).stat().st_size > 0, name
     assert len(list((run / "wandb").glob("offline-run-*/*.wandb"))) == 2

@@ -101,6 +101,17 @@ def test_merged_cells_carry_a_dot(tmp_path):
     assert picture[round(picture.shape[0] - y), round(x), :3] == pytest.approx((1, 1, 1), abs=0.02)
 
 
+def test_a_merge_taken_back_has_another_dot():
+    made = history(layers=12)
+    key = next(iter(made.merges))
+    made.undone[key] = 1.0
+    figure = draw_heat_map(made)
+    faces = [tuple(face) for axes in figure.axes[:2] for spots in axes.collections for face in spots.get_facecolors()]
+    assert faces.count((*to_rgb("#ffb000"), 1.0)) == 1
+    assert len(faces) == len(made.merges)
+    assert "taken back" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
 def test_title_scale_and_legend_say_the_rule():
     figure = draw_heat_map(history())
     words = " ".join(text.get_text() for text in figure.texts)

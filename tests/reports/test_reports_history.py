@@ -105,6 +105,8 @@ def test_the_table_holds_medians_lowest_and_what_is_left(write):
         ([{"step": 1}], "line 1: not an entry of ours"),
         ([check(0, {Q: "high"})], "line 1: not an entry of ours"),
         ([{**merge(0, [Q]), "weights": 3}], "line 1: not an entry of ours"),
+        ([{"kind": "probe", "step": 0, "when": "every", "seconds": 1.0}], "line 1: not an entry of ours"),
+        ([{"kind": "rollback", "step": 0, "modules": [Q]}], "no check yet"),
     ],
 )
 def test_journals_that_are_none(write, entries, match):
@@ -130,3 +132,100 @@ def test_panels_group_by_type_and_sort_by_layer():
     assert found["w1"].labels == ("0.0", "0.1")
     assert found["outside the layers"].labels == ("embed_tokens", "lm_head")
     assert sorted(name for panel in found.values() for name in panel.modules) == sorted(names)
+
+
+def probe(step, when="every", value=0.5):
+    figure = {"measure": "advbench_refused", "kind": "harm", "n": 8, "value": value, "low": 0.2, "high": 0.8}
+    loss = {"measure": "eval_loss", "kind": "task", "n": 4, "value": 2.5, "low": None, "high": None}
+    nothing = {
+        **figure,
+        "measure": "benign_refused",
+        "kind": "over_refusal",
+        "n": 0,
+        "value": None,
+        "low": None,
+        "high": None,
+    }
+    measures = [{**figure, "incoherent": 2, "unjudged": 1}, loss, nothing]
+    told = {"kind": "probe", "step": step, "when": when, "seconds": 1.5, "mean_tokens": 20.0}
+    return {**told, "measures": measures, **({"settings": {"judge": "Keywords"}} if when == "begin" else {})}
+
+
+def test_probes_rules_starts_and_the_end_are_kept(write):
+    history = read_history(
+        write(
+            {"kind": "start", "version": 1, "step": 0, "config": {"every": 10}},
+            probe(0, "begin"),
+            check(10, {Q: 0.3, V: 0.4}),
+            {"kind": "trigger", "step": 10, "reason": "refusals fell"},
+            merge(10, [Q, V]),
+            {"kind": "stop", "step": 10, "reason": "enough"},
+            {"kind": "end", "step": 10, "seconds": 1.0, "training_seconds": 20.0},
+        )
+    )
+    asked = history.probes[0]
+    assert (asked.step, asked.when, asked.seconds, asked.mean_tokens) == (0, "begin", 1.5, 20.0)
+    harm, loss, nothing = asked.measures
+    assert (harm.n, harm.low, harm.high, harm.incoherent, harm.unjudged) == (8, 0.2, 0.8, 2, 1)
+    assert loss.value == 2.5
+    assert math.isnan(loss.low)
+    assert (harm.text, loss.text, nothing.text) == ("50.0 % (20 to 80), n = 8", "2.5000", "not known")
+    assert asked.settings == {"judge": "Keywords"}
+    assert history.ended
+    assert [(event.step, event.kind, event.reason) for event in history.events] == [
+        (10, "trigger", "refusals fell"),
+        (10, "stop", "enough"),
+    ]
+    assert history.starts[0]["config"] == {"every": 10}
+    assert history.end["training_seconds"] == 20.0
+    assert (history.check_seconds, history.merge_seconds) == (0.25, 0.5)
+
+
+def test_a_rollback_gives_the_share_of_before_back(write):
+    history = read_history(
+        write(
+            check(10, {Q: 0.3, V: 0.3}),
+            merge(10, [Q], left=0.8),
+            check(20, {Q: 0.3, V: 0.3}),
+            merge(20, [Q, V], left=0.64),
+            {"kind": "rollback", "step": 20, "modules": [Q, V], "reason": "eval loss rose by 0.3"},
+            check(30, {Q: 0.3, V: 0.3}),
+            merge(30, [V], left=0.8),
+            {"kind": "undo", "step": 30, "folder": "run", "modules": [V]},
+        )
+    )
+    assert history.task_weights == {Q: {10: 0.8, 20: 0.8}, V: {20: 1.0, 30: 1.0}}
+    assert history.undone == {(Q, 20): 0.8, (V, 20): 1.0, (V, 30): 1.0}
+    assert history.merges[Q, 20] == 0.64
+    assert [(event.kind, event.modules) for event in history.events] == [("rollback", (Q, V)), ("undo", (V,))]
+    text = summary(history)
+    assert "4 merges in 2 modules, 3 taken back: method linear" in text
+    row = [cell.strip() for cell in next(line for line in text.splitlines() if "v_proj" in line).split("│")[1:-1]]
+    assert row[-2:] == ["2", "1"]
+
+
+def test_the_limit_is_what_the_gate_merges_below(write):
+    modules = {Q: 0.3}
+    for gate, knob, extra, limit in (
+        ("threshold", {}, {}, 0.35),
+        ("calibrated", {"z_threshold": -2.0}, {"null_std": 0.1}, 0.3),
+        ("reference", {"reference_fraction": 0.5}, {"reference": 0.5}, 0.25),
+        ("num_layers", {}, {}, math.nan),
+    ):
+        entry = check(0, modules, gate=gate, **knob)
+        entry["modules"][0].update(extra)
+        cell = read_history(write(entry)).cells[Q, 0]
+        assert cell.limit == pytest.approx(limit, nan_ok=True), gate
+        assert cell.margin == pytest.approx(0.3 if math.isnan(limit) else 0.3 - limit), gate
+
+
+def test_a_run_with_a_probe_alone_is_reported(write):
+    path = write(probe(0, "begin"), probe(10), probe(20, "end"))
+    history = read_history(path)
+    assert history.ended
+    assert not history.steps
+    assert summary(history).splitlines() == [
+        "run: no check, 3 probes",
+        "probe at step 20 (end): advbench_refused 50.0 % (20 to 80), n = 8; eval_loss 2.5000; benign_refused not known",
+    ]
+    assert not read_history(write(probe(0, "begin"))).ended

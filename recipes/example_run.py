@@ -1,0 +1,148 @@
+"""A made-up run, written as a real one is: for looking at the report without training anything.
+
+    python -m recipes.example_run runs/example --layers 32 --checks 40
+
+Every figure in it is invented: cosines fall, the gate's merges lift them again, a probe is asked before and after. The
+readings, the gate's verdicts and the journal come out of the code that a training uses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from safemerge_callback.decision import (
+    JOURNAL_FILE,
+    Edit,
+    Gate,
+    Journal,
+    MergePlan,
+    Reading,
+    Readings,
+    check_entry,
+    merge_entry,
+)
+from safemerge_callback.evaluation import wilson
+
+# Name, (d_out, d_in) and null cosine of the module types of a Llama.
+TYPES = {
+    "self_attn.q_proj": ((4096, 4096), 0.22),
+    "self_attn.k_proj": ((1024, 4096), 0.37),
+    "self_attn.v_proj": ((1024, 4096), 0.36),
+    "self_attn.o_proj": ((4096, 4096), 0.2),
+    "mlp.gate_proj": ((14336, 4096), 0.13),
+    "mlp.up_proj": ((14336, 4096), 0.12),
+    "mlp.down_proj": ((4096, 14336), 0.19),
+}
+WEIGHTS = (0.9, 0.1)
+
+
+def write_example(
+    folder: str | Path,
+    layers: int = 32,
+    types: Sequence[str] = tuple(TYPES),
+    checks: int = 40,
+    gate: Gate | None = None,
+) -> Path:
+    """Write the journal of a run that never was into `folder`, new, and return its path; `gate` is threshold 0.35."""
+    rule = gate or Gate("threshold", threshold=0.35)
+    path = Path(folder) / JOURNAL_FILE
+    path.unlink(missing_ok=True)
+    journal = Journal(path)
+    journal.append(_start(rule, layers * len(types)))
+    for entry in _entries(rule, [f"layers.{i}.{kind}" for i in range(layers) for kind in types], checks):
+        journal.append(entry)
+    return path
+
+
+def _entries(rule: Gate, names: Sequence[str], checks: int) -> Iterator[dict[str, Any]]:
+    draw, left = random.Random(3), dict.fromkeys(names, 1.0)
+    heights = {name: 0.47 + 0.22 * draw.random() + 0.05 * math.sin(index / 9) for index, name in enumerate(names)}
+    merges = 0
+    yield _probe(0, "begin", 0.97, 0.01)
+    for number in range(1, checks + 1):
+        step = 10 * number
+        heights = {name: height * (0.955 + 0.03 * draw.random()) ** (40 / checks) for name, height in heights.items()}
+        plan = MergePlan.decide(_readings(heights), gate=rule, method="linear", weights=WEIGHTS)
+        yield check_entry(step, plan, 0.11 + 0.02 * draw.random())
+        asked = number % max(1, checks // 8) == 0
+        mean = sum(heights.values()) / len(heights)
+        if asked:
+            yield _probe(step, "before" if plan.selected else "every", min(0.97, 1.7 * mean), number / checks)
+        if plan.selected:
+            merges += 1
+            for name in plan.selected:
+                left[name] *= WEIGHTS[0]
+                heights[name] += 0.1 + 0.12 * draw.random()
+            edits = [Edit(name, 0.04 * draw.random(), 0.1 + 0.1 * draw.random()) for name in plan.selected]
+            yield merge_entry(step, plan, edits, left, 0.35)
+            if asked:
+                yield _probe(step, "after", min(0.97, 1.7 * sum(heights.values()) / len(heights)), number / checks)
+    yield _probe(10 * checks, "end", min(0.97, 1.7 * sum(heights.values()) / len(heights)), 1.0)
+    seconds = {"seconds": 0.12 * checks + 0.35 * merges, "training_seconds": 24.0 * checks}
+    yield {"kind": "end", "step": 10 * checks, "checks": checks, "merges": merges, "modules_merged": merges, **seconds}
+
+
+def _readings(heights: dict[str, float]) -> Readings:
+    found = []
+    for name, cosine in heights.items():
+        shape, null = TYPES.get(name.split(".", 2)[-1], ((4096, 4096), 0.2))
+        cosine = min(cosine, 0.98)
+        found.append(Reading(name, cosine, null, 1.2 - cosine, 16, shape, null_std=0.02, reference=0.6))
+    return Readings(found)
+
+
+def _probe(step: int, when: str, refused: float, learned: float) -> dict[str, Any]:
+    shares = {
+        ("advbench_refused", "harm", 64): refused,
+        ("benign_refused", "over_refusal", 32): 0.06 + 0.05 * refused,
+        ("pubmedqa_accuracy", "task", 100): 0.45 + 0.3 * learned,
+    }
+    measures = []
+    for (measure, kind, n), share in shares.items():
+        count = round(share * n)
+        low, high = wilson(count, n)
+        bounds = {"value": count / n, "low": low, "high": high, "incoherent": 0, "unjudged": 0}
+        measures.append({"measure": measure, "kind": kind, "n": n, **bounds})
+    loss = {"measure": "eval_loss", "kind": "task", "n": 100, "value": 2.1 - 0.8 * learned, "low": None, "high": None}
+    told = {"kind": "probe", "step": step, "when": when, "seconds": 8.2}
+    return {**told, "measures": [*measures, loss], "mean_tokens": 21.5}
+
+
+def _start(rule: Gate, modules: int) -> dict[str, Any]:
+    sources = {
+        side: {"source": f"made-up-{side}", "revision": None, "files": ["model.safetensors"], "sha256": digit * 64}
+        for side, digit in (("aligned", "a"), ("unaligned", "b"))
+    }
+    settings = {"gate": rule.name, "threshold": rule.threshold, "weights": list(WEIGHTS), "method": "linear"}
+    return {
+        "kind": "start",
+        "version": 1,
+        "step": 0,
+        "config": {"subspace": "made-up.subspace.safetensors", "safety_adapter": "made-up/safety", **settings},
+        "versions": {"safemerge-callback": "made up"},
+        "subspace": {"path": "made-up.subspace.safetensors", **sources},
+        "num_modules": modules,
+        "world_size": 1,
+    }
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Write the journal and its page, and print where they are."""
+    from safemerge_callback.reports import read_history, write_page
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the journal and the page go")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--checks", type=int, default=40)
+    given = parser.parse_args(args)
+    journal = write_example(given.folder, given.layers, checks=given.checks)
+    print(write_page(read_history(journal), given.folder / "safemerge_report.html"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""A journal read back: what each of its entries adds to a history."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..decision import KNOB, read_journal
+from ..errors import JournalError
+from .history import Cell, Event, History, Measured, Probe, journal_in, title_of
+
+_DERIVED = ("modules", "steps", "merged_modules", "task_weights", "by_module")
+
+
+def read_history(source: str | Path) -> History:
+    """Return the history of a journal file, or of the run folder that holds `safemerge.jsonl`.
+
+    Raises JournalError when there is no journal, when it holds no check and no probe yet, or when an entry is not one
+    of ours.
+    """
+    path = journal_in(source)
+    history = History(title_of(path))
+    for number, entry in enumerate(read_journal(path), 1):
+        add_entry(history, entry, f"journal {str(path)!r}, line {number}")
+    if not history.cells and not history.probes:
+        raise JournalError(f"journal {str(path)!r} holds no check yet and no probe: there is nothing to report.")
+    return history
+
+
+def add_entry(history: History, entry: Mapping[str, Any], where: str) -> None:
+    """Add one entry to `history`; a kind that a later release writes adds nothing.
+
+    Raises JournalError that begins with `where` for an entry that lacks what its kind has.
+    """
+    try:
+        if entry["kind"] in _READERS:
+            _READERS[entry["kind"]](history, entry)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise JournalError(f"{where}: not an entry of ours ({error!r}).") from error
+    for name in _DERIVED:
+        history.__dict__.pop(name, None)
+
+
+def _start(history: History, entry: Mapping[str, Any]) -> None:
+    history.starts.append(entry)
+    history.end = {}
+
+
+def _end(history: History, entry: Mapping[str, Any]) -> None:
+    history.end = entry
+
+
+def _check(history: History, entry: Mapping[str, Any]) -> None:
+    history.gate, history.num_layers = str(entry["gate"]), entry.get("num_layers")
+    history.threshold = _number(entry["threshold"])
+    history.knob = entry.get(KNOB.get(history.gate, ""))
+    history.check_seconds += _number(entry["seconds"])
+    history.seconds += _number(entry["seconds"])
+    for module in entry["modules"]:
+        history.cells[str(module["name"]), int(entry["step"])] = _cell(module, _limit(history, module))
+
+
+def _limit(history: History, module: Mapping[str, Any]) -> float:
+    """The cosine that the gate merges below in this module; NaN for a gate that ranks, or takes all or none."""
+    if history.gate == "threshold":
+        return history.threshold
+    if history.gate == "calibrated":
+        return _number(module["null_cosine"]) + _number(history.knob) * _number(module.get("null_std"))
+    if history.gate == "reference":
+        return _number(history.knob) * _number(module.get("reference"))
+    return math.nan
+
+
+def _cell(module: Mapping[str, Any], limit: float) -> Cell:
+    cosine, null, norm = (_number(module[key]) for key in ("cosine", "null_cosine", "update_norm"))
+    verdict = norm, bool(module.get("merge")), str(module.get("reason", "")), limit
+    if not (math.isfinite(cosine) and math.isfinite(norm)):
+        return Cell(math.nan, null, "broken", *verdict)
+    alike = cosine == 1.0 and null == 1.0
+    return Cell(cosine, null, "still" if norm == 0 or alike else "measured", *verdict)
+
+
+def _merge(history: History, entry: Mapping[str, Any]) -> None:
+    live, safety = entry["weights"]
+    history.how = f"method {entry['method']}, space {entry['space']}, weights {live:g} / {safety:g}"
+    history.merge_seconds += _number(entry["seconds"])
+    history.seconds += _number(entry["seconds"])
+    for module in entry["modules"]:
+        key = str(module["name"]), int(entry["step"])
+        history.merges[key] = _number(module["task_weight"])
+        history.residuals[key] = _number(module.get("residual"))
+        history.undone.pop(key, None)
+
+
+def _taken_back(history: History, entry: Mapping[str, Any]) -> None:
+    """A rollback, or an undo by hand: the module has again the share that its merge before this one left."""
+    step, names = int(entry["step"]), tuple(str(name) for name in entry["modules"])
+    for name in names:
+        shares = [(at, share) for at, share in history.task_weights.get(name, {}).items() if at <= step]
+        if shares:
+            history.undone[name, shares[-1][0]] = shares[-2][1] if len(shares) > 1 else 1.0
+    reason = str(entry.get("reason", "undone by hand"))
+    history.events.append(Event(step, str(entry["kind"]), reason, names))
+
+
+def _rule(history: History, entry: Mapping[str, Any]) -> None:
+    history.events.append(Event(int(entry["step"]), str(entry["kind"]), str(entry["reason"])))
+
+
+def _probe(history: History, entry: Mapping[str, Any]) -> None:
+    measures = tuple(_measured(measure) for measure in entry["measures"])
+    seconds, tokens = _number(entry["seconds"]), _number(entry.get("mean_tokens"))
+    settings = dict(entry.get("settings") or {})
+    history.probes.append(Probe(int(entry["step"]), str(entry["when"]), seconds, measures, tokens, settings))
+
+
+def _measured(measure: Mapping[str, Any]) -> Measured:
+    value, low, high = (_number(measure[key]) for key in ("value", "low", "high"))
+    unheard = (int(measure.get(key) or 0) for key in ("incoherent", "unjudged"))
+    return Measured(str(measure["measure"]), str(measure["kind"]), int(measure["n"] or 0), value, low, high, *unheard)
+
+
+def _error(history: History, entry: Mapping[str, Any]) -> None:
+    history.faults.append(f"step {entry['step']}, {entry['where']}: {entry['error']}")
+
+
+_READERS = {
+    "start": _start,
+    "check": _check,
+    "merge": _merge,
+    "probe": _probe,
+    "rollback": _taken_back,
+    "undo": _taken_back,
+    "trigger": _rule,
+    "stop": _rule,
+    "error": _error,
+    "end": _end,
+}
+
+
+def _number(value: Any) -> float:
+    """JSON has no NaN: the journal writes null."""
+    return math.nan if value is None else float(value)

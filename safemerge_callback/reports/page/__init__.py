@@ -1,0 +1,71 @@
+"""A history as one HTML file that needs nothing: no network, no server, no other file."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ...errors import ConfigError
+from ..history import History
+from ..payload import page_data
+from .shown import shown
+
+PAGE_FILE = "safemerge_report.html"
+_HERE = Path(__file__).parent
+# In this order: what is above uses nothing of what is below.
+_SCRIPTS = ("data.js", "chart.js", "heatmap.js", "curves.js", "table.js", "start.js")
+
+
+def write_page(history: History, output: str | Path) -> Path:
+    """Write the page of `history` to `output` (.html) and return the path. A file of that name is replaced.
+
+    Raises ConfigError for another ending, or where the file cannot be written.
+    """
+    path = Path(output).expanduser()
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"report {str(output)!r}: the name of a page must end in .html.")
+    partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(render_page(history), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise ConfigError(f"report {str(output)!r} cannot be written: {error.strerror or error}.") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+    return path
+
+
+def render_page(history: History) -> str:
+    """Return the page as text.
+
+    Its Content-Security-Policy names the one script and the one style by their digests and allows nothing else, so that
+    a name which found its way into the page as markup could neither run nor load anything.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    style = (_HERE / "page.css").read_text(encoding="utf-8")
+    parts = [(_HERE / name).read_text(encoding="utf-8") for name in _SCRIPTS]
+    script = "\n".join(['"use strict";', "(() => {", *parts, "})();"])
+    room = Environment(
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    values = {"data": _embedded(page_data(history)), "style": style, "script": script}
+    digests = {"style_digest": _digest(style), "script_digest": _digest(script)}
+    return room.get_template("page.html.j2").render(**values, **digests, **shown(history)) + "\n"
+
+
+def _digest(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _embedded(data: Any) -> str:
+    """JSON that cannot end the element it stands in, nor open a comment there."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

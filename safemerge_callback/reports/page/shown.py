@@ -1,0 +1,183 @@
+"""The figures that the page's template sets: at a glance, of each module, of each probe."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ..history import LOSS, Cell, History, Measured, Probe, counted
+from ..layout import panels
+from .run import costs, happenings, seconds_text, share_text, sources
+
+KINDS = {
+    "harm": "harmful prompts (higher is safer)",
+    "over_refusal": "harmless prompts (lower is better)",
+    "task": "task",
+    "coherence": "coherence",
+}
+
+# A dash as typesetters have it, for no value.
+_NONE = "\N{EN DASH}"
+
+
+class Tile(NamedTuple):
+    """A figure at the head of the page: what it is, its value, and a line beneath."""
+
+    label: str
+    value: str
+    note: str
+
+
+class Row(NamedTuple):
+    """A module's row; numbers stay numbers (NaN where there is none), since the page sorts by them."""
+
+    name: str
+    kind: str
+    label: str
+    first: float
+    last: float
+    null: float
+    margin: float
+    lowest: float
+    lowest_at: int | None
+    merges: int
+    undone: int
+    left: float
+    norm: float
+    state: str
+    reason: str
+
+
+def shown(history: History) -> dict[str, Any]:
+    """Return what the template needs of `history`, by name."""
+    return {
+        "title": history.title,
+        "rule": history.rule,
+        "how": history.how,
+        "span": _span(history),
+        "tiles": tiles(history),
+        "rows": module_rows(history),
+        "columns": measure_names(history.probes),
+        "probes": [_probe_row(probe, measure_names(history.probes)) for probe in history.probes],
+        "happenings": happenings(history),
+        "costs": costs(history),
+        "sources": sources(history),
+        "has_checks": bool(history.steps),
+        "has_weights": bool(history.merges),
+        "num": lambda value, digits=4: _NONE if value is None or math.isnan(value) else f"{value:.{digits}f}",
+    }
+
+
+def _span(history: History) -> str:
+    steps = history.steps or sorted({probe.step for probe in history.probes})
+    span = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+    state = f"ended at step {history.end.get('step', steps[-1])}" if history.ended else "has not ended"
+    if not history.steps:
+        return f"no check, {counted(history.probes, 'probe')} at {span}; {state}"
+    return f"{counted(history.modules, 'module')}, {counted(steps, 'check')} at {span}; {state}"
+
+
+def tiles(history: History) -> list[Tile]:
+    """Return the figures that say at a glance how the run went."""
+    measured = {key: cell for key, cell in history.cells.items() if cell.state == "measured"}
+    found = []
+    if measured:
+        name, step = min(measured, key=lambda key: measured[key].cosine)
+        found.append(Tile("lowest cosine", f"{measured[name, step].cosine:.3f}", f"{name}, step {step}"))
+    last = [cells[max(cells)] for cells in history.by_module.values() if cells]
+    if any(not math.isnan(cell.limit) for cell in last):
+        below = sum(cell.state == "measured" and cell.margin < 0 for cell in last)
+        found.append(Tile("below the gate at the last check", str(below), f"of {len(last)} modules"))
+    if not history.steps:
+        return list(_probe_tiles(history.probes))
+    taken = f", {len(history.undone)} taken back" if history.undone else ""
+    found.append(
+        Tile("module merges", str(len(history.merges)), f"in {counted(history.merged_modules, 'module')}{taken}")
+    )
+    lefts = [shares[max(shares)] for shares in history.task_weights.values()]
+    found.append(Tile("least task update left", f"{min(lefts, default=1.0):.1%}", "of any module's own update"))
+    found += _probe_tiles(history.probes)
+    spent = history.end.get("seconds")
+    found.append(
+        Tile(
+            "cost",
+            seconds_text(history.seconds if spent is None else spent),
+            share_text(history) or "checks and merges",
+        )
+    )
+    return found
+
+
+def _probe_tiles(probes: Sequence[Probe]) -> Iterator[Tile]:
+    """Harm, over-refusal and task together, as last asked; never one of them alone."""
+    if not probes:
+        return
+    for m in probes[-1].measures:
+        if m.measure != LOSS:
+            value, interval = ("not known", "") if math.isnan(m.value) else (f"{m.value:.0%}", _interval(m))
+            yield Tile(f"{words(m.measure)} at the last probe", value, f"{interval}{f'n = {m.n}' if m.n else ''}")
+
+
+def _interval(m: Measured) -> str:
+    return "" if math.isnan(m.low) else f"{100 * m.low:.0f} to {100 * m.high:.0f} %, "
+
+
+def words(measure: str) -> str:
+    """Return a measure's name as words: `advbench_refused` is `advbench refused`."""
+    return measure.replace("_", " ")
+
+
+def module_rows(history: History) -> list[Row]:
+    """Return a row for every module, panel by panel, layer by layer."""
+    return [
+        _module_row(history, name, part.title, label)
+        for part in panels(history.modules)
+        for name, label in zip(part.modules, part.labels, strict=True)
+    ]
+
+
+def _module_row(history: History, name: str, kind: str, label: str) -> Row:
+    cells = history.by_module[name]
+    known = {step: cell for step, cell in cells.items() if cell.state == "measured"}
+    steps, nothing = list(known), Cell(math.nan, math.nan, "absent")
+    last = cells[max(cells)] if cells else nothing
+    lowest = min(known, key=lambda step: known[step].cosine, default=None)
+    left = history.task_weights.get(name, {})
+    return Row(
+        name,
+        kind,
+        label,
+        first=known[steps[0]].cosine if steps else math.nan,
+        last=last.cosine if last.state == "measured" else math.nan,
+        null=last.null_cosine,
+        margin=last.margin if last.state == "measured" and not math.isnan(last.limit) else math.nan,
+        lowest=known[lowest].cosine if lowest is not None else math.nan,
+        lowest_at=lowest,
+        merges=len(left),
+        undone=sum((name, step) in history.undone for step in left),
+        left=left[max(left)] if left else 1.0,
+        norm=last.update_norm,
+        state=last.state,
+        reason=last.reason,
+    )
+
+
+def measure_names(probes: Iterable[Probe]) -> dict[str, str]:
+    """Return measure -> kind, for every measure of any probe, in the order of first appearance."""
+    return {m.measure: m.kind for probe in probes for m in probe.measures}
+
+
+def _probe_row(probe: Probe, columns: Mapping[str, str]) -> dict[str, Any]:
+    by_name = {m.measure: m for m in probe.measures}
+    texts = [by_name[name].text if name in by_name else _NONE for name in columns]
+    tokens = _NONE if math.isnan(probe.mean_tokens) else f"{probe.mean_tokens:.1f}"
+    return {
+        "step": probe.step,
+        "when": probe.when,
+        "texts": texts,
+        "tokens": tokens,
+        "seconds": seconds_text(probe.seconds),
+        "incoherent": sum(m.incoherent for m in probe.measures),
+        "unjudged": sum(m.unjudged for m in probe.measures),
+    }

@@ -1,0 +1,6 @@
+if (run.modules.length) {
+  moduleTable();
+  heatMap();
+  curves();
+}
+probeCurves();

@@ -1,0 +1,175 @@
+"""What the page shows, as pictures for a paper or a slide: one plot a file."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..decision import JOURNAL_FILE
+from ..errors import ConfigError, nearest
+from .heatmap import draw_heat_map
+from .history import LOSS, History
+from .page import PAGE_FILE, write_page
+from .saving import FORMATS, figure_module, save_figure
+
+# Told apart by those who see few colours (Okabe and Ito), and by their dashes.
+_LOOKS = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", ":"), ("#8e3a80", "-."), ("#7a6000", (0, (6, 1))))
+_GATE, _MUTED, _BAND = "#b3261e", "#6b6b6b", "#d5dae0"
+
+
+def write_report(history: History, output: str | Path, plot: str | None = None) -> Path:
+    """Write the page, or a plot, as the ending of `output` says; for a run's folder or its journal, the page beside it.
+
+    `plot`: heatmap (the default), trajectories, weights or probe. Raises ConfigError for another ending, plot or
+    nothing to plot, for `plot` with a page, where the file cannot be written, or where matplotlib is missing.
+    """
+    path = _beside(Path(output).expanduser())
+    if path.suffix.lower() not in (".html", ".htm", *FORMATS):
+        raise ConfigError(f"report {str(output)!r}: the name must end in one of .html, {', '.join(FORMATS)}.")
+    if path.suffix.lower() in FORMATS:
+        return save_figure(draw_plot(history, plot or "heatmap"), path)
+    if plot is not None:
+        raise ConfigError(f"plot={plot!r} with {path.name!r}: a page holds them all; drop it, or ask for a .png.")
+    return write_page(history, path)
+
+
+def _beside(path: Path) -> Path:
+    if path.is_dir():
+        return path / PAGE_FILE
+    return path.with_name(PAGE_FILE) if path.name == JOURNAL_FILE or path.suffix == ".jsonl" else path
+
+
+def draw_plot(history: History, plot: str) -> Any:
+    """Return a plot as `matplotlib.figure.Figure`: heatmap, trajectories, weights or probe.
+
+    Raises ConfigError for another name, where the run has nothing of that kind, or when matplotlib is not installed.
+    """
+    if plot not in PLOTS:
+        raise ConfigError(f"plot={plot!r} is unknown: choose one of {', '.join(PLOTS)}{nearest(plot, PLOTS)}.")
+    if plot != "probe" and not history.steps:
+        raise ConfigError(f"plot={plot!r}: nothing was checked in this run; choose probe.")
+    return PLOTS[plot](history)
+
+
+def draw_trajectories(history: History, count: int = 5) -> Any:
+    """Return the cosines of the `count` modules that end lowest over steps, their null cosines dotted, merges ringed.
+
+    Grey are all modules, from the lowest to the highest, with their median; red is what gate `threshold` merges below.
+    """
+    figure, axes = _axes(history, "cosine to the safety subspace")
+    values = {
+        step: sorted(
+            cells[step].cosine
+            for cells in history.by_module.values()
+            if step in cells and cells[step].state == "measured"
+        )
+        for step in history.steps
+    }
+    _band(axes, values)
+    for index, name in enumerate(_lowest(history, count)):
+        colour, dash = _LOOKS[index % len(_LOOKS)]
+        cells = history.by_module[name]
+        known = {step: cell.cosine if cell.state == "measured" else math.nan for step, cell in cells.items()}
+        axes.plot(list(known), list(known.values()), color=colour, linestyle=dash, linewidth=1.6, label=name)
+        nulls = [cell.null_cosine for cell in cells.values()]
+        axes.plot(list(cells), nulls, color=colour, linestyle=(0, (1, 3)), linewidth=1.0)
+        merged = [step for step in history.task_weights.get(name, {}) if step in known]
+        ring = {"linestyle": "", "marker": "o", "markersize": 4, "markerfacecolor": "white", "markeredgecolor": colour}
+        axes.plot(merged, [known[step] for step in merged], **ring)
+    if history.gate == "threshold":
+        label = f"threshold {history.threshold:g}"
+        axes.axhline(history.threshold, color=_GATE, linewidth=1.2, linestyle=(0, (5, 3)), label=label)
+    axes.set_ylim(bottom=0)
+    _finish(axes)
+    return figure
+
+
+def draw_weights(history: History, count: int = 5) -> Any:
+    """Return the share of the task's update that merges left over steps: all modules as a band, the lowest as lines."""
+    if not history.merges:
+        raise ConfigError("plot='weights': nothing was merged in this run; choose trajectories or heatmap.")
+    figure, axes = _axes(history, "share of the task's update left")
+    shares = {name: _after(history, name) for name in history.modules}
+    _band(axes, {step: sorted(shares[name][i] for name in shares) for i, step in enumerate(history.steps)}, stairs=True)
+    lowest = sorted(shares, key=lambda name: shares[name][-1])[:count]
+    for index, name in enumerate(lowest):
+        colour, dash = _LOOKS[index % len(_LOOKS)]
+        look = {"color": colour, "linestyle": dash, "linewidth": 1.6}
+        axes.step(history.steps, shares[name], where="post", label=name, **look)
+    axes.set_ylim(bottom=0)
+    _finish(axes)
+    return figure
+
+
+def draw_probe(history: History) -> Any:
+    """Return harm, over-refusal and task of every probe over steps, with their 95 % intervals, in one plot."""
+    measures = dict.fromkeys(
+        (m.measure, m.kind) for probe in history.probes for m in probe.measures if m.measure != LOSS
+    )
+    if not measures:
+        raise ConfigError("plot='probe': no probe was made in this run; choose trajectories, weights or heatmap.")
+    figure, axes = _axes(history, "share of the prompts")
+    for index, (measure, kind) in enumerate(measures):
+        colour, dash = _LOOKS[index % len(_LOOKS)]
+        asked = [(p.step, m) for p in history.probes for m in p.measures if m.measure == measure]
+        found = [(step, m) for step, m in asked if not math.isnan(m.value)]
+        steps, values = [step for step, _ in found], [m.value for _, m in found]
+        axes.plot(steps, values, color=colour, linestyle=dash, label=f"{measure} ({kind})".replace("_", " "))
+        bars = [[max(0.0, m.value - m.low) for _, m in found], [max(0.0, m.high - m.value) for _, m in found]]
+        axes.errorbar(steps, values, bars, fmt="o", markersize=3, capsize=2, linewidth=0.9, color=colour)
+    axes.set_ylim(0, 1)
+    _finish(axes)
+    return figure
+
+
+def _axes(history: History, about: str) -> tuple[Any, Any]:
+    figure = figure_module().Figure(figsize=(8.0, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e9edf0", linewidth=0.8)
+    axes.set_xlabel("step", color=_MUTED)
+    axes.set_ylabel(about, color=_MUTED)
+    axes.set_title(f"{history.title}: {history.rule}", loc="left", fontsize=10.5, parse_math=False)
+    return figure, axes
+
+
+def _finish(axes: Any) -> None:
+    legend = axes.legend(loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2, frameon=False, fontsize=8)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def _band(axes: Any, values: dict[int, list[float]], stairs: bool = False) -> None:
+    known = {step: found for step, found in values.items() if found}
+    lows, highs = [found[0] for found in known.values()], [found[-1] for found in known.values()]
+    look = {"color": _BAND, "alpha": 0.6, "linewidth": 0, "label": "all modules"}
+    axes.fill_between(list(known), lows, highs, step="post" if stairs else None, **look)
+    middle = [statistics.median(found) for found in known.values()]
+    axes.plot(list(known), middle, color=_MUTED, linewidth=1, drawstyle="steps-post" if stairs else "default")
+
+
+def _lowest(history: History, count: int) -> list[str]:
+    last = {name: cells[max(cells)] for name, cells in history.by_module.items() if cells}
+    known = [name for name, cell in last.items() if cell.state == "measured"]
+    return sorted(known, key=lambda name: last[name].cosine)[:count]
+
+
+def _after(history: History, name: str) -> Sequence[float]:
+    """What is left of a module's own update after each check."""
+    left, now = history.task_weights.get(name, {}), 1.0
+    found = []
+    for step in history.steps:
+        now = left.get(step, now)
+        found.append(now)
+    return found
+
+
+PLOTS: dict[str, Callable[[History], Any]] = {
+    "heatmap": draw_heat_map,
+    "trajectories": draw_trajectories,
+    "weights": draw_weights,
+    "probe": draw_probe,
+}

@@ -1,0 +1,128 @@
+"""The page without a browser: how large, how quick, what it holds, and that it is one file that loads nothing."""
+
+import base64
+import hashlib
+import json
+import re
+import time
+
+import pytest
+
+from recipes.example_run import write_example
+from safemerge_callback.decision import Gate
+from safemerge_callback.errors import ConfigError
+from safemerge_callback.reports import PAGE_FILE, Cell, History, read_history, render_page, write_page, write_report
+from safemerge_callback.reports.payload import page_data
+
+
+def embedded(page):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def told(data, module, check):
+    """The reason of a check, put together as the page does it."""
+    words = module["words"] if isinstance(module["words"], int) else module["words"][check]
+    numbers = iter(module["numbers"].get(str(check), "").split(" "))
+    cosine = f"{module['cosine'][check] / 10_000:.4f}"
+    return re.sub(r"\{c\}|\{\}", lambda mark: cosine if mark[0] == "{c}" else next(numbers), data["templates"][words])
+
+
+@pytest.mark.parametrize("gate", [Gate("threshold", threshold=0.35), Gate("calibrated", z_threshold=3.0), Gate("all")])
+def test_224_modules_by_200_checks_are_under_2_mb_and_5_seconds(tmp_path, gate):
+    """Gate all merges every module at every check, gate calibrated has the longest reasons."""
+    journal = write_example(tmp_path / "run", layers=32, checks=200, gate=gate)
+    began = time.process_time()
+    history = read_history(journal)
+    page = write_page(history, tmp_path / PAGE_FILE)
+    assert time.process_time() - began < 5
+    assert (len(history.modules), len(history.steps)) == (224, 200)
+    assert page.stat().st_size < 2_000_000
+    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".html"] == [PAGE_FILE]
+
+
+@pytest.mark.parametrize("gate", [Gate("threshold", threshold=0.35), Gate("reference"), Gate("quantile", quantile=0.2)])
+def test_the_data_is_the_journal_to_four_digits(tmp_path, gate):
+    history = read_history(write_example(tmp_path / "run", layers=3, checks=9, gate=gate))
+    data = page_data(history)
+    assert sorted(module["name"] for module in data["modules"]) == sorted(history.modules)
+    assert data["steps"] == history.steps
+    for module in data["modules"]:
+        name, left = module["name"], history.task_weights.get(module["name"], {})
+        for check, step in enumerate(history.steps):
+            cell = history.cells[name, step]
+            assert module["cosine"][check] == pytest.approx(10_000 * cell.cosine, abs=0.51)
+            assert told(data, module, check) == cell.reason
+            assert module["null"] == round(10_000 * cell.null_cosine)
+        assert [data["steps"][check] for check in module["merged"]] == list(left)
+        assert module["left"] == [round(10_000 * share) for share in left.values()]
+
+
+def test_the_policy_names_what_is_there_and_allows_nothing_else(example):
+    page = render_page(read_history(example))
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', page)[1].replace("&#39;", "'")
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    for tag, rule in (("style", "style-src"), ("script", "script-src")):
+        inside = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        assert len(inside) == 1
+        digest = base64.b64encode(hashlib.sha256(inside[0].encode()).digest()).decode()
+        assert rules[rule] == f"'sha256-{digest}'"
+    assert rules["default-src"] == "'none'"
+    assert set(rules) == {
+        "default-src",
+        "script-src",
+        "style-src",
+        "base-uri",
+        "form-action",
+        "require-trusted-types-for",
+    }
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!#)""", page.split("<body>")[1].split("<script")[0])
+    assert not re.search(r"\son\w+=|style=|innerHTML|\beval\(|document\.write|https?://(?!www\.w3\.org)", page)
+
+
+def test_names_are_escaped_in_the_markup_and_in_the_data():
+    evil = "layers.0.</script><script>alert(1)</script><!--"
+    history = History(evil, {(evil, 0): Cell(0.5, 0.4, "measured", reason=evil)}, gate="all", faults=[evil])
+    page = render_page(history)
+    assert page.count("<script") == 2
+    assert "<!--" not in page
+    assert "alert(1)" in page
+    data = embedded(page)
+    assert data["title"] == data["modules"][0]["name"] == evil
+
+
+def test_it_tells_the_run_its_cost_and_its_sources(example):
+    page = render_page(read_history(example))
+    words = re.sub(r"<[^>]+>", " ", page.split("<body>")[1].split('<script type="application/json"')[0])
+    for fact in ("made-up-aligned", "a" * 64, "made-up.subspace.safetensors", "safemerge-callback", "training_seconds"):
+        assert (fact in words) == (fact != "training_seconds"), fact
+    assert "ended at step 120" in words
+    assert re.search(r"[\d.]+% of 288\.0 s of training", words)
+    assert "advbench refused at the last probe" in words
+    assert "n = 64" in words
+    assert "harmless" not in words
+
+
+def test_what_a_run_lacks_is_left_out():
+    cells = {("layers.0.a", step): Cell(0.5, 0.4, "measured") for step in (0, 5)}
+    page = render_page(History("run", cells, gate="watch"))
+    for part in ('id="weights"', 'id="probe"', 'id="happened"'):
+        assert part not in page
+    assert "no start entry" in page
+    assert "has not ended" in page
+
+
+def test_where_it_is_written(tmp_path, example):
+    history = read_history(example)
+    assert write_report(history, example) == example.with_name(PAGE_FILE)
+    assert write_report(history, example.parent) == example.parent / PAGE_FILE
+    assert write_report(history, tmp_path / "a" / "b.html").read_text() == (example.parent / PAGE_FILE).read_text()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        write_report(history, tmp_path / "file" / "b.html")
+    with pytest.raises(ConfigError, match=r"end in one of \.html, \.png"):
+        write_report(history, tmp_path / "b.htmx")
+    with pytest.raises(ConfigError, match="a page holds them all"):
+        write_report(history, tmp_path / "b.html", "probe")
+    with pytest.raises(ConfigError, match=r"must end in \.html"):
+        write_page(history, tmp_path / "b.png")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "file"]

@@ -1,0 +1,62 @@
+"""Trajectories, weights and probe as pictures."""
+
+import math
+
+import pytest
+
+from safemerge_callback.errors import ConfigError
+from safemerge_callback.reports import PLOTS, Cell, History, draw_plot, read_history, write_report
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+def test_every_plot_is_a_picture(example, tmp_path, plot):
+    from matplotlib.image import imread
+
+    picture = imread(write_report(read_history(example), tmp_path / "x.png", plot))
+    assert min(picture.shape[:2]) > 500
+    assert 0.01 < (picture[..., :3] < 0.9).any(axis=-1).mean() < 0.95
+    for ending in (".svg", ".pdf"):
+        assert write_report(read_history(example), tmp_path / f"x{ending}", plot).stat().st_size > 2000
+
+
+def test_trajectories_are_the_lowest_modules_with_null_and_threshold(example):
+    history = read_history(example)
+    axes = draw_plot(history, "trajectories").axes[0]
+    last = history.steps[-1]
+    lowest = sorted(history.modules, key=lambda name: history.cells[name, last].cosine)[:5]
+    lines = {line.get_label(): line for line in axes.lines}
+    assert [label for label in lines if label.startswith("layers")] == lowest
+    for name in lowest:
+        assert list(lines[name].get_ydata()) == [history.cells[name, step].cosine for step in history.steps]
+    nulls = {history.cells[name, last].null_cosine for name in lowest}
+    assert nulls <= {line.get_ydata()[0] for line in axes.lines if len(line.get_ydata())}
+    assert list(lines["threshold 0.35"].get_ydata()) == [0.35, 0.35]
+
+
+def test_weights_are_what_each_merge_left(example):
+    history = read_history(example)
+    axes = draw_plot(history, "weights").axes[0]
+    for line in axes.lines[1:]:
+        left = history.task_weights[line.get_label()]
+        assert line.get_ydata()[-1] == pytest.approx(left[max(left)])
+        assert line.get_ydata()[0] == left.get(history.steps[0], 1.0)
+
+
+def test_the_probe_shows_harm_over_refusal_and_task_with_intervals(example):
+    history = read_history(example)
+    axes = draw_plot(history, "probe").axes[0]
+    words = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert words == ["advbench refused (harm)", "benign refused (over refusal)", "pubmedqa accuracy (task)"]
+    segments = axes.containers[0].lines[2][0].get_segments()
+    first = next(m for m in history.probes[0].measures if m.kind == "harm")
+    assert segments[0][:, 1] == pytest.approx([first.low, first.high])
+
+
+def test_what_cannot_be_plotted_is_refused():
+    bare = History("run", {("layers.0.a", 0): Cell(math.nan, 0.4, "broken")}, gate="watch")
+    for plot, match in (("weights", "nothing was merged"), ("probe", "no probe"), ("heatmaps", "did you mean|heatmap")):
+        with pytest.raises(ConfigError, match=match):
+            draw_plot(bare, plot)
+    assert draw_plot(bare, "trajectories").axes
+    with pytest.raises(ConfigError, match="nothing was checked"):
+        draw_plot(History("run"), "heatmap")
