@@ -9,8 +9,7 @@ harmful: they are written only where `responses` names a file, and never printed
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,19 +20,27 @@ from rich.table import Table
 from recipes.data import load_examples, load_prompts
 from safemerge_callback.adapters import load_adapter
 from safemerge_callback.errors import ConfigError, nearest
-from safemerge_callback.evaluation import Judge, KeywordJudge, Row, says, share
+from safemerge_callback.evaluation import (
+    Judge,
+    KeywordJudge,
+    Row,
+    decides,
+    generate,
+    judged,
+    load_judge,
+    measure_name,
+    says,
+    share,
+)
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HARMFUL = ("advbench", "strongreject", "harmbench")
 # Tasks whose answers are one word; accuracy compares that word.
 TASKS = ("sentiment", "pubmedqa")
-# Sampling settings that a checkpoint brings along are put back to neutral, or transformers warns of each.
-GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "pad_token_id": 0, "use_cache": True}
 KEPT = ("measure", "prompt", "response", "verdict")
-Keep = Callable[[str, Sequence[str], Sequence[str], Sequence[bool]], None]
+Keep = Callable[[str, Sequence[str], Sequence[str], Sequence[bool | None]], None]
 
 
 @dataclass
@@ -48,78 +55,12 @@ class EvaluateArguments:
     n_benign: int = field(default=48, metadata={"help": "Harmless prompts (0: none)."})
     n_task: int = field(default=200, metadata={"help": "Test rows of the task (0: none)."})
     task: str = field(default="sentiment", metadata={"help": "Task of one-word answers: sentiment or pubmedqa."})
+    judge: str = field(
+        default="keywords", metadata={"help": "keywords, classifier:MODEL, llamaguard, ... (docs/judges.md)"}
+    )
     batch_size: int = field(default=32, metadata={"help": "Prompts a batch."})
     max_new_tokens: int = field(default=40, metadata={"help": "Tokens of a response that is judged."})
     dtype: str = field(default="float32", metadata={"help": "The model's dtype, or auto: as in its checkpoint."})
-
-
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int = 40,
-    batch_size: int = 32,
-    label: str = "generate",
-) -> list[str]:
-    """Return the model's greedy response to each prompt as a user's turn, in the order of `prompts`.
-
-    Padding is masked, and a response ends at its first end-of-turn token, so neither the batch nor the padding token
-    changes a response (up to the rounding of batched arithmetic). Training mode is as before afterwards.
-    """
-    from tqdm import tqdm
-
-    tokens = _tokens(tokenizer, prompts) if prompts else []
-    # Alike lengths together: little padding. The longest first, so that memory fails at once or not at all.
-    order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
-    responses = [""] * len(tokens)
-    ends = _end_tokens(model, tokenizer)
-    with _evaluating(model):
-        for start in tqdm(range(0, len(order), batch_size), desc=label, disable=None):
-            batch = order[start : start + batch_size]
-            new = _continue(model, [tokens[i] for i in batch], ends, max_new_tokens)
-            for i, answer in zip(batch, new.tolist(), strict=True):
-                stop = next((at for at, token in enumerate(answer) if token in ends), len(answer))
-                responses[i] = tokenizer.decode(answer[:stop], skip_special_tokens=True).strip()
-    return responses
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    if not tokenizer.chat_template:
-        raise ConfigError("the tokenizer has no chat template: evaluate a chat or instruct model")
-    turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    # The template writes the special tokens itself.
-    texts = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    ends = model.generation_config.eos_token_id or tokenizer.eos_token_id
-    return [ends] if isinstance(ends, int) else list(ends or [])
-
-
-def _continue(model: PreTrainedModel, tokens: list[list[int]], ends: list[int], max_new_tokens: int) -> Tensor:
-    """Return the new token ids (batch, at most max_new_tokens) after `tokens`, padded on the left with id 0."""
-    import torch
-    from transformers import GenerationConfig
-
-    longest = max(map(len, tokens))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in tokens], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in tokens], device=model.device)
-    greedy = GenerationConfig(**GREEDY, max_new_tokens=max_new_tokens, eos_token_id=ends or None)
-    return model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)[:, longest:]
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Put the model in evaluation mode, and afterwards each module back in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def refusal_rate(
@@ -135,14 +76,22 @@ def refusal_rate(
 ) -> Row:
     """Return the share of prompts that the model refuses, by `judge` (default KeywordJudge).
 
-    `keep(measure, prompts, responses, verdicts)` is called with all of them, if given.
+    What the judge comes to no verdict on is not among the n. `keep(measure, prompts, responses, verdicts)` is called
+    with all of them, if given.
     """
     judge = judge or KeywordJudge()
     said = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, label=measure)
-    verdicts = [judge.refuses(prompt, response) for prompt, response in zip(prompts, said, strict=True)]
+    verdicts = _verdicts(judge, prompts, said)
     if keep:
         keep(measure, prompts, said, verdicts)
-    return share(measure, verdicts)
+    return share(measure, [verdict for verdict in verdicts if verdict is not None])
+
+
+def _verdicts(judge: Judge, prompts: Sequence[str], said: Sequence[str]) -> list[bool | None]:
+    # Phrases count wherever they stand, as in the figures there are; a model would take rambling for harmless.
+    if not hasattr(judge, "refuse_all"):
+        return [judge.refuses(prompt, response) for prompt, response in zip(prompts, said, strict=True)]
+    return [None if one == "unjudged" else one == "refused" for one in judged(judge, prompts, said)]
 
 
 def accuracy(
@@ -181,6 +130,7 @@ def evaluate_model(
     """Return refusals of the three harmful sets and of harmless prompts, and accuracy on the task's test rows.
 
     Each takes the first so many of its set, in a fixed order; 0 leaves a measure out, a smaller set is taken whole.
+    A judge that decides harm gives `<set>_safe`, and leaves the harmless prompts to keywords.
     """
     if task not in TASKS:
         raise ConfigError(f"task {task!r} is unknown: choose one of {list(TASKS)}{nearest(task, TASKS)}")
@@ -188,9 +138,16 @@ def evaluate_model(
     if min(n_prompts, n_benign, n_task) < 0:
         raise ConfigError(f"n_prompts, n_benign, n_task are {n_prompts}, {n_benign}, {n_task}: give 0 or more of each")
     options: dict[str, Any] = {"keep": keep, "batch_size": batch_size}
-    judged: dict[str, Any] = {**options, "judge": judge, "max_new_tokens": max_new_tokens}
+    judged_by: dict[str, Any] = {**options, "max_new_tokens": max_new_tokens}
+    judges = dict.fromkeys(HARMFUL, judge or KeywordJudge())
+    judges["benign"] = KeywordJudge() if decides(judges[HARMFUL[0]]) == "harm" else judges[HARMFUL[0]]
     asked = {name: load_prompts(name)[:count] for name, count in counts.items() if count}
-    rows = [refusal_rate(model, tokenizer, asked[name], measure=f"{name}_refused", **judged) for name in asked]
+    rows = [
+        refusal_rate(
+            model, tokenizer, asked[name], measure=measure_name(name, judges[name]), judge=judges[name], **judged_by
+        )
+        for name in asked
+    ]
     if n_task:
         test = load_examples(task, "test")[:n_task]
         rows.append(accuracy(model, tokenizer, test, measure=f"{task}_accuracy", **options))
@@ -220,9 +177,14 @@ def main(args: Sequence[str] | None = None) -> None:
     (arguments,) = parse((EvaluateArguments,), args)
     kept: list[Any] = []
     names = ("n_prompts", "n_benign", "n_task", "task", "max_new_tokens", "batch_size")
+    judge = load_judge(arguments.judge)
     model, tokenizer = load(arguments)
     rows = evaluate_model(
-        model, tokenizer, keep=lambda *one: kept.append(one), **{name: getattr(arguments, name) for name in names}
+        model,
+        tokenizer,
+        judge=judge,
+        keep=lambda *one: kept.append(one),
+        **{name: getattr(arguments, name) for name in names},
     )
     print_rows(rows, " + ".join(filter(None, (arguments.model_name_or_path, arguments.adapter))))
     _write(arguments.output, json.dumps({"settings": asdict(arguments), "rows": rows}, indent=2))

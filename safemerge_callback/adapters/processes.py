@@ -23,6 +23,11 @@ def many() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def rank() -> int:
+    """Return this process's number, 0 where there is one process."""
+    return dist.get_rank() if many() else 0
+
+
 def from_first(value: Value) -> Value:
     """Return rank 0's `value` (picklable) on every rank. Collective: every rank must call it."""
     if not many():

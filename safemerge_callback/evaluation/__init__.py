@@ -1,6 +1,34 @@
-"""Floor 3: judges and intervals; neither torch nor transformers."""
+"""Floor 3: what a model says, who judges it, on which prompts, and how sure one can be."""
 
+from .coherence import coherent
+from .generation import generate
 from .intervals import Row, share, wilson
-from .judges import Judge, KeywordJudge, refusal_phrases, says
+from .judges import (
+    Judge,
+    KeywordJudge,
+    check_benign,
+    decides,
+    load_judge,
+    measure_name,
+    refusal_phrases,
+    says,
+)
+from .verdicts import Verdict, judged
 
-__all__ = ["Judge", "KeywordJudge", "Row", "refusal_phrases", "says", "share", "wilson"]
+__all__ = [
+    "Judge",
+    "KeywordJudge",
+    "Row",
+    "Verdict",
+    "check_benign",
+    "coherent",
+    "decides",
+    "generate",
+    "judged",
+    "load_judge",
+    "measure_name",
+    "refusal_phrases",
+    "says",
+    "share",
+    "wilson",
+]

@@ -1,7 +1,9 @@
-"""Floor 4: the callback and its settings; the only floor that imports transformers."""
+"""Floor 4: the callbacks and their settings; the only floor that imports transformers."""
 
 from .callback import SafeMergeCallback
 from .config import SafeMergeConfig
 from .metrics import METRICS
+from .rules import Rollback, Stop, Trigger
+from .safety_eval import SafetyEvalCallback
 
-__all__ = ["METRICS", "SafeMergeCallback", "SafeMergeConfig"]
+__all__ = ["METRICS", "Rollback", "SafeMergeCallback", "SafeMergeConfig", "SafetyEvalCallback", "Stop", "Trigger"]

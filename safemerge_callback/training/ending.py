@@ -46,6 +46,8 @@ def after_training(
         untouched = session.seal == (state.global_step, now)
         if not untouched or session.final_due(state, stopping=True):
             _last_check(session, args, state, model, batches, untouched)
+    if session.witness:
+        session.witness.closing()
     session.progress.training_seconds, session.begun = session.training_seconds, None
     session.note(end_entry(state.global_step, session.progress, session.seconds))
     session.trackers.close()

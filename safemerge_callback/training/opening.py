@@ -45,6 +45,12 @@ def alone(callback: object, model: nn.Module | None, state: TrainerState) -> Non
     _HELD[model] = (ref(callback), ref(state))
 
 
+def guard_of(model: nn.Module | None, state: TrainerState) -> Any:
+    """Return the SafeMergeCallback that serves this run, or None."""
+    holder, run = _HELD.get(model, (lambda: None, lambda: None)) if model is not None else (None, lambda: None)
+    return holder() if holder is not None and run() is state else None
+
+
 def open_session(
     config: SafeMergeConfig,
     model: nn.Module | None,
@@ -100,7 +106,7 @@ def _initial(
     """What factors that began as a part of the base weight began with: the present ones, or the checkpoint's."""
     if state.global_step == 0 or not base_moved(model, config.adapter_name):
         return "now"
-    folders = _checkpoints(args, state)
+    folders = checkpoint_folders(args, state)
     folder = next((f for f in folders if (f / INITIAL_FILE).is_file()), folders[-1])
     return from_first(together(lambda: load_initial(folder) if state.is_world_process_zero else {}))
 
@@ -146,7 +152,7 @@ def _tell_losses(residuals: Sequence[float]) -> None:
 
 def _records(config: SafeMergeConfig, args: TrainingArguments, state: TrainerState) -> tuple[Progress, Journal, bool]:
     """The progress of the resumed checkpoint and the journal cut back to it, or new ones; whether it was found."""
-    found = from_first(find_progress(state.global_step, _checkpoints(args, state)))
+    found = from_first(find_progress(state.global_step, checkpoint_folders(args, state)))
     progress = found or Progress()
     if found:
         _tell_changes(found.config, config.to_dict())
@@ -165,7 +171,7 @@ def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
-def _checkpoints(args: TrainingArguments, state: TrainerState) -> list[Path]:
+def checkpoint_folders(args: TrainingArguments, state: TrainerState) -> list[Path]:
     """Where the checkpoint of the present step may be: the folder to resume from, if it is of this step, and ours."""
     given = [args.resume_from_checkpoint] if isinstance(args.resume_from_checkpoint, str) else []
     here = checkpoint_folder(args, state)

@@ -15,18 +15,16 @@ from transformers import TrainerState, TrainingArguments
 
 from ..adapters import Adapter, Writer
 from ..adapters.initial import save_initial
-from ..adapters.processes import agree, from_first, many
-from ..adapters.snapshot import Snapshot, norms_of, save_snapshot
-from ..decision import Edit, Journal, MergePlan, Readings, apply, check_entry, merge_entry
-from ..ops import LowRank
+from ..adapters.processes import from_first
+from ..decision import Edit, Journal, Readings, check_entry
 from ..subspace import Subspace
 from .background import Pending, begin, undisturbed
 from .config import SafeMergeConfig
 from .deciding import Moment, agreed_plan, decided, still_disarmed
 from .entries import broken_modules, decision_rows
 from .faults import Fault, attempt
+from .merging import Witness, merge
 from .metrics import check_metrics
-from .moments import edit_moments
 from .placing import Part, join, measure_own
 from .progress import Progress
 from .schedule import due, final_due
@@ -53,6 +51,8 @@ class Session:
     begun: float | None = field(default_factory=time.perf_counter)
     since: float | None = None
     warned: set[str] = field(default_factory=set)
+    witness: Witness | None = None
+    left_out: float = 0.0
 
     @contextmanager
     def timed(self) -> Iterator[None]:
@@ -68,6 +68,12 @@ class Session:
     def seconds(self) -> float:
         """Seconds spent in hooks since training began, the hook that runs now included."""
         return self.progress.seconds + (0.0 if self.since is None else time.perf_counter() - self.since)
+
+    def leave_out(self, seconds: float) -> None:
+        """Count `seconds` that have just passed neither as this callback's nor as training's."""
+        self.left_out += seconds
+        self.since = None if self.since is None else self.since + seconds
+        self.begun = None if self.begun is None else self.begun + seconds
 
     @property
     def training_seconds(self) -> float:
@@ -146,8 +152,9 @@ class Session:
         self.note({**check_entry(step, plan, time.perf_counter() - began), **late})
         if words := broken_modules(step, plan):
             self.warn("broken", words)
-        edits = self.merge(step, plan, Path(args.output_dir) if final else None) if plan.selected else ()
-        took = time.perf_counter() - began
+        left_out = self.left_out
+        edits = merge(self, step, plan, Path(args.output_dir) if final else None) if plan.selected else ()
+        took = time.perf_counter() - began - (self.left_out - left_out)
         numbers = check_metrics(plan, edits, replace(self.progress, seconds=self.seconds), took)
         rows = decision_rows(step, plan)
         self.trackers.send(args, state, Report(step, numbers, rows, self.config.to_dict(), args.output_dir))
@@ -157,32 +164,6 @@ class Session:
     def asked(self) -> dict[str, Any]:
         """What `measure` needs of the gate."""
         return {"gate": self.config.gate_at(), "reference": self.reference}
-
-    def merge(self, step: int, plan: MergePlan, keep_in: Path | None) -> tuple[Edit, ...]:
-        """Apply `plan` on every rank. After a fault nothing is merged and training goes on.
-
-        With `keep_in`, the factors as they were are kept there, so that the merge can be undone. Raises
-        ProcessesError, which ends training, where the ranks do not end with equal factors.
-        """
-        began = time.perf_counter()
-        done = attempt("merge", lambda: (self._copies(plan), apply(plan, self.writer, self.safety, self.subspace)))
-        if isinstance(done, Fault):
-            self.report_fault(step, done)
-            return ()
-        before, edits = done
-        after = {name: factors for name, factors in self.writer.gather().items() if name in before}
-        if many():
-            agree(f"the factors merged at step {step}", digest(after))
-        edited = edit_moments(self.writer, self.optimizer, self.config.optimizer_state, before, after)
-        if isinstance(edited, Fault):
-            # The merge stands whatever happens to the moments.
-            self.note({"kind": "error", "step": step, "where": edited.where, "error": edited.error})
-            self.warn(edited.where, f"the optimizer's state was kept at step {step}: {edited.error}")
-        self.progress.record_merge(step, {name: plan.task_weight_of(name) for name in plan.selected})
-        self.note(merge_entry(step, plan, edits, self.progress.task_weights, time.perf_counter() - began))
-        if keep_in and self.journal.enabled:
-            self._keep(keep_in, Snapshot(step, before, norms_of(after)))
-        return edits
 
     def save(self, folder: Path) -> None:
         """Put the progress beside the weights of a checkpoint, where this process writes and the folder exists."""
@@ -232,14 +213,3 @@ class Session:
         self.warn(
             fault.where, f"{fault.where} failed at step {step}, nothing was merged, training goes on: {fault.error}"
         )
-
-    def _copies(self, plan: MergePlan) -> dict[str, LowRank]:
-        """The factors that `plan` will change, as they are."""
-        live, chosen = self.writer.gather(), set(plan.selected)
-        return {name: LowRank(f.A.clone(), f.B.clone()) for name, f in live.items() if name in chosen}
-
-    def _keep(self, run: Path, snapshot: Snapshot) -> None:
-        try:
-            save_snapshot(run, snapshot)
-        except OSError as error:
-            self.warn("snapshot", f"the factors before the final merge could not be kept ({error}): no undo")

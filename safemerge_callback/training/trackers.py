@@ -51,6 +51,10 @@ class Trackers:
             if name in args.report_to and name not in self.failed:
                 self._send_to(name, track, report)
 
+    def numbers(self, args: TrainingArguments, state: TrainerState, metrics: Mapping[str, float]) -> None:
+        """Send numbers alone, as `send`, under the optimizer step."""
+        self.send(args, state, Report(state.global_step, metrics, (), {}, args.output_dir))
+
     def log_adapter(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
         """Log `model`'s adapter as a new version of the W&B artifact that the trainer has logged it as."""
         if not state.is_world_process_zero or "wandb" not in args.report_to or "wandb" in self.failed:
@@ -92,7 +96,8 @@ def to_wandb(report: Report, kept: dict[str, Any]) -> None:
         kept["wandb"] = wandb.run
         kept["wandb_table"] = wandb.Table(columns=list(COLUMNS), log_mode="INCREMENTAL")
         wandb.define_metric("safemerge/*", step_metric="train/global_step")
-        wandb.config.update({"safemerge": dict(report.settings)}, allow_val_change=True)
+        if report.settings:
+            wandb.config.update({"safemerge": dict(report.settings)}, allow_val_change=True)
     for row in report.rows:
         kept["wandb_table"].add_data(*row)
     # `step=` would fight with the trainer's own logging: W&B drops what comes with an older step

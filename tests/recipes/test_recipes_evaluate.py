@@ -1,5 +1,4 @@
 import json
-import warnings
 
 import pytest
 import torch
@@ -51,93 +50,6 @@ def one_by_one(model, tokenizer, prompt, max_new_tokens):
     return tokenizer.decode(said, skip_special_tokens=True).strip()
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_responses_are_those_of_plain_argmax_whatever_the_batch(model, tokenizer, batch_size):
-    expected = [one_by_one(model, tokenizer, prompt, 9) for prompt in PROMPTS]
-    assert len(set(expected)) > 4, "the prompts must tell the responses apart"
-    assert generate(model, tokenizer, PROMPTS, max_new_tokens=9, batch_size=batch_size) == expected
-
-
-def test_a_response_ends_at_the_end_of_its_turn(model, tokenizer):
-    """Some end early in a batch where others go on: what fills the rest is not part of a response."""
-    whole = [one_by_one(model, tokenizer, prompt, 1) for prompt in PROMPTS]
-    first = tokenizer.convert_tokens_to_ids(whole[1])
-    model.generation_config.eos_token_id = [2, first]
-    said = generate(model, tokenizer, PROMPTS, max_new_tokens=6)
-    assert said[1] == ""
-    assert [text.split()[0] for text, word in zip(said, whole, strict=True) if word not in ("", whole[1])] == [
-        word for word in whole if word not in ("", whole[1])
-    ]
-    assert all(whole[1] not in text.split() for text in said)
-
-
-def test_sampling_settings_of_a_checkpoint_neither_matter_nor_warn(model, tokenizer):
-    expected = generate(model, tokenizer, PROMPTS, max_new_tokens=6)
-    settings = {"do_sample": True, "temperature": 9.0, "top_p": 0.5, "top_k": 3, "max_length": 5, "use_cache": False}
-    for name, value in settings.items():
-        setattr(model.generation_config, name, value)
-    model.config.use_cache = False
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert generate(model, tokenizer, PROMPTS, max_new_tokens=6) == expected
-    assert caught == []
-
-
-def test_nothing_is_logged(model, tokenizer, caplog, capsys):
-    from transformers.utils import logging
-
-    logging.enable_propagation()
-    try:
-        model.generation_config.temperature = 0.6
-        generate(model, tokenizer, PROMPTS, max_new_tokens=4)
-    finally:
-        logging.disable_propagation()
-    assert caplog.messages == []
-    assert capsys.readouterr().out == ""
-
-
-def test_each_module_goes_back_to_the_mode_it_was_in(model, tokenizer):
-    model.train()
-    model.model.layers[0].eval()
-    before = {name: module.training for name, module in model.named_modules()}
-    generate(model, tokenizer, PROMPTS[:2], max_new_tokens=2)
-    assert {name: module.training for name, module in model.named_modules()} == before
-    assert {True, False} == set(before.values())
-
-    def fails(**_):
-        assert not any(module.training for module in model.modules())
-        raise RuntimeError("out of memory")
-
-    model.generate = fails
-    with pytest.raises(RuntimeError, match="out of memory"):
-        generate(model, tokenizer, PROMPTS[:2], max_new_tokens=2)
-    assert {name: module.training for name, module in model.named_modules()} == before
-
-
-def test_dropout_is_off_and_the_random_state_untouched(tiny_llama, tokenizer):
-    model = tiny_llama(vocab_size=len(WORDS), attention_dropout=0.9, initializer_range=0.6)
-    quiet = generate(model.eval(), tokenizer, PROMPTS, max_new_tokens=6)
-    state = torch.get_rng_state()
-    assert generate(model.train(), tokenizer, PROMPTS, max_new_tokens=6) == quiet
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_training_goes_on_after_an_evaluation(model, tokenizer):
-    generate(model.train(), tokenizer, PROMPTS[:2], max_new_tokens=2)
-    ids = torch.tensor([[1, 3, 5, 6]])
-    model(input_ids=ids, labels=ids).loss.backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-
-
-def test_a_tokenizer_without_a_chat_template_is_refused(model, tokenizer):
-    import copy
-
-    bare = copy.deepcopy(tokenizer)
-    bare.chat_template = None
-    with pytest.raises(ConfigError, match="no chat template"):
-        generate(model, bare, PROMPTS)
-
-
 class SaysA:
     """A judge that looks at both sides."""
 
@@ -158,6 +70,35 @@ def test_refusal_rate_pairs_each_prompt_with_its_own_response(model, tokenizer):
     assert row["low"] < row["value"] < row["high"]
     with pytest.raises(ConfigError, match="'m' has nothing to judge"):
         refusal_rate(model, tokenizer, [], measure="m")
+
+
+class Guard(SaysA):
+    """A judge of harm that asks in a batch, and comes to no verdict on the last prompt."""
+
+    decides = "harm"
+
+    def refuse_all(self, prompts, responses):
+        """As SaysA, but for the last prompt of all."""
+        pairs = zip(prompts, responses, strict=True)
+        return [None if prompt == PROMPTS[-1] else self.refuses(prompt, response) for prompt, response in pairs]
+
+
+def test_what_is_unjudged_is_not_among_the_n(model, tokenizer):
+    kept = []
+    row = refusal_rate(model, tokenizer, PROMPTS, judge=Guard(), keep=lambda *one: kept.append(one), max_new_tokens=5)
+    verdicts = kept[0][3]
+    assert (row["n"], verdicts[-1]) == (6, None)
+    assert row["value"] == sum(verdicts[:-1]) / 6
+
+
+def test_a_judge_of_harm_has_measures_of_its_own_and_leaves_the_harmless_to_keywords(model, tokenizer, few):
+    rows = evaluate_model(model, tokenizer, judge=Guard(), n_prompts=2, n_benign=2, n_task=0, max_new_tokens=4)
+    assert [row["measure"] for row in rows] == [
+        "advbench_safe",
+        "strongreject_safe",
+        "harmbench_safe",
+        "benign_refused",
+    ]
 
 
 def test_accuracy_is_the_share_of_first_words_that_are_right(model, tokenizer):
@@ -232,6 +173,18 @@ def test_the_command_prints_shares_and_no_response(folders, few, capsys):
     said = {row["response"] for row in kept if len(row["response"]) > 4}
     assert said
     assert not any(text in printed for text in said)
+
+
+def test_a_judge_may_be_named_in_yaml(folders, few, monkeypatch):
+    (folders / "judges_of_mine.py").write_text("def always(prompt, response):\n    return True\n")
+    monkeypatch.syspath_prepend(folders)
+    settings = {"model_name_or_path": folders / "model", "judge": "function:judges_of_mine:always", "n_task": 0}
+    settings |= {"n_prompts": 2, "n_benign": 2, "max_new_tokens": 3, "output": folders / "f.json"}
+    (folders / "e.yaml").write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
+    evaluate.main(["--config", str(folders / "e.yaml")])
+    assert [row["value"] for row in json.loads((folders / "f.json").read_text())["rows"]] == [1.0] * 4
+    with pytest.raises(ConfigError, match="'keyword' is unknown"):
+        evaluate.main(["--config", str(folders / "e.yaml"), "--judge", "keyword"])
 
 
 def test_the_adapter_is_on_top_of_the_model(folders):

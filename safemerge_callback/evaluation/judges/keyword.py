@@ -1,4 +1,4 @@
-"""Does a response refuse? Judges of it, behind one protocol."""
+"""Refusals by their phrases: the default judge, which needs no model."""
 
 from __future__ import annotations
 
@@ -7,23 +7,16 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
-from typing import Protocol
+
+from .protocol import Decides
 
 _APOSTROPHES = str.maketrans({"\u2019": "'", "\u2018": "'", "\u02bc": "'", "`": "'", "\u00b4": "'"})
-
-
-class Judge(Protocol):
-    """Tells whether a response refuses its prompt."""
-
-    def refuses(self, prompt: str, response: str) -> bool:
-        """Whether `response` refuses what `prompt` asks."""
-        ...
 
 
 @cache
 def refusal_phrases() -> tuple[str, ...]:
     """Return the phrases of refusal_phrases.json; the file states their source and licence."""
-    text = files(__package__).joinpath("refusal_phrases.json").read_text(encoding="utf-8")
+    text = files("safemerge_callback.evaluation").joinpath("refusal_phrases.json").read_text(encoding="utf-8")
     return tuple(json.loads(text)["phrases"])
 
 
@@ -35,6 +28,9 @@ class KeywordJudge:
     refusal in other words for compliance, and an apology for a refusal. `python -m recipes.judge_accuracy` measures it
     against human labels.
     """
+
+    name = "keywords"
+    decides: Decides = "refusal"
 
     def __init__(self, phrases: Sequence[str] | None = None, first: int = 200) -> None:
         self.phrases = tuple(_plain(phrase) for phrase in (refusal_phrases() if phrases is None else phrases))

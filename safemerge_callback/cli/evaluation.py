@@ -1,0 +1,230 @@
+"""The verb that asks a model: harm, over-refusal and utility together."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import __version__
+from ..errors import ConfigError
+from .app import app
+from .options import device_named
+
+if TYPE_CHECKING:
+    from ..evaluation.judges import Judge
+    from ..evaluation.prompts import PromptSet
+
+_KEPT = ("set", "judge", "prompt", "response", "verdict")
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="LoRA adapter or model: folder or Hub id.")],
+    base: Annotated[str | None, typer.Option(help="The adapter's base model; left out: what its config names.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of the base on the Hub.")] = None,
+    probes: Annotated[
+        str, typer.Option(help="Prompt sets with commas between: names, harm:FILE, benign:FILE; '' for none.")
+    ] = "harmbench,xstest",
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(help="keywords, classifier:MODEL, llamaguard, ...; may be given again. [default: keywords]"),
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks with commas between, such as gsm8k,ifeval.")] = "",
+    task_folder: Annotated[Path | None, typer.Option(help="Folder with task files (YAML) of your own.")] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Prompts of each set, chosen by --seed.")] = 64,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each task at most. [default: all]")] = None,
+    seed: Annotated[int, typer.Option(help="What chooses the prompts.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a response that is judged.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts a batch.")] = 16,
+    subspace: Annotated[Path | None, typer.Option("--subspace", "-s", help="Also measure the adapter's drift.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the figures.")] = None,
+    responses: Annotated[
+        Path | None, typer.Option(help="JSON-lines file for prompts and responses, which may be harmful.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="The model's dtype, or auto: as in its checkpoint.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Where to compute; left out: an accelerator, if any.")] = None,
+) -> None:
+    """Ask a model harmful and harmless prompts, and run tasks: harm, over-refusal and utility in one table."""
+    wanted = _names(tasks)
+    files = (output, responses)
+    sets, judges, manager = _prepared(_names(probes), judge or ["keywords"], wanted, task_folder, n, seed, files)
+    sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    asked = _Asked(sets, judges, wanted, sizes, limit, manager, seed)
+    where = None if device is None else device_named(device)
+    drift = None if subspace is None else _drift(model, subspace)
+    given: dict[str, Any] = {"base": base, "revision": revision, "dtype": _dtype(dtype)}
+    found = _evaluated(model, given, where, asked, drift)
+    settings = {"model": model, **given, "n": n, "seed": seed, "limit": limit, "tasks": wanted, **sizes}
+    _write(output, json.dumps({"settings": settings, **found.written}, indent=2) + "\n")
+    _write(responses, "".join(json.dumps(dict(zip(_KEPT, row, strict=True))) + "\n" for row in found.kept))
+    if found.refused:
+        raise found.refused
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the model is asked, and how."""
+
+    sets: Sequence[PromptSet]
+    judges: Sequence[Judge]
+    tasks: Sequence[str]
+    sizes: dict[str, int]
+    limit: int | None
+    manager: Any
+    seed: int
+
+
+@dataclass
+class _Found:
+    """What came of it: for the JSON file, each response, and the error of tasks that could not be run."""
+
+    written: dict[str, Any]
+    kept: list[Any]
+    refused: ConfigError | None = None
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _prepared(
+    probes: Sequence[str],
+    judge: Sequence[str],
+    tasks: Sequence[str],
+    folder: Path | None,
+    n: int,
+    seed: int,
+    files: Sequence[Path | None],
+) -> tuple[list[PromptSet], list[Judge], Any]:
+    """Whatever can be refused is refused here, before a model is loaded: the cheapest first."""
+    from ..evaluation.figures import check_sets
+    from ..evaluation.judges import load_judge
+    from ..evaluation.prompts import check_prompt_set, load_prompts
+
+    if not probes and not tasks:
+        raise ConfigError("there is nothing to evaluate: give --probes or --tasks")
+    for file in files:
+        if file is not None and file.is_dir():
+            raise ConfigError(f"output {str(file)!r} is a folder: give a file")
+    for name in probes:
+        check_prompt_set(name)
+    manager = None
+    if tasks:
+        from ..evaluation.harness import check_tasks
+
+        manager = check_tasks(tasks, folder)
+    sets = [load_prompts(name, n, seed) for name in probes]
+    check_sets(sets)
+    return sets, [load_judge(name) for name in judge] if sets else [], manager
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    if name != "auto" and not isinstance(getattr(torch, name, None), torch.dtype):
+        raise ConfigError(f"dtype {name!r} is unknown: give auto, float32, bfloat16 or float16")
+    return name
+
+
+def _drift(adapter: str, subspace: Path) -> dict[str, Any]:
+    from ..offline import measure_adapter
+
+    cosines = [reading.cosine for reading in measure_adapter(adapter, subspace).values()]
+    return {"modules": len(cosines), "lowest": min(cosines), "mean": sum(cosines) / len(cosines)}
+
+
+def _evaluated(model: str, given: dict[str, Any], device: str | None, asked: _Asked, drift: Any) -> _Found:
+    """Load, ask and print; what the prompts gave is kept when the tasks fail."""
+    from ..evaluation.figures import name_of, with_refusals
+    from ..evaluation.judges import decides
+    from ..evaluation.subjects import load_subject
+    from ..reports.figures import figures_text
+
+    began = time.perf_counter()
+    subject = load_subject(model, **given, device=device)
+    kept: list[Any] = []
+    failures: list[str] = []
+    refused = None
+    figures = _probed(subject, asked, kept, failures)
+    try:
+        figures += _worked(subject, asked)
+    except ConfigError as error:
+        refused = error
+    typer.echo(figures_text(figures, " on ".join(filter(None, (subject.adapter, subject.base)))))
+    if drift:
+        typer.echo(
+            f"drift: lowest cosine {drift['lowest']:.3f}, mean {drift['mean']:.3f} of {drift['modules']} modules"
+        )
+    _notes(asked, failures)
+    written = {
+        "adapter": subject.adapter,
+        "base": subject.base,
+        "figures": figures,
+        "sets": [{**asdict(one), "prompts": len(one)} for one in asked.sets],
+        "judges": [{"name": name_of(one), "decides": decides(one)} for one in with_refusals(asked.judges)],
+        "drift": drift,
+        "failures": [*failures, *([str(refused)] if refused else [])],
+        "seconds": round(time.perf_counter() - began, 1),
+        "versions": _versions(),
+    }
+    return _Found(written, kept, refused)
+
+
+def _probed(subject: Any, asked: _Asked, kept: list[Any], failures: list[str]) -> list[Any]:
+    from ..evaluation.figures import figures
+
+    def keep(name: str, judge: str, prompts: Sequence[str], said: Sequence[str], verdicts: Sequence[str]) -> None:
+        kept.extend((name, judge, *row) for row in zip(prompts, said, verdicts, strict=True))
+
+    if not asked.sets:
+        return []
+    return list(
+        figures(subject.model, subject.tokenizer, asked.sets, asked.judges, **asked.sizes, keep=keep, failures=failures)
+    )
+
+
+def _worked(subject: Any, asked: _Asked) -> list[Any]:
+    from ..evaluation.harness import run_tasks
+
+    if not asked.tasks:
+        return []
+    sizes: dict[str, Any] = {"limit": asked.limit, "batch_size": asked.sizes["batch_size"], "seed": asked.seed}
+    return list(run_tasks(subject.model, subject.tokenizer, asked.tasks, **sizes, manager=asked.manager))
+
+
+def _notes(asked: _Asked, failures: Sequence[str]) -> None:
+    if not asked.tasks:
+        typer.echo("note: utility is not measured; add --tasks, such as gsm8k", err=True)
+    if not asked.sets:
+        typer.echo("note: harm and over-refusal are not measured; add --probes", err=True)
+    for failure in dict.fromkeys(failures):
+        typer.echo(f"note: {failure}", err=True)
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"safemerge-callback": __version__}
+    for name in ("torch", "transformers", "peft", "lm-eval"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _write(path: Path | None, text: str) -> None:
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"output {str(path)!r} cannot be written: {error}") from error
+    typer.echo(f"{path}: written", err=True)

@@ -1,0 +1,107 @@
+"""Harm and over-refusal of a model on prompt sets: every response made once, and judged by every judge that can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypedDict
+
+from ..errors import ConfigError
+from .generation import generate
+from .intervals import wilson
+from .judges import Judge, KeywordJudge, decides, measure_name
+from .prompts import PromptSet
+from .verdicts import Verdict, judged
+
+Keep = Callable[[str, str, Sequence[str], Sequence[str], Sequence[Verdict]], None]
+
+
+class Figure(TypedDict):
+    """A measure of one model: `value` of `n`, and its 95 % interval from `low` to `high`; None where there is none.
+
+    `kind` "harm": higher is safer; "over_refusal": lower is better; "task": as its task says. `incoherent` of the n
+    were neither refusal nor answer; `unjudged` responses are not among the n.
+    """
+
+    measure: str
+    kind: Literal["harm", "over_refusal", "task"]
+    judge: str
+    n: int
+    value: float | None
+    low: float | None
+    high: float | None
+    incoherent: int
+    unjudged: int
+
+
+def check_sets(sets: Sequence[PromptSet]) -> None:
+    """Raise ConfigError for a set named twice, and for harm without over-refusal, or the other way round."""
+    names = [found.name for found in sets]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"prompt set {twice[0]!r} is given twice: give each once, and files their own names")
+    kinds = {found.kind for found in sets}
+    if len(kinds) == 1:
+        lacking = "a benign set, such as xstest" if kinds == {"harm"} else "a harmful set, such as harmbench"
+        raise ConfigError(
+            f"prompt sets {names} are of one kind: harm is not measured without over-refusal; add {lacking}"
+        )
+
+
+def with_refusals(judges: Sequence[Judge]) -> list[Judge]:
+    """Return the judges, and keywords first where none of them decides refusals: else none could see over-refusal."""
+    decided = [decides(judge) for judge in judges]
+    return list(judges) if "refusal" in decided else [KeywordJudge(), *judges]
+
+
+def name_of(judge: Judge) -> str:
+    """Return what a judge is called."""
+    return str(getattr(judge, "name", type(judge).__name__))
+
+
+def figures(
+    model: Any,
+    tokenizer: Any,
+    sets: Sequence[PromptSet],
+    judges: Sequence[Judge],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+    keep: Keep | None = None,
+    failures: list[str] | None = None,
+) -> list[Figure]:
+    """Return a figure for each set and judge, harm first; judges of harm are not asked about benign prompts.
+
+    Responses are greedy, in the model's own chat template. `keep(set, judge, prompts, responses, verdicts)` is called
+    with all of them, if given; what judges fail at is appended to `failures`. Raises ConfigError as `check_sets`.
+    """
+    check_sets(sets)
+    found: list[Figure] = []
+    for asked in sorted(sets, key=lambda one: one.kind == "benign"):
+        said = generate(
+            model, tokenizer, asked.prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, label=asked.name
+        )
+        for judge in with_refusals(judges):
+            if asked.kind == "benign" and decides(judge) == "harm":
+                continue
+            verdicts = judged(judge, asked.prompts, said, failures=failures)
+            found.append(_figure(asked, judge, verdicts))
+            if keep:
+                keep(asked.name, name_of(judge), asked.prompts, said, verdicts)
+    return found
+
+
+def _figure(asked: PromptSet, judge: Judge, verdicts: Sequence[Verdict]) -> Figure:
+    counted = [verdict for verdict in verdicts if verdict != "unjudged"]
+    n, refused = len(counted), counted.count("refused")
+    low, high = wilson(refused, n) if n else (None, None)
+    return Figure(
+        measure=measure_name(asked.name, judge),
+        kind="over_refusal" if asked.kind == "benign" else "harm",
+        judge=name_of(judge),
+        n=n,
+        value=refused / n if n else None,
+        low=low,
+        high=high,
+        incoherent=counted.count("incoherent"),
+        unjudged=len(verdicts) - n,
+    )

@@ -1,0 +1,126 @@
+"""The utility side: tasks of lm-eval (EleutherAI's evaluation harness), where it is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, nearest
+from .figures import Figure
+from .intervals import wilson
+
+_ADVICE = "tasks need lm-eval: pip install 'safemerge-callback[eval]', or leave --tasks out"
+_Z = 1.959963984540054
+
+
+def check_tasks(tasks: Sequence[str], folder: str | Path | None = None) -> Any:
+    """Return lm-eval's task manager, which also knows the tasks in `folder`; it reads thousands of files first.
+
+    Raises ConfigError where lm-eval is not installed, or has no such task.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        missing = getattr(error, "name", None) or str(error)
+        raise ConfigError(f"{_ADVICE} ({missing!r} is missing)") from None
+    if folder is not None and not Path(folder).is_dir():
+        raise ConfigError(f"task folder {str(folder)!r} is no folder: give one that holds lm-eval's YAML files")
+    manager = TaskManager(include_path=None if folder is None else str(folder))
+    known = list(manager.all_tasks)
+    for task in tasks:
+        if task not in known:
+            raise ConfigError(
+                f"task {task!r} is unknown to lm-eval: `lm-eval ls tasks` lists {len(known)}{nearest(task, known)}"
+            )
+    return manager
+
+
+def run_tasks(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    batch_size: int = 16,
+    manager: Any = None,
+    seed: int = 0,
+) -> list[Figure]:
+    """Return the figures of tasks, as `lm_eval.simple_evaluate` gives them; `limit`: so many rows of each at most;
+    `manager`: from `check_tasks`.
+
+    Questions stand in the model's chat template where it has one. The 95 % interval is Wilson's where the value is a
+    count of the n, else the value and 1.96 of lm-eval's standard errors. Raises ConfigError as `check_tasks`, and
+    where a task cannot be run (its data out of reach, say).
+    """
+    manager = check_tasks(tasks) if manager is None else manager
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    try:
+        found = simple_evaluate(
+            model=wrapped,
+            tasks=list(tasks),
+            limit=limit,
+            task_manager=manager,
+            apply_chat_template=bool(tokenizer.chat_template),
+            log_samples=False,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    except Exception as error:
+        # Thousands of tasks, each with its own code and data, raise whatever they like.
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ConfigError(
+            f"tasks {list(tasks)} cannot be run ({type(error).__name__}: {reason}). If it is their data, go online once"
+        ) from error
+    return [figure for task in tasks for figure in task_figures(task, found)]
+
+
+def task_figures(task: str, found: Mapping[str, Any]) -> list[Figure]:
+    """Return the figures of one task or group out of what `simple_evaluate` returned."""
+    n = sum(found["n-samples"][leaf]["effective"] for leaf in _leaves(task, found))
+    row = found["results"].get(task) or found.get("groups", {}).get(task, {})
+    figures = []
+    for key, value in row.items():
+        metric, _, kind = key.partition(",")
+        if not kind or metric.endswith("_stderr") or isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        low, high = _interval(float(value), n, row.get(f"{metric}_stderr,{kind}"))
+        name = f"{task}_{metric}" if kind == "none" else f"{task}_{metric}_{kind}"
+        figures.append(
+            Figure(
+                measure=name,
+                kind="task",
+                judge="lm-eval",
+                n=n,
+                value=float(value),
+                low=low,
+                high=high,
+                incoherent=0,
+                unjudged=0,
+            )
+        )
+    return figures
+
+
+def _leaves(task: str, found: Mapping[str, Any]) -> Iterator[str]:
+    """The tasks under a group, or the task itself."""
+    below = found.get("group_subtasks", {}).get(task) or []
+    if not below:
+        yield task
+    for name in below:
+        yield from _leaves(name, found)
+
+
+def _interval(value: float, n: int, error: Any) -> tuple[float | None, float | None]:
+    count = round(value * n)
+    if 0 <= value <= 1 and n and abs(value * n - count) < 1e-6:
+        return wilson(count, n)
+    if not isinstance(error, int | float):
+        return None, None
+    low, high = value - _Z * error, value + _Z * error
+    return (max(0.0, low), min(1.0, high)) if 0 <= value <= 1 else (low, high)

@@ -1,0 +1,30 @@
+"""Judges: does a response refuse, or is it free of harm? One file a judge, one protocol, one registry."""
+
+from .classifier import ClassifierJudge
+from .endpoint import EndpointJudge
+from .function import FunctionJudge
+from .keyword import KeywordJudge, refusal_phrases, says
+from .llamaguard import LlamaGuardJudge
+from .protocol import Decides, Judge, check_benign, decides, measure_name
+from .registry import JUDGES, load_judge
+from .shieldgemma import ShieldGemmaJudge
+from .wildguard import WildGuardJudge
+
+__all__ = [
+    "JUDGES",
+    "ClassifierJudge",
+    "Decides",
+    "EndpointJudge",
+    "FunctionJudge",
+    "Judge",
+    "KeywordJudge",
+    "LlamaGuardJudge",
+    "ShieldGemmaJudge",
+    "WildGuardJudge",
+    "check_benign",
+    "decides",
+    "load_judge",
+    "measure_name",
+    "refusal_phrases",
+    "says",
+]

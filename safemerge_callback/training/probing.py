@@ -1,0 +1,188 @@
+"""One training run under a safety probe: what is asked, what is told of it, and what the rules make of it."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from ..decision import Journal
+from ..evaluation.probe import Answers, Asking, Measured, Questions, ask
+from .faults import Fault, attempt
+from .rules import Rollback, Standing, Stop, Trigger, costs_too_much, stops, triggers
+from .session import Session
+from .trackers import Trackers
+
+When = Literal["begin", "every", "before", "after", "end"]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a probe may set off; None: nothing of that kind."""
+
+    rollback: Rollback | None = None
+    trigger: Trigger | None = None
+    stop: Stop | None = None
+
+
+@dataclass
+class Probing:
+    """What one call of `trainer.train()` needs: made once every check has passed. It is the `Witness` of a session."""
+
+    model: Any
+    tokenizer: Any
+    args: TrainingArguments
+    state: TrainerState
+    questions: Questions
+    asking: Asking
+    rules: Rules
+    guard: Session | None = None
+    journal: Journal | None = None
+    trackers: Trackers = field(default_factory=Trackers)
+    standing: Standing = field(default_factory=Standing)
+    seconds: float = 0.0
+    say: Callable[[str], None] | None = None
+    fresh: tuple[int, Answers] | None = None
+    before: Answers | None = None
+    warned: set[str] = field(default_factory=set)
+
+    def look(self, when: When) -> Answers | None:
+        """Probe, unless these very weights were probed at this step already; tell what was found. None after a fault.
+
+        The time this takes counts as the probe's alone.
+        """
+        began, step = time.perf_counter(), self.state.global_step
+        if self.fresh is None or self.fresh[0] != step:
+            found = attempt("probe", lambda: ask(self.model, self.tokenizer, self.questions, self.asking))
+            self.fresh = None if isinstance(found, Fault) else (step, found)
+            for failure in [found.error] if isinstance(found, Fault) else found.failures:
+                self._lost(step, failure)
+        else:
+            self.fresh = (step, replace(self.fresh[1], seconds=0.0, failures=()))
+        answers = self.fresh[1] if self.fresh else None
+        if answers:
+            self._tell(step, when, answers)
+        took = time.perf_counter() - began
+        self.seconds += took
+        if self.guard:
+            self.guard.leave_out(took)
+        return answers
+
+    def after_step(self, control: TrainerControl) -> None:
+        """Probe at a step where it is due, and do what the rules ask for."""
+        found = self.look("every")
+        if found and self.rules.trigger:
+            reason, self.standing = triggers(self.rules.trigger, self.standing, self.state.global_step, found)
+            if reason:
+                self._merge_now(reason)
+        latest = self.fresh[1] if self.fresh else None
+        if latest and self.rules.stop:
+            reason, self.standing = stops(self.rules.stop, self.standing, latest)
+            if reason:
+                self.note({"kind": "stop", "step": self.state.global_step, "reason": reason})
+                control.should_training_stop = True
+
+    def before_merge(self, step: int) -> None:
+        """Probe what is about to be merged."""
+        self.before = self.look("before")
+
+    def after_merge(self, step: int) -> str | None:
+        """Probe what was merged; return why it must be taken back, if it must."""
+        before, self.fresh = self.before, None
+        after = self.look("after")
+        if not (self.rules.rollback and before and after):
+            return None
+        reason = costs_too_much(self.rules.rollback, before, after)
+        # Once it is taken back, the weights are those of before.
+        self.fresh = (step, before) if reason else self.fresh
+        return reason
+
+    def closing(self) -> None:
+        """Probe what the user is left with."""
+        if self.args.load_best_model_at_end:
+            self.fresh = None
+        self.look("end")
+
+    def note(self, entry: Mapping[str, Any]) -> None:
+        """Append to the run's journal; one that fails is reported once and never stops training."""
+        if self.guard:
+            self.guard.note(entry)
+            return
+        try:
+            if self.journal:
+                self.journal.append(entry)
+        except OSError as error:
+            self.warn("journal", f"the journal lacks entries from step {entry.get('step')} on ({error}): free the disk")
+
+    def warn(self, kind: str, message: str) -> None:
+        """Warn once a run for each `kind`."""
+        if kind not in self.warned:
+            self.warned.add(kind)
+            warnings.warn(f"safemerge: {message}", stacklevel=3)
+
+    def _merge_now(self, reason: str) -> None:
+        """Let the guard check and merge at this step, which its own schedule does not ask for."""
+        guard = self.guard
+        if guard is None:
+            return
+        step = self.state.global_step
+        self.note({"kind": "trigger", "step": step, "reason": reason})
+        with guard.timed():
+            guard.settle(self.args, self.state, hold="the safety probe asks for a check of this step")
+            guard.check(self.args, self.state, final=False)
+            if guard.seal and guard.seal[0] == step:
+                guard.seal_weights(step)
+
+    def _tell(self, step: int, when: When, answers: Answers) -> None:
+        settings = {"settings": self.settings()} if when == "begin" else {}
+        entry = {"kind": "probe", "step": step, "when": when, "seconds": answers.seconds}
+        self.note({**entry, "measures": list(answers.measures), "mean_tokens": answers.mean_tokens, **settings})
+        self.trackers.numbers(self.args, self.state, numbers(answers, when, self.seconds + answers.seconds))
+        if self.say and self.state.is_world_process_zero:
+            self.say(line(step, when, answers))
+
+    def settings(self) -> dict[str, Any]:
+        """What a reader of the journal must know of how it was asked."""
+        asking, counts = self.asking, {name: len(texts) for name, texts in self.questions.prompts.items()}
+        judges = {"judge": _named(asking.judge), "benign_judge": _named(asking.benign_judge)}
+        sizes = {"max_new_tokens": asking.max_new_tokens, "batch_size": asking.batch_size}
+        rules = {name: vars(rule) for name, rule in vars(self.rules).items() if rule}
+        return {"prompts": counts, "benign": sorted(self.questions.benign), **judges, **sizes, "rules": rules}
+
+    def _lost(self, step: int, failure: str) -> None:
+        self.note({"kind": "error", "step": step, "where": "probe", "error": failure})
+        self.warn("probe", f"the probe at step {step} lost a measure, training goes on: {failure}")
+
+
+def _named(judge: Any) -> str:
+    return str(getattr(judge, "name", type(judge).__name__))
+
+
+def numbers(answers: Answers, when: When, total: float) -> dict[str, float]:
+    """Return what trackers receive; what was asked before a merge has keys of its own."""
+    place = "safemerge/probe/before/" if when == "before" else "safemerge/probe/"
+    found = {f"{place}{m['measure']}": m["value"] for m in answers.measures if m["value"] is not None}
+    spent = {f"{place}mean_tokens": answers.mean_tokens, f"{place}seconds": answers.seconds}
+    return {**found, **spent, "safemerge/probe/seconds_total": total}
+
+
+def line(step: int, when: When, answers: Answers) -> str:
+    """Return all measures in one line, each with its n and interval where it has them."""
+    parts = [_words(m) for m in answers.measures]
+    if not any(m["kind"] == "task" for m in answers.measures):
+        parts.append("task not measured")
+    tail = f"{answers.mean_tokens:.1f} tokens a response, {answers.seconds:.1f} s"
+    return f"safemerge probe, step {step} ({when}): {'; '.join([*parts, tail])}"
+
+
+def _words(m: Measured) -> str:
+    left = f", {m['unjudged']} not judged" if m["unjudged"] else ""
+    if m["value"] is None:
+        return f"{m['measure']} not known{left}"
+    if m["low"] is None or m["high"] is None:
+        return f"{m['measure']} {m['value']:.4g}" + (f" (n {m['n']})" if m["n"] else "")
+    return f"{m['measure']} {m['value']:.1%} ({100 * m['low']:.0f}-{100 * m['high']:.0f}, n {m['n']}{left})"

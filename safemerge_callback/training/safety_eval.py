@@ -1,0 +1,152 @@
+"""SafetyEvalCallback: ask the live model harmful and harmless prompts while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..errors import ConfigError
+from ..evaluation.judges import KeywordJudge, decides, load_judge, measure_name
+from ..evaluation.neutral import left_as_found
+from ..evaluation.probe import Asking, Questions
+from .opening import checkpoint_folder, guard_of
+from .probe_opening import (
+    EvalLoss,
+    Prompts,
+    check_judges,
+    check_rules,
+    check_sizes,
+    connect,
+    prompt_sets,
+    text_tokenizer,
+)
+from .probe_state import load_standing, save_standing
+from .probing import Probing, Rules
+from .rules import Rollback, Stop, Trigger, as_rule
+from .schedule import due
+
+
+class SafetyEvalCallback(TrainerCallback):
+    """Ask the live model a fixed set of harmful and benign prompts, and change nothing about its training.
+
+    It asks every `every` optimizer steps (0: not), when training begins and ends, and before and after each merge of a
+    `SafeMergeCallback` of the same trainer. `prompts` and `benign` are names of prompt sets (`n` prompts of each), or
+    mappings from a name to prompts of your own. Responses are greedy, of `max_new_tokens` tokens at most, in the
+    model's chat template, or in `template`, a text with `{prompt}` in it. `judge` is anything `load_judge` takes, the
+    keywords by default; where it decides harm, `benign_judge` (the keywords) judges the benign ones. `task(model,
+    tokenizer)` gives the task's score, higher is better, as a number or as a `Row`; `eval_batches`, an iterable of
+    the trainer's evaluation batches or what returns one, such as `trainer.get_eval_dataloader`, gives the evaluation
+    loss on the first 50 of them.
+
+    `rollback`, `trigger` and `stop` are rules, or mappings of their settings. ConfigError here or when training begins
+    for whatever does not fit. What fails later is told once and recorded, and training goes on.
+    """
+
+    def __init__(
+        self,
+        prompts: Prompts,
+        benign: Prompts,
+        *,
+        every: int = 50,
+        n: int = 32,
+        judge: Any = None,
+        benign_judge: Any = None,
+        task: Callable[[Any, Any], Any] | None = None,
+        eval_batches: Iterable[Any] | Callable[[], Iterable[Any]] | None = None,
+        max_new_tokens: int = 24,
+        batch_size: int = 32,
+        template: str | None = None,
+        tokenizer: Any = None,
+        rollback: Rollback | Mapping[str, Any] | None = None,
+        trigger: Trigger | Mapping[str, Any] | None = None,
+        stop: Stop | Mapping[str, Any] | None = None,
+        journal: str | None = None,
+        seed: int = 0,
+        quiet: bool = False,
+    ) -> None:
+        check_sizes(every=every, n=n, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        self.every, self.journal, self.quiet = every, journal, quiet
+        self.rules = Rules(as_rule(Rollback, rollback), as_rule(Trigger, trigger), as_rule(Stop, stop))
+        self.asked = (prompt_sets(prompts, "harm", n, seed), prompt_sets(benign, "benign", n, seed))
+        harmful, self.template, self.tokenizer = self.asked[0], template, tokenizer
+        judges = _judges(judge, benign_judge)
+        check_judges(*judges, self.asked[1])
+        measures = [measure_name(name, judges[0]) for name in harmful]
+        has_loss = eval_batches is not None
+        check_rules(self.rules, every=every, task=task is not None, eval_batches=has_loss, measures=measures)
+        self.asking = Asking(
+            *judges,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            task=task,
+            loss=None if eval_batches is None else EvalLoss(eval_batches),
+        )
+        self.probing: Probing | None = None
+        self.begun = False
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that probing has taken since training began, over all resumes; in no other callback's count."""
+        return self.probing.seconds if self.probing else 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Check what can be checked without the other callbacks."""
+        paired = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        if not hasattr(model, "generate") or paired:
+            raise ConfigError(f"a {type(model).__name__} cannot be asked anything: give the trainer a causal LM")
+        tokenizer = text_tokenizer(self.tokenizer, kwargs.get("processing_class"))
+        questions = Questions.of(tokenizer, *self.asked, template=self.template)
+        self.probing = Probing(model, tokenizer, args, state, questions, self.asking, self.rules)
+        self.probing.say = None if self.quiet else _say
+        self.begun = False
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find the guard, once every callback has begun and before the first step; probe the model as it is."""
+        if self.begun or self.probing is None:
+            return
+        self.begun, probing = True, self.probing
+        guard = guard_of(probing.model, state)
+        connect(probing, guard.session if guard else None, self.journal)
+        if isinstance(self.asking.loss, EvalLoss):
+            with left_as_found(probing.model):
+                self.asking.loss.load()
+        probing.standing, probing.seconds = load_standing(args, state)
+        probing.look("begin")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Probe where it is due, and follow the rules."""
+        if self.probing and due(state.global_step, every=self.every):
+            self.probing.after_step(control)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put where the rules stand beside the weights just saved."""
+        if self.probing and state.is_world_process_zero:
+            save_standing(self.probing, checkpoint_folder(args, state))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Probe what training left; where a guard may still merge, it asks for that itself."""
+        if self.probing and self.begun and self.probing.guard is None:
+            self.probing.closing()
+            self.probing.trackers.close()
+
+
+def _judges(judge: Any, benign_judge: Any) -> tuple[Any, Any]:
+    first = KeywordJudge() if judge is None else load_judge(judge)
+    if benign_judge is not None:
+        return first, load_judge(benign_judge)
+    return first, first if decides(first) == "refusal" else KeywordJudge()
+
+
+def _say(text: str) -> None:
+    from tqdm import tqdm
+
+    # a progress bar goes on beneath it
+    tqdm.write(text)

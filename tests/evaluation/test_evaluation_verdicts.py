@@ -1,0 +1,78 @@
+import pytest
+
+from safemerge_callback.errors import ConfigError
+from safemerge_callback.evaluation import KeywordJudge, judged
+
+LOOP = "I cannot " * 12
+
+
+class Asked:
+    """Remembers what it is asked; raises where the response says so."""
+
+    def __init__(self):
+        self.seen = []
+
+    def refuses(self, prompt, response):
+        self.seen.append((prompt, response))
+        if response == "raise":
+            raise TimeoutError("no answer in 30 s")
+        return response.startswith("no")
+
+
+class Batched(Asked):
+    def refuse_all(self, prompts, responses):
+        self.seen.append((tuple(prompts), tuple(responses)))
+        return [None if r == "raise" else r.startswith("no") for r in responses]
+
+
+def test_a_verdict_a_response():
+    judge, failures = Asked(), []
+    responses = ["no thanks", "sure thing", "", LOOP, "raise", "no"]
+    assert judged(judge, list("abcdef"), responses, failures=failures) == [
+        "refused",
+        "complied",
+        "incoherent",
+        "incoherent",
+        "unjudged",
+        "refused",
+    ]
+    assert judge.seen == [("a", "no thanks"), ("b", "sure thing"), ("e", "raise"), ("f", "no")]
+    assert failures == ["Asked raised TimeoutError: no answer in 30 s"]
+
+
+def test_a_loop_of_refusals_is_no_refusal():
+    assert KeywordJudge().refuses("a", LOOP)
+    assert judged(KeywordJudge(), ["a"], [LOOP]) == ["incoherent"]
+
+
+def test_all_at_once_where_the_judge_can():
+    judge, failures = Batched(), []
+    assert judged(judge, list("abcd"), ["no", "", "raise", "sure"], failures=failures) == [
+        "refused",
+        "incoherent",
+        "unjudged",
+        "complied",
+    ]
+    assert judge.seen == [(("a", "c", "d"), ("no", "raise", "sure"))]
+    assert failures == ["Batched gave no verdict on 1 of 3 responses"]
+    assert judged(judge, ["a"], [""]) == ["incoherent"]
+    assert len(judge.seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (lambda *_: [True], "Batched gave 1 verdicts on 2 responses"),
+        (lambda *_: 1 / 0, "Batched raised ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_judge_that_fails_for_all_leaves_all_unjudged(answer, words):
+    judge, failures = Batched(), []
+    judge.refuse_all = answer
+    assert judged(judge, ["a", "b"], ["no", "sure"], failures=failures) == ["unjudged", "unjudged"]
+    assert failures == [words]
+
+
+def test_a_response_for_each_prompt():
+    with pytest.raises(ConfigError, match="2 prompts and 1 responses"):
+        judged(KeywordJudge(), ["a", "b"], ["no"])

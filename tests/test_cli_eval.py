@@ -1,0 +1,261 @@
+"""`safemerge eval` on a tiny chat model and an adapter of it, made on the spot."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from safemerge_callback.cli import app
+from safemerge_callback.evaluation import generate, wilson
+from safemerge_callback.evaluation.figures import figures
+from safemerge_callback.evaluation.judges import FunctionJudge, KeywordJudge
+from safemerge_callback.evaluation.prompts import load_prompts
+from safemerge_callback.evaluation.subjects import load_subject
+
+HARM = ["a b", "c d e", "f", "g h i j", "k l m n o", "p q"]
+BENIGN = ["r s", "t", "u v w x"]
+FILES = "harm:harm.csv,benign:benign.jsonl"
+
+
+@pytest.fixture
+def world(tmp_path, tiny_llama, chat_tokenizer, monkeypatch):
+    """The working folder holds a base model, an adapter that changes what it says, and two prompt files."""
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny_llama(initializer_range=0.6, max_position_embeddings=256, pad_token_id=2)
+    base.save_pretrained(tmp_path / "base")
+    chat_tokenizer.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    torch.manual_seed(1)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(base, lora).save_pretrained(tmp_path / "task")
+    (tmp_path / "harm.csv").write_text("id,prompt\n" + "".join(f"{i},{p}\n" for i, p in enumerate(HARM)))
+    (tmp_path / "benign.jsonl").write_text("".join(json.dumps({"question": p}) + "\n" for p in BENIGN))
+    (tmp_path / "my_judges.py").write_text(
+        "def vowels(prompt, response):\n    return any(v in response.split() for v in 'aeiou')\n"
+        "def broken(prompt, response):\n    raise TimeoutError('no answer')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, ["eval", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def evaluated(*arguments):
+    result = run(*arguments, "--probes", FILES, "--max-new-tokens", 6, "-o", "out/eval.json", "--dtype", "float32")
+    return result, json.loads(Path("out/eval.json").read_text())
+
+
+def test_an_adapter_on_the_base_that_it_names(world):
+    result, found = evaluated("task", "--judge", "function:my_judges:vowels", "--responses", "out/said.jsonl")
+    subject = load_subject("task", dtype="float32")
+    assert (subject.adapter, subject.base) == ("task", str(world / "base"))
+    expected = {}
+    for name in ("harm:harm.csv", "benign:benign.jsonl"):
+        prompts = load_prompts(name, 64, 0).prompts
+        said = generate(subject.model, subject.tokenizer, prompts, max_new_tokens=6)
+        expected[name.split(":")[0]] = dict(zip(prompts, said, strict=True))
+    kept = [json.loads(line) for line in (world / "out/said.jsonl").read_text().splitlines()]
+    assert [list(row) for row in kept] == [["set", "judge", "prompt", "response", "verdict"]] * 9
+    assert {row["prompt"]: row["response"] for row in kept if row["set"] == "harm"} == expected["harm"]
+    assert len(set(expected["harm"].values())) > 1
+    harm, benign = found["figures"]
+    assert (harm["measure"], harm["kind"], harm["n"]) == ("harm_refused", "harm", 6)
+    assert (benign["measure"], benign["kind"], benign["n"]) == ("benign_refused", "over_refusal", 3)
+    refused = sum(row["verdict"] == "refused" for row in kept if row["set"] == "harm")
+    assert (harm["value"], (harm["low"], harm["high"])) == (refused / 6, wilson(refused, 6))
+    assert found["judges"] == [{"name": "my_judges:vowels", "decides": "refusal"}]
+    assert [(one["name"], one["kind"], one["prompts"]) for one in found["sets"]] == [
+        ("harm", "harm", 6),
+        ("benign", "benign", 3),
+    ]
+    assert (found["adapter"], found["settings"]["seed"]) == ("task", 0)
+    assert {"torch", "transformers", "peft", "safemerge-callback"} <= set(found["versions"])
+    assert "over-refusal (lower is better)" in result.stdout
+    assert f"{harm['low']:.1%} to {harm['high']:.1%}" in result.stdout
+    assert "utility is not measured; add --tasks" in result.stderr
+
+
+def test_nothing_that_a_model_said_or_was_asked_is_printed(world):
+    result, _ = evaluated("task", "--responses", "said.jsonl")
+    kept = [json.loads(line) for line in (world / "said.jsonl").read_text().splitlines()]
+    texts = {text for row in kept for text in (row["response"], row["prompt"]) if len(text) > 4}
+    assert len(texts) > 5
+    assert not any(text in result.output for text in texts)
+    assert not any(text in (world / "out/eval.json").read_text() for text in texts)
+
+
+def test_without_asking_for_responses_none_is_written(world):
+    evaluated("task")
+    assert {path.name for path in world.iterdir()} - {"__pycache__"} == {
+        *("base", "task", "out", "harm.csv", "benign.jsonl", "my_judges.py"),
+    }
+
+
+def test_a_plain_model_and_an_adapter_say_different_things(world):
+    _, plain = evaluated("base", "--judge", "function:my_judges:vowels", "--responses", "plain.jsonl")
+    _, named = evaluated("task", "--base", "base", "--judge", "function:my_judges:vowels", "--responses", "task.jsonl")
+    assert (plain["adapter"], plain["base"], named["adapter"], named["base"]) == (None, "base", "task", "base")
+    assert (world / "plain.jsonl").read_text() != (world / "task.jsonl").read_text()
+
+
+def test_judges_of_harm_and_of_refusals_have_figures_of_their_own(world):
+    subject = load_subject("task", dtype="float32")
+    sets = [load_prompts("benign:benign.jsonl"), load_prompts("harm:harm.csv")]
+    harm = FunctionJudge(lambda prompt, response: len(response) > 3, decides="harm", name="guard")
+    found = figures(subject.model, subject.tokenizer, sets, [harm], max_new_tokens=4)
+    assert [(one["measure"], one["judge"], one["kind"]) for one in found] == [
+        ("harm_refused", "keywords", "harm"),
+        ("harm_safe", "guard", "harm"),
+        ("benign_refused", "keywords", "over_refusal"),
+    ]
+    own = FunctionJudge(lambda prompt, response: True)
+    found = figures(subject.model, subject.tokenizer, sets, [harm, own, KeywordJudge()], max_new_tokens=4)
+    assert [one["judge"] for one in found if one["kind"] == "over_refusal"] == [own.name, "keywords"]
+
+
+def test_a_judge_that_fails_leaves_unjudged_and_says_so(world):
+    result, found = evaluated("task", "--judge", "function:my_judges:broken")
+    for figure in found["figures"]:
+        assert (figure["value"], figure["low"], figure["n"] - figure["incoherent"]) in [(None, None, 0), (0.0, 0.0, 0)]
+        assert figure["unjudged"] > 0
+    assert "note: FunctionJudge raised TimeoutError: no answer" in result.stderr
+    assert result.stderr.count("TimeoutError") == 1
+    assert found["failures"]
+
+
+def test_a_dead_model_is_incoherent_and_refuses_nothing(world):
+    subject = load_subject("base", dtype="float32")
+    subject.model.lm_head.weight.data.zero_()
+    subject.model.lm_head.weight.data[7] = 1.0
+    subject.model.model.norm.weight.data.abs_()
+    sets = [load_prompts("harm:harm.csv"), load_prompts("benign:benign.jsonl")]
+    anything = FunctionJudge(lambda prompt, response: True)
+    found = figures(subject.model, subject.tokenizer, sets, [anything], max_new_tokens=24)
+    assert all(one["incoherent"] > 0 for one in found)
+    assert [one["value"] for one in found] == pytest.approx([1 - one["incoherent"] / one["n"] for one in found])
+
+
+def test_drift_stands_beside_the_figures(world, tiny_llama):
+    unaligned = tiny_llama(seed=4, initializer_range=0.6, max_position_embeddings=256)
+    unaligned.save_pretrained(world / "unaligned")
+    built = CliRunner().invoke(app, ["build", "--aligned", "base", "--unaligned", "unaligned", "-o", "s.safetensors"])
+    assert built.exit_code == 0, built.output
+    result, found = evaluated("task", "--subspace", "s.safetensors")
+    assert found["drift"]["modules"] == 4
+    assert -1 <= found["drift"]["lowest"] <= found["drift"]["mean"] <= 1
+    assert f"lowest cosine {found['drift']['lowest']:.3f}" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--probes", "harm:harm.csv"], "harm is not measured without over-refusal; add a benign set"),
+        (["--probes", "benign:benign.jsonl"], "add a harmful set, such as harmbench"),
+        (["--probes", "harm:harm.csv,benign:harm.csv"], "prompt set 'harm' is given twice"),
+        (["--probes", "harmbanch,xstest"], "did you mean 'harmbench'"),
+        (["--probes", "harm.csv"], "say what a safe model does"),
+        (["--probes", ""], "nothing to evaluate"),
+        (["--probes", FILES, "--judge", "keyword"], "did you mean 'keywords'"),
+        (["--probes", FILES, "--dtype", "float23"], "dtype 'float23' is unknown"),
+        (["--probes", FILES, "--device", "warp"], "device 'warp' cannot be used here"),
+        (["--probes", FILES, "-o", "base"], "output 'base' is a folder"),
+        (["--probes", FILES, "--base", "nobody/no-such-model"], "base of adapter 'task' cannot load"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_in_one_line(world, options, match):
+    result = run("task", *options, code=2)
+    assert match in result.stderr
+    assert result.stderr.startswith("safemerge: ")
+    assert result.stdout == ""
+
+
+def test_models_that_cannot_be_evaluated_are_refused(world, tiny_llama):
+    run("nobody/no-such-model", "--probes", FILES, code=2)
+    (world / "task" / "adapter_model.safetensors").rename(world / "task" / "adapter_model.bin")
+    assert "safetensors" in run("task", "--probes", FILES, code=2).stderr
+    tiny_llama().save_pretrained(world / "silent")
+    assert "cannot load" in run("silent", "--probes", FILES, code=2).stderr
+    config = world / "base" / "chat_template.jinja"
+    config.unlink()
+    assert "no chat template" in run("base", "--probes", FILES, code=2).stderr
+
+
+def test_an_adapter_of_another_model_or_of_none_is_refused(world, tiny_llama, chat_tokenizer):
+    tiny_llama(hidden_size=16, max_position_embeddings=256).save_pretrained(world / "other")
+    chat_tokenizer.save_pretrained(world / "other")
+    assert "does not fit its base" in run("task", "--base", "other", "--probes", FILES, code=2).stderr
+    config = json.loads((world / "task/adapter_config.json").read_text()) | {"base_model_name_or_path": None}
+    (world / "task/adapter_config.json").write_text(json.dumps(config))
+    assert "does not name its base model: give --base" in run("task", "--probes", FILES, code=2).stderr
+
+
+def test_the_template_beside_the_adapter_serves_where_the_base_has_none(world, chat_tokenizer):
+    (world / "base" / "chat_template.jinja").unlink()
+    chat_tokenizer.save_pretrained(world / "task")
+    _, found = evaluated("task")
+    assert len(found["figures"]) == 2
+
+
+def test_tasks_without_lm_eval_say_how_to_get_it(world):
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        result = run("task", "--probes", "", "--tasks", "gsm8k", code=2)
+        assert "pip install 'safemerge-callback[eval]', or leave --tasks out ('lm_eval' is missing)" in result.stderr
+    else:
+        pytest.skip("lm-eval is installed")
+
+
+TASK = """
+task: letters
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {rows}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: [" a", " b"]
+doc_to_target: "{{{{answer}}}}"
+metric_list:
+  - metric: acc
+"""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tasks_stand_beside_harm_and_what_fails_of_them_loses_nothing(world, monkeypatch):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra eval)")
+    from lm_eval.tasks import TaskManager
+
+    from safemerge_callback.evaluation import harness
+
+    (world / "tasks").mkdir()
+    rows = world / "rows.jsonl"
+    (world / "tasks" / "letters.yaml").write_text(TASK.format(rows=rows))
+    # lm-eval's own thousands of tasks take a minute to read
+    own = TaskManager(include_path="tasks", include_defaults=False)
+    monkeypatch.setattr(harness, "check_tasks", lambda tasks, folder: own)
+    options = ("task", "--tasks", "letters", "--task-folder", "tasks", "--limit", 4)
+    failed = run(*options, "--probes", FILES, "--max-new-tokens", 6, "-o", "lost.json", code=2)
+    assert "tasks ['letters'] cannot be run" in failed.stderr
+    assert "harm_refused" in failed.stdout
+    lost = json.loads((world / "lost.json").read_text())
+    assert [one["kind"] for one in lost["figures"]] == ["harm", "over_refusal"]
+    assert "cannot be run" in lost["failures"][0]
+    rows.write_text("".join(json.dumps({"question": f"k {x}", "answer": i % 2}) + "\n" for i, x in enumerate("lmnopq")))
+    result, found = evaluated(*options)
+    assert [(one["measure"], one["kind"], one["n"]) for one in found["figures"]] == [
+        ("harm_refused", "harm", 6),
+        ("benign_refused", "over_refusal", 3),
+        ("letters_acc", "task", 4),
+    ]
+    assert "utility is not measured" not in result.stderr
+    assert found["versions"]["lm-eval"]
