@@ -387,3 +387,62 @@ def test_a_density_is_refused_before_anything_is_read(world):
         merged(world, task="nowhere", method="ties")
     with pytest.raises(ConfigError, match="does not read"):
         merged(world, task="nowhere", density=0.5)
+
+
+def test_several_adapters_and_weights_by_module(world, tiny_llama):
+    """The first safety adapter is added, the second taken away, in v_proj by weights of its own."""
+    save_lora(tiny_llama, world / "unsafe", seed=7, r=3)
+    names = [world / "safety", world / "unsafe"]
+    asked = {"v_proj": (0.6, 0.4, -0.3)}
+    plan = merge_adapters(
+        world / "task",
+        names,
+        world / "s.safetensors",
+        world / "out",
+        gate="all",
+        method="cat",
+        weights=(1.0, 0.5, -0.5),
+        module_weights=asked,
+    )
+    task, safe, unsafe, found = (updates(tiny_llama, world / f) for f in ("task", "safety", "unsafe", "out"))
+    for name in found:
+        w = asked["v_proj"] if "v_proj" in name else (1.0, 0.5, -0.5)
+        want = w[0] * task[name] + w[1] * safe[name] + w[2] * unsafe[name]
+        assert distance(found[name], want) < 1e-5
+    card = (world / "out" / "README.md").read_text()
+    assert "safety, unsafe" in card
+    assert "weights 1 / 0.5 / -0.5, v\\_proj 0.6 / 0.4 / -0.3" in card
+    start, *_, merge, _ = read_journal(world / "out" / "safemerge.jsonl")
+    assert start["config"]["safety_adapter"] == "safety, unsafe"
+    assert merge["module_weights"] == {"v_proj": [0.6, 0.4, -0.3]}
+    assert len(plan.selected) == len(found)
+
+
+def test_pull_and_the_orthogonal_projection_need_no_safety_adapter(world, tiny_llama):
+    task = updates(tiny_llama, world / "task")
+    merged(world, safety=None, output="pulled", gate="all", method="pull", strength=0.25)
+    found = updates(tiny_llama, world / "pulled")
+    assert max(distance(found[name], 0.75 * update) for name, update in task.items()) < 1e-6
+    once = {"gate": "all", "method": "project", "operator": "orthogonal", "operator_rank": 4}
+    merged(world, safety=None, output="once", **once)
+    merged(world, task="once", safety=None, output="twice", **once)
+    first, second = updates(tiny_llama, world / "once"), updates(tiny_llama, world / "twice")
+    assert max(distance(second[name], first[name]) for name in task) < 1e-5
+    assert min(distance(first[name], task[name]) for name in task) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("match", "knobs"),
+    [
+        ("average of a run's own updates", {"method": "ema"}),
+        ("weights are missing with 2 safety adapters: give 3", {"safety": ["safety", "safety"]}),
+        ("with 1 safety adapters: give two", {"weights": (1.0, 0.5, -0.5)}),
+        ("strength is 0.5, which method 'linear'", {"strength": 0.5}),
+        ("'o_proj' fits none of the", {"gate": "all", "module_weights": {"o_proj": (0.5, 0.5)}}),
+    ],
+)
+def test_weights_that_do_not_fit_write_nothing(world, match, knobs):
+    safety = [world / name for name in knobs.pop("safety", ["safety"])]
+    with pytest.raises(ConfigError, match=match):
+        merge_adapters(world / "task", safety, world / "s.safetensors", world / "out", **knobs)
+    assert not (world / "out").exists()

@@ -1,23 +1,29 @@
 """Floor 3: measure, decide, plan, apply, record."""
 
 from .apply import Edit, apply, merged_factors
+from .average import AVERAGE_FILE, Average
 from .certify import undecided
 from .fit import check_safety_adapter
 from .gates import GATES, KNOB, KNOBS, Gate, Verdict, as_gate
 from .holding import above, held_back, not_rearmed, under_floor, without
 from .journal import JOURNAL_FILE, VERSION, Journal, check_entry, merge_entry, read_journal
 from .measure import measure
+from .operators import check_operator
 from .own import own_cosines
-from .plan import MergePlan, check_merge
+from .plan import MergePlan
 from .reading import Reading, Readings
-from .strength import attenuated, check_soft, spread
+from .strength import attenuated, check_soft, check_spread, spread
+from .weights import DEFAULT_WEIGHTS, check_merge, check_module_weights, merge_weights
 
 __all__ = [
+    "AVERAGE_FILE",
+    "DEFAULT_WEIGHTS",
     "GATES",
     "JOURNAL_FILE",
     "KNOB",
     "KNOBS",
     "VERSION",
+    "Average",
     "Edit",
     "Gate",
     "Journal",
@@ -31,11 +37,15 @@ __all__ = [
     "attenuated",
     "check_entry",
     "check_merge",
+    "check_module_weights",
+    "check_operator",
     "check_safety_adapter",
     "check_soft",
+    "check_spread",
     "held_back",
     "measure",
     "merge_entry",
+    "merge_weights",
     "merged_factors",
     "not_rearmed",
     "own_cosines",

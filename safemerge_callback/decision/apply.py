@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -12,11 +13,12 @@ from ..adapters import Adapter, LoraFactors, Writer
 from ..adapters.processes import agree, from_first, together
 from ..errors import PlanError
 from ..methods import get_method
-from ..ops import AlignmentMatrix, LowRank, full_precision
+from ..ops import AlignmentMatrix, Basis, LowRank, full_precision
 from ..subspace import Subspace
-from .fit import check_plan, needed_safety, needed_subspace
+from .fit import check_plan, needed_sources, needed_subspace
 from .measure import Batch, batches, split
 from .merging import merge_batch, not_finite
+from .operators import basis_rank, find_bases, known_bases, missing_bases
 from .plan import MergePlan
 
 
@@ -37,7 +39,7 @@ class Edit:
 def apply(
     plan: MergePlan,
     writer: Writer,
-    safety: Adapter | None = None,
+    safety: Adapter | Sequence[Adapter] | None = None,
     subspace: Subspace | None = None,
     *,
     device: torch.device | str | None = None,
@@ -45,9 +47,9 @@ def apply(
     """Merge the plan's modules into the live adapter, all of them or none, and return one `Edit` a module.
 
     Factors are computed in float32 or better, in the live adapter's units, and written once. A plan that selects
-    nothing touches nothing. `device` None computes where the factors live. Raises PlanError for a plan that does not
-    fit the model, a method that changes the rank, or a result that is not finite, and AdapterError for a safety adapter
-    that does not fit; nothing is written then.
+    nothing touches nothing. `safety`: one adapter or several, as the plan has weights for. `device` None computes where
+    the factors live. Raises PlanError for a plan that does not fit the model, a method that changes the rank, or a
+    result that is not finite, and AdapterError for a safety adapter that does not fit; nothing is written then.
 
     With many processes every rank calls this with the same plan, each computes, and rank 0's factors and edits count.
     What one rank raises, all raise; ProcessesError where the plans decide differently.
@@ -70,7 +72,7 @@ def apply(
 def merged_factors(
     plan: MergePlan,
     factors: Mapping[str, LoraFactors],
-    safety: Adapter | None = None,
+    safety: Adapter | Sequence[Adapter] | None = None,
     subspace: Subspace | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[dict[str, LowRank], tuple[Edit, ...]]:
@@ -81,11 +83,11 @@ def merged_factors(
     """
     if not plan.selected:
         return {}, ()
-    needs = get_method(plan.method).needs
     check_plan(plan, factors)
-    source = needed_safety(plan, safety, factors) if "safety_adapter" in needs else None
-    todo = _batches(plan, factors, source, needed_subspace(plan, subspace) if "subspace" in needs else None, device)
-    done = [(batch.names, merge_batch(batch, matrix, plan, factors, source)) for batch, matrix in todo]
+    sources = needed_sources(plan, safety, factors)
+    projecting = "subspace" in get_method(plan.method).needs
+    todo = _batches(plan, factors, sources, needed_subspace(plan, subspace) if projecting else None, device)
+    done = [(batch.names, merge_batch(batch, matrix, plan, factors, sources)) for batch, matrix in todo]
     # One row a module: residual, change, finite. Results of several devices meet on the first.
     rows = torch.cat([result.to(done[0][1][1].device) for _, (_, result) in done]).tolist()
     names = [name for batch, _ in done for name in batch]
@@ -102,36 +104,62 @@ def _decisions(plan: MergePlan) -> str:
     mark = hashlib.blake2b("\n".join(plan.selected).encode(), digest_size=4).hexdigest()
     told = [f"{len(plan.selected)} modules (digest {mark})", plan.method, plan.space, f"weights {plan.weights}"]
     told += ["soft"] if plan.rule.soft else []
+    told += [f"module weights {dict(plan.module_weights)}"] if plan.module_weights else []
     return ", ".join([*told, *(f"{name} {value}" for name, value in plan.taken.items()), f"step {plan.step}"])
 
 
 def _batches(
     plan: MergePlan,
     factors: Mapping[str, LoraFactors],
-    safety: Adapter | None,
+    sources: Sequence[Adapter],
     subspace: Subspace | None,
     device: torch.device | str | None,
-) -> Iterable[tuple[Batch, AlignmentMatrix | None]]:
-    """The selected modules in batches of one shape, with their alignment matrices if a subspace is given."""
+) -> Iterable[tuple[Batch, AlignmentMatrix | Basis | None]]:
+    """The selected modules in batches of one shape and one set of weights, with what they are projected by, if any."""
     if subspace is not None:
         subspace.check(factors)
         # Of a compressed file only the exact one may be multiplied with.
         subspace = subspace.exact()
+        if plan.operator == "orthogonal":
+            return _basis_batches(plan, factors, subspace, device)
         return _projected_batches(set(plan.selected), batches(factors, subspace, device), subspace)
-    groups: dict[tuple[torch.device, tuple[int, int], int, int], list[str]] = {}
+    groups: dict[tuple[Any, ...], list[str]] = {}
     for name in plan.selected:
         module = factors[name]
-        where = module.A.device if device is None else torch.device(device)
-        rank = safety.factors[name].rank if safety else 0
-        groups.setdefault((where, module.shape, module.rank, rank), []).append(name)
-    # A mask on the entries of the updates needs them formed: both, both masked, the mean and its decomposition.
-    matrices = 12 if plan.space == "delta" and get_method(plan.method).dense else 0
+        ranks = tuple(source.factors[name].rank for source in sources)
+        alike = (_where(module, device), module.shape, module.rank, ranks, plan.asked_of(name))
+        groups.setdefault(alike, []).append(name)
+    # A mask on the entries of the updates needs them formed: all, all masked, the mean and its decomposition.
+    matrices = 4 + 4 * (1 + len(sources)) if plan.space == "delta" and get_method(plan.method).dense else 0
     return [
         (Batch(part, where, transposed=False, comparable=False), None)
-        for (where, (d_out, d_in), rank, other), names in groups.items()
-        # Eight bytes an entry, for the factors of both, their sum and its decomposition.
-        for part in split(names, 4 * 8 * (rank + other) * (d_out + d_in) + 4 * matrices * d_out * d_in)
+        for (where, (d_out, d_in), rank, others, _), names in groups.items()
+        # Eight bytes an entry, for the factors of all, their sum and its decomposition.
+        for part in split(names, 4 * 8 * (rank + sum(others)) * (d_out + d_in) + 4 * matrices * d_out * d_in)
     ]
+
+
+def _where(module: LoraFactors, device: torch.device | str | None) -> torch.device:
+    return module.A.device if device is None else torch.device(device)
+
+
+def _basis_batches(
+    plan: MergePlan, factors: Mapping[str, LoraFactors], subspace: Subspace, device: torch.device | str | None
+) -> Iterable[tuple[Batch, Basis]]:
+    """Batches with the bases of their modules; V is read only for those whose basis was not found before."""
+    turned = {name: factors[name].transposed for name in plan.selected}
+    lacking = set(missing_bases(subspace, turned.items(), plan.operator_rank))
+    if lacking:
+        whole = _projected_batches(lacking, batches(factors, subspace, device), subspace)
+        find_bases(subspace, whole, plan.operator_rank)
+    known, groups = known_bases(subspace), dict[tuple[Any, ...], list[str]]()
+    kept = {n: known[n, t, basis_rank(subspace.modules[n], plan.operator_rank)] for n, t in turned.items()}
+    for name, U in kept.items():
+        module = factors[name]
+        groups.setdefault((_where(module, device), module.shape, module.rank, U.shape[-1]), []).append(name)
+    for (where, (d_out, d_in), rank, width), names in groups.items():
+        for part in split(names, 4 * (3 * rank * (d_out + d_in) + width * d_out)):
+            yield Batch(part, where, False, True), Basis(torch.stack([kept[name] for name in part]).to(where))
 
 
 def _projected_batches(

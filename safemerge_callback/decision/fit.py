@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..adapters import Adapter, LoraFactors
 from ..errors import AdapterError, PlanError, nearest
+from ..methods import get_method
 from ..subspace import Subspace
 from .plan import MergePlan
 
@@ -49,11 +50,12 @@ def _check_modules(safety: Adapter, factors: Mapping[str, LoraFactors], space: s
 
 def check_plan(plan: MergePlan, factors: Mapping[str, LoraFactors]) -> None:
     """Raise PlanError unless every module to merge is there, of the shape and rank that was measured."""
-    sums = (plan.method, plan.space) == ("linear", "delta")
-    if not sums and any(module.initial is not None for module in factors.values()):
+    if plan.space not in get_method(plan.method).additive and any(
+        module.initial is not None for module in factors.values()
+    ):
         raise PlanError(
             f"method {plan.method!r} in space {plan.space!r} cannot merge factors that began as a part of the base "
-            "weight (PiSSA, OLoRA): use method 'linear' in space 'delta', or train a plain LoRA"
+            "weight (PiSSA, OLoRA): use method 'linear' or 'pull' in space 'delta', or train a plain LoRA"
         )
     for name in plan.selected:
         if name not in factors:
@@ -68,12 +70,41 @@ def check_plan(plan: MergePlan, factors: Mapping[str, LoraFactors]) -> None:
             )
 
 
-def needed_safety(plan: MergePlan, safety: Adapter | None, factors: Mapping[str, LoraFactors]) -> Adapter:
-    """Return the safety adapter; PlanError if there is none, AdapterError if it does not fit the modules to merge."""
+def sources_of(safety: Adapter | Sequence[Adapter] | None) -> tuple[Adapter, ...]:
+    """Return one adapter, several, or none, as a tuple."""
     if safety is None:
+        return ()
+    return (safety,) if isinstance(safety, Adapter) else tuple(safety)
+
+
+def needed_sources(
+    plan: MergePlan, safety: Adapter | Sequence[Adapter] | None, factors: Mapping[str, LoraFactors]
+) -> tuple[Adapter, ...]:
+    """Return the adapters that the plan's method merges in, none for one that reads none.
+
+    PlanError if there are fewer or more than the plan has weights for, AdapterError if one does not fit the modules to
+    merge.
+    """
+    rule, given = get_method(plan.method), sources_of(safety)
+    if not (rule.needs | rule.optional) & {"safety_adapter", "average"}:
+        return ()
+    if not given and "safety_adapter" in rule.optional:
+        return ()
+    if not given and "average" in rule.needs:
+        raise PlanError(
+            f"method {plan.method!r} goes to the average of a run's own updates, got none: use it in training, or give "
+            "`Average.adapter`"
+        )
+    if not given:
         raise PlanError(f"method {plan.method!r} needs a safety adapter, got none: load one with load_adapter")
-    _check_modules(safety, {name: factors[name] for name in plan.selected}, plan.space)
-    return safety
+    if len(given) != len(plan.weights) - 1:
+        raise PlanError(
+            f"the plan has {len(plan.weights)} weights {plan.weights} and {len(given)} safety adapters were given: "
+            f"give {len(given) + 1} weights, the first for the task's own update"
+        )
+    for source in given:
+        _check_modules(source, {name: factors[name] for name in plan.selected}, plan.space)
+    return given
 
 
 def needed_subspace(plan: MergePlan, subspace: Subspace | None) -> Subspace:

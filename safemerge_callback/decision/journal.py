@@ -144,9 +144,11 @@ def merge_entry(
             "residual": e.residual,
             "change": e.change,
             "task_weight": task_weights[e.name],
-            **({"weights": list(plan.weights_of(e.name))} if plan.rule.soft else {}),
+            **({"weights": list(plan.weights_of(e.name))} if plan.varied else {}),
         }
         for e in edits
     ]
     how = {"method": plan.method, "space": plan.space, "weights": list(plan.weights), **plan.taken}
+    if plan.module_weights:
+        how["module_weights"] = {pattern: list(own) for pattern, own in plan.module_weights.items()}
     return {"kind": "merge", "step": step, **how, "seconds": seconds, "modules": modules}

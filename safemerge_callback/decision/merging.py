@@ -11,7 +11,16 @@ from torch import Tensor
 from ..adapters import Adapter, LoraFactors
 from ..errors import PlanError
 from ..methods import Merged, get_method
-from ..ops import AlignmentMatrix, LowRank, accumulation_dtype, mask_seed, squared_norm, weighted_sum, wide_dtype
+from ..ops import (
+    AlignmentMatrix,
+    Basis,
+    LowRank,
+    accumulation_dtype,
+    mask_seed,
+    squared_norm,
+    weighted_sum,
+    wide_dtype,
+)
 from .fit import all_finite
 from .measure import Batch, stacked
 from .plan import MergePlan
@@ -19,23 +28,25 @@ from .plan import MergePlan
 
 def merge_batch(
     batch: Batch,
-    V: AlignmentMatrix | None,
+    V: AlignmentMatrix | Basis | None,
     plan: MergePlan,
     factors: Mapping[str, LoraFactors],
-    safety: Adapter | None,
+    sources: Sequence[Adapter],
 ) -> tuple[Merged, Tensor]:
     """Return the new factors of a batch and its (n, 3): residual, change, and 1 where all of it is finite.
 
+    Where the plan's weights differ by module, those of a batch are equal, but for what a soft rule makes of them.
     PlanError where a decomposition refuses the values.
     """
     modules = [factors[name] for name in batch.names]
     live = stacked([LowRank(module.A, module.B) for module in modules], batch.device)
-    others = []
-    if safety is not None:
-        units = [_in_units_of(module, safety.factors[module.name], batch.device) for module in modules]
-        others = [stacked(units, batch.device)]
+    units = [[_in_units_of(m, source.factors[m.name], batch.device) for m in modules] for source in sources]
+    others = [stacked(updates, batch.device) for updates in units]
     initial = [module.initial for module in modules if module.initial is not None]
     weights = _weights(plan, batch)
+    if get_method(plan.method).strength is not None:
+        # With nothing to go to but the aligned model, whose update is 0, the second weight has no update.
+        weights = weights[: 1 + len(others)]
     if initial:
         # Not w·B·A but B₀·A₀ + w·(B·A - B₀·A₀) is what keeps the share w of the update.
         others, weights = [*others, stacked(initial, batch.device)], (*weights, 1.0 - weights[0])
@@ -54,9 +65,9 @@ def merge_batch(
 
 
 def _weights(plan: MergePlan, batch: Batch) -> tuple[float | Tensor, ...]:
-    """Those of the plan, or where its rule is soft one number a module, (n)."""
+    """Those that the batch's modules share, or where the plan's rule is soft one number a module, (n)."""
     if not plan.rule.soft:
-        return plan.weights
+        return plan.asked_of(batch.names[0])
     rows = [plan.weights_of(name) for name in batch.names]
     return tuple(torch.tensor(rows, dtype=torch.float64).to(batch.device, wide_dtype(batch.device)).unbind(-1))
 
@@ -67,7 +78,7 @@ def _merged(
     live: LowRank,
     others: Sequence[LowRank],
     weights: Sequence[float | Tensor],
-    V: AlignmentMatrix | None,
+    V: AlignmentMatrix | Basis | None,
 ) -> Merged:
     """The plan's method on a batch; a random one module by module, so that masks do not depend on the batch."""
     method = get_method(plan.method)

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Unpack
 
-from ..errors import ConfigError, PlanError, nearest
+from ..errors import PlanError
 from ..methods import check_density, check_majority_sign, get_method
 from .certify import undecided
 from .gates import Gate, Knobs, Verdict, as_gate
+from .operators import check_operator
 from .reading import Readings
 from .strength import attenuated, check_soft
 from .tables import render
-
-_LARGEST_WEIGHT = 2.0
+from .weights import check_merge, check_module_weights, check_patterns, merge_weights, pattern_of
 
 
 @dataclass(frozen=True)
 class MergePlan:
     """Which modules to merge and how, with the readings and reasons it was decided on.
 
-    `verdicts` has one entry a reading; `weights` are (w_live, w_safety), with a soft `rule` those at a cosine of 0.
-    `density` and `majority_sign_method` are for the methods that read them; the rule's seed and step are, with a
-    module's name, what random masks are drawn from. Make one with `MergePlan.decide`. Raises ConfigError for a knob
-    that has no meaning and PlanError for verdicts that do not belong to the readings.
+    `verdicts` has one entry a reading; `weights` are (w_live, w_safety, ...), one for each safety adapter, with a soft
+    `rule` those at a cosine of 0. `module_weights`: pattern -> weights for the modules whose name it fits, the first
+    that fits. `operator` and `operator_rank` are method `project`'s. `density` and `majority_sign_method` are for the
+    methods that read them; the rule's seed and step are, with a module's name, what random masks are drawn from. Make
+    one with `MergePlan.decide`. Raises ConfigError for a knob that has no meaning and PlanError for verdicts that do
+    not belong to the readings.
     """
 
     readings: Readings
@@ -33,18 +35,27 @@ class MergePlan:
     rule: Gate
     method: str
     space: str
-    weights: tuple[float, float]
+    weights: tuple[float, ...]
     density: float | None = None
     majority_sign_method: str = "total"
+    module_weights: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    operator: str | None = None
+    operator_rank: int | None = None
 
     def __post_init__(self) -> None:
-        live, safety = check_merge(self.method, self.space, self.weights)
+        weights = check_merge(self.method, self.space, self.weights)
+        others = check_module_weights(self.method, self.space, self.module_weights, len(weights) - 1)
+        check_patterns(others, list(self.readings))
+        operator, rank = check_operator(self.method, self.operator, self.operator_rank)
         check_soft(self.rule.soft, self.method, self.space)
         object.__setattr__(self, "density", check_density(self.method, self.density))
         check_majority_sign(self.method, self.majority_sign_method)
         _check_verdicts(self.readings, self.verdicts)
         _check_decided(self)
-        object.__setattr__(self, "weights", (live, safety))
+        object.__setattr__(self, "weights", weights)
+        object.__setattr__(self, "module_weights", MappingProxyType(others))
+        object.__setattr__(self, "operator", operator)
+        object.__setattr__(self, "operator_rank", rank)
         object.__setattr__(self, "verdicts", MappingProxyType(dict(self.verdicts)))
 
     @classmethod
@@ -55,25 +66,32 @@ class MergePlan:
         gate: str | Gate = "threshold",
         method: str = "linear",
         space: str = "delta",
-        weights: Sequence[float] = (0.8, 0.2),
+        weights: Sequence[float] | None = None,
+        module_weights: Mapping[str, Sequence[float]] | None = None,
+        strength: float | None = None,
+        operator: str | None = None,
+        operator_rank: int | None = None,
         density: float | None = None,
         majority_sign_method: str = "total",
         **knobs: Unpack[Knobs],
     ) -> MergePlan:
         """Ask the gate about every reading. The defaults are the released SafeMERGE's (arXiv:2503.17239).
 
-        `gate`: its name with its knobs (those of `Gate`: threshold, num_layers, ...), or a `Gate`. Raises ConfigError
-        for an unknown gate, knob, method or space, weights outside [0, 2], more `num_layers` than there are modules,
-        and a `density` that is outside (0, 1], missing, or given to a method that prunes nothing; as the gate does for
-        readings that lack what it needs.
+        `gate`: its name with its knobs (those of `Gate`: threshold, num_layers, ...), or a `Gate`. `weights`: (0.8,
+        0.2) where left out; methods with a `strength` (pull, ema) take that instead. `module_weights`: pattern of names
+        -> weights; a pattern fits a name or its end, as in PEFT's `rank_pattern`. Raises ConfigError for an unknown
+        gate, knob, method, space or operator, weights that cannot be, a pattern that fits no module, more `num_layers`
+        than there are modules, and a `density` that is outside (0, 1], missing, or given to a method that prunes
+        nothing; as the gate does for readings that lack what it needs.
         """
         rule = as_gate(gate, knobs)
-        live, safety = check_merge(method, space, weights)
+        checked = check_merge(method, space, merge_weights(method, weights, strength))
+        others = check_module_weights(method, space, module_weights, len(checked) - 1)
         share, sign = check_density(method, density), check_majority_sign(method, majority_sign_method)
         verdicts = rule.verdicts(readings)
         if "subspace" in get_method(method).needs:
             verdicts = {name: _projectable(readings, name, verdict) for name, verdict in verdicts.items()}
-        return cls(readings, verdicts, rule, method, space, (live, safety), share, sign)
+        return cls(readings, verdicts, rule, method, space, checked, share, sign, others, operator, operator_rank)
 
     @property
     def gate(self) -> str:
@@ -100,15 +118,25 @@ class MergePlan:
         """The optimizer step, by which every event draws anew."""
         return self.rule.step
 
-    def weights_of(self, name: str) -> tuple[float, float]:
-        """Return (w_live, w_safety) of a module: `weights`, or for a soft rule less of a change, by its cosine."""
-        reading = self.readings[name]
+    def asked_of(self, name: str) -> tuple[float, ...]:
+        """Return the weights that were asked for a module: those of the first pattern that fits it, or `weights`."""
+        pattern = pattern_of(name, self.module_weights)
+        return self.weights if pattern is None else self.module_weights[pattern]
+
+    def weights_of(self, name: str) -> tuple[float, ...]:
+        """Return (w_live, w_safety, ...) of a module: those asked, for a soft rule less of a change, by its cosine."""
+        reading, asked = self.readings[name], self.asked_of(name)
         limit = self.rule.limit(reading) if self.rule.soft else None
-        return self.weights if limit is None else attenuated(self.weights, reading.cosine, limit)
+        return asked if limit is None else attenuated(asked, reading.cosine, limit)
+
+    @property
+    def varied(self) -> bool:
+        """Whether modules may have weights of their own."""
+        return self.rule.soft or bool(self.module_weights)
 
     def task_weight_of(self, name: str) -> float:
         """Return the share of a module's own update that this merge leaves; 1.0 for a method that takes none away."""
-        return self.weights_of(name)[0] if "safety_adapter" in get_method(self.method).needs else 1.0
+        return self.weights_of(name)[0] if get_method(self.method).takes_away else 1.0
 
     @property
     def selected(self) -> tuple[str, ...]:
@@ -129,8 +157,19 @@ class MergePlan:
     def taken(self) -> dict[str, Any]:
         """The knobs that this method reads beyond the weights, and their values: what the journal adds."""
         takes = get_method(self.method).takes
-        names = [name for name in ("density", "majority_sign_method") if name in takes]
-        return {name: getattr(self, name) for name in (*names, *(["seed"] if "generator" in takes else []))}
+        names: list[str] = [name for name in ("density", "majority_sign_method") if name in takes]
+        names += ["seed"] if "generator" in takes else []
+        names += ["operator"] if self.operator else []
+        names += ["operator_rank"] if self.operator_rank else []
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def how(self) -> str:
+        """Method, space, weights and further knobs, in words."""
+        words = f"method {self.method}, space {self.space}, weights {_shown(self.weights)}"
+        words += " (soft)" if self.rule.soft else ""
+        words += "".join(f", {pattern} {_shown(own)}" for pattern, own in self.module_weights.items())
+        return words + "".join(f", {name} {value}" for name, value in self.taken.items())
 
     def __str__(self) -> str:
         columns = ["module", "cosine", "null", "decision", "reason"]
@@ -146,12 +185,13 @@ class MergePlan:
         return render(self._title(), columns, rows, right=("cosine", "known as", "null"))
 
     def _title(self) -> str:
-        how = f"method {self.method}, space {self.space}, weights {self.weights[0]:g} / {self.weights[1]:g}"
-        how += " (soft)" if self.rule.soft else ""
-        how += "".join(f", {name} {value}" for name, value in self.taken.items())
         proof = f"; {len(self.certified)} certified by interval, {len(self.reread)} re-read exactly"
-        title = f"{len(self.selected)} of {len(self.readings)} modules to merge: gate {self.rule}, {how}"
+        title = f"{len(self.selected)} of {len(self.readings)} modules to merge: gate {self.rule}, {self.how}"
         return title + (proof if self.readings.approximate else "")
+
+
+def _shown(weights: Sequence[float]) -> str:
+    return " / ".join(f"{w:g}" for w in weights)
 
 
 def _projectable(readings: Readings, name: str, verdict: Verdict) -> Verdict:
@@ -178,25 +218,3 @@ def _check_decided(plan: MergePlan) -> None:
             f"{len(open_ones)} modules were measured on a compressed subspace that leaves gate {plan.gate!r} open, the "
             f"first is {open_ones[0]!r} ({plan.readings[open_ones[0]].proof}): give `measure` this gate and its knobs"
         )
-
-
-def check_merge(method: str, space: str, weights: Sequence[float]) -> tuple[float, float]:
-    """Return `weights` as two floats; ConfigError for an unknown method or space, or weights outside [0, 2]."""
-    spaces = get_method(method).spaces
-    if space not in spaces:
-        raise ConfigError(
-            f"space {space!r} is not one that method {method!r} works in: choose one of {sorted(spaces)}"
-            f"{nearest(str(space), spaces)}"
-        )
-    return _two_weights(weights)
-
-
-def _two_weights(weights: Any) -> tuple[float, float]:
-    allowed = f"give two finite numbers (w_live, w_safety), each from 0 to {_LARGEST_WEIGHT:g}, not both 0"
-    if isinstance(weights, str) or not isinstance(weights, Sequence) or len(weights) != 2:
-        raise ConfigError(f"weights={weights!r}: {allowed}")
-    numbers = [w for w in weights if isinstance(w, int | float) and not isinstance(w, bool)]
-    inside = len(numbers) == 2 and all(0 <= w <= _LARGEST_WEIGHT for w in numbers)
-    if not inside or not any(numbers):
-        raise ConfigError(f"weights={weights!r}: {allowed}")
-    return float(numbers[0]), float(numbers[1])

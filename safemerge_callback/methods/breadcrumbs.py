@@ -19,7 +19,13 @@ from .spaces import each, merge_entries, weighted
 OUTLIERS = 0.01
 
 
-@register(spaces=("delta", "factor"), needs=frozenset({"safety_adapter"}), takes=frozenset({"density"}), dense=True)
+@register(
+    spaces=("delta", "factor"),
+    needs=frozenset({"safety_adapter"}),
+    takes=frozenset({"density"}),
+    dense=True,
+    signed=True,
+)
 def breadcrumbs(
     live: LowRank,
     safety: Sequence[LowRank],

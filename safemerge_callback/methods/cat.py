@@ -13,7 +13,7 @@ from ..ops import AlignmentMatrix, LowRank, weighted_sum
 from .registry import Merged, register
 
 
-@register(spaces=("delta",), needs=frozenset({"safety_adapter"}), keeps_rank=False)
+@register(spaces=("delta",), needs=frozenset({"safety_adapter"}), keeps_rank=False, additive=("delta",), signed=True)
 def cat(
     live: LowRank,
     safety: Sequence[LowRank],

@@ -22,6 +22,7 @@ from .spaces import each, merge_entries, weighted
     needs=frozenset({"safety_adapter"}),
     takes=frozenset({"density", "generator"}),
     dense=True,
+    signed=True,
 )
 def dare_linear(
     live: LowRank,

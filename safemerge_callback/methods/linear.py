@@ -18,7 +18,7 @@ from .registry import Merged, register
 from .spaces import merge_entries, weighted
 
 
-@register(spaces=("delta", "factor"), needs=frozenset({"safety_adapter"}))
+@register(spaces=("delta", "factor"), needs=frozenset({"safety_adapter"}), additive=("delta",), signed=True)
 def linear(
     live: LowRank,
     safety: Sequence[LowRank],

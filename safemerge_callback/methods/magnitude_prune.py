@@ -16,7 +16,13 @@ from .registry import Merged, needed_density, register
 from .spaces import each, merge_entries, weighted
 
 
-@register(spaces=("delta", "factor"), needs=frozenset({"safety_adapter"}), takes=frozenset({"density"}), dense=True)
+@register(
+    spaces=("delta", "factor"),
+    needs=frozenset({"safety_adapter"}),
+    takes=frozenset({"density"}),
+    dense=True,
+    signed=True,
+)
 def magnitude_prune(
     live: LowRank,
     safety: Sequence[LowRank],

@@ -16,7 +16,7 @@ from ..ops import AlignmentMatrix, LowRank, column_space, refit, weighted_sum
 from .registry import Merged, register, unmoved
 
 
-@register(spaces=("delta",), needs=frozenset({"safety_adapter"}))
+@register(spaces=("delta",), needs=frozenset({"safety_adapter"}), signed=True)
 def orthogonal(
     live: LowRank,
     safety: Sequence[LowRank],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -30,7 +30,12 @@ class Method:
     (w_live, w_safety, ...) and returns `Merged`. Every method accepts every keyword; `takes` names those of the last
     three that it reads. `generator` is on the CPU; where a batch has several modules they draw from it in turn.
 
-    `dense`: whether space `delta` forms the d_out × d_in updates, which a mask on their entries cannot do without.
+    `needs`: what must be there: `safety_adapter`, `subspace` or `average` (the run's own). `optional`: what is used
+    where it is there. `dense`: whether space `delta` forms the d_out × d_in updates, which a mask on their entries
+    cannot do without. `additive`: the spaces in which the result is Σ wᵢ·ΔWᵢ, so that weights may fade in or be shared
+    out over events. `signed`: whether a negative weight means to take an update away. `several`: whether there may be
+    more than one safety adapter. `strength`: of a method that goes a share of the way to a target, the share by
+    default; such a one has weights (1 - share, share).
     """
 
     name: str
@@ -40,11 +45,36 @@ class Method:
     takes: frozenset[str]
     dense: bool
     keeps_rank: bool
+    additive: tuple[str, ...] = ()
+    signed: bool = False
+    several: bool = True
+    optional: frozenset[str] = frozenset()
+    strength: float | None = None
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the user gives weights, one an update."""
+        return "safety_adapter" in self.needs
+
+    @property
+    def takes_away(self) -> bool:
+        """Whether a merge leaves the share w_live of the task's own update."""
+        return "safety_adapter" in self.needs | self.optional
 
     @property
     def random(self) -> bool:
         """Whether the result depends on the state of a generator."""
         return "generator" in self.takes
+
+
+class More(TypedDict, total=False):
+    """The fields of `Method` that have a default."""
+
+    additive: tuple[str, ...]
+    signed: bool
+    several: bool
+    optional: frozenset[str]
+    strength: float | None
 
 
 METHODS: dict[str, Method] = {}
@@ -57,11 +87,12 @@ def register(
     takes: frozenset[str] = frozenset(),
     dense: bool = False,
     keeps_rank: bool = True,
+    **more: Unpack[More],
 ) -> Callable[[Callable[..., Merged]], Callable[..., Merged]]:
-    """Enter a merge function under its own name."""
+    """Enter a merge function under its own name; the fields are those of `Method`."""
 
     def enter(merge: Callable[..., Merged]) -> Callable[..., Merged]:
-        METHODS[merge.__name__] = Method(merge.__name__, merge, spaces, needs, takes, dense, keeps_rank)
+        METHODS[merge.__name__] = Method(merge.__name__, merge, spaces, needs, takes, dense, keeps_rank, **more)
         return merge
 
     return enter

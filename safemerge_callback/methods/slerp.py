@@ -31,7 +31,7 @@ from .spaces import check_ranks
 PARALLEL = 0.9995
 
 
-@register(spaces=("delta", "factor"), needs=frozenset({"safety_adapter"}))
+@register(spaces=("delta", "factor"), needs=frozenset({"safety_adapter"}), several=False)
 def slerp(
     live: LowRank,
     safety: Sequence[LowRank],

@@ -14,9 +14,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 def model_card(plan: MergePlan, edits: Sequence[Edit], parts: Mapping[str, str | None], base_model: str | None) -> str:
     """Return README.md; `parts` names what was put together. Names from outside are escaped."""
-    how = f"{plan.method}, space {plan.space}, weights {plan.weights[0]:g} / {plan.weights[1]:g}"
-    how += " (soft)" if plan.rule.soft else ""
-    how += "".join(f", {name} {value}" for name, value in plan.taken.items())
+    how = plan.how.removeprefix("method ")
     facts = {**parts, "gate": str(plan.rule), "method": how, "modules": f"{len(edits)} of {len(plan.readings)}"}
     rows = [f"| {key.replace('_', ' ')} | {_escaped(value)} |" for key, value in facts.items() if value]
     modules = [

@@ -23,9 +23,12 @@ from ..decision import (
     as_gate,
     check_entry,
     check_merge,
+    check_module_weights,
+    check_operator,
     check_soft,
     measure,
     merge_entry,
+    merge_weights,
     merged_factors,
     own_cosines,
 )
@@ -51,14 +54,18 @@ def measure_adapter(
 
 def merge_adapters(
     finetuned: str | Path | Adapter,
-    safety: str | Path | Adapter | None,
+    safety: str | Path | Adapter | Sequence[str | Path | Adapter] | None,
     subspace: str | Path | Subspace,
     output: str | Path,
     *,
     gate: str | Gate = "threshold",
     method: str = "linear",
     space: str = "delta",
-    weights: Sequence[float] = (0.8, 0.2),
+    weights: Sequence[float] | None = None,
+    module_weights: Mapping[str, Sequence[float]] | None = None,
+    strength: float | None = None,
+    operator: str | None = None,
+    operator_rank: int | None = None,
     density: float | None = None,
     majority_sign_method: str = "total",
     overwrite: bool = False,
@@ -72,6 +79,7 @@ def merge_adapters(
 
     output: a new folder: a plain PEFT adapter, its journal `safemerge.jsonl` and a model card. Modules that were not
         selected are there to the bit. `cat` adds the ranks up (rank_pattern). It appears whole or not at all.
+    safety: one adapter or several, with a weight each after that of `finetuned`; negative to take one away.
     overwrite: replace an `output` that holds such files and no others. The other knobs are those of `MergePlan` and of
         its gate (threshold, num_layers, ...).
     Raises ConfigError for knobs or an output that cannot be, PlanError, AdapterError and SubspaceError for parts that
@@ -79,27 +87,33 @@ def merge_adapters(
     """
     began = time.perf_counter()
     rule = as_gate(gate, knobs)
-    _check_knobs(rule, method, space, weights, safety)
+    given = _several(safety)
+    asked = _check_knobs(rule, method, space, merge_weights(method, weights, strength, len(given)), given)
+    check_module_weights(method, space, module_weights, len(asked) - 1)
+    check_operator(method, operator, operator_rank)
     check_density(method, density)
     check_majority_sign(method, majority_sign_method)
-    target = free_output(output, [finetuned, safety, subspace], overwrite)
+    target = free_output(output, [finetuned, *given, subspace], overwrite)
     task, matrices = _adapter(finetuned), _subspace(subspace)
-    guard = None if safety is None else _adapter(safety)
-    parts = _parts(task, guard, matrices)
-    _warn_of_other_bases(task, guard, matrices)
-    own = own_cosines(guard, task.factors, matrices, device=device) if guard and rule.name == "reference" else None
+    guards = [_adapter(source) for source in given]
+    parts = _parts(task, guards, matrices)
+    _warn_of_other_bases(task, guards, matrices)
+    own = own_cosines(guards[0], task.factors, matrices, device=device) if rule.name == "reference" else None
     readings = measure(task.factors, matrices, device=device, gate=rule, reference=own)
     plan = MergePlan.decide(
         readings,
         gate=rule,
         method=method,
         space=space,
-        weights=weights,
+        weights=asked,
+        module_weights=module_weights,
+        operator=operator,
+        operator_rank=operator_rank,
         density=density,
         majority_sign_method=majority_sign_method,
     )
     decided = time.perf_counter()
-    new, edits = merged_factors(plan, task.factors, guard, matrices, device)
+    new, edits = merged_factors(plan, task.factors, guards, matrices, device)
     entries = _entries(plan, edits, parts, decided - began, time.perf_counter() - decided)
     write_output(target, _with_factors(task, new), entries, model_card(plan, edits, parts, task.base_model))
     return plan
@@ -119,17 +133,28 @@ def _subspace(given: str | Path | Subspace) -> Subspace:
     return given if isinstance(given, Subspace) else Subspace.load(given)
 
 
-def _check_knobs(rule: Gate, method: str, space: str, weights: Sequence[float], safety: object) -> None:
-    check_merge(method, space, weights)
+def _several(given: str | Path | Adapter | Sequence[str | Path | Adapter] | None) -> list[str | Path | Adapter]:
+    if given is None:
+        return []
+    return [given] if isinstance(given, str | Path | Adapter) else list(given)
+
+
+def _check_knobs(
+    rule: Gate, method: str, space: str, weights: Sequence[float], safety: Sequence[object]
+) -> tuple[float, ...]:
+    asked = check_merge(method, space, weights, len(safety) or None)
     check_soft(rule.soft, method, space)
     if rule.name == "watch":
         raise ConfigError("gate 'watch' merges nothing: measure the adapter instead, or choose another gate.")
-    if safety is None and "safety_adapter" in get_method(method).needs:
+    if "average" in get_method(method).needs:
+        raise ConfigError(f"method {method!r} goes to the average of a run's own updates: use it in training.")
+    if not safety and "safety_adapter" in get_method(method).needs:
         raise PlanError(f"method {method!r} needs a safety adapter, got none: give its folder or Hub id.")
-    if safety is None and rule.name == "reference":
+    if not safety and rule.name == "reference":
         raise PlanError(
             "gate 'reference' compares with a safety adapter's cosines, got none: give its folder or Hub id."
         )
+    return asked
 
 
 def _with_factors(task: Adapter, new: Mapping[str, LowRank]) -> Adapter:
@@ -141,11 +166,11 @@ def _with_factors(task: Adapter, new: Mapping[str, LowRank]) -> Adapter:
     return replace(task, factors={**task.factors, **changed})
 
 
-def _warn_of_other_bases(task: Adapter, safety: Adapter | None, subspace: Subspace) -> None:
+def _warn_of_other_bases(task: Adapter, safety: Sequence[Adapter], subspace: Subspace) -> None:
     """Names are no proof either way (a copy may be called anything), so this warns and does not refuse."""
     bases = {
         "the fine-tuned adapter": task.base_model,
-        "the safety adapter": safety.base_model if safety else None,
+        **{f"the safety adapter {_shown(source.source)!r}": source.base_model for source in safety},
         "the subspace's aligned checkpoint": subspace.aligned.get("source"),
     }
     known = {who: Path(base).name for who, base in bases.items() if base}
@@ -154,11 +179,11 @@ def _warn_of_other_bases(task: Adapter, safety: Adapter | None, subspace: Subspa
         warnings.warn(f"safemerge: base models have different names ({listed}); they must be one", stacklevel=3)
 
 
-def _parts(task: Adapter, safety: Adapter | None, subspace: Subspace) -> dict[str, str | None]:
+def _parts(task: Adapter, safety: Sequence[Adapter], subspace: Subspace) -> dict[str, str | None]:
     """What was put together, by Hub id or folder name; paths of this machine stay out of what may be published."""
     return {
         "finetuned": _shown(task.source),
-        "safety_adapter": _shown(safety.source) if safety else None,
+        "safety_adapter": ", ".join(_shown(source.source) for source in safety) or None,
         "subspace": subspace.path.name,
         "aligned": subspace.aligned.get("source"),
         "unaligned": subspace.unaligned.get("source") or subspace.unaligned.get("alignment_adapter"),
@@ -173,7 +198,7 @@ def _entries(
     plan: MergePlan, edits: Sequence[Edit], parts: Mapping[str, str | None], measuring: float, merging: float
 ) -> list[dict[str, Any]]:
     config = {name: getattr(plan, name) for name in ("gate", "threshold", "num_layers", "method", "space", "weights")}
-    config |= plan.taken
+    config |= plan.taken | ({"module_weights": dict(plan.module_weights)} if plan.module_weights else {})
     if plan.gate in KNOB:
         config[KNOB[plan.gate]] = plan.rule.knob
     sources = {"path": parts["subspace"], "aligned": parts["aligned"], "unaligned": parts["unaligned"]}

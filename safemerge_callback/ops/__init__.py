@@ -1,6 +1,7 @@
 """Floor 0: tensors in, tensors out; torch only."""
 
 from .alignment import AlignmentMatrix, Factored, Int8, moved, rows_of, turned
+from .basis import Basis, leading_basis, project_on_basis
 from .consensus import SIGN_METHODS, balances, disjoint_mean, elected
 from .cosine import null_cosine, project, projected_cosine
 from .interval import Known, cosine_interval
@@ -32,6 +33,7 @@ from .spectral import spectral_bound
 __all__ = [
     "SIGN_METHODS",
     "AlignmentMatrix",
+    "Basis",
     "Factored",
     "Int8",
     "Known",
@@ -49,11 +51,13 @@ __all__ = [
     "inner_product",
     "keep_probabilities",
     "kept_count",
+    "leading_basis",
     "magnitude_mask",
     "mask_seed",
     "moved",
     "null_cosine",
     "project",
+    "project_on_basis",
     "projected_cosine",
     "refit",
     "refit_dense",

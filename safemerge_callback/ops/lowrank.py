@@ -16,7 +16,7 @@ from .krylov import leading_triplets
 from .shapes import Float, Tensor
 
 # The shorter side of a dense matrix up to which all of it is decomposed: about a second on one core.
-_EXACT_UP_TO = 1024
+EXACT_UP_TO = 1024
 
 
 class LowRank(NamedTuple):
@@ -142,7 +142,7 @@ def refit_dense(live: LowRank, target: Float[Tensor, "*n d_out d_in"]) -> tuple[
     leading triplets alone (`leading_triplets`, its precision is said there).
     """
     rank = live.A.shape[-2]
-    if min(target.shape[-2:]) <= _EXACT_UP_TO:
+    if min(target.shape[-2:]) <= EXACT_UP_TO:
         left, values, right = torch.linalg.svd(target, full_matrices=False)
         values = values.to(wide_dtype(values.device))
         return _in_gauge(live, _Spectrum(left, values, right)), _residual(values, rank)

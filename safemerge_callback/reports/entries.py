@@ -83,8 +83,8 @@ def _cell(module: Mapping[str, Any], limit: float) -> Cell:
 
 
 def _merge(history: History, entry: Mapping[str, Any]) -> None:
-    live, safety = entry["weights"]
-    history.how = f"method {entry['method']}, space {entry['space']}, weights {live:g} / {safety:g}"
+    weights = " / ".join(f"{weight:g}" for weight in entry["weights"])
+    history.how = f"method {entry['method']}, space {entry['space']}, weights {weights}"
     history.merge_seconds += _number(entry["seconds"])
     history.seconds += _number(entry["seconds"])
     for module in entry["modules"]:

@@ -22,8 +22,9 @@ class SafeMergeConfig:
     """
 
     subspace: str = field(metadata={"help": "Safety-subspace file of the base model, as `safemerge build` writes it."})
-    safety_adapter: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of the safety LoRA that is merged in."}
+    # In this order HfArgumentParser takes any number of names; a file may hold one name or a list.
+    safety_adapter: list[str] | None | str = field(  # noqa: RUF036
+        default=None, metadata={"help": "Folder or Hub id of the safety LoRA that is merged in, or a list of them."}
     )
     gate: str = field(
         default="threshold",
@@ -76,14 +77,50 @@ class SafeMergeConfig:
         default="linear",
         metadata={
             "help": "How two updates become one: linear, slerp, orthogonal, ties, dare_linear, dare_ties, della, "
-            "magnitude_prune, breadcrumbs or pcb; project needs no safety adapter."
+            "magnitude_prune, breadcrumbs or pcb; project, pull and ema need no safety adapter."
         },
     )
     space: str = field(
         default="delta", metadata={"help": "What is summed: delta (the updates, exact) or factor (A and B, as PEFT)."}
     )
-    weights: list[float] = field(
-        default_factory=lambda: [0.8, 0.2], metadata={"help": "Weight of the task's update and of the safety update."}
+    weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of the task's update and of each safety update, 0.8 and 0.2 where there is one; a "
+            "negative one takes an update away."
+        },
+    )
+    module_weights: dict[str, list[float]] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Weights for the modules whose name, or its end, a pattern fits, as {pattern: weights}; the first "
+            "that fits counts."
+        },
+    )
+    strength: float | None = field(
+        default=None,
+        metadata={"help": "Share of the way that pull (0.2 if left out) and ema (1) go to their target, at most 1."},
+    )
+    operator: str | None = field(
+        default=None,
+        metadata={
+            "help": "What project multiplies with: safelora (C, if left out), once at the end, or orthogonal, which "
+            "may be repeated."
+        },
+    )
+    operator_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rank of the orthogonal operator; by default where 0.9 of V's energy is known to lie, or 64."
+        },
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "Share of the average that ema keeps when it takes an update in; 0.9 if left out."},
+    )
+    ema_every: int | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps from one update taken into ema's average to the next; 10 if left out."},
     )
     density: float | None = field(
         default=None, metadata={"help": "Share of entries that methods which prune keep, above 0 and at most 1."}
@@ -171,6 +208,12 @@ class SafeMergeConfig:
         """The gate with its knobs, as it decides at optimizer step `step`."""
         knobs = {name: getattr(self, name) for name in KNOBS if name != "step"}
         return Gate(self.gate, **knobs, step=step)
+
+    @property
+    def adapters(self) -> list[str]:
+        """The safety adapters, none, one or several."""
+        given = self.safety_adapter
+        return [given] if isinstance(given, str) else list(given or [])
 
     @property
     def merges(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from ..decision import MergePlan, Readings, Verdict, above, not_rearmed, spread, under_floor, without
+from ..decision import DEFAULT_WEIGHTS, MergePlan, Readings, Verdict, above, not_rearmed, spread, under_floor, without
 from .config import SafeMergeConfig
 from .faults import Fault
 from .progress import Progress
@@ -25,11 +25,14 @@ def plan_knobs(config: SafeMergeConfig, step: int = 0, max_steps: int | None = N
 
     That is a difference only where the settings spread their weights over the run.
     """
-    weights = tuple(config.weights)
-    if config.spread_weights and max_steps is not None:
-        weights = spread((weights[0], weights[1]), events_of(config, max_steps))
-    how = {name: getattr(config, name) for name in ("method", "space", "density", "majority_sign_method")}
-    return {"gate": config.gate_at(step), **how, "weights": weights}
+    events = events_of(config, max_steps) if config.spread_weights and max_steps is not None else 1
+    asked = config.module_weights if isinstance(config.module_weights, dict) else {}
+    weights, others = tuple(config.weights or DEFAULT_WEIGHTS), {name: tuple(own) for name, own in asked.items()}
+    if events > 1:
+        weights, others = spread(weights, events), {name: spread(own, events) for name, own in others.items()}
+    names = ("method", "space", "density", "majority_sign_method", "operator", "operator_rank")
+    how = {name: getattr(config, name) for name in names}
+    return {"gate": config.gate_at(step), **how, "weights": weights, "module_weights": others}
 
 
 def events_of(config: SafeMergeConfig, max_steps: int) -> int:

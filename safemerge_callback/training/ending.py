@@ -17,6 +17,7 @@ from transformers import TrainerState, TrainingArguments
 from ..adapters import load_adapter, save_adapter
 from ..adapters.files import WEIGHTS
 from ..adapters.processes import from_first
+from .averaging import rewind_average
 from .entries import end_entry
 from .faults import Fault, attempt
 from .metrics import BEST_METRICS
@@ -82,6 +83,8 @@ def _provenance(session: Session, state: TrainerState, reloaded: bool) -> int:
         return state.global_step
     history = Progress.load(Path(str(state.best_model_checkpoint))) if reloaded else None
     session.progress.rewind(from_first(history))
+    if reloaded:
+        rewind_average(session, Path(str(state.best_model_checkpoint)))
     return state.best_global_step if reloaded and state.best_global_step is not None else state.global_step
 
 

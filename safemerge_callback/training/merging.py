@@ -14,6 +14,7 @@ from ..adapters.processes import agree, many
 from ..adapters.snapshot import Snapshot, norms_of, save_snapshot
 from ..decision import Edit, MergePlan, apply, merge_entry
 from ..ops import LowRank
+from .averaging import about, sources
 from .faults import Fault, attempt
 from .moments import edit_moments
 from .seal import digest
@@ -56,8 +57,8 @@ def merge(session: Session, step: int, plan: MergePlan, keep_in: Path | None) ->
     if session.witness:
         session.witness.before_merge(step)
     began = time.perf_counter()
-    writer, safety, subspace = session.writer, session.safety, session.subspace
-    done = attempt("merge", lambda: (_before(session, plan), apply(plan, writer, safety, subspace)))
+    writer = session.writer
+    done = attempt("merge", lambda: (_before(session, plan), apply(plan, writer, sources(session), session.subspace)))
     if isinstance(done, Fault):
         session.report_fault(step, done)
         return ()
@@ -72,7 +73,8 @@ def merge(session: Session, step: int, plan: MergePlan, keep_in: Path | None) ->
         session.note({"kind": "error", "step": step, "where": edited.where, "error": edited.error})
         session.warn(edited.where, f"the optimizer's state was kept at step {step}: {edited.error}")
     session.progress.record_merge(step, {name: plan.task_weight_of(name) for name in plan.selected})
-    session.note(merge_entry(step, plan, edits, session.progress.task_weights, time.perf_counter() - began))
+    entry = merge_entry(step, plan, edits, session.progress.task_weights, time.perf_counter() - began)
+    session.note(entry | about(session.average))
     reason = session.witness.after_merge(step) if session.witness else None
     if reason and _taken_back(session, step, before, reason):
         return ()

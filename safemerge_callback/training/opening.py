@@ -18,10 +18,11 @@ from ..adapters.initial import INITIAL_FILE, load_initial
 from ..adapters.optimizer import check_optimizer
 from ..adapters.processes import from_first, together
 from ..adapters.snapshot import set_aside_snapshot
-from ..decision import JOURNAL_FILE, Journal, MergePlan, check_safety_adapter, merged_factors, own_cosines
+from ..decision import JOURNAL_FILE, Average, Journal, MergePlan, check_safety_adapter, merged_factors, own_cosines
 from ..errors import ConfigError, JournalError
 from ..ops import LowRank
 from ..subspace import Subspace
+from .averaging import load_average
 from .config import SafeMergeConfig
 from .deciding import plan_knobs
 from .entries import start_entry
@@ -79,16 +80,18 @@ def open_session(
     if config.gate_at().asks_cosines or "subspace" in config.rule.needs:
         # A compressed file may leave a decision open at any check: its exact one is looked for now.
         subspace.exact()
-    safety = _safety_adapter(config, factors)
-    reference = own_cosines(safety, factors, subspace) if safety and config.gate == "reference" else None
+    safety = _safety_adapters(config, factors)
+    reference = own_cosines(safety[0], factors, subspace) if safety and config.gate == "reference" else None
     choice = place(config, subspace, factors)
     part = own_part(choice, factors, subspace)
-    _rehearse(config, factors, subspace, safety, part, reference)
+    average = _average(config, args, state)
+    _rehearse(config, factors, subspace, (average.adapter(factors),) if average else safety, part, reference)
     progress, journal, restored = _records(config, args, state)
     start = start_entry(state.global_step, config, subspace, len(factors), args.world_size, choice)
     journal.append({**start, "restored": restored})
     progress.journal_entries += 1
     session = Session(config, writer, subspace, safety, journal, progress, optimizer, part, reference, begun=began)
+    session.average = average
     session.seal_weights(state.global_step)
     progress.seconds += time.perf_counter() - began
     pending, progress.pending = progress.pending, None
@@ -111,21 +114,35 @@ def _initial(
     return from_first(together(lambda: load_initial(folder) if state.is_world_process_zero else {}))
 
 
-def _safety_adapter(config: SafeMergeConfig, factors: Mapping[str, LoraFactors]) -> Adapter | None:
-    """The safety adapter where one will be merged; kept outside the model, which would save and train it."""
-    needed = "safety_adapter" in config.rule.needs or config.gate == "reference"
-    if not config.merges or config.safety_adapter is None or not needed:
+def _safety_adapters(config: SafeMergeConfig, factors: Mapping[str, LoraFactors]) -> tuple[Adapter, ...]:
+    """The safety adapters where they will be merged; kept outside the model, which would save and train them."""
+    needed = "safety_adapter" in config.rule.needs | config.rule.optional or config.gate == "reference"
+    if not config.merges or not needed:
+        return ()
+    found = tuple(load_adapter(name) for name in config.adapters)
+    for safety in found:
+        check_safety_adapter(safety, factors, space=config.space)
+    return found
+
+
+def _average(config: SafeMergeConfig, args: TrainingArguments, state: TrainerState) -> Average | None:
+    """The average of the checkpoint that the run goes on from, or a new one; None for methods that need none."""
+    if not config.merges or "average" not in config.rule.needs:
         return None
-    safety = load_adapter(config.safety_adapter)
-    check_safety_adapter(safety, factors, space=config.space)
-    return safety
+    folders = _checkpoints(args, state) if state.global_step > 0 else []
+    found = from_first(together(lambda: load_average(config, folders) if state.is_world_process_zero else None))
+    if found is None and folders:
+        warnings.warn(
+            "safemerge: the checkpoint holds no average of the run's updates, so it starts anew", stacklevel=4
+        )
+    return found or Average(float(config.ema_decay or 0.0))
 
 
 def _rehearse(
     config: SafeMergeConfig,
     factors: Mapping[str, LoraFactors],
     subspace: Subspace,
-    safety: Adapter | None,
+    safety: Sequence[Adapter],
     part: Part | None,
     reference: Mapping[str, float] | None,
 ) -> None:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..adapters.optimizer import check_optimizer
-from ..decision import check_merge, check_soft
+from ..decision import (
+    DEFAULT_WEIGHTS,
+    check_merge,
+    check_module_weights,
+    check_operator,
+    check_soft,
+    check_spread,
+    merge_weights,
+)
 from ..errors import ConfigError
-from ..methods import METHODS, check_density, check_majority_sign, get_method
+from ..methods import METHODS, Method, check_density, check_majority_sign, get_method
 from ..subspace.choice import check_placement
 
 if TYPE_CHECKING:
@@ -31,7 +40,8 @@ def _check_types(config: SafeMergeConfig) -> None:
     for name in ("subspace", "safety_adapter", "journal"):
         value = getattr(config, name)
         setattr(config, name, str(value) if isinstance(value, Path) else value)
-    for name in ("safety_adapter", "journal", "adapter_name"):
+    _check_adapters(config)
+    for name in ("journal", "adapter_name"):
         value = getattr(config, name)
         if value is not None and (not isinstance(value, str) or not value):
             raise ConfigError(f"{name} is {value!r}: give a non-empty string, or leave it out")
@@ -44,6 +54,20 @@ def _check_types(config: SafeMergeConfig) -> None:
         if not isinstance(getattr(config, name), bool):
             raise ConfigError(f"{name} is {getattr(config, name)!r}: give true or false")
     check_placement(config.placement)
+
+
+def _check_adapters(config: SafeMergeConfig) -> None:
+    given: Any = config.safety_adapter
+    names: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
+    names = [str(name) if isinstance(name, Path) else name for name in names]
+    if given is not None and (not names or not all(isinstance(name, str) and name for name in names)):
+        raise ConfigError(
+            f"safety_adapter is {given!r}: give a folder or Hub id, a non-empty string, or a list of them, or leave "
+            "it out"
+        )
+    if len(set(names)) < len(names):
+        raise ConfigError(f"safety_adapter is {given!r}: one is named twice, name it once and add its weights up")
+    config.safety_adapter = names[0] if len(names) == 1 else names
 
 
 def _check_gate(config: SafeMergeConfig) -> None:
@@ -72,16 +96,75 @@ def _check_method(config: SafeMergeConfig) -> None:
     check_optimizer(None, config.optimizer_state)
     config.density = check_density(config.method, config.density)
     check_majority_sign(config.method, config.majority_sign_method)
-    config.weights = list(check_merge(config.method, config.space, config.weights))
-    if config.weights[0] == 0:
-        raise ConfigError(
-            f"weights are {config.weights}: the first must be above 0, or a merge erases what was trained"
-        )
+    config.operator, config.operator_rank = check_operator(config.method, config.operator, config.operator_rank)
+    _check_weights(config, method)
+    _check_average(config)
     if config.merges and "safety_adapter" in method.needs and config.safety_adapter is None:
         raise ConfigError(
             f"safety_adapter is missing: method {config.method!r} merges one in; give its folder or Hub id, or set "
             "gate='watch' to measure only"
         )
+
+
+def _check_weights(config: SafeMergeConfig, method: Method) -> None:
+    """Bring the weights into numbers, as many as there are updates; none for a method that reads none."""
+    if not method.weighted and method.strength is None:
+        _check_idle(config, "weights", "module_weights", "strength")
+        check_merge(config.method, config.space, DEFAULT_WEIGHTS)
+        return
+    many = len(config.adapters)
+    if "safety_adapter" in method.optional and many > 1:
+        raise ConfigError(
+            f"safety_adapter is {config.safety_adapter!r}, and method {config.method!r} goes toward one: name one, or "
+            "use method 'linear'"
+        )
+    # Watching a run needs no adapter; as many weights as were given are those of adapters to come.
+    count = many if many and method.weighted else None
+    asked = merge_weights(config.method, config.weights, config.strength, many)
+    config.weights = list(check_merge(config.method, config.space, asked, count))
+    config.strength = None if method.strength is None else config.weights[1]
+    given = _read_json(config.module_weights)
+    checked = check_module_weights(config.method, config.space, given, len(config.weights) - 1)
+    config.module_weights = {pattern: list(own) for pattern, own in checked.items()} or None
+    for weights in (config.weights, *checked.values()):
+        if weights[0] == 0 and method.takes_away:
+            raise ConfigError(
+                f"weights are {list(weights)}: the first must be above 0 (a strength below 1), or a merge erases what "
+                "was trained"
+            )
+
+
+def _check_average(config: SafeMergeConfig) -> None:
+    if config.method != "ema":
+        return _check_idle(config, "ema_decay", "ema_every")
+    config.ema_decay = 0.9 if config.ema_decay is None else config.ema_decay
+    config.ema_every = 10 if config.ema_every is None else config.ema_every
+    decay, every = config.ema_decay, config.ema_every
+    if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
+        raise ConfigError(f"ema_decay is {decay!r}: give the share that the average keeps, from 0 to below 1")
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ConfigError(f"ema_every is {every!r}: give a whole number of optimizer steps, 1 or more")
+
+
+def _check_idle(config: SafeMergeConfig, *names: str) -> None:
+    """Refuse a knob that the method does not read."""
+    for name in names:
+        if getattr(config, name) is not None:
+            raise ConfigError(
+                f"{name} is {getattr(config, name)!r}, which method {config.method!r} does not read: leave it out"
+            )
+
+
+def _read_json(value: Any) -> Any:
+    """A mapping that came as text, from a command line."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ConfigError(
+            f"module_weights is {value!r}, which is no JSON ({error}): give such as '{{\"v_proj\": [0.5, 0.5]}}'"
+        ) from error
 
 
 def _check_strength(config: SafeMergeConfig) -> None:
@@ -90,11 +173,7 @@ def _check_strength(config: SafeMergeConfig) -> None:
         raise ConfigError(f"min_task_weight is {floor!r}: give a share of the task's update, from 0 (no floor) to 1")
     config.min_task_weight = float(floor)
     check_soft(config.soft, config.method, config.space)
-    if config.spread_weights and "safety_adapter" not in get_method(config.method).needs:
-        raise ConfigError(
-            f"spread_weights is true, and method {config.method!r} reads no weights that could be shared out: leave "
-            "it out"
-        )
+    check_spread(config.spread_weights, config.method, config.space)
 
 
 def _check_schedule(config: SafeMergeConfig) -> None:
@@ -109,8 +188,8 @@ def _check_schedule(config: SafeMergeConfig) -> None:
         raise ConfigError(
             f"until_step {config.until_step} comes before from_step {config.from_step}: swap them, or leave one out"
         )
-    if config.merges and config.method == "project" and config.every > 0:
+    if config.merges and config.operator == "safelora" and config.every > 0:
         raise ConfigError(
             f"method 'project' with every={config.every} would project again and again, and C is not idempotent: "
-            "set every=0, so that it happens once, at the end"
+            "set every=0, so that it happens once, at the end, or operator='orthogonal'"
         )

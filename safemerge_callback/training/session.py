@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,8 +16,9 @@ from transformers import TrainerState, TrainingArguments
 from ..adapters import Adapter, Writer
 from ..adapters.initial import save_initial
 from ..adapters.processes import from_first
-from ..decision import Edit, Journal, Readings, check_entry
+from ..decision import Average, Edit, Journal, Readings, check_entry
 from ..subspace import Subspace
+from .averaging import follow, save_average
 from .background import Pending, begin, undisturbed
 from .config import SafeMergeConfig
 from .deciding import Moment, agreed_plan, decided, still_disarmed
@@ -39,12 +40,13 @@ class Session:
     config: SafeMergeConfig
     writer: Writer
     subspace: Subspace
-    safety: Adapter | None
+    safety: Sequence[Adapter]
     journal: Journal
     progress: Progress
     optimizer: Any = None
     part: Part | None = None
     reference: Mapping[str, float] | None = None
+    average: Average | None = None
     pending: Pending | None = None
     trackers: Trackers = field(default_factory=Trackers)
     seal: tuple[int, str] | None = None
@@ -88,6 +90,7 @@ class Session:
     def after_step(self, args: TrainingArguments, state: TrainerState, *, stopping: bool) -> None:
         """Apply what was measured beside this step; check if it is due, or the last: its checkpoint holds the merge."""
         config, step = self.config, state.global_step
+        follow(self, step)
         last = stopping or step >= state.max_steps
         final = config.at_train_end and self.final_due(state, stopping=stopping)
         self.settle(args, state, hold="the final check at this step decides" if final else None)
@@ -173,6 +176,7 @@ class Session:
             replace(self.progress, seconds=self.seconds, training_seconds=self.training_seconds).save(folder)
             if self.writer.initial:
                 save_initial(folder, self.writer.initial)
+            save_average(self.average, folder)
         except OSError as error:
             self.warn(
                 "state",
@@ -190,8 +194,8 @@ class Session:
 
     def final_due(self, state: TrainerState, *, stopping: bool) -> bool:
         """Whether this step ends the run and still lacks its final check."""
-        final_step = self.progress.final_step
-        return final_due(state.global_step, max_steps=state.max_steps, stopping=stopping, final_step=final_step)
+        at, known = state.global_step, self.progress.final_step
+        return final_due(at, max_steps=state.max_steps, stopping=stopping, final_step=known)
 
     def note(self, entry: Mapping[str, Any]) -> None:
         """Append to the journal; a journal that fails is reported once and never stops training."""

@@ -76,7 +76,7 @@ def test_a_soft_plan_merges_each_module_by_its_own_weights(make_case, safety_for
     assert "weights 0.8 / 0.2 (soft)" in str(plan).splitlines()[0]
 
 
-@pytest.mark.parametrize("how", [{"method": "project"}, {"space": "factor"}, {"method": "cat"}])
+@pytest.mark.parametrize("how", [{"method": "project"}, {"space": "factor"}, {"method": "slerp"}])
 def test_soft_is_for_sums_of_updates(make_case, how):
     case = make_case("llama")
     readings = measure(writer_for(case.model).gather(), case.subspace)

@@ -41,7 +41,7 @@ def test_refit_dense_beyond_the_limit_is_refit_dense_below_it(monkeypatch):
     target = masked(260, 300, batch=(2,)).float()
     live = LowRank(normal(2, 8, 300, seed=7).float(), normal(2, 260, 8, seed=8).float())
     exact, lost = refit_dense(live, target)
-    monkeypatch.setattr(lowrank, "_EXACT_UP_TO", 10)
+    monkeypatch.setattr(lowrank, "EXACT_UP_TO", 10)
     fast, left_over = refit_dense(live, target)
     assert float((fast.B @ fast.A - exact.B @ exact.A).norm() / (exact.B @ exact.A).norm()) < 1e-5
     torch.testing.assert_close(left_over, lost, rtol=1e-5, atol=1e-5)

@@ -16,7 +16,7 @@ from safemerge_callback.training import SafeMergeConfig
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
-COUNTS = {"accelerate": 6, "evaluate": 5, "finetune": 14, "train_safety_adapter": 5}
+COUNTS = {"accelerate": 6, "evaluate": 5, "finetune": 18, "train_safety_adapter": 5}
 # transformers 5.23 calls it activation_checkpointing; trl 1.x, and earlier transformers, know the old name alone
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -62,15 +62,15 @@ def test_finetune_files(path):
     assert model.lora_target_modules == ["q_proj", "v_proj"]
     assert path.stem.startswith(Path(sft.output_dir).name)
     assert data.data in path.stem
-    assert (safemerge is not None) == path.stem.endswith("_safemerge")
-    if safemerge:
+    assert (safemerge is not None) == ("_safemerge" in path.stem)
+    if path.stem.endswith("_safemerge"):
         assert (safemerge.gate, safemerge.threshold, safemerge.weights) == ("threshold", 0.35, [0.8, 0.2])
         assert safemerge.every > 0
 
 
-@pytest.mark.parametrize("path", [p for p in files("finetune") if p.stem.endswith("_safemerge")], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p for p in files("finetune") if "_safemerge" in p.stem], ids=lambda p: p.stem)
 def test_a_guarded_file_differs_from_the_plain_one_by_the_callback_alone(path):
-    plain = yaml.safe_load(path.with_stem(path.stem.removesuffix("_safemerge")).read_text())
+    plain = yaml.safe_load(path.with_stem(path.stem.partition("_safemerge")[0]).read_text())
     guarded = yaml.safe_load(path.read_text())
     differing = {key for key in guarded.keys() | plain.keys() if guarded.get(key) != plain.get(key)}
     assert {key for key in differing if not key.startswith(PREFIX)} == {"output_dir"}

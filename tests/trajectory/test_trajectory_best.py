@@ -95,3 +95,14 @@ def test_a_stop_that_nothing_announced_is_merged_at_the_end(world, runs, tmp_pat
 def test_without_a_final_check_the_end_is_left_alone(world, runs, tmp_path):
     _, _, after = train(world, runs, tmp_path, best=4, every=3, at_train_end=False)
     assert same(after.end, runs.saved_weights(tmp_path / "checkpoint-4"))
+
+
+def test_a_reloaded_best_is_averaged_over_its_own_past(world, runs, tmp_path):
+    """Not over the steps after it, whose weights were dropped."""
+    knobs = {"method": "ema", "safety_adapter": None, "every": 0, "ema_every": 1, "ema_decay": 0.5}
+    _, before, after = train(world, runs, tmp_path, best=2, **knobs)
+    first, second = (runs.updates(before.steps[step], SCALING) for step in (1, 2))
+    mean = {name: 0.25 * first[name] + 0.5 * second[name] for name in first}
+    expected = runs.merged(mean, mean, rank=4, weights=(1.0, 0.0))
+    assert runs.distance(runs.updates(after.end, SCALING), expected) < 1e-4
+    assert [e["average"]["followed"] for e in runs.entries(tmp_path, "merge")] == [6, 2]

@@ -1,0 +1,91 @@
+"""The exponential moving average of a run's own updates, at low rank: what method `ema` goes to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ..adapters import Adapter, LoraFactors
+from ..adapters.host import to_host
+from ..adapters.pairs import read_pairs, write_pairs
+from ..errors import AdapterError
+from ..ops import LowRank, full_precision, truncate, weighted_sum
+from .measure import stacked
+
+AVERAGE_FILE = "safemerge_average.safetensors"
+# The average holds this many times the live rank. A sum of updates of many steps has more directions than one of them.
+ROOM = 4
+
+
+@dataclass
+class Average:
+    """E = Σ d^(n-i)·(1 - d)·ΔWᵢ over the n updates it has followed, before which it was 0, the aligned model.
+
+    `decay` is d, in [0, 1). `pairs`: module -> factors of E in the live adapter's units, (4r, d_in) and (d_out, 4r),
+    float32 on the host. `residual`: the largest share of a module's average that one truncation to that rank has
+    dropped. The average is of the products B·A, so it does not see the gauge: factors averaged by themselves would
+    multiply to something else.
+    """
+
+    decay: float
+    pairs: dict[str, LowRank] = field(default_factory=dict)
+    followed: int = 0
+    residual: float = 0.0
+
+    @torch.no_grad()
+    @full_precision()
+    def follow(self, factors: Mapping[str, LoraFactors]) -> None:
+        """Take the present updates in: E <- d·E + (1 - d)·ΔW. Computed where the factors live."""
+        pairs, dropped = {}, []
+        for name, module in factors.items():
+            device = module.A.device
+            update = stacked([module.update], device)
+            before = self.pairs.get(name)
+            terms, weights = [update], [1.0 - self.decay]
+            if before is not None:
+                terms, weights = [stacked([before], device), update], [self.decay, *weights]
+            total, residual = truncate(weighted_sum(terms, weights), ROOM * module.rank)
+            pairs[name] = LowRank(total.A[0].float(), total.B[0].float())
+            dropped.append(residual)
+        held = iter(to_host([tensor for pair in pairs.values() for tensor in pair]))
+        self.pairs = {name: LowRank(next(held), next(held)) for name in pairs}
+        self.followed += 1
+        # Residuals of several devices meet on the first, so that the host waits once.
+        lost = torch.cat([residual.to(dropped[0].device) for residual in dropped]).tolist() if dropped else []
+        self.residual = max(self.residual, *lost, 0.0)
+
+    def adapter(self, factors: Mapping[str, LoraFactors]) -> Adapter:
+        """Return the average as an adapter of the modules `factors`, with their scalings; the live one if none yet."""
+        kept = {}
+        for name, module in factors.items():
+            A, B = self.pairs.get(name, module.update)
+            kept[name] = LoraFactors(name, A, B, module.scaling, module.transposed)
+        return Adapter("the run's own average", None, {}, kept)
+
+    def save(self, folder: Path) -> Path:
+        """Write the average into `folder`, whole or not at all; return the file. Raises OSError."""
+        about = {key: json.dumps(getattr(self, key)) for key in ("decay", "followed", "residual")}
+        write_pairs(folder / AVERAGE_FILE, self.pairs, about)
+        return folder / AVERAGE_FILE
+
+    @classmethod
+    def load(cls, folder: Path, decay: float) -> Average | None:
+        """Read what `save` wrote, to go on with this decay; None where there is none.
+
+        AdapterError for one that cannot be read.
+        """
+        path = folder / AVERAGE_FILE
+        if not path.is_file():
+            return None
+        try:
+            pairs, about = read_pairs(path)
+            return cls(decay, pairs, json.loads(about["followed"]), json.loads(about["residual"]))
+        except (OSError, ValueError, KeyError) as error:
+            raise AdapterError(
+                f"{str(path)!r} is corrupt or truncated ({error}), and the run's average with it. "
+                "Take another checkpoint."
+            ) from error

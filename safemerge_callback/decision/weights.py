@@ -1,0 +1,169 @@
+"""What each update weighs in a merge: what the user may ask for, and what stands where nothing was asked."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..errors import ConfigError, nearest
+from ..methods import METHODS, Method, get_method
+
+LARGEST_WEIGHT = 2.0
+DEFAULT_WEIGHTS = (0.8, 0.2)
+
+
+def check_merge(method: str, space: str, weights: Sequence[float], adapters: int | None = None) -> tuple[float, ...]:
+    """Return `weights` = (w_live, w_safety, ...) as floats.
+
+    ConfigError for an unknown method or space, weights outside [-2, 2] or that sum to 0, w_live below 0, a negative one
+    where the method gives it no meaning, or another number of them than 1 + `adapters` (None: not known yet).
+    """
+    rule = get_method(method)
+    if space not in rule.spaces:
+        raise ConfigError(
+            f"space {space!r} is not one that method {method!r} works in: choose one of {sorted(rule.spaces)}"
+            f"{nearest(str(space), rule.spaces)}"
+        )
+    numbers = _numbers(weights)
+    _check_number(rule, len(numbers) - 1, weights)
+    if adapters is not None and rule.weighted and len(numbers) != 1 + adapters:
+        raise ConfigError(f"weights={weights!r} with {adapters} safety adapters: {_wanted(adapters)}")
+    if min(numbers) < 0 and not (rule.signed and numbers[0] >= 0):
+        able = sorted(name for name, other in METHODS.items() if other.signed)
+        raise ConfigError(
+            f"weights={weights!r} with method {method!r}: a negative weight takes an update away, which has a meaning "
+            f"for a safety adapter in {able}: give others from 0 to {LARGEST_WEIGHT:g}"
+        )
+    if sum(numbers) == 0:
+        raise ConfigError(
+            f"weights={weights!r} sum to 0: the merge would take away all that it adds, change one of them"
+        )
+    return numbers
+
+
+def merge_weights(
+    method: str, weights: Sequence[float] | None, strength: float | None, adapters: int | None = None
+) -> Sequence[float]:
+    """Return the weights of a merge, not yet checked: those given, or those that the method has by itself.
+
+    A method with a strength has (1 - strength, strength), and takes no other weights. Others have (0.8, 0.2), the
+    released SafeMERGE's (arXiv:2503.17239), where there is one safety adapter. ConfigError for a strength that is not
+    read or not in (0, 1], weights that contradict it, and weights left out with several adapters.
+    """
+    rule = get_method(method)
+    if rule.strength is not None:
+        if weights is not None:
+            return _way(method, weights, strength)
+        share = _share(method, rule.strength if strength is None else strength)
+        return (1.0 - share, share)
+    if strength is not None:
+        able = sorted(name for name, other in METHODS.items() if other.strength is not None)
+        raise ConfigError(
+            f"strength is {strength!r}, which method {method!r} does not read: give weights, or choose one of {able}"
+        )
+    if weights is None and (adapters or 0) > 1:
+        raise ConfigError(f"weights are missing with {adapters} safety adapters: {_wanted(adapters or 0)}")
+    return DEFAULT_WEIGHTS if weights is None else weights
+
+
+def check_module_weights(
+    method: str, space: str, module_weights: Any, adapters: int | None = None
+) -> dict[str, tuple[float, ...]]:
+    """Return pattern -> weights, each checked as `check_merge` does; ConfigError for what is no such mapping."""
+    if module_weights is None:
+        return {}
+    if not isinstance(module_weights, Mapping):
+        raise ConfigError(
+            f"module_weights is {module_weights!r}: map patterns of module names to weights, such as "
+            "{'v_proj': [0.5, 0.5]}"
+        )
+    if module_weights and not get_method(method).weighted:
+        raise ConfigError(f"module_weights is set, and method {method!r} reads no weights: leave it out")
+    checked = {}
+    for pattern, weights in module_weights.items():
+        _compiled(pattern)
+        try:
+            checked[pattern] = check_merge(method, space, weights, adapters)
+        except ConfigError as error:
+            raise ConfigError(f"module_weights of {pattern!r}: {error}") from error
+    return checked
+
+
+def pattern_of(name: str, patterns: Iterable[str]) -> str | None:
+    """Return the first pattern that a module's name fits, None where none does.
+
+    A pattern is a regular expression of the name or of its end, whole parts: `v_proj` fits every v_proj,
+    `layers.[0-3].*` the first four layers. Source: PEFT's `rank_pattern`.
+    """
+    return next((pattern for pattern in patterns if _compiled(pattern).fullmatch(name)), None)
+
+
+def check_patterns(patterns: Iterable[str], names: Sequence[str]) -> None:
+    """Raise ConfigError for a pattern that fits none of the modules `names`, or only such as an earlier one takes."""
+    given = list(patterns)
+    used = {pattern_of(name, given) for name in names}
+    idle = [pattern for pattern in given if pattern not in used]
+    if idle:
+        shown = f", the first is {names[0]!r}" if names else ""
+        raise ConfigError(
+            f"module_weights of {idle[0]!r} fits none of the {len(names)} modules{shown}, or only such that an earlier "
+            "pattern takes: the first that fits counts; give the end of a name, or a regular expression"
+        )
+
+
+def _compiled(pattern: Any) -> re.Pattern[str]:
+    try:
+        return re.compile(rf"(?:.*\.)?(?:{pattern})")
+    except re.error as error:
+        raise ConfigError(f"module_weights: {pattern!r} is no regular expression ({error}): write one") from error
+
+
+def _wanted(adapters: int) -> str:
+    names = ", ".join(["w_live", *(f"w_safety_{i + 1}" for i in range(adapters))])
+    return f"give {adapters + 1} numbers, ({names})" if adapters > 1 else "give two, (w_live, w_safety)"
+
+
+def _check_number(rule: Method, adapters: int, weights: Any) -> None:
+    if adapters > 1 and not rule.several:
+        raise ConfigError(
+            f"weights={weights!r} with method {rule.name!r}, which goes from one update to one other: give two, or "
+            "choose a method that takes several, such as 'linear'"
+        )
+
+
+def _numbers(weights: Any) -> tuple[float, ...]:
+    allowed = (
+        "give finite numbers (w_live, w_safety), one more for each further adapter, w_live from 0 to "
+        f"{LARGEST_WEIGHT:g} and others from {-LARGEST_WEIGHT:g}, not all 0"
+    )
+    if isinstance(weights, str) or not isinstance(weights, Sequence) or len(weights) < 2:
+        raise ConfigError(f"weights={weights!r}: {allowed}")
+    inside = [isinstance(w, int | float) and not isinstance(w, bool) and abs(w) <= LARGEST_WEIGHT for w in weights]
+    if not all(inside) or not any(weights):
+        raise ConfigError(f"weights={weights!r}: {allowed}")
+    return tuple(float(w) for w in weights)
+
+
+def _way(method: str, weights: Any, strength: Any) -> tuple[float, ...]:
+    """Weights that say what a strength says."""
+    numbers = _numbers(weights)
+    told = numbers[-1] if strength is None else _share(method, strength)
+    if len(numbers) != 2 or not math.isclose(sum(numbers), 1.0) or not math.isclose(numbers[1], told):
+        said = "" if strength is None else f" beside strength {strength!r}"
+        raise ConfigError(
+            f"weights are {weights!r}{said}, and method {method!r} goes a share of the way to its target: leave them "
+            "out and give strength, that share"
+        )
+    _share(method, numbers[1])
+    return numbers
+
+
+def _share(method: str, strength: Any) -> float:
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
+        raise ConfigError(
+            f"strength is {strength!r}: method {method!r} goes this share of the way to its target, give one above 0 "
+            "and at most 1"
+        )
+    return float(strength)

@@ -1,0 +1,69 @@
+"""The average of a run's own updates: taken in as it trains, saved with checkpoints, and given to method `ema`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..adapters import Adapter
+from ..adapters.processes import from_first
+from ..decision import Average
+from .config import SafeMergeConfig
+from .faults import Fault, attempt
+
+if TYPE_CHECKING:
+    from .session import Session
+
+
+def sources(session: Session) -> Sequence[Adapter]:
+    """Return what the method merges in: the run's average where it needs that, else the safety adapters.
+
+    Collective as `writer.gather` where there is an average.
+    """
+    average = session.average
+    return session.safety if average is None else (average.adapter(session.writer.gather()),)
+
+
+def follow(session: Session, step: int) -> None:
+    """Take the updates of `step` into the average where it is time. Collective as `writer.gather`.
+
+    Where it fails the average stays as it was, and that is told once; the training goes on.
+    """
+    average, every = session.average, session.config.ema_every
+    if average is None or not every or step % every:
+        return
+    done = attempt("average", lambda: average.follow(session.writer.gather()))
+    if isinstance(done, Fault):
+        session.note({"kind": "error", "step": step, "where": done.where, "error": done.error})
+        session.warn(done.where, f"the average of the run's updates lacks step {step}, training goes on: {done.error}")
+
+
+def about(average: Average | None) -> dict[str, Any]:
+    """Return what a merge's entry says of the average; nothing where there is none."""
+    if average is None:
+        return {}
+    told = {"decay": average.decay, "followed": average.followed, "residual": average.residual}
+    return {"average": told}
+
+
+def save_average(average: Average | None, folder: Path) -> None:
+    """Put the average, if there is one, beside the weights of a checkpoint. Raises OSError."""
+    if average is not None:
+        average.save(folder)
+
+
+def load_average(config: SafeMergeConfig, folders: Sequence[Path]) -> Average | None:
+    """Return the average of the first of these checkpoints that holds one; AdapterError where it cannot be read."""
+    found = (Average.load(folder, float(config.ema_decay or 0.0)) for folder in folders)
+    return next((average for average in found if average is not None), None)
+
+
+def rewind_average(session: Session, checkpoint: Path) -> None:
+    """Take over the average of the checkpoint that the weights were reloaded from; without one it stays."""
+    if session.average is None:
+        return
+    found = attempt("average", lambda: load_average(session.config, [checkpoint]))
+    if isinstance(found, Average):
+        session.average = found
+    session.average = from_first(session.average)
