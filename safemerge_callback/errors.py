@@ -30,6 +30,10 @@ class JournalError(SafeMergeError, OSError):
     """A journal that cannot be written or read."""
 
 
+class TrackerError(SafeMergeError, RuntimeError):
+    """A tracker that was asked for and has no live run; what it would have shown is in the journal."""
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for the allowed name closest to `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(allowed), n=1)

@@ -186,3 +186,14 @@ def test_a_probe_of_a_model_in_training(run, monkeypatch, tiny_llama, chat_token
     assert results["tokens"] == pytest.approx(results["tokens_a_second"] * results["median_seconds"])
     assert 4 <= results["tokens"] <= 12
     assert "under 25 s" in printed
+
+
+def test_what_a_check_costs_in_a_tracker(run):
+    small = ["--trackers", "tensorboard", "--layers", "1", "--checks", "5"]
+    results, printed = run("tracker_cost", *small)
+    assert_names_the_machine(results, printed)
+    cost = results["milliseconds"]["tensorboard"]
+    # two of the five are without a heat map: 3 and 5
+    assert 0 < cost["median"] <= cost["largest"]
+    assert cost["heat_map"] <= cost["heat_map_largest"]
+    assert cost["total"] * 1000 >= 2 * cost["median"] + 3 * min(cost["heat_map"], cost["median"])

@@ -14,7 +14,7 @@ from benchmarks.trainers.world import make_base
 from safemerge_callback import read_journal
 
 PAGE = Path(__file__).parents[1] / "docs" / "plain_loop.md"
-CODE = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
+CODE, TRACKED = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +95,17 @@ def test_the_optimizer_trains_on_from_the_merged_factors(ready):
         moved = float((states["end"][name] - merged).abs().max())
         # Adam's steps are at most a few times the learning rate, 1e-3; a merge undone would be far more.
         assert 0 < moved < 1e-2, name
+
+
+def test_the_loop_that_logs_sends_its_checks_to_tensorboard(ready):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    setup = changed(CODE.split("model.train()")[0], 'journal = Journal("out/safemerge.jsonl")\n', "")
+    setup = changed(changed(setup, '"gate": "threshold"', '"gate": "all"'), "every = 50", "every = 2")
+    exec(compile(setup + TRACKED, str(PAGE), "exec"), {"model": ready, "batches": batches(4)})
+    events = EventAccumulator("out/runs/safemerge")
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("safemerge/modules_merged")] == [(2, 4), (4, 4)]
+    assert [e.step for e in events.Scalars("my/accuracy")] == [2, 4]
+    entries = read_journal("out/safemerge.jsonl")
+    assert [(e["kind"], e["step"]) for e in entries] == [("check", 2), ("merge", 2), ("check", 4), ("merge", 4)]

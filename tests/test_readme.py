@@ -10,7 +10,7 @@ import pytest
 
 import safemerge_callback
 from safemerge_callback import SafeMergeCallback, SafeMergeConfig
-from safemerge_callback.training.metrics import BEST_METRICS, METRICS
+from safemerge_callback.training.metrics import METRICS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,8 +23,11 @@ def table(heading):
     return {cells[0].strip("`"): cells[-1] for cells in rows}
 
 
-def test_every_key_that_is_logged_is_in_the_metrics_table():
-    assert table("| key | meaning |") == METRICS | BEST_METRICS
+def test_the_keys_in_the_metrics_table_are_logged_and_mean_that():
+    # All of them are on docs/metrics.md, which tests/training/test_training_metrics.py holds to the code.
+    shown = table("| key | meaning |")
+    assert shown.items() <= METRICS.items()
+    assert len(shown) >= 5
 
 
 def test_every_setting_is_in_the_settings_table():

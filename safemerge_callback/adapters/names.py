@@ -41,3 +41,17 @@ def _strip_once(name: str) -> str:
     for pattern, spelling in _RENAMED:
         name = pattern.sub(spelling, name)
     return name
+
+
+def layer_and_type(name: str) -> tuple[int | None, str]:
+    """Return a module's layer and what it is in every layer: `layers.3.self_attn.q_proj` is 3 and `self_attn.q_proj`.
+
+    The first number of the name is the layer; further ones, as an expert's, are left out. A name without a number is
+    its own type.
+    """
+    parts = name.split(".")
+    numbers = [int(part) for part in parts if part.isdecimal()]
+    if not numbers:
+        return None, name
+    kind = ".".join(part for part in parts if not part.isdecimal())
+    return numbers[0], kind.removeprefix("layers.")

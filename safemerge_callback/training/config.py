@@ -157,6 +157,9 @@ class SafeMergeConfig:
     journal: str | None = field(
         default=None, metadata={"help": "Path of the journal; by default safemerge.jsonl in the output folder."}
     )
+    wandb_chart: str | None = field(
+        default=None, metadata={"help": "Saved W&B chart, as ENTITY/NAME, that the heat map is shown with."}
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)

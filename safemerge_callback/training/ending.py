@@ -21,9 +21,10 @@ from .averaging import rewind_average
 from .entries import end_entry
 from .faults import Fault, attempt
 from .metrics import BEST_METRICS
+from .outcome import Outcome
 from .progress import Progress
 from .session import Session
-from .trackers import Report, finite
+from .trackers import finite
 
 # Batches of the evaluation set that a reloaded best model is compared on, before and after its merge.
 COMPARED_BATCHES = 50
@@ -51,7 +52,15 @@ def after_training(
         session.witness.closing()
     session.progress.training_seconds, session.begun = session.training_seconds, None
     session.note(end_entry(state.global_step, session.progress, session.seconds))
+    session.trackers.finish(state.global_step, _outcome(session, model).write)
     session.trackers.close()
+
+
+def _outcome(session: Session, model: nn.Module | None) -> Outcome:
+    """What trackers keep of the run; no adapter where it is sharded: all ranks would have to save it together."""
+    parts = {"subspace": session.config.subspace, "safety_adapter": session.config.safety_adapter}
+    whole = None if session.writer.sharded else model
+    return Outcome(session.journal.path, session.plan, session.progress, parts, whole)
 
 
 def _last_check(
@@ -117,8 +126,7 @@ def _note_best(
     plain = {key.rpartition("/")[2]: value for key, value in losses.items()}
     session.note({"kind": "best", "step": state.global_step, **best, **plain})
     numbers = {key: value for key, value in losses.items() if value is not None}
-    report = Report(state.global_step, numbers, (), session.config.to_dict(), args.output_dir)
-    session.trackers.send(args, state, report)
+    session.trackers.numbers(args, state, numbers)
 
 
 def _save_again(session: Session, args: TrainingArguments, state: TrainerState) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Mapping
 from typing import Any
 
+from ..adapters.names import layer_and_type
 from ..decision import MergePlan
 from ..subspace import Subspace
 from ..subspace.choice import Choice
 from .config import SafeMergeConfig
+from .metrics import limit_of, z_of
 from .progress import Progress
 from .trackers import Row, finite
 
@@ -24,12 +27,22 @@ def broken_modules(step: int, plan: MergePlan) -> str | None:
     )
 
 
-def decision_rows(step: int, plan: MergePlan) -> list[Row]:
-    """Return a row of the trackers' table for each module."""
-    verdicts = plan.verdicts
+def decision_rows(step: int, plan: MergePlan, task_weights: Mapping[str, float]) -> list[Row]:
+    """Return a row of the trackers' table for each module; `task_weights` after this check's merges."""
     return [
-        (step, n, finite(r.cosine), finite(r.null_cosine), finite(r.update_norm), verdicts[n].merge, verdicts[n].reason)
-        for n, r in plan.readings.items()
+        Row(
+            step,
+            *layer_and_type(name),
+            name,
+            finite(reading.cosine),
+            finite(reading.null_cosine),
+            finite(z_of(reading)),
+            limit_of(plan, reading),
+            finite(reading.update_norm),
+            task_weights.get(name, 1.0),
+            *plan.verdicts[name],
+        )
+        for name, reading in plan.readings.items()
     ]
 
 

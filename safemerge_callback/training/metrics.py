@@ -5,65 +5,122 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from ..decision import Edit, MergePlan
+from ..decision import Edit, MergePlan, Reading
 from .progress import Progress
 
-METRICS: dict[str, str] = {
-    "safemerge/cosine_min": "Lowest projected cosine of any module at this check.",
-    "safemerge/cosine_mean": "Mean projected cosine over the modules.",
-    "safemerge/cosine_median": "Median projected cosine over the modules.",
-    "safemerge/cosine_max": "Highest projected cosine of any module.",
-    "safemerge/null_cosine_mean": "Mean cosine that updates unrelated to the subspace would have in these modules.",
-    "safemerge/modules": "Number of modules measured.",
-    "safemerge/modules_below": "Number of modules whose cosine is below the threshold.",
-    "safemerge/modules_merged": "Number of modules merged at this check.",
-    "safemerge/modules_merged_total": "Number of module merges since training began.",
-    "safemerge/task_weight_min": "Lowest share of the task's update that is left in any module after all its merges.",
-    "safemerge/residual_max": "Largest relative part of a merged update that did not fit the live rank, at this check.",
-    "safemerge/seconds": "Seconds that this check and its merge took.",
-    "safemerge/seconds_total": "Seconds that the callback has taken since training began.",
+
+class Metric(NamedTuple):
+    """Unit and meaning of a key, and what W&B keeps of it in a run's summary: min, max or last."""
+
+    unit: str
+    summary: str
+    meaning: str
+
+
+_CHECK = {
+    "cosine_min": Metric("cosine", "min", "Lowest projected cosine of any module at this check."),
+    "cosine_p10": Metric("cosine", "min", "Projected cosine that a tenth of the modules lie below."),
+    "cosine_p50": Metric("cosine", "last", "Median projected cosine over the modules."),
+    "cosine_mean": Metric("cosine", "last", "Mean projected cosine over the modules."),
+    "cosine_max": Metric("cosine", "last", "Highest projected cosine of any module."),
+    "null_cosine_mean": Metric(
+        "cosine", "last", "Mean cosine that updates unrelated to the subspace would have in these modules."
+    ),
+    "z_min": Metric(
+        "standard deviations", "min", "Lowest distance of any module's cosine from its null cosine, below it negative."
+    ),
+    "z_mean": Metric("standard deviations", "last", "Mean distance of the cosines from their null cosines."),
+    "modules": Metric("modules", "last", "Number of modules measured."),
+    "modules_below": Metric(
+        "modules",
+        "max",
+        "Number of modules whose cosine is below the gate: below their own where the gate has one, else below "
+        "`threshold`.",
+    ),
+    "modules_merged": Metric("modules", "max", "Number of modules merged at this check."),
+    "modules_merged_total": Metric("modules", "last", "Number of module merges since training began."),
+    "task_weight_min": Metric(
+        "share", "min", "Lowest share of the task's update that is left in any module after all its merges."
+    ),
+    "task_weight_mean": Metric("share", "last", "Mean share of the task's update that is left, over the modules."),
+    "residual_max": Metric(
+        "share", "max", "Largest relative part of a merged update that did not fit the live rank, at this check."
+    ),
+    "milliseconds": Metric("ms", "last", "Milliseconds that this check and its merge took."),
+    "seconds_total": Metric("s", "last", "Seconds that the callback has taken since training began."),
 }
-
-
 # At the end of a run that reloaded its best model, on up to 50 evaluation batches.
-BEST_METRICS: dict[str, str] = {
-    "safemerge/best_loss_before": "Evaluation loss of the reloaded best model before its final merge.",
-    "safemerge/best_loss_after": "Evaluation loss of the reloaded best model after its final merge.",
+_BEST = {
+    "best_loss_before": Metric("loss", "last", "Evaluation loss of the reloaded best model before its final merge."),
+    "best_loss_after": Metric("loss", "last", "Evaluation loss of the reloaded best model after its final merge."),
 }
+
+CHECK_KEYS: dict[str, Metric] = {f"safemerge/{name}": metric for name, metric in _CHECK.items()}
+BEST_KEYS: dict[str, Metric] = {f"safemerge/{name}": metric for name, metric in _BEST.items()}
+KEYS: dict[str, Metric] = CHECK_KEYS | BEST_KEYS
+METRICS: dict[str, str] = {key: metric.meaning for key, metric in CHECK_KEYS.items()}
+BEST_METRICS: dict[str, str] = {key: metric.meaning for key, metric in BEST_KEYS.items()}
 
 
 def check_metrics(plan: MergePlan, edits: Sequence[Edit], progress: Progress, seconds: float) -> dict[str, float]:
     """Return the numbers of one check under the keys of `METRICS`; one that is not finite is left out.
 
-    `seconds` is the check's own duration; `progress` already counts its edits.
+    `seconds` is the check's own duration; `progress` already counts its edits. Where the subspace file has no null_std
+    there is no z.
     """
     readings = list(plan.readings.values())
-    cosines = [r.cosine for r in readings if math.isfinite(r.cosine)]
+    weights = [progress.task_weights.get(name, 1.0) for name in plan.readings]
     values = {
-        **_spread(cosines),
+        **_spread([r.cosine for r in readings if math.isfinite(r.cosine)]),
         "null_cosine_mean": _mean([r.null_cosine for r in readings]),
+        **_distances([z for z in map(z_of, readings) if z is not None]),
         "modules": float(len(readings)),
-        "modules_below": float(sum(c < plan.threshold for c in cosines)),
+        "modules_below": float(sum(r.cosine < _or(limit_of(plan, r), plan.threshold) for r in readings)),
         "modules_merged": float(len(edits)),
         "modules_merged_total": float(progress.modules_merged),
-        "task_weight_min": min(progress.task_weights.values(), default=1.0),
+        "task_weight_min": min(weights, default=1.0),
+        "task_weight_mean": _mean(weights),
         "residual_max": max((e.residual for e in edits), default=0.0),
-        "seconds": seconds,
+        "milliseconds": 1000 * seconds,
         "seconds_total": progress.seconds,
     }
     return {f"safemerge/{key}": value for key, value in values.items() if math.isfinite(value)}
 
 
+def limit_of(plan: MergePlan, reading: Reading) -> float | None:
+    """Return the cosine below which the plan's gate merges this module, for gate `watch` the threshold; else None."""
+    limit = plan.threshold if plan.gate == "watch" else plan.rule.limit(reading)
+    return limit if limit is not None and math.isfinite(limit) else None
+
+
+def z_of(reading: Reading) -> float | None:
+    """Return how many standard deviations the cosine lies from that of an unrelated update; None if not known."""
+    if not reading.null_std or not reading.finite or not reading.comparable or reading.update_norm == 0:
+        return None
+    return (reading.cosine - reading.null_cosine) / reading.null_std
+
+
+def _or(limit: float | None, other: float) -> float:
+    return other if limit is None else limit
+
+
 def _spread(cosines: Sequence[float]) -> dict[str, float]:
     if not cosines:
         return {}
+    tenth = statistics.quantiles(cosines, n=10, method="inclusive")[0] if len(cosines) > 1 else cosines[0]
     return {
         "cosine_min": min(cosines),
+        "cosine_p10": tenth,
+        "cosine_p50": statistics.median(cosines),
         "cosine_mean": _mean(cosines),
-        "cosine_median": statistics.median(cosines),
         "cosine_max": max(cosines),
     }
+
+
+def _distances(distances: Sequence[float]) -> dict[str, float]:
+    return {"z_min": min(distances), "z_mean": _mean(distances)} if distances else {}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -93,6 +93,7 @@ def open_session(
     session = Session(config, writer, subspace, safety, journal, progress, optimizer, part, reference, begun=began)
     session.average = average
     session.seal_weights(state.global_step)
+    session.trackers.open(args, state, config.to_dict(), session.note)
     progress.seconds += time.perf_counter() - began
     pending, progress.pending = progress.pending, None
     if pending == state.global_step:

@@ -41,7 +41,7 @@ def _check_types(config: SafeMergeConfig) -> None:
         value = getattr(config, name)
         setattr(config, name, str(value) if isinstance(value, Path) else value)
     _check_adapters(config)
-    for name in ("journal", "adapter_name"):
+    for name in ("journal", "adapter_name", "wandb_chart"):
         value = getattr(config, name)
         if value is not None and (not isinstance(value, str) or not value):
             raise ConfigError(f"{name} is {value!r}: give a non-empty string, or leave it out")

@@ -16,7 +16,7 @@ from transformers import TrainerState, TrainingArguments
 from ..adapters import Adapter, Writer
 from ..adapters.initial import save_initial
 from ..adapters.processes import from_first
-from ..decision import Average, Edit, Journal, Readings, check_entry
+from ..decision import Average, Edit, Journal, MergePlan, Readings, check_entry
 from ..subspace import Subspace
 from .averaging import follow, save_average
 from .background import Pending, begin, undisturbed
@@ -48,6 +48,7 @@ class Session:
     reference: Mapping[str, float] | None = None
     average: Average | None = None
     pending: Pending | None = None
+    plan: MergePlan | None = None
     trackers: Trackers = field(default_factory=Trackers)
     seal: tuple[int, str] | None = None
     begun: float | None = field(default_factory=time.perf_counter)
@@ -159,8 +160,9 @@ class Session:
         edits = merge(self, step, plan, Path(args.output_dir) if final else None) if plan.selected else ()
         took = time.perf_counter() - began - (self.left_out - left_out)
         numbers = check_metrics(plan, edits, replace(self.progress, seconds=self.seconds), took)
-        rows = decision_rows(step, plan)
-        self.trackers.send(args, state, Report(step, numbers, rows, self.config.to_dict(), args.output_dir))
+        rows = decision_rows(step, plan, self.progress.task_weights)
+        self.plan = plan
+        self.trackers.send(args, state, Report(step, numbers, rows, final))
         return edits
 
     @property
@@ -217,3 +219,4 @@ class Session:
         self.warn(
             fault.where, f"{fault.where} failed at step {step}, nothing was merged, training goes on: {fault.error}"
         )
+        self.trackers.alert(step, "fault", "safemerge: a check failed", f"{fault.where}, step {step}: {fault.error}")

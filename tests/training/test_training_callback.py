@@ -234,7 +234,7 @@ def test_metrics_in_the_log_history_are_those_published_and_agree_with_the_journ
         cosines = sorted(m["cosine"] for m in check["modules"])
         assert row["safemerge/cosine_min"] == cosines[0]
         assert row["safemerge/cosine_max"] == cosines[-1]
-        assert row["safemerge/cosine_median"] == pytest.approx((cosines[1] + cosines[2]) / 2)
+        assert row["safemerge/cosine_p50"] == pytest.approx((cosines[1] + cosines[2]) / 2)
         assert row["safemerge/residual_max"] == max(m["residual"] for m in merge["modules"])
         assert row["safemerge/modules_below"] == sum(c < 0.35 for c in cosines)
     assert logged[-1]["safemerge/modules_merged_total"] == 8

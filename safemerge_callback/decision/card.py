@@ -1,0 +1,27 @@
+"""What every model card of ours has in common."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+CAVEAT = (
+    "The merge answers accidental loss of safety in fine-tuning; it does not withstand an attack: evaluate before use."
+)
+
+
+def front_matter(base_model: str | None) -> str:
+    """Return a model card's head, with the base model where it is a Hub id."""
+    # A JSON string is a YAML string. A local path is no model id, which the Hub would refuse.
+    known = base_model is not None and _HUB_ID.fullmatch(base_model) and not Path(base_model).exists()
+    base = f"base_model: {json.dumps(base_model)}\n" if known else ""
+    return f"---\n{base}library_name: peft\ntags:\n- lora\n- safemerge\n---\n"
+
+
+def escaped(text: str) -> str:
+    """Return `text` as one line of Markdown that renders as itself, inside a table too."""
+    one_line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return re.sub(r"([\\`*_\[\](){}<>|~#&!$])", r"\\\1", one_line)

@@ -1,0 +1,10 @@
+"""Send a run's numbers to whatever the trainer already reports to, and to nothing else.
+
+`protocol` says what a tracker is; one file each for W&B, TensorBoard, MLflow and trackio, none of which is imported
+before `report_to` names it; `together` sends to all and catches what fails; `drift` and `picture` are the heat map.
+"""
+
+from .protocol import COLUMNS, Report, Row, Run, Tracker, finite
+from .together import TRACKERS, Trackers, known
+
+__all__ = ["COLUMNS", "TRACKERS", "Report", "Row", "Run", "Tracker", "Trackers", "finite", "known"]

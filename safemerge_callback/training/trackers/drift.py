@@ -1,0 +1,72 @@
+"""The cosines of a run so far, in as many columns as a chart can bear."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from .protocol import Row
+
+# W&B draws a custom chart from 10,000 rows at the most.
+MOST_CELLS = 9_000
+MOST_COLUMNS = 60
+
+
+class Cell(NamedTuple):
+    """One module in one column; `merged` if it was merged at any of the column's checks."""
+
+    step: int
+    layer: int | None
+    type: str
+    cosine: float | None
+    limit: float | None
+    merged: bool
+
+
+class Drift:
+    """Columns of one or more checks each; a column shows its last check. Memory and pictures stay bounded.
+
+    Where a column too many would come, all are joined by twos, so every column but the last stands for as many checks.
+    """
+
+    def __init__(self) -> None:
+        self.columns: list[dict[str, Cell]] = []
+        self.checks = 0
+        self.checks_a_column = 1
+        self.shown = False
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Take in the rows of one check."""
+        if not rows:
+            return
+        cells = {r.module: Cell(r.step, r.layer, r.type, r.cosine, r.limit, r.merged) for r in rows}
+        if self.checks % self.checks_a_column:
+            self.columns[-1] = _joined(self.columns[-1], cells)
+        else:
+            self.columns.append(cells)
+        self.checks += 1
+        self.shown = False
+        if len(self.columns) > max(2, min(MOST_COLUMNS, MOST_CELLS // len(rows))):
+            self._halve()
+
+    @property
+    def due(self) -> bool:
+        """Whether this check is a power of two: to draw all checks anew then costs no more than twice the last time."""
+        return self.checks.bit_count() == 1
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Every cell, column by column."""
+        return [cell for column in self.columns for cell in column.values()]
+
+    def _halve(self) -> None:
+        pairs = (self.columns[at : at + 2] for at in range(0, len(self.columns), 2))
+        self.columns = [_joined(pair[0], pair[-1]) for pair in pairs]
+        self.checks_a_column *= 2
+
+
+def _joined(old: dict[str, Cell], new: dict[str, Cell]) -> dict[str, Cell]:
+    """`new` over `old`, the merges of both kept."""
+    merged = {name for name, cell in old.items() if cell.merged}
+    return {**old, **{name: cell._replace(merged=cell.merged or name in merged) for name, cell in new.items()}}

@@ -1,0 +1,148 @@
+"""TensorBoard, trackio and MLflow, each writing to a local folder."""
+
+import contextlib
+import io
+import json
+import os
+import sqlite3
+import warnings
+from pathlib import Path
+
+import pytest
+
+from safemerge_callback.training import METRICS
+
+
+def read_events(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"images": 0, "histograms": 0, "scalars": 0})
+    events.Reload()
+    return events
+
+
+def scalars(folder):
+    events = read_events(folder)
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def picture_of(data):
+    from PIL import Image
+
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def test_tensorboard_scalars_read_back(world, runs, tmp_path):
+    world.trainer(tmp_path, world.guard(every=3), report_to=["tensorboard"]).train()
+    (run,) = (tmp_path / "runs").iterdir()
+    assert [step for step, _ in scalars(run)["train/loss"]] == [1, 2, 3, 4, 5, 6]
+    ours = scalars(run / "safemerge")
+    assert ours.keys() == METRICS.keys()
+    lowest = [(e["step"], min(m["cosine"] for m in e["modules"])) for e in runs.entries(tmp_path, "check")]
+    assert ours["safemerge/cosine_min"] == [(step, pytest.approx(value)) for step, value in lowest]
+
+
+def test_tensorboard_histogram_picture_alert_and_config_read_back(world, runs, tmp_path):
+    guard = world.guard(gate="threshold", threshold=1.0, every=1)
+    world.trainer(tmp_path, guard, report_to=["tensorboard"]).train()
+    (run,) = (tmp_path / "runs").iterdir()
+    events = read_events(run / "safemerge")
+    spread = events.Histograms("safemerge/cosines")
+    assert [(e.step, e.histogram_value.num) for e in spread] == [(step, 4) for step in range(1, 7)]
+    last = [m["cosine"] for m in runs.entries(tmp_path, "check")[-1]["modules"]]
+    assert spread[-1].histogram_value.sum == pytest.approx(sum(last))
+    pictures = events.Images("safemerge/heat_map")
+    assert [e.step for e in pictures] == [1, 2, 4, 6]
+    colours = {c for _, c in picture_of(pictures[-1].encoded_image_string).getcolors(1 << 20)}
+    assert (214, 39, 40) in colours  # the line of the threshold
+    texts = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
+    assert "4 of 4 modules at step 1" in texts["safemerge/alert/text_summary"]
+    assert '"threshold": 1.0' in texts["safemerge/config/text_summary"]
+
+
+@pytest.fixture
+def quiet():
+    """Third parties' warnings on import and of their database are none of ours; ours still are errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message="safemerge")
+        yield
+
+
+def test_trackio_run_read_back(world, tmp_path, quiet):
+    pytest.importorskip("trackio")
+    guard = world.guard(gate="threshold", threshold=1.0, every=3)
+    world.trainer(tmp_path / "out", guard, report_to=["trackio"], project="watched").train()
+    folder = Path(os.environ["TRACKIO_DIR"])
+    with contextlib.closing(sqlite3.connect(folder / "watched.db")) as database:
+        rows = [json.loads(blob) for (blob,) in database.execute("select metrics from metrics order by id")]
+        (config,) = [json.loads(blob) for (blob,) in database.execute("select config from configs")]
+        alerts = list(database.execute("select title, text from alerts"))
+    ours = [row for row in rows if "safemerge/modules" in row]
+    assert [(row["train/global_step"], row["safemerge/modules_merged_total"]) for row in ours] == [(3, 4.0), (6, 8.0)]
+    assert [row.keys() & METRICS.keys() for row in ours] == [METRICS.keys()] * 2
+    assert [sum(row["safemerge/cosines"]["values"]) for row in ours] == [4, 4]
+    assert len([row for row in rows if "train/loss" in row]) == 6
+    pictures = [row["safemerge/heat_map"] for row in rows if "safemerge/heat_map" in row]
+    assert [p["_type"] for p in pictures] == ["trackio.image"] * 2
+    (found,) = folder.glob(f"**/{Path(pictures[-1]['file_path']).name}")
+    assert picture_of(found.read_bytes()).size[0] > 100
+    assert config["safemerge"] == guard.config.to_dict()
+    assert [title for title, _ in alerts] == ["safemerge: a module fell below the gate"]
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory):
+    """One for all tests of this file: to make its tables takes MLflow many seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+
+
+@pytest.fixture
+def mlflow(monkeypatch, tmp_path, database, quiet):
+    found = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", tmp_path.name)
+    monkeypatch.chdir(tmp_path)
+    yield found
+    while found.active_run():
+        found.end_run()
+
+
+def test_mlflow_metrics_read_back(world, tmp_path, mlflow):
+    mlflow.set_experiment(tmp_path.name)
+    with mlflow.start_run() as run:
+        world.trainer(tmp_path / "out", world.guard(every=3), report_to=["mlflow"]).train()
+    client = mlflow.MlflowClient()
+    for key in METRICS:
+        assert [m.step for m in client.get_metric_history(run.info.run_id, key)] == [3, 6], key
+    total = client.get_metric_history(run.info.run_id, "safemerge/modules_merged_total")
+    assert [m.value for m in total] == [4, 8]
+
+
+def test_mlflow_artifacts_land_in_the_run_that_the_trainer_has_ended(world, runs, tmp_path, mlflow):
+    guard = world.guard(gate="threshold", threshold=1.0, every=3)
+    trainer = world.trainer(tmp_path / "out", guard, report_to=["mlflow"])
+    trainer.train()
+    assert mlflow.active_run() is None
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name(tmp_path.name).experiment_id])
+    assert run.info.status == "FINISHED"
+    folder = Path(client.download_artifacts(run.info.run_id, "safemerge"))
+    kept = {path.name: path for path in folder.iterdir()}
+    assert kept.keys() == {
+        "config.json", "heat_map.png", "safemerge.jsonl", "plan.txt", "README.md", "adapter_config.json",
+        "adapter_model.safetensors",
+    }  # fmt: skip
+    assert json.loads(kept["config.json"].read_text()) == guard.config.to_dict()
+    assert kept["safemerge.jsonl"].read_text() == (tmp_path / "out" / "safemerge.jsonl").read_text()
+    assert picture_of(kept["heat_map.png"].read_bytes()).size[0] > 100
+    weights = runs.saved_weights(folder)
+    live = runs.lora_weights(trainer.model)
+    assert len(weights) == len(live)
+    assert all((w == live[name.replace(".weight", ".default.weight")]).all() for name, w in weights.items())
+    assert run.data.tags["safemerge.alert"].startswith("safemerge: a module fell below the gate: 4 of 4 modules")
+
+
+def test_nothing_is_tracked_where_the_trainer_does_not_report(world, tmp_path):
+    world.trainer(tmp_path, world.guard()).train()
+    assert {p.name for p in Path(tmp_path).iterdir()} == {"pre_merge", "safemerge.jsonl"}
