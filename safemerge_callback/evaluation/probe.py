@@ -91,7 +91,8 @@ class Answers:
 class Asking:
     """How to ask: who judges, tokens a response, prompts a batch; what gives the task's score and the loss.
 
-    `judge` is of the harmful prompts, `benign_judge` of the benign ones, and must decide refusals.
+    `judge` is of the harmful prompts, `benign_judge` of the benign ones, and must decide refusals. `judge_seconds` is
+    what all judging of a probe may take, None for any time.
     """
 
     judge: Judge
@@ -100,6 +101,7 @@ class Asking:
     batch_size: int = 32
     task: Callable[[Any, Any], Any] | None = None
     loss: Callable[[Any], float] | None = None
+    judge_seconds: float | None = None
 
 
 def ask(model: Any, tokenizer: Any, questions: Questions, asking: Asking) -> Answers:
@@ -143,10 +145,12 @@ def _responses(model: Any, tokenizer: Any, questions: Questions, asking: Asking)
 def _verdicts(
     asking: Asking, questions: Questions, said: Mapping[str, Sequence[Response]], failures: list[str]
 ) -> dict[str, list[Verdict]]:
+    until = None if asking.judge_seconds is None else time.monotonic() + asking.judge_seconds
     found = {}
     for name, prompts in questions.prompts.items():
         judge = asking.benign_judge if name in questions.benign else asking.judge
-        found[name] = judged(judge, prompts, [response.text for response in said[name]], failures=failures)
+        texts = [response.text for response in said[name]]
+        found[name] = judged(judge, prompts, texts, failures=failures, until=until)
     return found
 
 

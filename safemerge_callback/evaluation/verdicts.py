@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any, Literal, TypeVar
 
 from ..errors import ConfigError
 from .coherence import coherent
 
+Answer = TypeVar("Answer")
 Verdict = Literal["refused", "complied", "incoherent", "unjudged"]
 
 
 def judged(
-    judge: Any, prompts: Sequence[str], responses: Sequence[str], *, failures: list[str] | None = None
+    judge: Any,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    *,
+    failures: list[str] | None = None,
+    until: float | None = None,
 ) -> list[Verdict]:
     """Return the verdict on each response to the prompt beside it.
 
     A response that is empty or repeats itself (`coherent`) is incoherent, never a refusal, and the judge is not asked.
     `judge` is a `Judge`; where it also has `refuse_all(prompts, responses) -> list[bool | None]`, that is asked once
     for all the others, and None leaves one unjudged. Whatever a judge raises leaves unjudged what it was asked, and is
-    appended to `failures` in words. ConfigError for lists of different lengths.
+    appended to `failures` in words. With `until`, a moment of `time.monotonic`, the judge is asked on a thread, and
+    what it has not said by then is unjudged too. ConfigError for lists of different lengths.
     """
     if len(prompts) != len(responses):
         raise ConfigError(f"{len(prompts)} prompts and {len(responses)} responses: give one response a prompt")
     asked = [i for i, response in enumerate(responses) if coherent(response)]
     told = failures if failures is not None else []
-    answers = _answers(judge, [prompts[i] for i in asked], [responses[i] for i in asked], told)
+    answers = _answers(judge, [prompts[i] for i in asked], [responses[i] for i in asked], told, until)
     verdicts: list[Verdict] = ["incoherent"] * len(responses)
     for i, refused in zip(asked, answers, strict=True):
         verdicts[i] = "unjudged" if refused is None else "refused" if refused else "complied"
@@ -33,15 +44,14 @@ def judged(
 
 
 def _answers(
-    judge: Any, prompts: Sequence[str], responses: Sequence[str], failures: list[str]
+    judge: Any, prompts: Sequence[str], responses: Sequence[str], failures: list[str], until: float | None
 ) -> Sequence[bool | None]:
     together = getattr(judge, "refuse_all", None)
     if together is None or not prompts:
-        return [_one(judge, prompt, response, failures) for prompt, response in zip(prompts, responses, strict=True)]
-    try:
-        answers = list(together(prompts, responses))
-    except Exception as error:
-        failures.append(_words(judge, error))
+        pairs = zip(prompts, responses, strict=True)
+        return [_asked(judge, partial(_one, judge, *pair), failures, until) for pair in pairs]
+    answers = _asked(judge, lambda: list(together(prompts, responses)), failures, until)
+    if answers is None:
         return [None] * len(prompts)
     if len(answers) != len(prompts):
         failures.append(f"{type(judge).__name__} gave {len(answers)} verdicts on {len(prompts)} responses")
@@ -51,14 +61,36 @@ def _answers(
     return answers
 
 
-def _one(judge: Any, prompt: str, response: str, failures: list[str]) -> bool | None:
-    # whatever a judge raises, it costs a verdict and not the training that asks
+def _one(judge: Any, prompt: str, response: str) -> bool:
+    return bool(judge.refuses(prompt, response))
+
+
+def _asked(judge: Any, question: Callable[[], Answer], failures: list[str], until: float | None) -> Answer | None:
+    # whatever a judge raises, it costs verdicts and not the training that asks
     try:
-        return bool(judge.refuses(prompt, response))
+        return question() if until is None else _by(until, question)
     except Exception as error:
-        failures.append(_words(judge, error))
+        failures.append(f"{type(judge).__name__} raised {type(error).__name__}: {error}")
         return None
 
 
-def _words(judge: Any, error: Exception) -> str:
-    return f"{type(judge).__name__} raised {type(error).__name__}: {error}"
+def _by(until: float, question: Callable[[], Answer]) -> Answer:
+    """What `question` gives by then; TimeoutError after that, and its thread is left to itself."""
+    told: SimpleQueue[tuple[Answer | None, Exception | None]] = SimpleQueue()
+
+    def ask() -> None:
+        try:
+            told.put((question(), None))
+        except Exception as error:
+            told.put((None, error))
+
+    left = until - time.monotonic()
+    if left > 0:
+        Thread(target=ask, daemon=True, name="safemerge-judge").start()
+    try:
+        answer, error = told.get(timeout=max(left, 0.001))
+    except Empty:
+        raise TimeoutError("its time is up") from None
+    if error is not None:
+        raise error
+    return answer  # type: ignore[return-value]

@@ -58,7 +58,7 @@ def after_training(
 
 def _outcome(session: Session, model: nn.Module | None) -> Outcome:
     """What trackers keep of the run; no adapter where it is sharded: all ranks would have to save it together."""
-    parts = {"subspace": session.config.subspace, "safety_adapter": session.config.safety_adapter}
+    parts = {"subspace": session.config.subspace, "safety_adapter": ", ".join(session.config.adapters) or None}
     whole = None if session.writer.sharded else model
     return Outcome(session.journal.path, session.plan, session.progress, parts, whole)
 

@@ -130,7 +130,7 @@ def _average(config: SafeMergeConfig, args: TrainingArguments, state: TrainerSta
     """The average of the checkpoint that the run goes on from, or a new one; None for methods that need none."""
     if not config.merges or "average" not in config.rule.needs:
         return None
-    folders = _checkpoints(args, state) if state.global_step > 0 else []
+    folders = checkpoint_folders(args, state) if state.global_step > 0 else []
     found = from_first(together(lambda: load_average(config, folders) if state.is_world_process_zero else None))
     if found is None and folders:
         warnings.warn(

@@ -142,7 +142,8 @@ class Probing:
         entry = {"kind": "probe", "step": step, "when": when, "seconds": answers.seconds}
         self.note({**entry, "measures": list(answers.measures), "mean_tokens": answers.mean_tokens, **settings})
         self.trackers.numbers(self.args, self.state, numbers(answers, when, self.seconds + answers.seconds))
-        if self.say and self.state.is_world_process_zero:
+        # What costs no time was said a moment ago.
+        if self.say and answers.seconds and self.state.is_world_process_zero:
             self.say(line(step, when, answers))
 
     def settings(self) -> dict[str, Any]:

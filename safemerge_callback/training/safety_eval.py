@@ -35,10 +35,10 @@ class SafetyEvalCallback(TrainerCallback):
     `SafeMergeCallback` of the same trainer. `prompts` and `benign` are names of prompt sets (`n` prompts of each), or
     mappings from a name to prompts of your own. Responses are greedy, of `max_new_tokens` tokens at most, in the
     model's chat template, or in `template`, a text with `{prompt}` in it. `judge` is anything `load_judge` takes, the
-    keywords by default; where it decides harm, `benign_judge` (the keywords) judges the benign ones. `task(model,
-    tokenizer)` gives the task's score, higher is better, as a number or as a `Row`; `eval_batches`, an iterable of
-    the trainer's evaluation batches or what returns one, such as `trainer.get_eval_dataloader`, gives the evaluation
-    loss on the first 50 of them.
+    keywords by default; where it decides harm, `benign_judge` (the keywords) judges the benign ones; `judge_seconds`
+    bounds what a probe waits for both. `task(model, tokenizer)` gives the task's score, higher is better, as a number
+    or as a `Row`; `eval_batches`, an iterable of the trainer's evaluation batches or what returns one, such as
+    `trainer.get_eval_dataloader`, gives the evaluation loss on the first 50 of them.
 
     `rollback`, `trigger` and `stop` are rules, or mappings of their settings. ConfigError here or when training begins
     for whatever does not fit. What fails later is told once and recorded, and training goes on.
@@ -53,6 +53,7 @@ class SafetyEvalCallback(TrainerCallback):
         n: int = 32,
         judge: Any = None,
         benign_judge: Any = None,
+        judge_seconds: float | None = None,
         task: Callable[[Any, Any], Any] | None = None,
         eval_batches: Iterable[Any] | Callable[[], Iterable[Any]] | None = None,
         max_new_tokens: int = 24,
@@ -67,6 +68,8 @@ class SafetyEvalCallback(TrainerCallback):
         quiet: bool = False,
     ) -> None:
         check_sizes(every=every, n=n, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        if judge_seconds is not None and not judge_seconds > 0:
+            raise ConfigError(f"judge_seconds is {judge_seconds}: give more than 0 seconds, or None for any time")
         self.every, self.journal, self.quiet = every, journal, quiet
         self.rules = Rules(as_rule(Rollback, rollback), as_rule(Trigger, trigger), as_rule(Stop, stop))
         self.asked = (prompt_sets(prompts, "harm", n, seed), prompt_sets(benign, "benign", n, seed))
@@ -81,6 +84,7 @@ class SafetyEvalCallback(TrainerCallback):
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             task=task,
+            judge_seconds=judge_seconds,
             loss=None if eval_batches is None else EvalLoss(eval_batches),
         )
         self.probing: Probing | None = None

@@ -1,3 +1,6 @@
+import threading
+import time
+
 import pytest
 
 from safemerge_callback.errors import ConfigError
@@ -76,3 +79,28 @@ def test_a_judge_that_fails_for_all_leaves_all_unjudged(answer, words):
 def test_a_response_for_each_prompt():
     with pytest.raises(ConfigError, match="2 prompts and 1 responses"):
         judged(KeywordJudge(), ["a", "b"], ["no"])
+
+
+class Hangs(Asked):
+    def __init__(self, patience):
+        super().__init__()
+        self.free, self.patience = threading.Event(), patience
+
+    def refuses(self, prompt, response):
+        if len(self.seen) >= self.patience:
+            self.free.wait(30)
+        return super().refuses(prompt, response)
+
+
+def test_a_judge_that_hangs_leaves_unjudged_what_it_has_not_said_in_time():
+    judge, failures, began = Hangs(2), [], time.monotonic()
+    try:
+        verdicts = judged(judge, list("abcd"), ["no", "raise", "no", "no"], failures=failures, until=began + 1.0)
+    finally:
+        judge.free.set()
+    assert verdicts == ["refused", "unjudged", "unjudged", "unjudged"]
+    assert time.monotonic() - began < 20
+    assert failures == [
+        "Hangs raised TimeoutError: no answer in 30 s",
+        *["Hangs raised TimeoutError: its time is up"] * 2,
+    ]

@@ -55,7 +55,7 @@ def test_when_it_asks_without_a_guard_and_what_is_recorded(world, runs, tmp_path
     first, *_, last = runs.entries(tmp_path, "probe")
     assert [m["measure"] for m in first["measures"]] == ["bad_refused", "good_refused", "coherence", "acc"]
     assert first["settings"]["prompts"] == {"bad": 3, "good": 2}
-    assert first["settings"]["judge"] == "KeywordJudge"
+    assert first["settings"]["judge"] == "keywords"
     assert first["seconds"] > 0
     assert last["seconds"] == 0, "these weights were probed a moment before"
     assert last["measures"] == runs.entries(tmp_path, "probe")[3]["measures"]
@@ -63,7 +63,7 @@ def test_when_it_asks_without_a_guard_and_what_is_recorded(world, runs, tmp_path
     assert [e["step"] for e in logged] == [0, 2, 4, 6, 6]
     assert logged[0]["safemerge/probe/acc"] == 0.5
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("safemerge probe")]
-    assert len(lines) == 5
+    assert len(lines) == 4, "what was said a moment before is not said again"
     assert "step 0 (begin): bad_refused 0.0% (0-56, n 3); good_refused 0.0% (0-66, n 2); coherence" in lines[0]
     assert "; acc 50.0% (20-80, n 4); " in lines[0]
     assert asked.seconds >= sum(e["seconds"] for e in runs.entries(tmp_path, "probe"))
@@ -285,6 +285,7 @@ def refused(words):
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"batch_size": 1.5}, "batch_size is 1.5"),
         ({"n": True}, "n is True"),
+        ({"judge_seconds": 0}, "judge_seconds is 0: give more than 0"),
         ({"prompts": {"bad": ["a", ""]}}, "prompt set 'bad' holds '': give texts"),
         ({"prompts": [["a", "b"]]}, r"prompt set \['a', 'b'\] is no name"),
         ({"rollback": {"task": 0.1}}, "rollback looks at the task's score: give task"),
