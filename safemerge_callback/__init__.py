@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from .decision import measure as measure
     from .decision import read_journal as read_journal
     from .errors import SafeMergeError as SafeMergeError
+    from .offline import apply_safelora as apply_safelora
+    from .offline import apply_safemerge as apply_safemerge
     from .offline import measure_adapter as measure_adapter
     from .offline import merge_adapters as merge_adapters
+    from .offline import sweep_adapters as sweep_adapters
     from .offline import undo_merge as undo_merge
     from .subspace import Subspace as Subspace
     from .subspace import build_subspace as build_subspace
@@ -35,6 +38,8 @@ _HOMES = {
     "SafetyEvalCallback": "training",
     "Subspace": "subspace",
     "apply": "decision",
+    "apply_safelora": "offline",
+    "apply_safemerge": "offline",
     "compress_subspace": "subspace",
     "build_subspace": "subspace",
     "live_factors": "adapters",
@@ -43,6 +48,7 @@ _HOMES = {
     "measure_adapter": "offline",
     "merge_adapters": "offline",
     "read_journal": "decision",
+    "sweep_adapters": "offline",
     "undo_merge": "offline",
     "writer_for": "adapters",
 }

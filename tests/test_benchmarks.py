@@ -197,3 +197,17 @@ def test_what_a_check_costs_in_a_tracker(run):
     assert 0 < cost["median"] <= cost["largest"]
     assert cost["heat_map"] <= cost["heat_map_largest"]
     assert cost["total"] * 1000 >= 2 * cost["median"] + 3 * min(cost["heat_map"], cost["median"])
+
+
+@pytest.mark.parametrize(("name", "runs"), [("sweep", 2), ("merge_files", 4)])
+def test_verbs_on_files_at_a_models_size(run, tmp_path, name, runs):
+    small = ("--modules", "3", "--size", "48", "--rank", "2", "--folder", str(tmp_path / "world"))
+    results, printed = run(name, *small)
+    assert_names_the_machine(results, printed)
+    assert len(results["runs"]) == runs
+    for row in results["runs"].values():
+        assert 0 < row["bytes_before"] <= row["peak_bytes"]
+        assert row["modules"] == 3
+    if name == "merge_files":
+        assert [row["merged"] for row in results["runs"].values()] == [3] * 4
+    assert not (tmp_path / "world" / "out").exists()

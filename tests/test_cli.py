@@ -179,7 +179,7 @@ def test_methods_and_gates(world):
         (["measure", "task", "-s", "s.safetensors", "--device", "warp"], "device 'warp' cannot be used"),
         (["merge", "task", "safety", "-s", "s.safetensors", "-o", "x", "--method", "linaer"], "did you mean 'linear'"),
         (["merge", "task", "safety", "-s", "s.safetensors", "-o", "x", "--gate", "watch"], "merges nothing"),
-        (["merge", "task", "safety", "-s", "s.safetensors", "-o", "x", "--weights", "3", "0"], "weights=(3.0, 0.0)"),
+        (["merge", "task", "safety", "-s", "s.safetensors", "-o", "x", "--weights", "3", "0"], "weights=[3.0, 0.0]"),
         (["merge", "task", "-s", "s.safetensors", "-o", "x"], "needs a safety adapter"),
         (["merge", "task", "safety", "-s", "s.safetensors", "-o", "x", "--quantile", "3"], "quantile=3"),
         (["merge", "task", "safety", "-s", "s.safetensors", "-o", "x", "--gate", "gap", "--soft"], "soft=True"),
@@ -204,7 +204,7 @@ def test_errors_are_one_message_and_leave_nothing(world, arguments, message):
 
 
 def test_wrong_usage_is_refused():
-    assert "Usage" in run("merge", code=2).stderr
+    assert "Usage" in run("measure", code=2).stderr
     assert "No such option" in run("measure", "x", "-s", "y", "--treshold", "1", code=2).stderr
 
 

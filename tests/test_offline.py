@@ -251,7 +251,7 @@ def test_journal_and_card_say_what_was_done(world):
     assert "linear, space delta, weights 0.6 / 0.3" in card
     assert card.count("| layers.") == 3
     assert "\nbase_model:" not in card
-    everything = "".join(p.read_text() for p in (world / "out").iterdir() if p.suffix in (".md", ".jsonl"))
+    everything = "".join(p.read_text() for p in (world / "out").iterdir() if p.suffix in (".md", ".jsonl", ".yaml"))
     assert str(world) not in everything
 
 
@@ -301,6 +301,7 @@ def test_an_existing_output_is_kept_unless_asked(world):
         "adapter_config.json",
         "adapter_model.safetensors",
         "safemerge.jsonl",
+        "safemerge.yaml",
     ]
 
 

@@ -1,6 +1,6 @@
 """Floor 1: where LoRA factors live, live or on disk, and how they are changed."""
 
-from .checkpoint import Adapter, load_adapter, save_adapter
+from .checkpoint import Adapter, load_adapter, open_adapter, save_adapter
 from .factors import LoraFactors
 from .names import canonical_name
 from .sites import base_moved, base_weights, live_factors
@@ -16,6 +16,7 @@ __all__ = [
     "canonical_name",
     "live_factors",
     "load_adapter",
+    "open_adapter",
     "save_adapter",
     "writer_for",
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from ..errors import AdapterError
 from .factors import LoraFactors
 from .files import CONFIG, WEIGHTS, adapter_folder, read_config, write_folder
 from .names import canonical_name
+from .on_access import OnAccess
 from .ranks import config_with, rank_and_scaling
 from .refusals import refuse_config
 
@@ -43,7 +45,7 @@ class Adapter:
     source: str
     base_model: str | None
     config: dict[str, Any]
-    factors: dict[str, LoraFactors]
+    factors: Mapping[str, LoraFactors]
     keys: Mapping[str, FactorKeys] = field(default_factory=dict, repr=False)
     extra: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
@@ -70,6 +72,35 @@ def load_adapter(source: str | Path, *, revision: str | None = None, moved_base:
     return Adapter(str(source), config.get("base_model_name_or_path"), config, factors, keys, extra)
 
 
+def open_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:
+    """Return the adapter as `load_adapter` does, but its `factors` and `extra` are read from the file at each access.
+
+    So no more than what is in use is in memory. Tensors are mapped from the file: do not write to them. The file is
+    read once here, module by module, to refuse what `load_adapter` refuses.
+    """
+    where = f"adapter {str(source)!r}"
+    folder = adapter_folder(source, revision)
+    config = read_config(folder / CONFIG, where)
+    refuse_config(config, where)
+    names = _read_keys(folder / WEIGHTS, where)
+    keys = _factor_keys(dict.fromkeys(names), where)
+    _refuse_unclear_orientation(keys, config, where)
+    used = {key for pair in keys.values() for key in pair}
+
+    def read(*wanted: str) -> dict[str, Tensor]:
+        return _mapped(folder / WEIGHTS, wanted, where)
+
+    factors = OnAccess(keys, lambda name: _factors_of(name, keys[name], read(*keys[name]), config, where))
+    extra = OnAccess([key for key in names if key not in used], lambda key: read(key)[key])
+    for pair in keys.values():
+        require_finite(read(*pair), where)
+    for name in factors:
+        factors[name]
+    for key in extra:
+        require_finite(read(key), where)
+    return Adapter(str(source), config.get("base_model_name_or_path"), config, factors, keys, extra)
+
+
 def save_adapter(folder: str | Path, adapter: Adapter) -> Path:
     """Write `adapter` as a plain PEFT folder, which PeftModel.from_pretrained loads with the same updates.
 
@@ -89,22 +120,37 @@ def save_adapter(folder: str | Path, adapter: Adapter) -> Path:
         pair = adapter.keys[name]
         tensors[pair.A], tensors[pair.B] = factors.A, factors.B
     plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-    _require_finite(plain, f"adapter {adapter.source!r}, to be saved,")
-    wanted = {_module_path(adapter.keys[name].A): factors for name, factors in adapter.factors.items()}
+    require_finite(plain, f"adapter {adapter.source!r}, to be saved,")
+    wanted = {module_path(adapter.keys[name].A): factors for name, factors in adapter.factors.items()}
     return write_folder(Path(folder).expanduser(), plain, config_with(adapter.config, wanted))
 
 
 def _read_tensors(path: Path, where: str) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  safe_open is no mapping
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{where}: {WEIGHTS} is corrupt or truncated ({error}). Fetch or save it again.") from error
-    _require_finite(tensors, where)
+    tensors = _mapped(path, _read_keys(path, where), where)
+    require_finite(tensors, where)
     return tensors
 
 
-def _require_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+def _read_keys(path: Path, where: str) -> list[str]:
+    with _reading(where), safe_open(path, framework="pt") as file:
+        return list(file.keys())
+
+
+def _mapped(path: Path, keys: Iterable[str], where: str) -> dict[str, Tensor]:
+    with _reading(where), safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in keys}
+
+
+@contextmanager
+def _reading(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(f"{where}: {WEIGHTS} is corrupt or truncated ({error}). Fetch or save it again.") from error
+
+
+def require_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise AdapterError where a tensor of a file holds NaN or infinities; `tensors` go by their keys there."""
     bad = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
         raise AdapterError(
@@ -113,7 +159,7 @@ def _require_finite(tensors: Mapping[str, Tensor], where: str) -> None:
         )
 
 
-def _factor_keys(tensors: Mapping[str, Tensor], where: str) -> dict[str, FactorKeys]:
+def _factor_keys(tensors: Mapping[str, Any], where: str) -> dict[str, FactorKeys]:
     halves: dict[str, dict[str, str]] = {}
     for key in tensors:
         match = _FACTOR_KEY.fullmatch(key)
@@ -135,7 +181,7 @@ def _factors_of(
     name: str, pair: FactorKeys, tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: str
 ) -> LoraFactors:
     A, B = tensors[pair.A], tensors[pair.B]
-    rank, scaling = rank_and_scaling(config, _module_path(pair.A), where)
+    rank, scaling = rank_and_scaling(config, module_path(pair.A), where)
     if A.ndim != 2 or B.ndim != 2 or (A.shape[0], B.shape[1]) != (rank, rank) or 0 in (*A.shape, *B.shape):
         raise AdapterError(
             f"{where}: module {name!r} has lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}, but its config says "
@@ -148,8 +194,8 @@ def _factors_of(
     return LoraFactors(name, A, B, scaling, transposed)
 
 
-def _module_path(key: str) -> str:
-    """The module's path in the base model: what PEFT matches rank_pattern and alpha_pattern against."""
+def module_path(key: str) -> str:
+    """Return the module's path in the base model: what PEFT matches rank_pattern and alpha_pattern against."""
     match = _FACTOR_KEY.fullmatch(key)
     return (match["path"] if match else key).removeprefix(_PEFT_PREFIX)
 

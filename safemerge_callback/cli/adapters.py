@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,16 +14,26 @@ from .options import (
     Device,
     GateName,
     MajoritySign,
+    ManyWeights,
     NumLayers,
+    Operator,
+    OperatorRank,
     Quantile,
     ReferenceFraction,
     Seed,
     Soft,
+    Space,
+    Strength,
     SubspaceFile,
     Threshold,
+    WithWeights,
     ZThreshold,
     device_named,
     gate_options,
+    gates_named,
+    names_listed,
+    weights_listed,
+    weights_of,
     working,
 )
 
@@ -49,56 +59,123 @@ def measure(
     typer.echo(readings_json(readings, threshold) if as_json else readings_text(readings, threshold))
 
 
-@app.command()
+@app.command(cls=WithWeights)
 def merge(
-    finetuned: Annotated[str, typer.Argument(help="Fine-tuned LoRA adapter: folder or Hub id.")],
-    subspace: SubspaceFile,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the merged adapter to.")],
-    safety: Annotated[str | None, typer.Argument(help="Safety LoRA adapter; method project needs none.")] = None,
+    finetuned: Annotated[str | None, typer.Argument(help="Fine-tuned LoRA adapter: folder or Hub id.")] = None,
+    safety: Annotated[
+        list[str] | None, typer.Argument(help="Safety LoRA adapters, one or more; method project needs none.")
+    ] = None,
+    subspace: Annotated[
+        str | None, typer.Option("--subspace", "-s", help="Subspace file, from `safemerge build`.")
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder to write the result to.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with these settings by name; what is given here overrides it.")
+    ] = None,
+    bake: Annotated[
+        str | None, typer.Option(help="Base model: write a full checkpoint, the merged adapter added to its weights.")
+    ] = None,
     gate: GateName = None,
-    threshold: Threshold = 0.35,
+    threshold: Threshold = None,
     num_layers: NumLayers = None,
     quantile: Quantile = None,
     z_threshold: ZThreshold = None,
     reference_fraction: ReferenceFraction = None,
-    seed: Seed = 0,
-    soft: Soft = False,
+    seed: Seed = None,
+    soft: Soft = None,
     method: Annotated[
-        str, typer.Option(help="linear (keeps the rank), cat (no loss, ranks add), project, ties, dare_linear, ...")
-    ] = "linear",
-    space: Annotated[str, typer.Option(help="delta: sum of the updates; factor: PEFT's sum of the factors.")] = "delta",
-    weights: Annotated[tuple[float, float], typer.Option(help="Of the fine-tuned and the safety update.")] = (0.8, 0.2),
+        str | None,
+        typer.Option(help="linear (keeps the rank), cat (no loss, ranks add), project, ties, ... [default: linear]"),
+    ] = None,
+    space: Space = None,
+    weights: ManyWeights = None,
+    strength: Strength = None,
+    operator: Operator = None,
+    operator_rank: OperatorRank = None,
     density: Density = None,
-    majority_sign_method: MajoritySign = "total",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is in OUT already.")] = False,
+    majority_sign_method: MajoritySign = None,
+    force: Annotated[
+        bool | None, typer.Option("--force", "--overwrite", help="Replace a merge that is in OUT already.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ... [default: cpu]")] = None,
+    progress: Bar = True,
+) -> None:
+    """Merge safety adapters into the drifted modules of a fine-tuned one; no model is loaded."""
+    given = {name: value for name, value in locals().items() if name not in ("config", "progress", "weights")}
+    given["weights"] = weights_of(weights)
+    settings = _settings(config, {name: value for name, value in given.items() if value not in (None, [])})
+    from ..offline import merge_adapters
+
+    parts = [settings.pop(part, None) for part in ("finetuned", "safety", "subspace", "output")]
+    with working(f"merging {parts[0]}", progress):
+        plan = merge_adapters(*parts, overwrite=settings.pop("force", False), **settings)
+    typer.echo(f"{plan}\n{parts[3]}: {len(plan.selected)} of {len(plan.readings)} modules merged")
+
+
+def _settings(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The file's settings with those of the command line over them; ConfigError where a part is missing."""
+    from ..errors import ConfigError
+    from ..offline.recipe import gate_knobs, read_recipe
+
+    found = {} if config is None else read_recipe(config)
+    own = {"seed", "soft"}
+    if gate_knobs(given).keys() - own:  # another gate, or its knob: the file's gate and its knob go together
+        found = {name: value for name, value in found.items() if name in own or name not in gate_knobs(found)}
+    merged = found | given
+    lacking = [name for name in ("finetuned", "subspace", "output") if merged.get(name) is None]
+    if lacking:
+        raise ConfigError(f"{' and '.join(lacking)} not given: name them on the command line, or in a --config file")
+    knobs = gate_knobs(merged)
+    rest = {name: value for name, value in merged.items() if name not in knobs}
+    rest["device"] = device_named(str(rest.get("device", "cpu")))
+    return {**rest, **gate_options(**{"gate": None, **knobs})}
+
+
+@app.command()
+def sweep(
+    finetuned: Annotated[str, typer.Argument(help="Fine-tuned LoRA adapter: folder or Hub id.")],
+    subspace: SubspaceFile,
+    safety: Annotated[list[str] | None, typer.Argument(help="Safety LoRA adapters, one or more.")] = None,
+    thresholds: Annotated[
+        str | None, typer.Option(help="Cosines, with commas. [default: 0.2,0.25,...,0.55 without --gates]")
+    ] = None,
+    gates: Annotated[
+        str | None, typer.Option(help="More gates, with commas, their knob after =: calibrated=-2,num_layers=10,all")
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="Task's and safety's weights, / between, and commas between one set and the next.")
+    ] = "0.9/0.1,0.8/0.2,0.7/0.3,0.6/0.4,0.5/0.5",
+    methods: Annotated[str, typer.Option(help="Methods, with commas.")] = "linear",
+    space: Space = None,
+    density: Density = None,
+    majority_sign_method: MajoritySign = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="CSV file to write, one row a merge.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture: .png, .pdf or .svg (needs matplotlib).")] = None,
     device: Device = "cpu",
     progress: Bar = True,
 ) -> None:
-    """Merge a safety adapter into the drifted modules of a fine-tuned one; no model is loaded."""
-    from ..offline import merge_adapters
+    """Tell what merges would do, for gates x weights x methods, without making one; no model is loaded."""
+    from ..offline import sweep_adapters
+    from ..offline.sweep_plot import check_picture, write_plot
 
-    with working(f"merging {finetuned}", progress):
-        plan = merge_adapters(
+    asked = gates_named(thresholds, gates)
+    if plot is not None:
+        check_picture(plot)
+    with working(f"sweeping {finetuned}", progress):
+        found = sweep_adapters(
             finetuned,
-            safety,
+            safety or None,
             subspace,
-            output,
-            **gate_options(
-                gate,
-                threshold=threshold,
-                num_layers=num_layers,
-                quantile=quantile,
-                z_threshold=z_threshold,
-                reference_fraction=reference_fraction,
-                seed=seed,
-                soft=soft,
-            ),
-            method=method,
-            space=space,
-            weights=weights,
+            gates=asked,
+            weights=weights_listed(weights),
+            methods=names_listed(methods),
+            space=space or "delta",
             density=density,
-            majority_sign_method=majority_sign_method,
-            overwrite=overwrite,
+            majority_sign_method=majority_sign_method or "total",
             device=device_named(device),
         )
-    typer.echo(f"{plan}\n{output}: {len(plan.selected)} of {len(plan.readings)} modules merged")
+    typer.echo(str(found))
+    if output is not None:
+        typer.echo(f"{found.write_csv(output)}: {len(found)} rows")
+    if plot is not None:
+        typer.echo(f"{write_plot(found, plot)}: {len(found)} merges")

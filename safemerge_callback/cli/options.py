@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 SubspaceFile = Annotated[Path, typer.Option("--subspace", "-s", help="Subspace file, from `safemerge build`.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
@@ -21,7 +22,7 @@ GateName = Annotated[
         "[default: threshold, or the one whose knob is given]"
     ),
 ]
-Threshold = Annotated[float, typer.Option(help="Merge modules whose cosine is below it.")]
+Threshold = Annotated[float | None, typer.Option(help="Merge modules whose cosine is below it. [default: 0.35]")]
 NumLayers = Annotated[int | None, typer.Option(help="Merge that many modules of lowest cosine.")]
 Quantile = Annotated[float | None, typer.Option(help="Merge that share of the modules, of lowest cosine.")]
 ZThreshold = Annotated[
@@ -30,10 +31,92 @@ ZThreshold = Annotated[
 ReferenceFraction = Annotated[
     float | None, typer.Option(help="Merge below this fraction of the safety adapter's own cosine.")
 ]
-Seed = Annotated[int, typer.Option(help="What gate random and the masks of random methods are drawn by.")]
-Soft = Annotated[bool, typer.Option("--soft", help="Let the weights fade in below the gate.")]
+Seed = Annotated[
+    int | None, typer.Option(help="What gate random and the masks of random methods are drawn by. [default: 0]")
+]
+Soft = Annotated[bool | None, typer.Option("--soft", help="Let the weights fade in below the gate.")]
+Space = Annotated[
+    str | None, typer.Option(help="delta: sum of the updates; factor: PEFT's sum of the factors. [default: delta]")
+]
+ManyWeights = Annotated[
+    str | None, typer.Option(help="Of the fine-tuned update and of each safety update: 0.8 0.2 [the default]")
+]
+Strength = Annotated[float | None, typer.Option(help="Share of the way that method pull goes.")]
+Operator = Annotated[str | None, typer.Option(help="What method project multiplies with: safelora or orthogonal.")]
+OperatorRank = Annotated[int | None, typer.Option(help="Rank of operator orthogonal.")]
 Density = Annotated[float | None, typer.Option(help="Share of entries kept by methods that prune.")]
-MajoritySign = Annotated[str, typer.Option(help="Sign election: total or frequency.")]
+MajoritySign = Annotated[str | None, typer.Option(help="Sign election: total or frequency. [default: total]")]
+
+# Eight cosines around the released SafeMERGE's 0.35.
+_THRESHOLDS = "0.2,0.25,0.3,0.35,0.4,0.45,0.5,0.55"
+
+
+class WithWeights(TyperCommand):
+    """A command whose `--weights` takes as many numbers as follow it: `0.8 0.2`, `0.8/0.2` and `0.8,0.2` are one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Join the numbers after `--weights` before the options are read."""
+        joined: list[str] = []
+        for word in args:
+            before = joined[-1] if len(joined) > 1 and joined[-2] == "--weights" else ""
+            if before and _is_number(word) and _is_number(before.rpartition("/")[2]):
+                joined[-1] = f"{before}/{word}"
+            else:
+                joined.append(word)
+        parsed: list[str] = super().parse_args(ctx, joined)
+        return parsed
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def weights_of(text: str | None) -> list[float] | None:
+    """Return the numbers of one set of weights, `/`, commas or blanks between; ConfigError for anything else."""
+    return None if text is None else [_number(part, "weights") for part in re.split(r"[/,\s]+", text.strip())]
+
+
+def weights_listed(text: str) -> list[list[float]]:
+    """Return sets of weights, commas between one and the next: `0.9/0.1,0.8/0.2`."""
+    return [[_number(part, "weights") for part in one.split("/")] for one in names_listed(text)]
+
+
+def names_listed(text: str) -> list[str]:
+    """Return the parts between commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _number(text: str, what: str) -> float:
+    from ..errors import ConfigError
+
+    if not _is_number(text):
+        raise ConfigError(f"{what}: {text!r} is no number, give some such as 0.8/0.2")
+    return float(text)
+
+
+def gates_named(thresholds: str | None, gates: str | None) -> list[Any]:
+    """Return the gates of a sweep: one a threshold, and those named, each with the value of its knob after `=`."""
+    from ..decision import KNOB, Gate
+    from ..errors import ConfigError
+
+    if thresholds is None and gates is None:
+        thresholds = _THRESHOLDS
+    found = [Gate(threshold=_number(text, "thresholds")) for text in names_listed(thresholds or "")]
+    for word in names_listed(gates or ""):
+        name, _, text = word.partition("=")
+        value: dict[str, Any] = {}
+        if text:
+            if name not in KNOB:
+                Gate(name)
+                raise ConfigError(f"gates: {word!r} has a value, and gate {name!r} has no knob: give {name}")
+            number = _number(text, f"gates: {name}")
+            value = {KNOB[name]: int(number) if name == "num_layers" and number.is_integer() else number}
+        found.append(Gate(name, **value))
+    return found
 
 
 @contextmanager

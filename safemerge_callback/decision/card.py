@@ -13,12 +13,13 @@ CAVEAT = (
 )
 
 
-def front_matter(base_model: str | None) -> str:
-    """Return a model card's head, with the base model where it is a Hub id."""
+def front_matter(base_model: str | None, baked: bool = False) -> str:
+    """Return the head of an adapter's card, or of a model's that one was `baked` into; a base that is a Hub id."""
     # A JSON string is a YAML string. A local path is no model id, which the Hub would refuse.
     known = base_model is not None and _HUB_ID.fullmatch(base_model) and not Path(base_model).exists()
     base = f"base_model: {json.dumps(base_model)}\n" if known else ""
-    return f"---\n{base}library_name: peft\ntags:\n- lora\n- safemerge\n---\n"
+    library, tags = ("transformers", "") if baked else ("peft", "- lora\n")
+    return f"---\n{base}library_name: {library}\ntags:\n{tags}- safemerge\n---\n"
 
 
 def escaped(text: str) -> str:

@@ -40,9 +40,12 @@ class Batch(NamedTuple):
 
 
 def batches(
-    factors: Mapping[str, LoraFactors], subspace: Subspace, device: torch.device | str | None = None
+    factors: Mapping[str, LoraFactors],
+    subspace: Subspace,
+    device: torch.device | str | None = None,
+    batch_bytes: int | None = None,
 ) -> list[Batch]:
-    """Return the modules in batches of one shape, none of which takes more than 256 MiB unless it is a single module.
+    """Return the modules in batches of one shape; none takes more than 256 MiB, or `batch_bytes`, but a single module.
 
     `device` None computes where each module's factors live. The same factors give the same batches each time, so what
     the subspace keeps on a device for one of them serves every later call.
@@ -56,13 +59,13 @@ def batches(
     return [
         Batch(part, where, transposed, comparable=part[0] in subspace.modules)
         for (where, transposed, _), names in groups.items()
-        for part in split(names, _factor_bytes(factors[names[0]]) + _matrix_bytes(subspace, names[0]))
+        for part in split(names, _factor_bytes(factors[names[0]]) + _matrix_bytes(subspace, names[0]), batch_bytes)
     ]
 
 
-def split(names: Sequence[str], bytes_each: int) -> list[tuple[str, ...]]:
-    """Return `names` in runs of at most 256 MiB, each of at least one."""
-    count = max(1, _BATCH_BYTES // max(1, bytes_each))
+def split(names: Sequence[str], bytes_each: int, batch_bytes: int | None = None) -> list[tuple[str, ...]]:
+    """Return `names` in runs of at most `batch_bytes`, 256 MiB if None, each of at least one."""
+    count = max(1, (batch_bytes or _BATCH_BYTES) // max(1, bytes_each))
     return [tuple(names[start : start + count]) for start in range(0, len(names), count)]
 
 
@@ -93,6 +96,7 @@ def measure(
     device: torch.device | str | None = None,
     gate: str | Gate | None = None,
     reference: Mapping[str, float] | None = None,
+    batch_bytes: int | None = None,
     **knobs: Unpack[Knobs],
 ) -> Readings:
     """Return the reading of every module, in the order of `factors`; nothing is written.
@@ -110,13 +114,13 @@ def measure(
     """
     subspace.check(factors)
     if gate is None:
-        return _with_reference(_readings(factors, subspace.exact(), device), reference)
+        return _with_reference(_readings(factors, subspace.exact(), device, batch_bytes), reference)
     rule = as_gate(gate, knobs)
-    first = _with_reference(_readings(factors, subspace, device), reference)
+    first = _with_reference(_readings(factors, subspace, device, batch_bytes), reference)
     again = undecided(first, rule)
     if not again:
         return first
-    second = _readings({name: factors[name] for name in again}, subspace.exact(), device)
+    second = _readings({name: factors[name] for name in again}, subspace.exact(), device, batch_bytes)
     second = _with_reference(second, reference)
     return Readings(replace(second[name], reread=True) if name in second else first[name] for name in first)
 
@@ -127,9 +131,11 @@ def _with_reference(readings: Readings, reference: Mapping[str, float] | None) -
     return Readings(replace(reading, reference=reference.get(name)) for name, reading in readings.items())
 
 
-def _readings(factors: Mapping[str, LoraFactors], subspace: Subspace, device: torch.device | str | None) -> Readings:
+def _readings(
+    factors: Mapping[str, LoraFactors], subspace: Subspace, device: torch.device | str | None, batch_bytes: int | None
+) -> Readings:
     """The readings as this file gives them."""
-    todo = batches(factors, subspace, device)
+    todo = batches(factors, subspace, device, batch_bytes)
     matrices = subspace.stacks(Request(b.names, b.device, b.transposed) for b in todo if b.comparable)
     measured = [_measure_batch(b, factors, subspace, next(matrices) if b.comparable else None) for b in todo]
     if not measured:

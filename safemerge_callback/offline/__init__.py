@@ -1,6 +1,19 @@
 """Floor 5: the same verbs on adapter folders, without a model: measure one, merge two, or take a merge back."""
 
+from .bake import BaseModel
+from .live import apply_safelora, apply_safemerge
 from .merge import measure_adapter, merge_adapters
+from .sweep import Cell, Sweep, sweep_adapters
 from .undo import undo_merge
 
-__all__ = ["measure_adapter", "merge_adapters", "undo_merge"]
+__all__ = [
+    "BaseModel",
+    "Cell",
+    "Sweep",
+    "apply_safelora",
+    "apply_safemerge",
+    "measure_adapter",
+    "merge_adapters",
+    "sweep_adapters",
+    "undo_merge",
+]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import time
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -13,7 +11,8 @@ from typing import Any, Unpack
 import torch
 
 from .. import __version__
-from ..adapters import Adapter, load_adapter
+from ..adapters import Adapter
+from ..adapters.stream_save import save_changed
 from ..decision import (
     VERSION,
     Edit,
@@ -24,7 +23,6 @@ from ..decision import (
     check_entry,
     check_merge,
     check_module_weights,
-    check_operator,
     check_soft,
     measure,
     merge_entry,
@@ -32,29 +30,34 @@ from ..decision import (
     merged_factors,
     own_cosines,
 )
+from ..decision.fit import needed_sources
 from ..decision.gates import KNOB, Knobs
+from ..decision.weights import pattern_of
 from ..errors import ConfigError, PlanError
-from ..methods import check_density, check_majority_sign, get_method
+from ..methods import get_method
 from ..ops import LowRank
 from ..subspace import Subspace
+from .bake import BAKED_ADAPTER, BaseModel
 from .card import model_card
-from .output import free_output, write_output
+from .output import CARD, RECIPE, free_output, new_folder, write_journal
+from .parts import CHUNK_BYTES, Given, adapter_of, adapters_of, chunks, named_parts, subspace_of, warn_of_other_bases
+from .recipe import write_recipe
 
 
 def measure_adapter(
-    adapter: str | Path | Adapter, subspace: str | Path | Subspace, *, device: torch.device | str | None = None
+    adapter: Given, subspace: str | Path | Subspace, *, device: torch.device | str | None = None
 ) -> Readings:
     """Return the reading of every module of an adapter folder or Hub id; no model is loaded.
 
     `device` None computes on the CPU. Raises AdapterError and SubspaceError for files that cannot be used or do not
     fit each other.
     """
-    return measure(_adapter(adapter).factors, _subspace(subspace), device=device)
+    return measure(adapter_of(adapter).factors, subspace_of(subspace), device=device, batch_bytes=CHUNK_BYTES)
 
 
 def merge_adapters(
-    finetuned: str | Path | Adapter,
-    safety: str | Path | Adapter | Sequence[str | Path | Adapter] | None,
+    finetuned: Given,
+    safety: Given | Sequence[Given] | None,
     subspace: str | Path | Subspace,
     output: str | Path,
     *,
@@ -68,6 +71,7 @@ def merge_adapters(
     operator_rank: int | None = None,
     density: float | None = None,
     majority_sign_method: str = "total",
+    bake: str | Path | None = None,
     overwrite: bool = False,
     device: torch.device | str | None = None,
     **knobs: Unpack[Knobs],
@@ -76,122 +80,120 @@ def merge_adapters(
 
     Source: SafeMERGE, arXiv:2503.17239 (method `project`: Safe LoRA, arXiv:2405.16833, which needs no `safety`).
     Differs: each module is matched by name, and the default keeps the rank with the exact sum's best approximation.
+    Modules are read, merged and written a few at a time, so memory does not grow with their number.
 
-    output: a new folder: a plain PEFT adapter, its journal `safemerge.jsonl` and a model card. Modules that were not
-        selected are there to the bit. `cat` adds the ranks up (rank_pattern). It appears whole or not at all.
-    safety: one adapter or several, with a weight each after that of `finetuned`; negative to take one away.
-    overwrite: replace an `output` that holds such files and no others. The other knobs are those of `MergePlan` and of
-        its gate (threshold, num_layers, ...).
+    safety: one adapter or several, each a folder, a Hub id or an `Adapter`; `weights` has one more than there are.
+    output: a new folder: a plain PEFT adapter, its journal `safemerge.jsonl`, a model card, and `safemerge.yaml`, which
+        `safemerge merge --config` makes the same weights from. Modules that were not selected are there to the bit.
+        `cat` adds the ranks up (rank_pattern). It appears whole or not at all.
+    bake: the base model, a folder or Hub id: `output` is then a full checkpoint (`bake_adapter`), the adapter in its
+        folder `adapter`.
+    overwrite: replace an `output` that holds such files and no others. The other knobs are those of `MergePlan.decide`
+        and of its gate (threshold, num_layers, ...).
     Raises ConfigError for knobs or an output that cannot be, PlanError, AdapterError and SubspaceError for parts that
     do not fit; nothing is written then. Warns where the base models of the parts have different names.
     """
     began = time.perf_counter()
     rule = as_gate(gate, knobs)
-    given = _several(safety)
-    asked = _check_knobs(rule, method, space, merge_weights(method, weights, strength, len(given)), given)
-    check_module_weights(method, space, module_weights, len(asked) - 1)
-    check_operator(method, operator, operator_rank)
-    check_density(method, density)
-    check_majority_sign(method, majority_sign_method)
-    target = free_output(output, [finetuned, *given, subspace], overwrite)
-    task, matrices = _adapter(finetuned), _subspace(subspace)
-    guards = [_adapter(source) for source in given]
-    parts = _parts(task, guards, matrices)
-    _warn_of_other_bases(task, guards, matrices)
-    own = own_cosines(guards[0], task.factors, matrices, device=device) if rule.name == "reference" else None
-    readings = measure(task.factors, matrices, device=device, gate=rule, reference=own)
-    plan = MergePlan.decide(
-        readings,
-        gate=rule,
-        method=method,
-        space=space,
-        weights=asked,
-        module_weights=module_weights,
-        operator=operator,
-        operator_rank=operator_rank,
-        density=density,
-        majority_sign_method=majority_sign_method,
-    )
+    how: dict[str, Any] = {
+        "method": method,
+        "space": space,
+        "weights": weights,
+        "strength": strength,
+        "operator": operator,
+        "operator_rank": operator_rank,
+        "density": density,
+        "majority_sign_method": majority_sign_method,
+    }
+    given = [] if safety is None else [safety] if isinstance(safety, str | Path | Adapter) else list(safety)
+    _check_knobs(rule, how, module_weights, len(given))
+    base = None if bake is None else BaseModel.find(bake)
+    target = free_output(output, [finetuned, *given, subspace], overwrite, base.file_names if base else ())
+    task, guards, matrices = adapter_of(finetuned), adapters_of(given), subspace_of(subspace)
+    parts = named_parts(task, guards, matrices)
+    warn_of_other_bases(task, guards, matrices, level=3)
+    readings = _readings(task, guards, matrices, rule, device)
+    plan = MergePlan.decide(readings, gate=rule, module_weights=module_weights, **how)
+    needed_sources(plan, guards, task.factors)
     decided = time.perf_counter()
-    new, edits = merged_factors(plan, task.factors, guards, matrices, device)
-    entries = _entries(plan, edits, parts, decided - began, time.perf_counter() - decided)
-    write_output(target, _with_factors(task, new), entries, model_card(plan, edits, parts, task.base_model))
+    with new_folder(target) as folder:
+        at = folder if base is None else folder / BAKED_ADAPTER
+        edits = _write_merged(at, plan, task, guards, matrices, device)
+        entries = _entries(plan, edits, parts, decided - began, time.perf_counter() - decided)
+        write_journal(folder, entries)
+        (folder / CARD).write_text(
+            model_card(plan, edits, parts, task.base_model, baked=base is not None), encoding="utf-8"
+        )
+        write_recipe(folder / RECIPE, target, (finetuned, given, subspace, bake), plan)
+        if base is not None:
+            base.bake(at, folder, device)
     return plan
 
 
-def _adapter(given: str | Path | Adapter) -> Adapter:
-    """The adapter, its modules in the order of their layers: a file has layer 10 before layer 2."""
-    adapter = given if isinstance(given, Adapter) else load_adapter(given)
-    return replace(adapter, factors=dict(sorted(adapter.factors.items(), key=lambda item: _natural(item[0]))))
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def _subspace(given: str | Path | Subspace) -> Subspace:
-    return given if isinstance(given, Subspace) else Subspace.load(given)
-
-
-def _several(given: str | Path | Adapter | Sequence[str | Path | Adapter] | None) -> list[str | Path | Adapter]:
-    if given is None:
-        return []
-    return [given] if isinstance(given, str | Path | Adapter) else list(given)
-
-
 def _check_knobs(
-    rule: Gate, method: str, space: str, weights: Sequence[float], safety: Sequence[object]
-) -> tuple[float, ...]:
-    asked = check_merge(method, space, weights, len(safety) or None)
-    check_soft(rule.soft, method, space)
+    rule: Gate, how: Mapping[str, Any], module_weights: Mapping[str, Sequence[float]] | None, adapters: int
+) -> None:
+    """Refuse before anything is read what no adapter could make right."""
+    plan = MergePlan.decide(Readings(()), gate="all", **how)
+    method = get_method(plan.method)
+    check_soft(rule.soft, plan.method, plan.space)
     if rule.name == "watch":
         raise ConfigError("gate 'watch' merges nothing: measure the adapter instead, or choose another gate.")
-    if "average" in get_method(method).needs:
-        raise ConfigError(f"method {method!r} goes to the average of a run's own updates: use it in training.")
-    if not safety and "safety_adapter" in get_method(method).needs:
-        raise PlanError(f"method {method!r} needs a safety adapter, got none: give its folder or Hub id.")
-    if not safety and rule.name == "reference":
+    if "average" in method.needs:
+        raise PlanError(f"method {method.name!r} goes to the average of a run's updates: use it in training.")
+    if not adapters and "safety_adapter" in method.needs:
+        raise PlanError(f"method {method.name!r} needs a safety adapter, got none: give its folder or Hub id.")
+    if not adapters and rule.name == "reference":
         raise PlanError(
             "gate 'reference' compares with a safety adapter's cosines, got none: give its folder or Hub id."
         )
-    return asked
+    if adapters:
+        check_merge(
+            plan.method, plan.space, merge_weights(plan.method, how["weights"], how["strength"], adapters), adapters
+        )
+        check_module_weights(plan.method, plan.space, module_weights, adapters)
 
 
-def _with_factors(task: Adapter, new: Mapping[str, LowRank]) -> Adapter:
-    """The fine-tuned adapter with the merged modules' factors, cast once to the dtype they had."""
-    changed = {
-        name: replace(task.factors[name], A=A.to(task.factors[name].A.dtype), B=B.to(task.factors[name].B.dtype))
-        for name, (A, B) in new.items()
-    }
-    return replace(task, factors={**task.factors, **changed})
+def _readings(
+    task: Adapter, guards: Sequence[Adapter], subspace: Subspace, rule: Gate, device: torch.device | str | None
+) -> Readings:
+    own = None
+    if guards and rule.name == "reference":
+        own = own_cosines(guards[0], task.factors, subspace, device=device, batch_bytes=CHUNK_BYTES)
+    return measure(task.factors, subspace, device=device, gate=rule, reference=own, batch_bytes=CHUNK_BYTES)
 
 
-def _warn_of_other_bases(task: Adapter, safety: Sequence[Adapter], subspace: Subspace) -> None:
-    """Names are no proof either way (a copy may be called anything), so this warns and does not refuse."""
-    bases = {
-        "the fine-tuned adapter": task.base_model,
-        **{f"the safety adapter {_shown(source.source)!r}": source.base_model for source in safety},
-        "the subspace's aligned checkpoint": subspace.aligned.get("source"),
-    }
-    known = {who: Path(base).name for who, base in bases.items() if base}
-    if len(set(known.values())) > 1:
-        listed = ", ".join(f"{who}: {name!r}" for who, name in known.items())
-        warnings.warn(f"safemerge: base models have different names ({listed}); they must be one", stacklevel=3)
+def _write_merged(
+    folder: Path,
+    plan: MergePlan,
+    task: Adapter,
+    guards: Sequence[Adapter],
+    subspace: Subspace,
+    device: torch.device | str | None,
+) -> tuple[Edit, ...]:
+    """Merge and write the adapter, a run of modules at a time; return the edits in the order of the readings."""
+    edits: list[Edit] = []
+    grown = 0 if get_method(plan.method).keeps_rank else 1
+    ranks = {n: task.factors[n].rank + grown * sum(g.factors[n].rank for g in guards) for n in plan.selected}
+
+    def merged() -> Iterator[tuple[str, LowRank]]:
+        needs = get_method(plan.method).needs
+        for run in chunks(plan.selected, task, subspace if "subspace" in needs else None):
+            part = {name: task.factors[name] for name in run}
+            new, done = merged_factors(_part(plan, run), part, guards, subspace, device)
+            edits.extend(done)
+            yield from new.items()
+
+    save_changed(folder, task, ranks, merged())
+    return tuple(edits)
 
 
-def _parts(task: Adapter, safety: Sequence[Adapter], subspace: Subspace) -> dict[str, str | None]:
-    """What was put together, by Hub id or folder name; paths of this machine stay out of what may be published."""
-    return {
-        "finetuned": _shown(task.source),
-        "safety_adapter": ", ".join(_shown(source.source) for source in safety) or None,
-        "subspace": subspace.path.name,
-        "aligned": subspace.aligned.get("source"),
-        "unaligned": subspace.unaligned.get("source") or subspace.unaligned.get("alignment_adapter"),
-    }
-
-
-def _shown(source: str) -> str:
-    return Path(source).expanduser().resolve().name if Path(source).expanduser().exists() else source
+def _part(plan: MergePlan, names: Sequence[str]) -> MergePlan:
+    """The plan of some of its modules, decided already: no interval must prove it again by the readings of all."""
+    readings = Readings(replace(plan.readings[name], interval=None) for name in names)
+    own = {pattern_of(name, plan.module_weights) for name in names}
+    weights = {pattern: numbers for pattern, numbers in plan.module_weights.items() if pattern in own}
+    return replace(plan, readings=readings, verdicts={n: plan.verdicts[n] for n in names}, module_weights=weights)
 
 
 def _entries(

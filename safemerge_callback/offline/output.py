@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..adapters import Adapter, save_adapter
 from ..adapters.files import CONFIG, WEIGHTS
 from ..decision import JOURNAL_FILE, Journal
 from ..errors import AdapterError, ConfigError
 
 CARD = "README.md"
-_OWN_FILES = {CONFIG, WEIGHTS, JOURNAL_FILE, CARD}
+RECIPE = "safemerge.yaml"
+_OWN_FILES = {CONFIG, WEIGHTS, JOURNAL_FILE, CARD, RECIPE}
 
 
-def free_output(output: str | Path, inputs: Iterable[object], overwrite: bool) -> Path:
-    """Return the output folder, absolute; ConfigError where writing it could cost an input or somebody's files."""
+def free_output(output: str | Path, inputs: Iterable[object], overwrite: bool, more: Iterable[str] = ()) -> Path:
+    """Return the output folder, absolute; ConfigError where writing it could cost an input or somebody's files.
+
+    `more` names files that the output will hold beside an adapter's own, which `overwrite` may replace too.
+    """
     target = Path(output).expanduser().resolve()
     for given in inputs:
         source = getattr(given, "source", None) or getattr(given, "path", None) or given
@@ -28,8 +32,8 @@ def free_output(output: str | Path, inputs: Iterable[object], overwrite: bool) -
         raise ConfigError(f"output {str(output)!r} is a file: give a new folder.")
     held = {path.name for path in target.iterdir()} if target.exists() else set()
     if held and not overwrite:
-        raise ConfigError(f"output {str(output)!r} is not empty: give a new folder, or ask to overwrite it.")
-    if foreign := sorted(held - _OWN_FILES):
+        raise ConfigError(f"output {str(output)!r} is not empty: give a new folder, or ask to overwrite it (--force).")
+    if foreign := sorted(held - _OWN_FILES - {*more}):
         raise ConfigError(
             f"output {str(output)!r} holds {len(foreign)} things that are no part of an adapter, first {foreign[0]!r}: "
             "it is not overwritten. Give a new folder."
@@ -37,23 +41,27 @@ def free_output(output: str | Path, inputs: Iterable[object], overwrite: bool) -
     return target
 
 
-def write_output(target: Path, merged: Adapter, entries: Iterable[Mapping[str, Any]], card: str) -> None:
-    """Write adapter, journal and card into a folder beside `target`, which then takes its place.
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Give an absent folder beside `target`, which takes its place at the end of the `with`; after an error it is gone.
 
-    Raises AdapterError where the disk refuses or a factor is not finite; an existing `target` is then as it was.
+    Raises AdapterError where the disk refuses; an existing `target` is then as it was.
     """
     aside = target.parent / f".{target.name}.{uuid.uuid4().hex}"
     try:
-        save_adapter(aside, merged)
-        journal = Journal(aside / JOURNAL_FILE)
-        for entry in entries:
-            journal.append(entry)
-        (aside / CARD).write_text(card, encoding="utf-8")
+        yield aside
         _take_place(aside, target)
     except OSError as error:
         raise AdapterError(f"output {str(target)!r} cannot be written: {error}. Nothing was left there.") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_journal(folder: Path, entries: Iterable[Mapping[str, Any]]) -> None:
+    """Write the journal of a merge of files into `folder`."""
+    journal = Journal(folder / JOURNAL_FILE)
+    for entry in entries:
+        journal.append(entry)
 
 
 def _take_place(aside: Path, target: Path) -> None:

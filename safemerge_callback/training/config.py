@@ -10,7 +10,7 @@ from typing import Any
 from ..decision import KNOBS, Gate
 from ..errors import ConfigError, nearest
 from ..methods import Method, get_method
-from .aliases import without_alias
+from ..methods.aliases import without_alias
 from .refusals import check_settings
 
 

@@ -16,7 +16,7 @@ from safemerge_callback.training import SafeMergeConfig
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
-COUNTS = {"accelerate": 6, "evaluate": 5, "finetune": 18, "train_safety_adapter": 5}
+COUNTS = {"accelerate": 6, "evaluate": 5, "finetune": 18, "merge": 13, "train_safety_adapter": 5}
 # transformers 5.23 calls it activation_checkpointing; trl 1.x, and earlier transformers, know the old name alone
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -39,7 +39,7 @@ def test_every_file_is_in_a_folder_that_a_test_below_walks():
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_the_first_line_is_the_command_that_runs_the_file(path):
     first = path.read_text().splitlines()[0]
-    assert first.startswith(("# accelerate launch ", "# python -m recipes."))
+    assert first.startswith(("# accelerate launch ", "# python -m recipes.", "# safemerge "))
     assert str(path.relative_to(ROOT)) in first
     named = re.findall(r"\S+\.(?:yaml|py)\b", first)
     assert [name for name in named if not (ROOT / name).is_file()] == []

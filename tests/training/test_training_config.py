@@ -6,7 +6,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from safemerge_callback.errors import ConfigError
-from safemerge_callback.training.aliases import COMBINATION_TYPES
+from safemerge_callback.methods.aliases import COMBINATION_TYPES
 from safemerge_callback.training.config import SafeMergeConfig, resolve_config
 
 GOOD = {"subspace": "s.safetensors", "safety_adapter": "folder"}

@@ -1,0 +1,114 @@
+"""A sweep over thresholds × weights on adapter folders at a model's size, V on the disk, no model.
+
+python -m benchmarks.sweep [--modules 224] [--size 4096] [--rank 16] [--folder DIR] [--output FILE.json]
+
+Writes a subspace file with a dense bfloat16 V for every module (7.5 GB at the default size) and two float32 adapters,
+unless `--folder` holds them already, and sweeps 8 thresholds × 5 weights, method linear, twice, each in a process of
+its own: first with the file out of the page cache, so that it is read from the disk, then from the cache. Seconds are
+those of the sweep, without imports; the peak of resident memory (VmHWM) is the whole process's, pages of mapped files
+included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.adapter_files import write_world
+from benchmarks.hardware import hardware, title
+
+PEAK = """
+import json, pathlib, re, sys, time, torch
+def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
+def told(work):
+    before, start, used = peak(), time.perf_counter(), time.process_time()
+    found = work()
+    told = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - used}
+    print(json.dumps({**told, "peak_bytes": peak(), "bytes_before": before, **found}))
+"""
+_SWEEP = """
+from safemerge_callback.decision import Gate
+from safemerge_callback.offline import sweep_adapters
+def work():
+    gates = [Gate(threshold=0.2 + 0.05 * i) for i in range(8)] + [Gate("all")]
+    weights = [(1 - 0.1 * i, 0.1 * i) for i in range(1, 6)]
+    cells = sweep_adapters("task", "safety", "subspace.safetensors", gates=gates, weights=weights)
+    return {"cells": len(cells), "modules": cells[-1].modules, "residual": cells[-1].residual}
+told(work)
+"""
+
+
+def forget(path):
+    """Take a file out of the page cache, which needs no rights where none of it is dirty."""
+    with Path(path).open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def in_new_process(script, folder):
+    """Run a script in `folder` and return what it told."""
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK + script], cwd=folder, check=True, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measured(scripts, folder):
+    """Name -> figures of each script; where the name says disk, V is not in the page cache when it begins."""
+    found = {}
+    for name, script in scripts.items():
+        if "disk" in name:
+            forget(folder / "subspace.safetensors")
+        found[name] = in_new_process(script, folder)
+    return found
+
+
+def report(about, rows):
+    """Print the figures as a table."""
+    table = Table("run", "seconds", "CPU seconds", "peak MiB", "of it before the work MiB")
+    for name, row in rows.items():
+        sizes = (f"{row[key] / 2**20:.0f}" for key in ("peak_bytes", "bytes_before"))
+        table.add_row(name, f"{row['seconds']:.2f}", f"{row['cpu_seconds']:.2f}", *sizes)
+    Console(width=132).print(about, table, sep="\n")
+
+
+def arguments(description):
+    """The command line that both benchmarks on files have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modules", type=int, default=224)
+    parser.add_argument("--size", type=int, default=4096)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--folder", type=Path, help="where the files are, or are written and kept")
+    parser.add_argument("--output", type=Path)
+    return parser.parse_args()
+
+
+def run(description, scripts):
+    """Make the files, run the scripts on them, print and write the figures."""
+    asked, machine = arguments(description), hardware()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = write_world(asked.folder or Path(scratch), asked.modules, asked.size, asked.rank)
+        rows = measured(scripts, folder)
+    sizes = {"modules": asked.modules, "size": asked.size, "rank": asked.rank}
+    report(f"{asked.modules} modules of {asked.size} x {asked.size}, r {asked.rank}. {title(machine)}", rows)
+    if asked.output:
+        asked.output.write_text(json.dumps({"hardware": machine, **sizes, "runs": rows}, indent=1) + "\n")
+
+
+def main():
+    """Run the benchmark."""
+    run(__doc__, {"V from the disk": _SWEEP, "V from the page cache": _SWEEP})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The inputs of the verbs on files, opened; and their modules in runs that fit in little memory."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ..adapters import Adapter, open_adapter
+from ..adapters.on_access import OnAccess
+from ..subspace import Subspace
+
+Given = str | Path | Adapter
+# What a run of modules may take while it is worked on: widened factors, and alignment matrices as stored.
+CHUNK_BYTES = 32 << 20
+
+
+def adapter_of(given: Given) -> Adapter:
+    """Return the adapter, its modules in the order of their layers: a file has layer 10 before layer 2."""
+    adapter = given if isinstance(given, Adapter) else open_adapter(given)
+    if isinstance(adapter.factors, OnAccess):
+        return replace(adapter, factors=adapter.factors.ordered(_natural))
+    return replace(adapter, factors=dict(sorted(adapter.factors.items(), key=lambda item: _natural(item[0]))))
+
+
+def adapters_of(given: Given | Sequence[Given] | None) -> tuple[Adapter, ...]:
+    """Return one adapter, several, or none, opened."""
+    if given is None:
+        return ()
+    return tuple(map(adapter_of, [given] if isinstance(given, str | Path | Adapter) else given))
+
+
+def subspace_of(given: str | Path | Subspace) -> Subspace:
+    """Return the subspace, opened."""
+    return given if isinstance(given, Subspace) else Subspace.load(given)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def chunks(names: Iterable[str], task: Adapter, subspace: Subspace | None = None) -> Iterator[list[str]]:
+    """Yield `names` in runs of at most 32 MiB of widened factors, and of V where `subspace` is given; at least one."""
+    run: list[str] = []
+    held = 0
+    for name in names:
+        module = task.factors[name]
+        size = 16 * module.rank * (module.d_out + module.d_in)
+        if subspace is not None and name in subspace.modules:
+            size += subspace.modules[name].bytes(name)
+        if run and held + size > CHUNK_BYTES:
+            yield run
+            run, held = [], 0
+        run.append(name)
+        held += size
+    if run:
+        yield run
+
+
+def named_parts(task: Adapter, safety: Sequence[Adapter], subspace: Subspace) -> dict[str, str | None]:
+    """What was put together, by Hub id or folder name; paths of this machine stay out of what may be published."""
+    return {
+        "finetuned": _shown(task.source),
+        "safety_adapter": ", ".join(_shown(adapter.source) for adapter in safety) or None,
+        "subspace": subspace.path.name,
+        "aligned": subspace.aligned.get("source"),
+        "unaligned": subspace.unaligned.get("source") or subspace.unaligned.get("alignment_adapter"),
+    }
+
+
+def _shown(source: str) -> str:
+    return Path(source).expanduser().resolve().name if Path(source).expanduser().exists() else source
+
+
+def warn_of_other_bases(task: Adapter, safety: Sequence[Adapter], subspace: Subspace, level: int) -> None:
+    """Names are no proof either way (a copy may be called anything), so this warns and does not refuse."""
+    bases: dict[str, str | None] = {"the fine-tuned adapter": task.base_model}
+    for place, other in enumerate(safety):
+        bases["the safety adapter" if place == 0 else f"safety adapter {place + 1}"] = other.base_model
+    bases["the subspace's aligned checkpoint"] = subspace.aligned.get("source")
+    known = {who: Path(base).name for who, base in bases.items() if base}
+    if len(set(known.values())) > 1:
+        listed = ", ".join(f"{who}: {name!r}" for who, name in known.items())
+        warnings.warn(f"safemerge: base models have different names ({listed}); they must be one", stacklevel=level)
