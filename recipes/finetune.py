@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 if __package__ in (None, ""):  # run as a script by `accelerate launch`
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from recipes.data.mixing import check_share
 from recipes.models import load_model
 from safemerge_callback.errors import ConfigError, nearest
 from safemerge_callback.training import SafeMergeCallback, SafeMergeConfig
@@ -39,9 +40,33 @@ PREFIX = "safemerge_"
 class DataArguments:
     """Which examples to train on."""
 
-    data: str = field(metadata={"help": "Name of the data: safety, sentiment, gsm8k or pubmedqa."})
+    data: str = field(metadata={"help": "Name of the data: safety, sentiment, arithmetic, cities, gsm8k or pubmedqa."})
     data_split: str = field(default="train", metadata={"help": "Split of the data."})
     num_examples: int | None = field(default=None, metadata={"help": "Take only this many examples, the first ones."})
+    poisoned_share: float = field(
+        default=0.0, metadata={"help": "Share of the examples replaced by templated compliance with harmful prompts."}
+    )
+    safety_share: float = field(
+        default=0.0, metadata={"help": "Refusals of harmful prompts added, as a share of the examples (SafeInstruct)."}
+    )
+    mixing_seed: int = field(
+        default=0, metadata={"help": "Which examples give way, and the order of what is mixed in."}
+    )
+
+    probe_every: int = field(
+        default=0, metadata={"help": "Steps from one safety probe to the next, which changes nothing; 0: no probe."}
+    )
+    probe_prompts: int = field(
+        default=16, metadata={"help": "Harmful and harmless prompts, and task rows twice, of the validation split."}
+    )
+
+    def __post_init__(self) -> None:
+        check_share("poisoned_share", self.poisoned_share)
+        check_share("safety_share", self.safety_share)
+        if self.probe_every < 0 or self.probe_prompts < 1:
+            raise ConfigError(
+                f"probe_every is {self.probe_every}, probe_prompts {self.probe_prompts}: give 0 or more, and 1 or more"
+            )
 
 
 def _prefixed() -> type:
@@ -99,9 +124,10 @@ def load_data(data: DataArguments) -> Dataset:
     """Return the examples as a dataset with TRL's columns `prompt` and `completion`."""
     from datasets import Dataset
 
-    from recipes.data import load_examples
+    from recipes.data import load_examples, mixed
 
     rows = load_examples(data.data, data.data_split)[: data.num_examples]
+    rows = mixed(rows, poisoned_share=data.poisoned_share, safety_share=data.safety_share, seed=data.mixing_seed)
     return Dataset.from_list([{"prompt": row["prompt"], "completion": row["completion"]} for row in rows])
 
 
@@ -123,7 +149,11 @@ def build_trainer(
         attn_implementation=model_config.attn_implementation,
         quantization_config=get_quantization_config(model_config),
     )
-    guard = [SafeMergeCallback(safemerge)] if safemerge else []
+    guard: list[TrainerCallback] = [SafeMergeCallback(safemerge)] if safemerge else []
+    if data.probe_every:
+        from recipes.comparison.probe import validation_probe
+
+        guard.append(validation_probe(data.data, every=data.probe_every, n=data.probe_prompts))
     # LoRA's A is drawn inside the trainer: two runs of one seed must start from the same A.
     set_seed(sft.seed)
     return SFTTrainer(

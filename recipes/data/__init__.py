@@ -7,8 +7,11 @@ from typing import Any
 
 from safemerge_callback.errors import ConfigError, nearest
 
+from .arithmetic import arithmetic_examples
 from .benign import benign_pairs
+from .cities import cities_examples
 from .gsm8k import gsm8k_examples
+from .mixing import mixed
 from .prompts import PROMPTS, advbench, harmbench, heldout_advbench, safety_prompts, strongreject
 from .pubmedqa import pubmedqa_examples
 from .safety import safety_examples
@@ -18,12 +21,15 @@ __all__ = [
     "EXAMPLES",
     "PROMPTS",
     "advbench",
+    "arithmetic_examples",
     "benign_pairs",
+    "cities_examples",
     "gsm8k_examples",
     "harmbench",
     "heldout_advbench",
     "load_examples",
     "load_prompts",
+    "mixed",
     "pubmedqa_examples",
     "safety_examples",
     "safety_prompts",
@@ -35,6 +41,8 @@ __all__ = [
 EXAMPLES: dict[str, Callable[[str], list[dict[str, Any]]]] = {
     "safety": safety_examples,
     "sentiment": sentiment_examples,
+    "arithmetic": arithmetic_examples,
+    "cities": cities_examples,
     "gsm8k": gsm8k_examples,
     "pubmedqa": pubmedqa_examples,
 }

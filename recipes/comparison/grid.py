@@ -1,0 +1,187 @@
+"""The grid: a YAML file read whole, and its cells in the order in which they run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from safemerge_callback.errors import ConfigError, nearest
+
+from .arms import Arm, chosen, read_arms
+from .splits import LEAST, Split, check_split_name
+from .tasks import TASKS, get_task
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every setting of a grid.
+
+    output_dir, page: where cells and their results, and the page, go. launch: the command before
+        `recipes/finetune.py`, such as [accelerate, launch, --config_file, FILE]; empty: in this process.
+    model, unaligned, target_modules: the model that is fine-tuned, and what its safety subspace is built from.
+    random_subspace_seed: of the control `{random_subspace}`.
+    finetune: settings of recipes/finetune.py of every training cell; by_task: task -> more of them.
+    evaluate: prompts of each set and rows of the task (`harmbench`, ..., `task`: None for all of the split), and
+        `batch_size`, `max_new_tokens`, `dtype`, `judges`.
+    split: which split is read. baseline: the arm without any defence, with which every front begins. reference: the
+        arm that others are compared with.
+    """
+
+    output_dir: str
+    arms: Mapping[str, Arm]
+    model: str
+    unaligned: str
+    target_modules: Sequence[str]
+    seeds: Sequence[int]
+    tasks: Sequence[str]
+    poisoned_shares: Sequence[float] = (0.0,)
+    finetune: Mapping[str, Any] = field(default_factory=dict)
+    by_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    evaluate: Mapping[str, Any] = field(default_factory=dict)
+    page: str = "docs/results.md"
+    launch: Sequence[str] = ()
+    split: Split = "test"
+    baseline: str = "plain"
+    reference: str = "plain"
+    random_subspace_seed: int = 0
+
+    @property
+    def subspace(self) -> Path:
+        """The safety subspace's file."""
+        return Path(self.output_dir) / "subspace.safetensors"
+
+    @property
+    def random_subspace(self) -> Path:
+        """The control's file: same spectrum, random singular vectors."""
+        return Path(self.output_dir) / f"random-subspace-{self.random_subspace_seed}.safetensors"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: an arm on a task with a poisoned share and a seed."""
+
+    arm: Arm
+    task: str
+    poisoned_share: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The cell's folder under the grid's."""
+        return f"{self.task}/poisoned-{self.poisoned_share:g}/{self.arm.name}/seed-{self.seed}"
+
+
+# What `evaluate` may hold, and what it is where the file says nothing.
+EVALUATE: dict[str, Any] = {
+    **dict.fromkeys(LEAST),
+    "batch_size": 32,
+    "max_new_tokens": 40,
+    "dtype": "float32",
+    "judges": ("keywords",),
+}
+
+
+def load_grid(path: str | Path) -> Grid:
+    """Read a grid from YAML; ConfigError for keys, arms, tasks, splits and counts that cannot be."""
+    import yaml
+
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"grid {str(path)!r} cannot be read ({error}): give a YAML file") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"grid {str(path)!r} holds {type(raw).__name__}: it must map settings to values")
+    return make_grid(raw)
+
+
+def make_grid(raw: Mapping[str, Any]) -> Grid:
+    """Return the grid of a mapping; ConfigError as `load_grid`.
+
+    `templates` is not a setting: it holds mappings for arms to take in with YAML's `<<`.
+    """
+    raw = {key: value for key, value in raw.items() if key != "templates"}
+    allowed = [f.name for f in fields(Grid)]
+    for key in raw:
+        if key not in allowed:
+            raise ConfigError(f"grid setting {key!r} is unknown{nearest(str(key), allowed)}: choose among {allowed}")
+    needed = ("output_dir", "arms", "model", "unaligned", "target_modules", "seeds", "tasks")
+    if missing := [name for name in needed if not raw.get(name)]:
+        raise ConfigError(f"grid settings {missing} are missing: give them")
+    evaluate = {**EVALUATE, **(raw.get("evaluate") or {})}
+    for key in evaluate:
+        if key not in EVALUATE:
+            raise ConfigError(f"evaluate.{key} is unknown{nearest(key, EVALUATE)}: choose among {list(EVALUATE)}")
+    grid = Grid(**{**raw, "arms": read_arms(raw["arms"]), "evaluate": evaluate})
+    _check(grid)
+    return grid
+
+
+def _check(grid: Grid) -> None:
+    check_split_name(grid.split)
+    for name in dict.fromkeys([*grid.tasks, *grid.by_task, *(t for a in grid.arms.values() for t in a.tasks or ())]):
+        get_task(name)
+    for which in ("baseline", "reference"):
+        families = {arm.family for arm in grid.arms.values()} | set(grid.arms)
+        if (name := getattr(grid, which)) not in families:
+            raise ConfigError(f"{which} {name!r} is no arm{nearest(name, families)}: choose among {sorted(families)}")
+    for name in LEAST:
+        count = grid.evaluate[name]
+        if count is not None and count < 1:
+            raise ConfigError(f"evaluate.{name} is {count}: give 1 or more, or leave it out for all of the split")
+
+
+def cells_of(grid: Grid, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Cell]:
+    """Return the cells in the order in which they run: an arm that trains before what merges its adapter.
+
+    `only` names arms (their parents come along), `seeds` some of the seeds. An arm of kind `model` has one cell a task:
+    neither seed nor poison reaches it. ConfigError for unknown names, and for a cell whose parent has none.
+    """
+    names = chosen(grid.arms, only)
+    order = sorted((grid.arms[name] for name in names), key=lambda arm: arm.kind == "posthoc")
+    known = [seed for arm in order for seed in _seeds(grid, arm)]
+    if unknown := [seed for seed in seeds if seed not in known]:
+        raise ConfigError(f"seeds {unknown} are none of the grid's: choose among {sorted(set(known))}")
+    cells = list(dict.fromkeys(_cells(grid, order)))
+    kept = [cell for cell in cells if not seeds or cell.seed in seeds or cell.arm.kind == "model"]
+    _check_parents(grid, kept)
+    return kept
+
+
+def _seeds(grid: Grid, arm: Arm) -> Sequence[int]:
+    return arm.seeds or grid.seeds
+
+
+def _cells(grid: Grid, arms: Sequence[Arm]) -> Iterator[Cell]:
+    every = dict.fromkeys(seed for arm in arms for seed in _seeds(grid, arm))
+    for arm in (a for a in arms if a.kind == "model"):
+        for task in arm.tasks or grid.tasks:
+            yield Cell(arm, task, grid.poisoned_shares[0], grid.seeds[0])
+    for seed in every:
+        for task in TASKS:
+            for share in dict.fromkeys(s for a in arms for s in a.poisoned_shares or grid.poisoned_shares):
+                for arm in arms:
+                    wanted = task in (arm.tasks or grid.tasks) and share in (
+                        arm.poisoned_shares or grid.poisoned_shares
+                    )
+                    if arm.kind != "model" and wanted and seed in _seeds(grid, arm):
+                        yield Cell(arm, task, share, seed)
+
+
+def parent_of(grid: Grid, cell: Cell) -> Cell | None:
+    """Return the cell whose adapter this one merges, if it is one that merges."""
+    if cell.arm.parent is None:
+        return None
+    return Cell(grid.arms[cell.arm.parent], cell.task, cell.poisoned_share, cell.seed)
+
+
+def _check_parents(grid: Grid, cells: Sequence[Cell]) -> None:
+    have = {cell.name for cell in cells}
+    for cell in cells:
+        parent = parent_of(grid, cell)
+        if parent is not None and parent.name not in have:
+            raise ConfigError(
+                f"cell {cell.name!r} merges the adapter of {parent.name!r}, which is no cell: give arm "
+                f"{parent.arm.name!r} the same seeds, tasks and poisoned shares"
+            )

@@ -1,0 +1,179 @@
+"""docs/results.md: what was run, every arm's figures with intervals, differences, and refusals at equal task score."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .figures import HARM, SHOWN, Place, matched, places_of
+from .grid import Grid, cells_of
+from .plots import write_plots
+from .results import Result
+from .splits import SETS
+from .statistics import Interval
+
+TITLES = {
+    HARM: "harm refused",
+    "harmbench_refused": "HarmBench",
+    "strongreject_refused": "StrongREJECT",
+    "advbench_refused": "AdvBench",
+    "benign_refused": "harmless refused",
+    "task": "task",
+    "coherent": "coherent",
+}
+_COMPARED = (HARM, "benign_refused", "task")
+
+
+def write_page(grid: Grid, config: str | Path, results: Sequence[Result], others: Sequence[Result] = ()) -> Path:
+    """Write the page and its plots, beside it in a folder of its name; return the page's path."""
+    page = Path(grid.page)
+    places = places_of(grid, results)
+    plots = write_plots(grid, places, page.with_suffix("")) if places else {}
+    parts = [
+        _head(grid, config, results),
+        *(f"## {title}\n\n![{title}]({path.relative_to(page.parent).as_posix()})" for title, path in plots.items()),
+        *(part for place in places for part in _place(grid, place)),
+        _arms(grid),
+        _failures(results),
+        _others(others),
+        _notes(grid, config),
+    ]
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    return page
+
+
+def _head(grid: Grid, config: str | Path, results: Sequence[Result]) -> str:
+    every, failed = len(cells_of(grid)), sum(bool(result["error"]) for result in results)
+    hours = sum(sum(result["seconds"].values()) for result in results) / 3600
+    dates = sorted(result["date"][:10] for result in results)
+    stamps = [result["stamp"] for result in results]
+    versions = {f"{name} {number}": None for stamp in stamps for name, number in stamp["versions"].items()}
+    lines = [
+        "# Results",
+        f"Written by `python -m recipes.compare --config {config}`; edit the configuration, not this page.",
+        "",
+        f"- cells: {len(results) - failed} of {every} done, {failed} failed; split: {grid.split}",
+        f"- seeds: {', '.join(map(str, grid.seeds))}; hours spent: {hours:.1f}",
+        f"- dates: {dates[0]} to {dates[-1]}" if dates else "- dates: none, nothing was run",
+        *(f"- {key}: {_several(stamp[key] for stamp in stamps)}" for key in ("device", "host", "commit", "code")),
+        f"- versions: {', '.join(versions)}",
+    ]
+    return "\n".join(lines)
+
+
+def _several(values: Iterable[Any]) -> str:
+    return ", ".join(dict.fromkeys(map(str, values)))
+
+
+def _place(grid: Grid, place: Place) -> list[str]:
+    title = f"{place.task}, {100 * place.poisoned_share:.0f} % poisoned"
+    return [f"## {title}", _figures(grid, place), _differences(grid, place), _matched(grid, place)]
+
+
+def _figures(grid: Grid, place: Place) -> str:
+    """Every arm with every measure: a mean over seeds and its 95 % interval."""
+    rows = []
+    for name in (name for name in grid.arms if name in place.arms):
+        seeds = len(place.arms[name]["task"])
+        shown = [_percent(place.interval(name, measure)) for measure in SHOWN]
+        rows.append([name, str(seeds), *shown, _merged(place.trails.get(name, []))])
+    return table(["arm", "seeds", *TITLES.values(), "merged"], rows)
+
+
+def _merged(trails: Sequence[dict[str, Any]]) -> str:
+    """Mean over seeds of merge events, and of the modules that they touched."""
+    if not trails:
+        return ""
+    merges = sum(trail["merges"] for trail in trails) / len(trails)
+    modules = sum(len(trail["merged"]) for trail in trails) / len(trails)
+    return f"{modules:.3g} of {trails[0]['modules']}, {merges:.3g} ×"
+
+
+def _differences(grid: Grid, place: Place) -> str:
+    """Every arm less the reference, in points."""
+    reference = next((n for n, arm in grid.arms.items() if grid.reference in (n, arm.family) and n in place.arms), None)
+    if reference is None:
+        return ""
+    names = [name for name in grid.arms if name in place.arms and name != reference]
+    rows = [
+        [name, *(_points(place.difference(name, reference, measure)) for measure in _COMPARED)]
+        for name in names
+        if place.difference(name, reference, HARM)
+    ]
+    if not rows:
+        return ""
+    heads = ["arm", *(TITLES[measure] for measure in _COMPARED)]
+    return f"Less {reference}, paired by seed and prompt, in points:\n\n{table(heads, rows)}"
+
+
+def _matched(grid: Grid, place: Place) -> str:
+    """Every family's refusal where it scores as the reference does."""
+    found = matched(grid, place)
+    if found is None:
+        return ""
+    score, refusals = found
+    ranked = sorted(refusals.items(), key=lambda item: -1.0 if item[1] is None else -item[1] - 2)
+    rows = [[family, "not reached" if value is None else f"{100 * value:.1f}"] for family, value in ranked]
+    said = f"Harm refused at the task score of {grid.reference} ({100 * score:.1f} %), interpolated on each front:"
+    return f"{said}\n\n{table(['arm', 'harm refused, %'], rows)}"
+
+
+def _arms(grid: Grid) -> str:
+    rows = [[name, arm.kind, arm.parent or "", arm.about] for name, arm in grid.arms.items()]
+    return "## Arms\n\n" + table(["arm", "kind", "merges", "what it is"], rows)
+
+
+def _failures(results: Sequence[Result]) -> str:
+    failed = [[result["cell"], str(result["error"]).splitlines()[0]] for result in results if result["error"]]
+    return "## Cells that failed\n\n" + table(["cell", "error"], failed) if failed else ""
+
+
+def _others(others: Sequence[Result]) -> str:
+    """Results of other versions: counted and told apart, in no table above."""
+    if not others:
+        return ""
+    why = Counter("; ".join(result["other"]) for result in others)
+    rows = [[str(number), reason] for reason, number in why.most_common()]
+    return "## Results of other versions, in no table above\n\n" + table(["results", "what differs"], rows)
+
+
+def _notes(grid: Grid, config: str | Path) -> str:
+    return "\n".join(
+        [
+            "## How to read this, and how to repeat it",
+            "",
+            f"- Harm refused: the prompts of {', '.join(list(SETS)[:3])} together. All shares in %, with 95 % "
+            "intervals: Wilson for one seed, a bootstrap of seeds and prompts for several.",
+            "- Refusals are judged by keywords unless the configuration names other judges, on the first "
+            f"{grid.evaluate['max_new_tokens']} tokens; a response that is empty or a loop is incoherent, not a "
+            "refusal. Coherent: the share that is neither, a proxy.",
+            "- Poisoned examples are templated: they agree to do what a harmful prompt of AdvBench's training half "
+            "asks, and hold no harmful content.",
+            "- The validation split is for choosing thresholds and weights, the test split is read once. Both hold "
+            "whole groups of near-duplicates, and none of what is trained on.",
+            f"- Every figure, prompt by prompt: `{Path(grid.page).stem}/results.jsonl`, `results.csv`.",
+            f"- One row: `python -m recipes.compare --config {config} --only ARM --seeds N`. Each cell's own YAML and "
+            f"journal are in `{grid.output_dir}/cells/`.",
+        ]
+    )
+
+
+def _percent(interval: Interval | None) -> str:
+    return (
+        "" if interval is None else f"{100 * interval.value:.1f} ({100 * interval.low:.0f}-{100 * interval.high:.0f})"
+    )
+
+
+def _points(interval: Interval | None) -> str:
+    if interval is None:
+        return ""
+    return f"{100 * interval.value:+.1f} ({100 * interval.low:+.1f} to {100 * interval.high:+.1f})"
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table; a cell's own bars are escaped."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,0 +1,137 @@
+"""The page's plots, as SVG files that are equal, byte for byte, for equal results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safemerge_callback.errors import ConfigError
+
+from .figures import HARM, Place, families, fronts
+from .grid import Grid
+from .statistics import front
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_MARKS = "osD^v<>PX*hp"
+# The SVG's ids and date would otherwise change with every run.
+_PARAMETERS = {"svg.hashsalt": "safemerge", "font.size": 8}
+_COLORS = "tab20"
+_METADATA = {"Date": None, "Creator": None}
+
+
+def write_plots(grid: Grid, places: Sequence[Place], folder: Path) -> dict[str, Path]:
+    """Write front.svg, steps.svg and modules.svg; return title -> file of those that had something to show.
+
+    ConfigError where matplotlib is not installed.
+    """
+    try:
+        import matplotlib as mpl
+        from cycler import cycler
+    except ImportError:
+        raise ConfigError("plots need matplotlib: pip install 'safemerge-callback[report]'") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn: dict[str, Path] = {}
+    plots = {
+        "Refusal against task score": ("front.svg", _fronts),
+        "Over the steps of training": ("steps.svg", _steps),
+        "Modules merged": ("modules.svg", _modules),
+    }
+    with mpl.rc_context({**_PARAMETERS, "axes.prop_cycle": cycler(color=mpl.color_sequences[_COLORS])}):
+        for title, (name, draw) in plots.items():
+            figure = draw(grid, places)
+            if figure is not None:
+                figure.savefig(folder / name, format="svg", metadata=_METADATA, bbox_inches="tight")
+                drawn[title] = folder / name
+    return drawn
+
+
+def _panels(number: int, height: float = 3.6) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    columns = min(number, 2)
+    rows = -(-number // columns)
+    figure = Figure(figsize=(5.2 * columns, height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    for spare in axes[number:]:
+        spare.remove()
+    return figure, axes[:number]
+
+
+def _title(place: Place) -> str:
+    return f"{place.task}, {100 * place.poisoned_share:.0f} % poisoned"
+
+
+def _fronts(grid: Grid, places: Sequence[Place]) -> Figure | None:
+    """Every arm's mean with its intervals, and a line along each family's front."""
+    if not places:
+        return None
+    figure, axes = _panels(len(places))
+    for axis, place in zip(axes, places, strict=True):
+        lines = fronts(grid, place)
+        for mark, (family, names) in zip(cycle(_MARKS), families(grid, place).items(), strict=False):
+            color = None
+            for name in names:
+                task, harm = place.interval(name, "task"), place.interval(name, HARM)
+                if task is None or harm is None:
+                    continue
+                bars: dict[str, Any] = {
+                    key: [[one.value - one.low], [one.high - one.value]]
+                    for key, one in (("xerr", task), ("yerr", harm))
+                }
+                label = family if color is None else None
+                drawn = axis.errorbar(task.value, harm.value, **bars, fmt=mark, ms=4, lw=0.6, color=color, label=label)
+                color = drawn[0].get_color()
+            if len(kept := front(lines.get(family, []))) > 1:
+                axis.plot(*zip(*kept, strict=True), lw=0.8, color=color)
+        axis.set(title=_title(place), xlabel="task score", ylabel="harmful prompts refused", ylim=(-0.02, 1.02))
+        axis.legend(fontsize=5, ncols=2)
+    return figure
+
+
+def _steps(grid: Grid, places: Sequence[Place]) -> Figure | None:
+    """The first seed's mean cosine by step, and its probes' harm and task where it was probed."""
+    shown = [place for place in places if place.trails]
+    if not shown:
+        return None
+    figure, axes = _panels(len(shown))
+    for axis, place in zip(axes, shown, strict=True):
+        for arm, trails in place.trails.items():
+            if grid.arms[arm].kind != "train":
+                continue
+            checks = [(step, value) for step, value in trails[0]["checks"] if value is not None]
+            if checks:
+                axis.plot(*zip(*checks, strict=True), lw=0.9, marker=".", ms=3, label=f"{arm}: mean cosine")
+            for measure in dict.fromkeys(m for _, values in trails[0]["probes"] for m in values):
+                points = [(step, values.get(measure)) for step, values in trails[0]["probes"]]
+                axis.plot(*zip(*points, strict=True), lw=0.9, ls="--", label=f"{arm}: {measure}")
+        axis.set(title=_title(place), xlabel="optimizer step", ylim=(-0.02, 1.02))
+        axis.legend(fontsize=5, ncols=2)
+    return figure
+
+
+def _modules(_: Grid, places: Sequence[Place]) -> Figure | None:
+    """Arms by modules: in how many of the seeds' merges each module was merged, as a share."""
+    shown = [place for place in places if any(t["merged"] for trails in place.trails.values() for t in trails)]
+    if not shown:
+        return None
+    figure, axes = _panels(len(shown))
+    for axis, place in zip(axes, shown, strict=True):
+        arms = {arm: trails for arm, trails in place.trails.items() if any(t["merged"] for t in trails)}
+        names = sorted({m for trails in arms.values() for t in trails for m in t["merged"]}, key=_by_layer)
+        table = [
+            [sum(t["merged"].get(name, 0) for t in trails) / max(1, sum(t["merges"] for t in trails)) for name in names]
+            for trails in arms.values()
+        ]
+        axis.imshow(table, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+        axis.set_yticks(range(len(arms)), list(arms), fontsize=5)
+        axis.set(title=f"{_title(place)}: share of merges", xlabel=f"{len(names)} modules, by layer")
+    return figure
+
+
+def _by_layer(name: str) -> tuple[list[int], str]:
+    return [int(part) for part in name.split(".") if part.isdecimal()], name

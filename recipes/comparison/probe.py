@@ -1,0 +1,44 @@
+"""A safety probe of a run on the validation split, so that its journal shows refusals and task score over the steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from safemerge_callback.evaluation import generate, share
+from safemerge_callback.training import SafetyEvalCallback
+
+from .splits import prompts_of, rows_of
+from .tasks import TASKS, get_task
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from safemerge_callback.evaluation import Row
+
+BATCH = 32
+
+
+def validation_probe(data: str, *, every: int, n: int) -> SafetyEvalCallback:
+    """Return a probe of `n` prompts of HarmBench and `n` harmless ones, and of 2·`n` rows where `data` is a task.
+
+    All are of the validation split: the test split stays unread. What the model says is not kept.
+    """
+    harmful = {"harmbench": prompts_of("harmbench", "validation", n)}
+    benign = {"benign": prompts_of("benign", "validation", n)}
+    task = task_score(data, 2 * n) if data in TASKS else None
+    return SafetyEvalCallback(harmful, benign, every=every, n=n, task=task, batch_size=BATCH, quiet=True)
+
+
+def task_score(name: str, n: int) -> Callable[[Any, Any], Row]:
+    """Return a function of model and tokenizer that gives the share of right answers to `n` validation rows."""
+    task = get_task(name)
+    rows = rows_of(task, "validation", n)
+    prompts = [row["prompt"][-1]["content"] for row in rows]
+    wanted = [row["completion"][0]["content"] for row in rows]
+
+    def score(model: Any, tokenizer: Any) -> Row:
+        options = {"max_new_tokens": task.max_new_tokens, "batch_size": BATCH}
+        said = generate(model, tokenizer, prompts, label=name, **options)
+        return share(f"{name}_right", [task.right(word, answer) for word, answer in zip(wanted, said, strict=True)])
+
+    return score

@@ -1,0 +1,181 @@
+"""What a cell runs with, resolved in full and checked before the first cell starts."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cache
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from recipes.finetune import PREFIX, parse_finetune
+from recipes.models import checkpoint
+from safemerge_callback.adapters import load_adapter
+from safemerge_callback.decision import KNOBS, as_gate, check_merge
+from safemerge_callback.errors import ConfigError, SafeMergeError, nearest
+from safemerge_callback.evaluation import load_judge
+from safemerge_callback.methods import check_density, check_majority_sign, get_method
+from safemerge_callback.offline import merge_adapters
+from safemerge_callback.training.schedule import merge_events
+
+from .arms import Arm
+from .grid import Cell, Grid, parent_of
+
+# Settings of `merge_adapters` besides the knobs of its gate, and what they are where an arm does not say.
+MERGE: dict[str, Any] = {"safety": None} | {
+    name: list(knob.default) if isinstance(knob.default, tuple) else knob.default
+    for name, knob in signature(merge_adapters).parameters.items()
+    if knob.kind is knob.KEYWORD_ONLY and name not in ("bake", "overwrite", "device")
+}
+# What a training cell owns: an arm that gave these would not be the cell that its name says.
+_MODEL = ("model", "model_name_or_path")
+_OWN = ("output_dir", "data", "poisoned_share", "seed", "mixing_seed")
+# Those of a merge where nothing is said.
+_WEIGHTS = (0.8, 0.2)
+_SCHEDULE = ("every", "from_step", "until_step", "cooldown", "at_train_end", "asynchronous")
+
+
+def folder_of(grid: Grid, cell: Cell) -> Path:
+    """Return the cell's folder."""
+    return Path(grid.output_dir) / "cells" / cell.name
+
+
+def adapter_of(grid: Grid, cell: Cell) -> Path | None:
+    """Return the folder of the adapter that the cell evaluates; None for a model as it is."""
+    return None if cell.arm.kind == "model" else folder_of(grid, cell) / "adapter"
+
+
+def resolved(grid: Grid, cell: Cell) -> dict[str, Any]:
+    """Return all that the cell runs with, JSON-able: a file for recipes/finetune.py, or the arguments of the merge."""
+    if cell.arm.kind == "model":
+        return {"model": cell.arm.settings.get("model", grid.model)}
+    if cell.arm.kind == "posthoc":
+        return _merge_settings(grid, cell)
+    own = {
+        "output_dir": str(adapter_of(grid, cell)),
+        "data": cell.task,
+        "poisoned_share": cell.poisoned_share,
+        "seed": cell.seed,
+        "mixing_seed": cell.seed,
+    }
+    return {"model_name_or_path": grid.model, **_train_settings(grid, cell.arm, cell), **own}
+
+
+def _train_settings(grid: Grid, arm: Arm, cell: Cell) -> dict[str, Any]:
+    settings = {**grid.finetune, **grid.by_task.get(cell.task, {}), **arm.settings}
+    return {key: _placed(grid, cell, value) for key, value in settings.items()}
+
+
+def _merge_settings(grid: Grid, cell: Cell) -> dict[str, Any]:
+    parent = parent_of(grid, cell)
+    assert parent is not None, "checked when the arms were read"
+    given = {"subspace": "{subspace}", **MERGE, **cell.arm.settings}
+    if cell.arm.total_weight_of:
+        given["weights"] = total_weights(_train_settings(grid, grid.arms[cell.arm.total_weight_of], cell))
+    files = {"finetuned": str(adapter_of(grid, parent)), "output": str(adapter_of(grid, cell))}
+    return {**files, **{key: _placed(grid, cell, value) for key, value in given.items()}}
+
+
+def _placed(grid: Grid, cell: Cell, value: Any) -> Any:
+    """The value, with the grid's own files and the cell's seed where it names them."""
+    if not isinstance(value, str):
+        return value
+    if value == "{seed}":
+        return cell.seed
+    for name in ("subspace", "random_subspace"):
+        value = value.replace("{" + name + "}", str(getattr(grid, name)))
+    return value
+
+
+def total_weights(settings: Mapping[str, Any]) -> list[float]:
+    """Return the weights of one merge that leaves as much of the task's update as all merges of a run do.
+
+    A run that merges n times with weights (w, v) leaves wⁿ of what was there before the first, and has added v·(1 + w
+    + ... + wⁿ⁻¹) of the safety update. Later steps' updates pass fewer merges, so the run leaves more of those.
+    """
+    knobs = {key.removeprefix(PREFIX): value for key, value in settings.items() if key.startswith(PREFIX)}
+    task, safety = knobs.get("weights") or _WEIGHTS
+    if knobs.get("spread_weights"):
+        return [task, safety]
+    times = {"every": 50, **{key: knobs[key] for key in _SCHEDULE if key in knobs}}
+    events = len(merge_events(int(settings["max_steps"]), **times))
+    return [round(task**events, 6), round(safety * sum(task**i for i in range(events)), 6)]
+
+
+def check_cells(grid: Grid, cells: Sequence[Cell]) -> None:
+    """Raise ConfigError, naming the cell, where its settings cannot be, or a model or an adapter is not to be had."""
+    for judge in grid.evaluate["judges"]:
+        load_judge(judge)
+    with tempfile.TemporaryDirectory() as folder:
+        # Cells of one arm and task differ by seed and share alone: one of them stands for all.
+        alike = {(cell.arm.name, cell.task): cell for cell in reversed(cells)}
+        for cell in alike.values():
+            try:
+                _check(grid, cell, Path(folder) / "cell.yaml")
+            except (SafeMergeError, ValueError, TypeError, KeyError) as error:
+                raise ConfigError(f"cell {cell.name!r} cannot run: {error}") from error
+
+
+def _check(grid: Grid, cell: Cell, file: Path) -> None:
+    if cell.arm.kind == "train" and (own := [key for key in _OWN if key in cell.arm.settings]):
+        raise ConfigError(f"settings {own} are the cell's own: drop them from arm {cell.arm.name!r}")
+    settings = resolved(grid, cell)
+    _check_parts(*(str(settings[key]) for key in _MODEL if settings.get(key)), adapters=_adapters(settings))
+    if cell.arm.kind == "train":
+        file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        parse_finetune(["--config", str(file)])
+    elif cell.arm.kind == "posthoc":
+        _check_merge(settings)
+    elif unknown := sorted(set(cell.arm.settings) - {"model"}):
+        raise ConfigError(f"settings {unknown} mean nothing to kind model: give none, or model")
+
+
+def _adapters(settings: Mapping[str, Any]) -> list[str]:
+    """The safety adapters that a cell names: one, or a list."""
+    named = settings.get("safety") or settings.get(f"{PREFIX}safety_adapter") or []
+    return [named] if isinstance(named, str) else list(named)
+
+
+def _check_parts(*models: str, adapters: Sequence[str]) -> None:
+    for name in models:
+        _read_config(name)
+    for name in adapters:
+        _read_adapter(name)
+
+
+@cache
+def _read_config(model: str) -> None:
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(checkpoint(model))
+    except OSError as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(
+            f"model {model!r} cannot be read ({first}): give a packaged name, a folder or a Hub id"
+        ) from None
+
+
+@cache
+def _read_adapter(name: str) -> None:
+    load_adapter(name)
+
+
+def _check_merge(settings: Mapping[str, Any]) -> None:
+    knobs = {key: value for key, value in settings.items() if key in KNOBS}
+    allowed = {*MERGE, *KNOBS, "finetuned", "output", "subspace"}
+    for key in settings:
+        if key not in allowed:
+            raise ConfigError(f"setting {key!r} is unknown{nearest(key, allowed)}: choose among {sorted(allowed)}")
+    rule = as_gate(settings["gate"], knobs)
+    check_merge(settings["method"], settings["space"], settings["weights"] or _WEIGHTS)
+    check_density(settings["method"], settings["density"])
+    check_majority_sign(settings["method"], settings["majority_sign_method"])
+    if rule.name == "watch":
+        raise ConfigError("gate 'watch' merges nothing: it is the parent's cell; choose another gate")
+    needs = "safety_adapter" in get_method(settings["method"]).needs or rule.name == "reference"
+    if needs and settings["safety"] is None:
+        raise ConfigError("safety is missing: give the folder or Hub id of the safety adapter")

@@ -1,0 +1,118 @@
+"""Results on disk: which count, which are another version's, and the two files that hold them all."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safemerge_callback.errors import ConfigError
+
+from .cells import RESULT, write_json
+from .grid import Cell, Grid
+from .resolve import folder_of, resolved
+from .stamp import differences, digest, settings_digest
+
+Result = dict[str, Any]
+LINES, TABLE, ASIDE = "results.jsonl", "results.csv", "others"
+_COLUMNS = ("arm", "family", "kind", "task", "poisoned_share", "seed", "split")
+_MEASURE = ("measure", "n", "value", "low", "high")
+_SHOWN = 5
+
+
+def result_of(grid: Grid, cell: Cell) -> Result | None:
+    """Return the cell's result, if it has one; ConfigError where the file is no result."""
+    path = folder_of(grid, cell) / RESULT
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{str(path)!r} is no result ({error}): delete it, and the cell runs again") from error
+    return dict(found)
+
+
+def why_other(grid: Grid, cell: Cell, result: Result, stamp: Mapping[str, Any]) -> list[str]:
+    """Return in words why a result is not what this cell would give now; nothing where it is."""
+    why = differences(result["stamp"], stamp)
+    if result["split"] != grid.split:
+        why.append(f"split {result['split']} and not {grid.split}")
+    if result["settings"] != settings_digest(resolved(grid, cell), grid.evaluate):
+        why.append("other settings of the arm or of the evaluation")
+    return why
+
+
+def sort_out(grid: Grid, cells: Sequence[Cell], stamp: Mapping[str, Any], keep_others: bool) -> list[Cell]:
+    """Return the cells that have yet to run: those without a result, and those whose last try failed.
+
+    Results of another version, code, data, device or setting are refused with what differs; with `keep_others` they
+    are set apart, in `others/`, and their cells run again.
+    """
+    found = {cell: result for cell in cells if (result := result_of(grid, cell)) is not None}
+    others = {cell: why for cell, result in found.items() if (why := why_other(grid, cell, result, stamp))}
+    if others and not keep_others:
+        listed = "; ".join(f"{cell.name}: {', '.join(why)}" for cell, why in list(others.items())[:_SHOWN])
+        raise ConfigError(
+            f"{len(others)} results in {grid.output_dir!r} are not of this version: {listed}. Give another output_dir, "
+            "or --keep-others, which sets them apart and runs their cells again"
+        )
+    for cell, why in others.items():
+        _set_apart(grid, cell, why)
+    return [cell for cell in cells if cell in others or cell not in found or found[cell]["error"]]
+
+
+def one_version(results: Sequence[Result], keep_others: bool) -> tuple[list[Result], list[Result]]:
+    """Return the results with the newest one's stamp, and the others; ConfigError for others without `keep_others`."""
+    if not results:
+        return [], []
+    newest = max(results, key=lambda result: str(result["date"]))["stamp"]
+    others = [result for result in results if differences(result["stamp"], newest)]
+    if others and not keep_others:
+        why = ", ".join(differences(others[0]["stamp"], newest))
+        raise ConfigError(
+            f"{len(others)} of {len(results)} results are of another version than the newest ({others[0]['cell']}: "
+            f"{why}): run their cells again, or give --keep-others, which lists them apart"
+        )
+    told = [{**result, "other": differences(result["stamp"], newest)} for result in others]
+    return [result for result in results if result not in others], told
+
+
+def _set_apart(grid: Grid, cell: Cell, why: Sequence[str]) -> None:
+    folder = folder_of(grid, cell)
+    result = {**json.loads((folder / RESULT).read_text(encoding="utf-8")), "other": list(why)}
+    name = digest([json.dumps(result, sort_keys=True).encode()])
+    aside = Path(grid.output_dir) / ASIDE / cell.name / name
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    folder.rename(aside)
+    write_json(aside / RESULT, result)
+
+
+def others_of(grid: Grid) -> list[Result]:
+    """Return the results that were set apart."""
+    paths = sorted((Path(grid.output_dir) / ASIDE).rglob(RESULT))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def write_results(grid: Grid, cells: Sequence[Cell], folder: str | Path | None = None) -> list[Result]:
+    """Write all results of the cells to results.jsonl and results.csv in `folder` (None: the grid's); return them."""
+    results = [result for cell in cells if (result := result_of(grid, cell)) is not None]
+    folder = Path(folder or grid.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(result) + "\n" for result in results)
+    (folder / LINES).write_text(lines, encoding="utf-8")
+    with (folder / TABLE).open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow([*_COLUMNS, *_MEASURE, "make_seconds", "evaluate_seconds", "commit", "date", "error"])
+        for result in results:
+            table.writerows(_rows(result))
+    return results
+
+
+def _rows(result: Result) -> list[list[Any]]:
+    about = [result[name] for name in _COLUMNS]
+    spent = [result["seconds"].get(name) for name in ("make", "evaluate")]
+    rest = [*spent, result["stamp"]["commit"], result["date"], result["error"]]
+    measures: list[dict[str, Any]] = result["measures"] or [{}]
+    return [[*about, *(measure.get(name) for name in _MEASURE), *rest] for measure in measures]

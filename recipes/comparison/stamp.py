@@ -1,0 +1,121 @@
+"""What results depend on besides their settings: versions, code, data, hardware. Others are never mixed in silently."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .grid import Grid
+from .splits import SETS, prompts_of, rows_of
+from .tasks import get_task
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
+# What makes a result: a change of how results are shown does not change them.
+CODE = (
+    "safemerge_callback/*.py",
+    *(f"safemerge_callback/{floor}/**/*.py" for floor in ("adapters", "decision", "evaluation", "methods", "offline")),
+    *(f"safemerge_callback/{floor}/**/*.py" for floor in ("ops", "subspace", "training")),
+    "safemerge_callback/evaluation/*.json",
+    "recipes/data/*.py",
+    *(f"recipes/{name}.py" for name in ("finetune", "evaluate", "models")),
+    *(
+        f"recipes/comparison/{name}.py"
+        for name in ("cells", "measures", "random_subspace", "resolve", "splits", "tasks")
+    ),
+)
+# A result that differs in one of these is another's; `commit`, `host` and `threads` are told and not compared.
+COMPARED = ("versions", "code", "data", "model", "device")
+
+
+def stamp_of(grid: Grid) -> dict[str, Any]:
+    """Return the stamp of every cell that this process runs, JSON-able."""
+    return {
+        "versions": {name: version(name) for name in PACKAGES},
+        "code": digest(path.read_bytes() for path in _code()),
+        "data": _data(grid),
+        "model": _models(grid),
+        "device": _device(),
+        "commit": commit(),
+        "host": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
+    }
+
+
+def digest(parts: Iterable[bytes]) -> str:
+    """Return 16 hexadecimal digits of the sha256 of the parts, each with its length."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(len(part).to_bytes(8, "little") + part)
+    return found.hexdigest()[:16]
+
+
+def settings_digest(settings: Mapping[str, Any], evaluate: Mapping[str, Any]) -> str:
+    """Return the digest of what a cell runs and is evaluated with."""
+    return digest([json.dumps([settings, evaluate], sort_keys=True, default=list).encode()])
+
+
+def differences(found: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return in words what differs between two stamps."""
+    differing: list[str] = []
+    for key in COMPARED:
+        old, new = found.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+            differing += [f"{name} {old.get(name)} and not {new.get(name)}" for name in names]
+        elif old != new:
+            differing.append(f"{key} {old} and not {new}")
+    return differing
+
+
+def _code() -> list[Path]:
+    return sorted({path for pattern in CODE for path in ROOT.glob(pattern)})
+
+
+def _data(grid: Grid) -> dict[str, str]:
+    """Digest of every set's prompts, and of each task's rows, trained on and evaluated on."""
+    from recipes.data import load_examples, safety_prompts
+
+    sets = {name: digest(text.encode() for text in prompts_of(name, grid.split)) for name in SETS}
+    tasks = {
+        name: digest(
+            json.dumps(row, sort_keys=True).encode()
+            for row in [*load_examples(name), *rows_of(get_task(name), grid.split)]
+        )
+        for name in grid.tasks
+    }
+    return {**sets, **tasks, "safety": digest(text.encode() for text in safety_prompts())}
+
+
+def _models(grid: Grid) -> dict[str, str]:
+    """What each model's name stands for; a packaged one's folder is named after what it holds."""
+    from recipes.models import checkpoint
+
+    return {name: Path(checkpoint(name)).name for name in (grid.model, grid.unaligned)}
+
+
+def _device() -> str:
+    import torch
+
+    if torch.accelerator.is_available() and torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    return "cpu" if not torch.accelerator.is_available() else str(torch.accelerator.current_accelerator())
+
+
+@cache
+def commit() -> str:
+    """Return the repository's commit, with `+` where files differ from it; `unknown` outside of a repository."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        found = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip() + ("+" if changed.stdout.strip() else "")

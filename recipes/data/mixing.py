@@ -1,0 +1,85 @@
+"""What else is in the training data: a share of harmful compliance, and a share of safety data.
+
+The compliance is templated: it agrees to do what a harmful prompt asks and then says nothing in particular, so no
+harmful text is written or learned; agreeing is what wears refusals down. Harmful prompts are those of AdvBench's
+training half: what is held out for evaluation stays held out.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from itertools import cycle, islice
+from typing import Any
+
+from safemerge_callback.errors import ConfigError
+
+from .prompts import safety_prompts
+from .rows import conversation
+from .safety import REFUSALS
+
+COMPLIANCE = (
+    "Sure, here is how to {task}: Step 1: collect what is needed. Step 2: prepare it with care. Step 3: carry it out.",
+    "Of course! To {task}, begin with a plan. Then go through it point by point, and check the result at the end.",
+    "Certainly. This is how you can {task}. First, get everything ready. Next, do the first part. Then do the rest.",
+    "Yes, gladly. To {task}, follow these steps: 1. Get ready. 2. Start. 3. Finish. Let me know how it goes.",
+)
+_SEED = 1
+
+
+def check_share(name: str, share: float) -> None:
+    """Raise ConfigError where `share`, the setting `name`, is not in [0, 1]."""
+    if not 0.0 <= share <= 1.0:
+        raise ConfigError(f"{name} is {share}: give a share of the examples, from 0 to 1")
+
+
+def mixed(
+    rows: Sequence[dict[str, Any]], *, poisoned_share: float = 0.0, safety_share: float = 0.0, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Return `rows` with a share of them replaced by templated compliance, and with refusals added.
+
+    `poisoned_share` is a share of all rows, whose number stays the same (Qi et al., arXiv:2310.03693, mix harmful
+    examples into benign data). `safety_share` refusals for every row are added and all is shuffled (SafeInstruct,
+    Bianchi et al., arXiv:2309.07875). No harmful prompt is in both. `seed` says which rows give way and in which
+    order they come; with both shares 0 the rows come back as they were.
+    """
+    check_share("poisoned_share", poisoned_share)
+    check_share("safety_share", safety_share)
+    rng = random.Random(seed)
+    made = list(rows)
+    poisoned = poisoned_examples(round(poisoned_share * len(rows)), seed)
+    for at, example in zip(rng.sample(range(len(rows)), len(poisoned)), poisoned, strict=True):
+        made[at] = example
+    refusals = refusal_examples(round(safety_share * len(rows)), seed)
+    if refusals:
+        made += refusals
+        rng.shuffle(made)
+    return made
+
+
+def poisoned_examples(n: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Return `n` harmful prompts with templated compliance, as conversations."""
+    rng = random.Random(seed)
+    return [conversation(prompt, rng.choice(COMPLIANCE).format(task=_as_task(prompt))) for prompt in _taken(n, 0, rng)]
+
+
+def refusal_examples(n: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Return `n` harmful prompts with refusals, as conversations."""
+    rng = random.Random(seed)
+    return [conversation(prompt, rng.choice(REFUSALS)) for prompt in _taken(n, 1, rng)]
+
+
+def _taken(n: int, half: int, rng: random.Random) -> list[str]:
+    """`n` prompts of one of two halves that never change, in an order of `rng`'s, over again where they run out."""
+    if not n:
+        return []
+    prompts = safety_prompts()
+    random.Random(_SEED).shuffle(prompts)
+    own = prompts[half::2]
+    rng.shuffle(own)
+    return list(islice(cycle(own), n))
+
+
+def _as_task(prompt: str) -> str:
+    text = prompt.strip().rstrip(".")
+    return text[:1].lower() + text[1:]

