@@ -140,7 +140,7 @@ def _check_knobs(
     if rule.name == "watch":
         raise ConfigError("gate 'watch' merges nothing: measure the adapter instead, or choose another gate.")
     if "average" in method.needs:
-        raise PlanError(f"method {method.name!r} goes to the average of a run's updates: use it in training.")
+        raise ConfigError(f"method {method.name!r} goes to the average of a run's own updates: use it in training.")
     if not adapters and "safety_adapter" in method.needs:
         raise PlanError(f"method {method.name!r} needs a safety adapter, got none: give its folder or Hub id.")
     if not adapters and rule.name == "reference":

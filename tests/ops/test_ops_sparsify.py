@@ -45,7 +45,7 @@ def test_mask_seeds_differ_where_anything_differs():
 def test_magnitude_mask_keeps_the_largest(shape, batch, density):
     x = normal(*batch, *shape, seed=1)
     mask = magnitude_mask(x, density)
-    count = max(1, int(density * shape[0] * shape[1]))
+    count = max(1, int(density * (shape[0] * shape[1])))
     for matrix, kept in zip(x.reshape(-1, *shape), mask.reshape(-1, *shape), strict=True):
         assert int(kept.sum()) == count
         order = np.argsort(-np.abs(matrix.numpy()), axis=None)

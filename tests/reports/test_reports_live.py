@@ -159,7 +159,10 @@ def test_a_line_that_is_none_of_ours_is_named(lines, tmp_path):
 def test_ctrl_c_leaves_a_real_watch_cleanly(lines, tmp_path):
     (tmp_path / PLACE).write_bytes(b"".join(lines[:3]))
     command = [sys.executable, "-m", "safemerge_callback.cli", "watch", str(tmp_path), "--every", "0.1"]
+    # a shell that runs the tests in the background has them ignore SIGINT, and a child inherits that
+    told = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as watching:
+        signal.signal(signal.SIGINT, told)
         try:
             deadline = time.monotonic() + 60
             while time.monotonic() < deadline and not _reads(watching.pid):
