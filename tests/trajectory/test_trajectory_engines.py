@@ -191,6 +191,7 @@ def test_every_engine_trains_merges_and_keeps_the_edits(world, tmp_path, engines
     assert tuple(map(len, alike.values())) == expected, alike
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero2"])
 def test_pissa_merges_as_in_one_process(world, tmp_path, engine):
     """Its factors began as a part of the base weight, so a merge weighs what has changed since, on every rank."""
