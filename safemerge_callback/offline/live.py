@@ -16,11 +16,10 @@ from ..adapters.sites import active_adapter
 from ..decision import MergePlan, Readings, as_gate, check_soft, measure, merged_factors, own_cosines
 from ..decision.fit import needed_sources
 from ..decision.gates import Gate, Knobs
-from ..errors import AdapterError, ConfigError, PlanError
-from ..methods import get_method
+from ..errors import AdapterError, ConfigError
 from ..ops import LowRank
 from ..subspace import Subspace
-from .parts import Given, adapter_of, subspace_of
+from .parts import Given, adapter_of, check_merges, subspace_of
 
 _PEFT_PREFIX = "base_model.model."
 
@@ -74,7 +73,7 @@ def apply_safemerge(
     name = _checked_names(model, adapter_name, new_adapter_name)
     MergePlan.decide(Readings(()), gate="all", **{**how, "module_weights": None})
     check_soft(rule.soft, method, space)
-    _require_source(rule, method, safety_adapter)
+    check_merges(rule, method, has_safety=safety_adapter is not None)
     factors, guards, matrices = live_factors(model, name), _guards(model, safety_adapter), subspace_of(subspace)
     matrices.check(factors, base_weights(model))
     own = own_cosines(guards[0], factors, matrices, device=device) if guards and rule.name == "reference" else None
@@ -105,9 +104,9 @@ def apply_safelora(
     """
     if threshold is not None and num_layers is not None:
         raise ConfigError(f"threshold={threshold} and num_layers={num_layers} exclude each other: give one")
-    gate = Gate("num_layers", num_layers=num_layers) if num_layers is not None else Gate(threshold=threshold or 0.5)
-    if threshold is not None:
-        gate = Gate(threshold=threshold)
+    gate = Gate(threshold=0.5 if threshold is None else threshold)
+    if num_layers is not None:
+        gate = Gate("num_layers", num_layers=num_layers)
     return apply_safemerge(
         model,
         None,
@@ -140,16 +139,6 @@ def _checked_names(model: nn.Module, old: str | None, new: str) -> str:
             "folder with merge_adapters"
         )
     return name
-
-
-def _require_source(rule: Gate, method: str, safety: object) -> None:
-    if rule.name == "watch":
-        raise ConfigError("gate 'watch' merges nothing: measure the adapter instead, or choose another gate.")
-    if "average" in get_method(method).needs:
-        raise PlanError(f"method {method!r} goes to the average of a run's updates: use it in training.")
-    needing = f"method {method!r}" if get_method(method).weighted else "gate 'reference'"
-    if safety is None and (get_method(method).weighted or rule.name == "reference"):
-        raise PlanError(f"{needing} needs a safety adapter, got none: give its folder, Hub id, or name on the model.")
 
 
 def _guards(model: nn.Module, given: Given | Sequence[Given] | None) -> tuple[Adapter, ...]:

@@ -33,14 +33,23 @@ from ..decision import (
 from ..decision.fit import needed_sources
 from ..decision.gates import KNOB, Knobs
 from ..decision.weights import pattern_of
-from ..errors import ConfigError, PlanError
 from ..methods import get_method
 from ..ops import LowRank
 from ..subspace import Subspace
 from .bake import BAKED_ADAPTER, BaseModel
 from .card import model_card
 from .output import CARD, RECIPE, free_output, new_folder, write_journal
-from .parts import CHUNK_BYTES, Given, adapter_of, adapters_of, chunks, named_parts, subspace_of, warn_of_other_bases
+from .parts import (
+    CHUNK_BYTES,
+    Given,
+    adapter_of,
+    adapters_of,
+    check_merges,
+    chunks,
+    named_parts,
+    subspace_of,
+    warn_of_other_bases,
+)
 from .recipe import write_recipe
 
 
@@ -135,18 +144,8 @@ def _check_knobs(
 ) -> None:
     """Refuse before anything is read what no adapter could make right."""
     plan = MergePlan.decide(Readings(()), gate="all", **how)
-    method = get_method(plan.method)
     check_soft(rule.soft, plan.method, plan.space)
-    if rule.name == "watch":
-        raise ConfigError("gate 'watch' merges nothing: measure the adapter instead, or choose another gate.")
-    if "average" in method.needs:
-        raise ConfigError(f"method {method.name!r} goes to the average of a run's own updates: use it in training.")
-    if not adapters and "safety_adapter" in method.needs:
-        raise PlanError(f"method {method.name!r} needs a safety adapter, got none: give its folder or Hub id.")
-    if not adapters and rule.name == "reference":
-        raise PlanError(
-            "gate 'reference' compares with a safety adapter's cosines, got none: give its folder or Hub id."
-        )
+    check_merges(rule, plan.method, has_safety=adapters > 0)
     if adapters:
         check_merge(
             plan.method, plan.space, merge_weights(plan.method, how["weights"], how["strength"], adapters), adapters

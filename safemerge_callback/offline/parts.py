@@ -10,6 +10,9 @@ from pathlib import Path
 
 from ..adapters import Adapter, open_adapter
 from ..adapters.on_access import OnAccess
+from ..decision import Gate
+from ..errors import ConfigError, PlanError
+from ..methods import get_method
 from ..subspace import Subspace
 
 Given = str | Path | Adapter
@@ -57,6 +60,24 @@ def chunks(names: Iterable[str], task: Adapter, subspace: Subspace | None = None
         held += size
     if run:
         yield run
+
+
+def check_merges(rule: Gate, method: str, *, has_safety: bool) -> None:
+    """Refuse a gate that merges nothing, a method that only a training has the means for, and a missing safety adapter.
+
+    Raises ConfigError for the first two, PlanError for the last.
+    """
+    if rule.name == "watch":
+        raise ConfigError("gate 'watch' merges nothing: measure the adapter instead, or choose another gate.")
+    needs = get_method(method).needs
+    if "average" in needs:
+        raise ConfigError(f"method {method!r} goes to the average of a run's own updates: use it in training.")
+    if not has_safety and "safety_adapter" in needs:
+        raise PlanError(f"method {method!r} needs a safety adapter, got none: give its folder or Hub id.")
+    if not has_safety and rule.name == "reference":
+        raise PlanError(
+            "gate 'reference' needs a safety adapter to compare cosines with, got none: give its folder or Hub id."
+        )
 
 
 def named_parts(task: Adapter, safety: Sequence[Adapter], subspace: Subspace) -> dict[str, str | None]:

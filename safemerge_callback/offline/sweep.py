@@ -96,7 +96,7 @@ def _check(gates: Sequence[Gate], merges: Sequence[Mapping[str, Any]], guards: S
     for how in merges:
         method = get_method(how["method"])
         if "average" in method.needs:
-            raise PlanError(f"method {method.name!r} goes to the average of a run's updates: it cannot be swept.")
+            raise ConfigError(f"method {method.name!r} goes to the average of a run's own updates: it cannot be swept.")
         if method.weighted:
             check_merge(method.name, how["space"], how["weights"], len(guards) or None)
     needing = [f"method {how['method']!r}" for how in merges if get_method(how["method"]).weighted]

@@ -152,7 +152,7 @@ def test_a_trained_head_comes_along(world, tiny_llama):
         (ConfigError, "is unknown", "safety", {"tresh": 1}),
         (PlanError, "'linear' needs a safety adapter", None, {}),
         (PlanError, "'reference' needs", None, {"method": "project", "gate": "reference"}),
-        (PlanError, "average of a run", "safety", {"method": "ema"}),
+        (ConfigError, "average of a run", "safety", {"method": "ema"}),
         (PlanError, "2 safety adapters were given", ["safety", "other"], {"weights": (0.5, 0.5)}),
         (AdapterError, "did you mean 'default'", "safety", {"adapter_name": "defualt"}),
         (AdapterError, "no such folder", "nowhere/at/all", {}),

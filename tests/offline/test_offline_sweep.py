@@ -133,7 +133,7 @@ def test_the_plot_is_a_picture(world):
         (ConfigError, "did you mean 'linear'", {"methods": ["linaer"]}),
         (ConfigError, "density is missing", {"methods": ["linear", "ties"]}),
         (ConfigError, "with 1 safety adapters", {"weights": [(0.5, 0.25, 0.25)]}),
-        (PlanError, "average of a run's updates", {"methods": ["ema"]}),
+        (ConfigError, "average of a run's own updates", {"methods": ["ema"]}),
     ],
 )
 def test_refusals(world, error, match, knobs):
