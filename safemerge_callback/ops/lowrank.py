@@ -2,7 +2,7 @@
 
 Shapes: `*n` is any batch of modules of one shape, possibly empty. Sums are stacked in float32 or better. All else is
 computed in float64 (float32 on devices that have none) and rounded once, at the end: thin QR and products in float32
-lose seven times what that rounding does, and trainings that differ by rounding drift further apart at a merge.
+lose more than that rounding does, and trainings that differ by rounding drift further apart at a merge.
 """
 
 from __future__ import annotations
