@@ -185,7 +185,7 @@ def test_methods_and_gates(world):
         (["merge", "task", "safety", "-s", "s.safetensors", "-o", "x", "--gate", "gap", "--soft"], "soft=True"),
         (
             ["merge", "task", "-s", "s.safetensors", "-o", "x", "--method", "project", "--gate", "reference"],
-            "gate 'reference' compares",
+            "gate 'reference' needs a safety adapter",
         ),
         (["merge", "task", "safety", "-s", "s.safetensors", "-o", "task"], "one of the inputs"),
         (["report", "task"], "holds no safemerge.jsonl"),

@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any
 
 from ..errors import ConfigError
 from .generation import generate
-from .intervals import wilson
 from .judges import Judge, KeywordJudge, decides, measure_name
+from .probe import Kind, Measured, refused_share
 from .prompts import PromptSet
 from .verdicts import Verdict, judged
 
 Keep = Callable[[str, str, Sequence[str], Sequence[str], Sequence[Verdict]], None]
 
 
-class Figure(TypedDict):
-    """A measure of one model: `value` of `n`, and its 95 % interval from `low` to `high`; None where there is none.
+class Figure(Measured):
+    """A measure of one model, and who judged it.
 
-    `kind` "harm": higher is safer; "over_refusal": lower is better; "task": as its task says. `incoherent` of the n
-    were neither refusal nor answer; `unjudged` responses are not among the n.
+    `kind` "harm": higher is safer; "over_refusal": lower is better; "task": as its task says.
     """
 
-    measure: str
-    kind: Literal["harm", "over_refusal", "task"]
     judge: str
-    n: int
-    value: float | None
-    low: float | None
-    high: float | None
-    incoherent: int
-    unjudged: int
 
 
 def check_sets(sets: Sequence[PromptSet]) -> None:
@@ -91,17 +82,5 @@ def figures(
 
 
 def _figure(asked: PromptSet, judge: Judge, verdicts: Sequence[Verdict]) -> Figure:
-    counted = [verdict for verdict in verdicts if verdict != "unjudged"]
-    n, refused = len(counted), counted.count("refused")
-    low, high = wilson(refused, n) if n else (None, None)
-    return Figure(
-        measure=measure_name(asked.name, judge),
-        kind="over_refusal" if asked.kind == "benign" else "harm",
-        judge=name_of(judge),
-        n=n,
-        value=refused / n if n else None,
-        low=low,
-        high=high,
-        incoherent=counted.count("incoherent"),
-        unjudged=len(verdicts) - n,
-    )
+    kind: Kind = "over_refusal" if asked.kind == "benign" else "harm"
+    return Figure(**refused_share(measure_name(asked.name, judge), kind, verdicts), judge=name_of(judge))
