@@ -46,6 +46,7 @@ def stamp_of(grid: Grid) -> dict[str, Any]:
         "device": _device(),
         "commit": commit(),
         "host": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
+        "threads": _threads(),
     }
 
 
@@ -107,6 +108,12 @@ def _device() -> str:
     if torch.accelerator.is_available() and torch.cuda.is_available():
         return torch.cuda.get_device_name(0)
     return "cpu" if not torch.accelerator.is_available() else str(torch.accelerator.current_accelerator())
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
 
 
 @cache
