@@ -65,8 +65,15 @@ def resolved(grid: Grid, cell: Cell) -> dict[str, Any]:
 
 
 def _train_settings(grid: Grid, arm: Arm, cell: Cell) -> dict[str, Any]:
-    settings = {**grid.finetune, **grid.by_task.get(cell.task, {}), **arm.settings}
+    # transformers refuses bf16 without an accelerator unless it is told that there is none.
+    settings = {"use_cpu": _on_cpu(), **grid.finetune, **grid.by_task.get(cell.task, {}), **arm.settings}
     return {key: _placed(grid, cell, value) for key, value in settings.items()}
+
+
+def _on_cpu() -> bool:
+    import torch
+
+    return not torch.accelerator.is_available()
 
 
 def _merge_settings(grid: Grid, cell: Cell) -> dict[str, Any]:
