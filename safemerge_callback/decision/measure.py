@@ -19,6 +19,7 @@ from ..ops import (
     full_precision,
     projected_cosine,
     squared_norm,
+    wide_dtype,
 )
 from ..subspace import Request, Subspace
 from .certify import undecided
@@ -137,11 +138,16 @@ def _readings(
     """The readings as this file gives them."""
     todo = batches(factors, subspace, device, batch_bytes)
     matrices = subspace.stacks(Request(b.names, b.device, b.transposed) for b in todo if b.comparable)
-    measured = [_measure_batch(b, factors, subspace, next(matrices) if b.comparable else None) for b in todo]
-    if not measured:
+    if not todo:
         return Readings(())
-    # Results of several devices meet on the first, so that the host waits once.
-    values = torch.cat([part.to(measured[0].device) for part in measured]).tolist()
+    # Results of several devices meet on the first, so that the host waits once. They have their place beforehand: a
+    # small tensor kept after each batch would split the memory that the batch before gave back, and it would not fit
+    # the next one any more.
+    wide = wide_dtype(todo[0].device)
+    rows = torch.empty(sum(len(b.names) for b in todo), 4, dtype=wide, device=todo[0].device)
+    for batch, place in zip(todo, rows.split([len(b.names) for b in todo]), strict=True):
+        place.copy_(_measure_batch(batch, factors, subspace, next(matrices) if batch.comparable else None))
+    values = rows.tolist()
     names = [name for batch in todo for name in batch.names]
     found = {name: _reading(factors[name], subspace, row) for name, row in zip(names, values, strict=True)}
     return Readings(found[name] for name in factors)

@@ -18,6 +18,7 @@ from .check import check_base, check_modules, require_tensors
 from .digests import digest_of
 from .header import PROBE_POSITIONS, PROBES, VERSION, FileHeader, ModuleHeader
 from .null_spread import spread_at, turned_spread
+from .read_ahead import spans_of, will_need
 from .stack import FromFile, Placement, Request, assemble
 from .table import as_dict, render
 
@@ -122,7 +123,8 @@ class Subspace:
 
     def stacks(self, requests: Iterable[Request]) -> Iterator[AlignmentMatrix]:
         """Yield the stack of each request in turn, so that the next may be fetched while one is used."""
-        return self._placement.stacks(self._read_stack, requests)
+        announced = self._announced(requests) if isinstance(self._placement, FromFile) else requests
+        return self._placement.stacks(self._read_stack, announced)
 
     def place(self, placement: Placement) -> None:
         """Let `placement` hold what `stack` and `stacks` return from now on."""
@@ -203,6 +205,17 @@ class Subspace:
                 return [file.get_tensor(key) for key in keys]
         except (SafetensorError, OSError) as error:
             raise SubspaceError(f"subspace {str(self.path)!r} changed or vanished since it was opened.") from error
+
+    def _announced(self, requests: Iterable[Request]) -> Iterator[Request]:
+        """The same requests; when one is taken, the disk begins to read what the next one needs."""
+        spans, coming = spans_of(self.path), iter(requests)
+        request = next(coming, None)
+        while request is not None:
+            following = next(coming, None)
+            names = following.names if following else ()
+            will_need(self.path, [spans[key] for name in names for key in self._module(name).tensors(name)])
+            yield request
+            request = following
 
     def _read_stack(self, names: Sequence[str], transposed: bool = False) -> AlignmentMatrix:
         keys = [key for name in names for key in self._module(name).tensors(name)]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Generic, TypeVar
 
@@ -53,3 +57,22 @@ def touch(weight: Tensor) -> Tensor:
     # By numpy: a torch operation in a second thread starts a second set of threads, which compete with the first.
     rows.view(torch.uint8).numpy()[:, ::_PAGE].sum()
     return weight
+
+
+def spans_of(path: Path) -> dict[str, tuple[int, int]]:
+    """Return where the values of each tensor of a safetensors file are: key -> first byte, number of bytes."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        listed = json.loads(file.read(size))
+    spans = {key: entry["data_offsets"] for key, entry in listed.items() if key != "__metadata__"}
+    return {key: (8 + size + start, end - start) for key, (start, end) in spans.items()}
+
+
+def will_need(path: Path, spans: Iterable[tuple[int, int]]) -> None:
+    """Have the system read these bytes of a file into its page cache in the background; nothing where it cannot."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    # Advice only: what is wrong with the file is told when it is read.
+    with suppress(OSError), path.open("rb", buffering=0) as file:
+        for start, length in spans:
+            os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_WILLNEED)

@@ -14,6 +14,7 @@ from safemerge_callback.adapters import LoraFactors
 from safemerge_callback.errors import SubspaceError
 from safemerge_callback.ops import Factored
 from safemerge_callback.subspace import Request, Subspace, build_subspace, compress_subspace
+from safemerge_callback.subspace import file as subspace_file
 from safemerge_callback.subspace.placement import Device
 
 
@@ -58,6 +59,21 @@ def factors(name, shape, transposed=False):
 
 def all_factors(names=("a", "b", "c", "low1", "tall")):
     return {n: factors(n, (20, 12) if n == "tall" else (12, 20)) for n in names}
+
+
+def test_the_disk_is_told_of_the_next_stack_before_the_present_one_is_used(subspace, monkeypatch):
+    told = []
+    monkeypatch.setattr(subspace_file, "will_need", lambda path, spans: told.append(spans))
+    requests = [Request((name,), torch.device("cpu")) for name in ("a", "low1", "b")]
+    stacks = subspace.stacks(requests)
+    for i in range(3):
+        assert len(told) == i
+        next(stacks)
+    # A dense V of 12 x 20 in its dtype is one span, two factors are two; behind the last comes nothing.
+    assert [[size for _, size in spans] for spans in told] == [[48, 80], [960], []]
+    subspace.place(Device())
+    list(subspace.stacks(requests))
+    assert len(told) == 3
 
 
 def test_stack_keeps_order_dtype_and_orientation(subspace, pair):

@@ -2,9 +2,11 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from safemerge_callback.errors import SubspaceError
-from safemerge_callback.subspace.read_ahead import ReadAhead, touch
+from safemerge_callback.subspace import read_ahead
+from safemerge_callback.subspace.read_ahead import ReadAhead, spans_of, touch, will_need
 
 
 def test_the_next_is_read_when_told_and_no_more_than_that():
@@ -61,3 +63,25 @@ def test_touching_returns_the_tensor_itself_whatever_its_layout(dtype):
     whole = torch.randn(70, 3000).to(dtype)
     for tensor in (whole, whole.mT, whole[3:9], whole[:, 100:200], whole[:0]):
         assert touch(tensor) is tensor
+
+
+def test_a_span_holds_the_values_of_its_tensor(tmp_path):
+    path = tmp_path / "file.safetensors"
+    tensors = {"b": torch.randn(3, 5), "a": torch.arange(7).to(torch.int8), "nothing": torch.zeros(0, 4)}
+    save_file(tensors, path, metadata={"format": "pt"})
+    content, spans = path.read_bytes(), spans_of(path)
+    assert {key: content[at : at + size] for key, (at, size) in spans.items()} == {
+        key: tensor.numpy().tobytes() for key, tensor in tensors.items()
+    }
+
+
+def test_advice_on_a_file_that_is_gone_is_no_error_and_none_is_given_where_the_system_takes_none(tmp_path, monkeypatch):
+    will_need(tmp_path / "gone", [(0, 10)])
+    given = []
+    monkeypatch.setattr(read_ahead.os, "posix_fadvise", lambda *what: given.append(what[1:]), raising=False)
+    (tmp_path / "there").write_bytes(b"0123")
+    will_need(tmp_path / "there", [(0, 2), (2, 2)])
+    assert [what[:2] for what in given] == [(0, 2), (2, 2)]
+    monkeypatch.delattr(read_ahead.os, "posix_fadvise")
+    will_need(tmp_path / "there", [(0, 2)])
+    assert len(given) == 2
