@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..adapters import Adapter, LoraFactors
 from ..errors import PlanError
-from ..methods import Merged, get_method
+from ..methods import How, Merged, get_method
 from ..ops import (
     AlignmentMatrix,
     Basis,
@@ -82,14 +82,20 @@ def _merged(
 ) -> Merged:
     """The plan's method on a batch; a random one module by module, so that masks do not depend on the batch."""
     method = get_method(plan.method)
-    knobs = {"density": plan.density, "majority_sign_method": plan.majority_sign_method}
+    how: How = {
+        "weights": weights,
+        "space": plan.space,
+        "alignment_matrix": V,
+        "density": plan.density,
+        "majority_sign_method": plan.majority_sign_method,
+    }
     if not method.random:
-        return method.merge(live, others, weights=weights, space=plan.space, alignment_matrix=V, **knobs)
+        return method.merge(live, others, **how)
     done = []
     for i, name in enumerate(names):
         own, *rest = (LowRank(update.A[i], update.B[i]) for update in (live, *others))
         source = torch.Generator().manual_seed(mask_seed(plan.seed, plan.step, name))
-        done.append(method.merge(own, rest, weights=weights, space=plan.space, generator=source, **knobs))
+        done.append(method.merge(own, rest, **(how | {"generator": source})))
     return Merged(*(torch.stack(parts) for parts in zip(*done, strict=True)))
 
 

@@ -16,10 +16,11 @@ from . import (
     slerp,
     ties,
 )
-from .registry import METHODS, Merged, Method, check_density, check_majority_sign, get_method
+from .registry import METHODS, How, Merged, Method, check_density, check_majority_sign, get_method
 
 __all__ = [
     "METHODS",
+    "How",
     "Merged",
     "Method",
     "breadcrumbs",

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from ..ops import AlignmentMatrix, LowRank, band_mask
+from ..ops import LowRank, band_mask
 from .registry import Merged, needed_density, register
 from .spaces import each, merge_entries, weighted
 
@@ -22,7 +21,6 @@ OUTLIERS = 0.01
 @register(
     spaces=("delta", "factor"),
     needs=frozenset({"safety_adapter"}),
-    takes=frozenset({"density"}),
     dense=True,
     signed=True,
 )
@@ -32,10 +30,7 @@ def breadcrumbs(
     *,
     weights: Sequence[float],
     space: str = "delta",
-    alignment_matrix: AlignmentMatrix | None = None,
     density: float | None = None,
-    majority_sign_method: str = "total",
-    generator: torch.Generator | None = None,
 ) -> Merged:
     """Return Σ wᵢ·band(ΔWᵢ) at the live rank. Shapes and spaces as in `merge_entries`; ConfigError without density."""
     share = needed_density("breadcrumbs", density)

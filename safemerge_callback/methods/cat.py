@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..ops import AlignmentMatrix, LowRank, weighted_sum
+from ..ops import LowRank, weighted_sum
 from .registry import Merged, register
 
 
@@ -19,11 +19,6 @@ def cat(
     safety: Sequence[LowRank],
     *,
     weights: Sequence[float],
-    space: str = "delta",
-    alignment_matrix: AlignmentMatrix | None = None,
-    density: float | None = None,
-    majority_sign_method: str = "total",
-    generator: torch.Generator | None = None,
 ) -> Merged:
     """Return Σ wᵢ·ΔWᵢ exactly, at rank Σ rᵢ. Shapes as in `Method`; float32 or better; residual 0."""
     A, B = weighted_sum([live, *safety], weights)

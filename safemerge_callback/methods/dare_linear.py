@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops import AlignmentMatrix, LowRank, dropped
+from ..ops import LowRank, dropped
 from .registry import Merged, needed_density, needed_generator, register
 from .spaces import each, merge_entries, weighted
 
@@ -20,7 +20,6 @@ from .spaces import each, merge_entries, weighted
 @register(
     spaces=("delta", "factor"),
     needs=frozenset({"safety_adapter"}),
-    takes=frozenset({"density", "generator"}),
     dense=True,
     signed=True,
 )
@@ -30,9 +29,7 @@ def dare_linear(
     *,
     weights: Sequence[float],
     space: str = "delta",
-    alignment_matrix: AlignmentMatrix | None = None,
     density: float | None = None,
-    majority_sign_method: str = "total",
     generator: torch.Generator | None = None,
 ) -> Merged:
     """Return Σ wᵢ·mask(ΔWᵢ)/density at the live rank. Shapes and spaces as in `merge_entries`.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops import AlignmentMatrix, LowRank, disjoint_mean, dropped, elected
+from ..ops import LowRank, disjoint_mean, dropped, elected
 from .registry import Merged, needed_density, needed_generator, register
 from .spaces import each, merge_entries, weighted
 
@@ -19,7 +19,6 @@ from .spaces import each, merge_entries, weighted
 @register(
     spaces=("delta", "factor"),
     needs=frozenset({"safety_adapter"}),
-    takes=frozenset({"density", "majority_sign_method", "generator"}),
     dense=True,
 )
 def dare_ties(
@@ -28,7 +27,6 @@ def dare_ties(
     *,
     weights: Sequence[float],
     space: str = "delta",
-    alignment_matrix: AlignmentMatrix | None = None,
     density: float | None = None,
     majority_sign_method: str = "total",
     generator: torch.Generator | None = None,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops import AlignmentMatrix, LowRank, bernoulli_mask, disjoint_mean, elected, keep_probabilities
+from ..ops import LowRank, bernoulli_mask, disjoint_mean, elected, keep_probabilities
 from .registry import Merged, needed_density, needed_generator, register
 from .spaces import each, merge_entries, weighted
 
@@ -24,7 +24,6 @@ WINDOW = 0.2
 @register(
     spaces=("delta", "factor"),
     needs=frozenset({"safety_adapter"}),
-    takes=frozenset({"density", "majority_sign_method", "generator"}),
     dense=True,
 )
 def della(
@@ -33,7 +32,6 @@ def della(
     *,
     weights: Sequence[float],
     space: str = "delta",
-    alignment_matrix: AlignmentMatrix | None = None,
     density: float | None = None,
     majority_sign_method: str = "total",
     generator: torch.Generator | None = None,

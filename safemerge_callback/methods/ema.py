@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from ..ops import AlignmentMatrix, LowRank
+from ..ops import LowRank
 from .linear import linear
 from .registry import Merged, register
 
@@ -25,11 +24,6 @@ def ema(
     safety: Sequence[LowRank],
     *,
     weights: Sequence[float | Tensor],
-    space: str = "delta",
-    alignment_matrix: AlignmentMatrix | None = None,
-    density: float | None = None,
-    majority_sign_method: str = "total",
-    generator: torch.Generator | None = None,
 ) -> Merged:
     """Return w_live·ΔW + w_average·E at the live rank, as `linear`; E stands in the place of a safety update."""
     return linear(live, safety, weights=weights)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops import AlignmentMatrix, LowRank, refit, weighted_sum, wide_dtype
+from ..ops import LowRank, refit, weighted_sum, wide_dtype
 from .registry import Merged, register
 from .spaces import merge_entries, weighted
 
@@ -25,10 +25,6 @@ def linear(
     *,
     weights: Sequence[float | Tensor],
     space: str = "delta",
-    alignment_matrix: AlignmentMatrix | None = None,
-    density: float | None = None,
-    majority_sign_method: str = "total",
-    generator: torch.Generator | None = None,
 ) -> Merged:
     """Return Σ wᵢ·ΔWᵢ at the live rank. Shapes as in `Method`; float32 or better.
 

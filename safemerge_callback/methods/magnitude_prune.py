@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from ..ops import AlignmentMatrix, LowRank, trimmed
+from ..ops import LowRank, trimmed
 from .registry import Merged, needed_density, register
 from .spaces import each, merge_entries, weighted
 
@@ -19,7 +18,6 @@ from .spaces import each, merge_entries, weighted
 @register(
     spaces=("delta", "factor"),
     needs=frozenset({"safety_adapter"}),
-    takes=frozenset({"density"}),
     dense=True,
     signed=True,
 )
@@ -29,10 +27,7 @@ def magnitude_prune(
     *,
     weights: Sequence[float],
     space: str = "delta",
-    alignment_matrix: AlignmentMatrix | None = None,
     density: float | None = None,
-    majority_sign_method: str = "total",
-    generator: torch.Generator | None = None,
 ) -> Merged:
     """Return Σ wᵢ·trim(ΔWᵢ) at the live rank. Shapes and spaces as in `merge_entries`; ConfigError without density."""
     share = needed_density("magnitude_prune", density)

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
-from ..ops import AlignmentMatrix, LowRank, column_space, refit, weighted_sum
+from ..ops import LowRank, column_space, refit, weighted_sum
 from .registry import Merged, register, unmoved
 
 
@@ -22,11 +20,6 @@ def orthogonal(
     safety: Sequence[LowRank],
     *,
     weights: Sequence[float],
-    space: str = "delta",
-    alignment_matrix: AlignmentMatrix | None = None,
-    density: float | None = None,
-    majority_sign_method: str = "total",
-    generator: torch.Generator | None = None,
 ) -> Merged:
     """Return w_f·ΔW_f + w_s·(I - Q·Qᵀ)·ΔW_s, best at the live rank. Shapes as in `Method`; float32 or better.
 

@@ -14,22 +14,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops import AlignmentMatrix, LowRank, balances, trimmed
+from ..ops import LowRank, balances, trimmed
 from .registry import Merged, needed_density, register
 from .spaces import each, merge_entries, weighted
 
 
-@register(spaces=("delta", "factor"), needs=frozenset({"safety_adapter"}), takes=frozenset({"density"}), dense=True)
+@register(spaces=("delta", "factor"), needs=frozenset({"safety_adapter"}), dense=True)
 def pcb(
     live: LowRank,
     safety: Sequence[LowRank],
     *,
     weights: Sequence[float],
     space: str = "delta",
-    alignment_matrix: AlignmentMatrix | None = None,
     density: float | None = None,
-    majority_sign_method: str = "total",
-    generator: torch.Generator | None = None,
 ) -> Merged:
     """Return the balanced mean of wᵢ·ΔWᵢ at the live rank. Shapes and spaces as in `merge_entries`.
 

@@ -21,12 +21,7 @@ def project(
     live: LowRank,
     safety: Sequence[LowRank],
     *,
-    weights: Sequence[float],
-    space: str = "delta",
     alignment_matrix: AlignmentMatrix | Basis | None = None,
-    density: float | None = None,
-    majority_sign_method: str = "total",
-    generator: torch.Generator | None = None,
 ) -> Merged:
     """Return (A, C·B), or (A, U·Uᵀ·B) for a basis U; A untouched, weights and safety adapters unused; residual 0."""
     if alignment_matrix is None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError
-from ..ops import AlignmentMatrix, LowRank, accumulation_dtype
+from ..ops import LowRank, accumulation_dtype
 from .linear import linear
 from .registry import Merged, register
 
@@ -33,11 +33,6 @@ def pull(
     safety: Sequence[LowRank],
     *,
     weights: Sequence[float | Tensor],
-    space: str = "delta",
-    alignment_matrix: AlignmentMatrix | None = None,
-    density: float | None = None,
-    majority_sign_method: str = "total",
-    generator: torch.Generator | None = None,
 ) -> Merged:
     """Return w_live·ΔW + w_target·ΔW_target at the live rank, as `linear`. Shapes as in `Method`; float32 or better.
 

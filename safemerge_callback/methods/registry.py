@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from inspect import signature
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, PlanError, nearest
-from ..ops import SIGN_METHODS, LowRank, accumulation_dtype
+from ..ops import SIGN_METHODS, AlignmentMatrix, Basis, LowRank, accumulation_dtype
 
 
 class Merged(NamedTuple):
@@ -21,14 +23,30 @@ class Merged(NamedTuple):
     residual: Tensor
 
 
+class How(TypedDict, total=False):
+    """How a merge is made, one set of keywords for all methods.
+
+    weights: (w_live, w_safety, ...), each a number or one a module, (*n). space: `delta` or `factor`.
+    alignment_matrix: V of the modules, or a basis of it. density: the share of entries to keep. generator: on the CPU;
+    where a batch has several modules they draw from it in turn.
+    """
+
+    weights: Sequence[float | Tensor]
+    space: str
+    alignment_matrix: AlignmentMatrix | Basis | None
+    density: float | None
+    majority_sign_method: str
+    generator: torch.Generator | None
+
+
+_KNOBS = frozenset({"density", "majority_sign_method", "generator"})
+
+
 @dataclass(frozen=True)
 class Method:
-    """A merge method: its function, the spaces it works in, what it needs and takes, whether it keeps the live rank.
+    """A merge method: its function, the spaces it works in, what it needs and reads, whether it keeps the live rank.
 
-    `merge(live, safety, *, weights, space, alignment_matrix, density, majority_sign_method, generator)` takes a
-    `LowRank` batch of modules of one shape, the safety adapters' updates in the live adapter's units, `weights` =
-    (w_live, w_safety, ...) and returns `Merged`. Every method accepts every keyword; `takes` names those of the last
-    three that it reads. `generator` is on the CPU; where a batch has several modules they draw from it in turn.
+    `function(live, safety, *, weights, ...)` declares the keywords of `merge` that it reads, and no others.
 
     `needs`: what must be there: `safety_adapter`, `subspace` or `average` (the run's own). `optional`: what is used
     where it is there. `dense`: whether space `delta` forms the d_out × d_in updates, which a mask on their entries
@@ -39,10 +57,9 @@ class Method:
     """
 
     name: str
-    merge: Callable[..., Merged]
+    function: Callable[..., Merged]
     spaces: tuple[str, ...]
     needs: frozenset[str]
-    takes: frozenset[str]
     dense: bool
     keeps_rank: bool
     additive: tuple[str, ...] = ()
@@ -50,6 +67,26 @@ class Method:
     several: bool = True
     optional: frozenset[str] = frozenset()
     strength: float | None = None
+
+    def merge(self, live: LowRank, safety: Sequence[LowRank], **how: Unpack[How]) -> Merged:
+        """Return the merged factors of a `LowRank` batch of modules of one shape.
+
+        `safety`: the other adapters' updates in the live adapter's units. The method is given what it reads of `how`;
+        TypeError for a keyword that no method has.
+        """
+        if unknown := how.keys() - How.__annotations__.keys():
+            raise TypeError(f"merge has no keywords {sorted(unknown)}: it has {sorted(How.__annotations__)}")
+        return self.function(live, safety, **{name: value for name, value in how.items() if name in self.reads})
+
+    @cached_property
+    def reads(self) -> frozenset[str]:
+        """The keywords that the method reads."""
+        return frozenset(p.name for p in signature(self.function).parameters.values() if p.kind is p.KEYWORD_ONLY)
+
+    @property
+    def takes(self) -> frozenset[str]:
+        """Those of them that not every method has a use for."""
+        return self.reads & _KNOBS
 
     @property
     def weighted(self) -> bool:
@@ -84,7 +121,6 @@ def register(
     *,
     spaces: tuple[str, ...],
     needs: frozenset[str],
-    takes: frozenset[str] = frozenset(),
     dense: bool = False,
     keeps_rank: bool = True,
     **more: Unpack[More],
@@ -92,7 +128,7 @@ def register(
     """Enter a merge function under its own name; the fields are those of `Method`."""
 
     def enter(merge: Callable[..., Merged]) -> Callable[..., Merged]:
-        METHODS[merge.__name__] = Method(merge.__name__, merge, spaces, needs, takes, dense, keeps_rank, **more)
+        METHODS[merge.__name__] = Method(merge.__name__, merge, spaces, needs, dense, keeps_rank, **more)
         return merge
 
     return enter

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..errors import PlanError
 from ..ops import (
-    AlignmentMatrix,
     LowRank,
     accumulation_dtype,
     inner_product,
@@ -38,10 +37,6 @@ def slerp(
     *,
     weights: Sequence[float],
     space: str = "delta",
-    alignment_matrix: AlignmentMatrix | None = None,
-    density: float | None = None,
-    majority_sign_method: str = "total",
-    generator: torch.Generator | None = None,
 ) -> Merged:
     """Return (w_live + w_safety)·slerp(ΔW_live, ΔW_safety) at the live rank. Shapes as in `Method`; float32 or better.
 

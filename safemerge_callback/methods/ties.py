@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from ..ops import AlignmentMatrix, LowRank, disjoint_mean, elected, trimmed
+from ..ops import LowRank, disjoint_mean, elected, trimmed
 from .registry import Merged, needed_density, register
 from .spaces import each, merge_entries, weighted
 
@@ -22,7 +21,6 @@ from .spaces import each, merge_entries, weighted
 @register(
     spaces=("delta", "factor"),
     needs=frozenset({"safety_adapter"}),
-    takes=frozenset({"density", "majority_sign_method"}),
     dense=True,
 )
 def ties(
@@ -31,10 +29,8 @@ def ties(
     *,
     weights: Sequence[float],
     space: str = "delta",
-    alignment_matrix: AlignmentMatrix | None = None,
     density: float | None = None,
     majority_sign_method: str = "total",
-    generator: torch.Generator | None = None,
 ) -> Merged:
     """Return the disjoint mean of wᵢ·trim(ΔWᵢ) at the live rank. Shapes and spaces as in `merge_entries`.
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safemerge_callback.errors import ConfigError, PlanError
-from safemerge_callback.methods import METHODS, check_density, check_majority_sign, get_method
+from safemerge_callback.methods import METHODS, How, check_density, check_majority_sign, get_method
 from safemerge_callback.ops import LowRank
 
 MERGES = sorted(name for name, method in METHODS.items() if "safety_adapter" in method.needs and method.keeps_rank)
@@ -205,3 +205,15 @@ def test_unequal_ranks_are_refused_in_factor_space():
         if space == "factor":
             with pytest.raises(PlanError, match=r"\[3, 2\].*space 'delta'"):
                 get_method(name).merge(update(1), [update(2, rank=2)], weights=(0.8, 0.2), space=space, **knobs(name))
+
+
+def test_a_method_is_given_what_it_declares_and_a_keyword_that_none_has_is_refused():
+    declared = {name: sorted(method.reads) for name, method in METHODS.items()}
+    assert declared["linear"] == ["space", "weights"]
+    assert declared["project"] == ["alignment_matrix"]
+    assert all(method.reads <= How.__annotations__.keys() for method in METHODS.values())
+    live = LowRank(torch.randn(2, 5, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64))
+    merged = get_method("linear").merge(live, [live], weights=(0.5, 0.5), density=0.3, alignment_matrix=torch.eye(4))
+    torch.testing.assert_close(merged.B @ merged.A, live.B @ live.A)
+    with pytest.raises(TypeError, match="no keywords \\['densty'\\]"):
+        get_method("ties").merge(live, [live], weights=(0.5, 0.5), densty=0.3)
