@@ -6,31 +6,31 @@
 
 Everything is resolved and checked before the first cell. A cell is a run of recipes/finetune.py with its own YAML, or
 a merge of another cell's adapter, or a model as it is; its result is beside it, so a grid that was stopped goes on
-where it was. A cell that fails is recorded, the rest go on, and it is tried again next time. The page, its plots,
-results.jsonl and results.csv are written from the results that there are.
+where it was. Cells run in processes of their own, `--workers` at a time, the cores shared out among them. A cell that
+fails is recorded, the rest go on, and it is tried again next time. The page, its plots, results.jsonl and results.csv
+are written from the results that there are.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from recipes.comparison.cells import run_cell
 from recipes.comparison.estimate import estimate
 from recipes.comparison.grid import Cell, Grid, cells_of, load_grid
 from recipes.comparison.page import write_page
 from recipes.comparison.resolve import check_cells
 from recipes.comparison.results import one_version, others_of, sort_out, write_results
 from recipes.comparison.stamp import stamp_of
+from recipes.comparison.workers import run_cells, share_threads
 
 Say = Callable[[str], None]
 
 
-def run_grid(grid: Grid, cells: Sequence[Cell], keep_others: bool = False, say: Say = print) -> None:
-    """Run every cell that has no result yet, one at a time; results.jsonl and results.csv grow with each.
+def run_grid(grid: Grid, cells: Sequence[Cell], keep_others: bool = False, say: Say = print, workers: int = 0) -> None:
+    """Run every cell that has no result yet, as `run_cells` does; results.jsonl and results.csv grow with each.
 
     Raises ConfigError, before the first cell, for settings that cannot be and for results of other versions.
     """
@@ -42,12 +42,10 @@ def run_grid(grid: Grid, cells: Sequence[Cell], keep_others: bool = False, say: 
     say(f"{len(cells) - len(left)} of {len(cells)} cells are done. To do: {estimate(grid, left)}.")
     if any(cell.arm.kind != "model" for cell in left):
         build_subspaces(grid)
-    for place, cell in enumerate(left, 1):
-        began = time.perf_counter()
-        result = run_cell(grid, cell, stamp)
+    for place, (cell, result) in enumerate(run_cells(grid, left, stamp, workers), 1):
         write_results(grid, cells_of(grid))
-        outcome = result["error"] or "done"
-        say(f"[{place}/{len(left)}] {cell.name}: {outcome} ({time.perf_counter() - began:.0f} s)")
+        spent = sum(result["seconds"].values())
+        say(f"[{place}/{len(left)}] {cell.name}: {result['error'] or 'done'} ({spent:.0f} s)")
 
 
 def build_subspaces(grid: Grid) -> None:
@@ -71,14 +69,16 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[], metavar="N", help="these of the grid's seeds")
     parser.add_argument("--page-only", action="store_true", help="write the page of the results there are; run nothing")
     parser.add_argument("--keep-others", action="store_true", help="set results of other versions apart, list them")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="cells at a time, each a process (0: none)")
     given = parser.parse_args(args)
     # Threads that spin while they wait slow a busy machine down, and forked tokenizers warn.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    share_threads(given.workers)
     grid = load_grid(given.config)
     cells = cells_of(grid, given.only, given.seeds)
     if not given.page_only:
-        run_grid(grid, cells, given.keep_others)
+        run_grid(grid, cells, given.keep_others, workers=given.workers)
     # Beside the page, too: what is published with it, it can be checked against.
     written = write_results(grid, cells_of(grid), Path(grid.page).with_suffix(""))
     results, others = one_version(written, given.keep_others)

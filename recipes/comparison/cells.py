@@ -49,6 +49,14 @@ def run_cell(grid: Grid, cell: Cell, stamp: Mapping[str, Any]) -> dict[str, Any]
     return result
 
 
+def died(grid: Grid, cell: Cell, stamp: Mapping[str, Any], error: str) -> dict[str, Any]:
+    """Write and return the result of a cell whose process ended before it had one."""
+    result = {**_about(grid, cell, resolved(grid, cell), stamp), "error": error}
+    folder_of(grid, cell).mkdir(parents=True, exist_ok=True)
+    write_json(folder_of(grid, cell) / RESULT, result)
+    return result
+
+
 def _about(grid: Grid, cell: Cell, settings: Mapping[str, Any], stamp: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "cell": cell.name,

@@ -133,7 +133,7 @@ def results(raw):
 
 def test_a_grid_runs_and_its_page_says_what_came_out(raw, tmp_path):
     config = written(raw, tmp_path)
-    compare.main(["--config", str(config)])
+    compare.main(["--config", str(config), "--workers", "0"])
     found = results(raw)
     assert [(r["arm"], r["error"]) for r in found] == [
         (a, None) for a in ("aligned", "plain", "every_2", "end.w8", "end.w5")
@@ -426,7 +426,7 @@ def test_the_quick_grid_runs_on_the_embedded_model(tmp_path):
     raw = yaml.safe_load((ROOT / "configs" / "compare" / "smollm2_quick.yaml").read_text())
     raw |= {"output_dir": str(tmp_path / "quick"), "page": str(tmp_path / "results.md")}
     raw["finetune"]["use_cpu"] = not torch.accelerator.is_available()
-    compare.main(["--config", str(written(raw, tmp_path))])
+    compare.main(["--config", str(written(raw, tmp_path)), "--workers", "0"])
     found = results(raw)
     assert [(r["arm"], r["error"]) for r in found] == [("plain", None), ("every_3", None), ("end", None)]
     assert found[1]["trail"]["merges"] == 2
