@@ -11,6 +11,7 @@ from ..decision import KNOBS, Gate
 from ..errors import ConfigError, nearest
 from ..methods import Method, get_method
 from ..methods.aliases import without_alias
+from .presets import with_preset
 from .refusals import check_settings
 
 
@@ -168,9 +169,10 @@ class SafeMergeConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> SafeMergeConfig:
         """Make a config from a mapping; ConfigError for a key that is no setting, with the nearest that is.
 
-        `combination_type` is taken as PEFT's alias of `method` and `space`.
+        `combination_type` is taken as PEFT's alias of `method` and `space`, and `preset` as the settings of a paper,
+        one of `PRESETS`, which those given beside it go before.
         """
-        knobs = without_alias(dict(values))
+        knobs = with_preset(without_alias(dict(values)))
         allowed = [f.name for f in fields(cls)]
         for key in knobs:
             if key not in allowed:
