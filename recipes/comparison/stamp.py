@@ -96,10 +96,28 @@ def _data(grid: Grid) -> dict[str, str]:
 
 
 def _models(grid: Grid) -> dict[str, str]:
-    """What each model's name stands for; a packaged one's folder is named after what it holds."""
-    from recipes.models import checkpoint
+    """What each model's name stands for."""
+    from recipes.models import PACKAGED, checkpoint
 
-    return {name: Path(checkpoint(name)).name for name in (grid.model, grid.unaligned)}
+    # A packaged one's folder is named after what it holds, and a Hub id is a name for all the world.
+    return {
+        name: Path(checkpoint(name)).name if name in PACKAGED else name_with_digest(name)
+        for name in (grid.model, grid.unaligned)
+    }
+
+
+def name_with_digest(model: str) -> str:
+    """Return a Hub id as it is, and a folder's name with a digest of its weights: another training is another model."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return model
+    files = sorted(folder.glob("*.safetensors"))
+    return f"{folder.name} {digest(_file_digest(file) for file in files)}"
+
+
+def _file_digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _device() -> str:
