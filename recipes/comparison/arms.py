@@ -19,7 +19,8 @@ class Arm:
     kind: `train` is a run of recipes/finetune.py, `settings` what differs from the grid's own; `posthoc` merges the
         adapter of the arm `parent`, `settings` are those of `safemerge_callback.offline.merge_adapters`; `model`
         evaluates the grid's model as it is, or the one that `settings` names as `model`.
-    family: the arm whose front this is a point of: several strengths of one method are one arm in the comparison.
+    family: the front that this is a point of, its own name where nothing is said: several strengths of one method are
+        one arm in the comparison.
     total_weight_of: a `train` arm; its total task weight over all merges becomes this arm's one merge's.
     seeds, tasks, poisoned_shares: where they are not the grid's.
     """
@@ -36,7 +37,7 @@ class Arm:
     poisoned_shares: tuple[float, ...] | None = None
 
 
-_KEYS = {f.name for f in fields(Arm)} - {"name", "family"} | {"points"}
+_KEYS = {f.name for f in fields(Arm)} - {"name"} | {"points"}
 
 
 def read_arms(raw: Mapping[str, Any]) -> dict[str, Arm]:
@@ -69,9 +70,9 @@ def _points(name: str, keys: Mapping[str, Any]) -> list[Arm]:
     settings = dict(keys.get("settings") or {})
     points = keys.get("points")
     if not points:
-        return [Arm(**{"name": name, "family": name, "settings": settings, **rest, **lists})]
+        return [Arm(**{"family": name, **rest, "name": name, "settings": settings, **lists})]
     return [
-        Arm(**{"name": f"{name}.{point}", "family": name, "settings": {**settings, **more}, **rest, **lists})
+        Arm(**{"family": name, **rest, "name": f"{name}.{point}", "settings": {**settings, **more}, **lists})
         for point, more in points.items()
     ]
 

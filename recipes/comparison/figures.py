@@ -8,7 +8,7 @@ from typing import Any
 
 from .grid import Grid
 from .results import Result
-from .statistics import Interval, mean_interval, paired_difference, refusal_at
+from .statistics import Interval, Scored, above_front, mean_interval, paired_difference, refusal_at
 
 HARMFUL = ("harmbench_refused", "strongreject_refused", "advbench_refused")
 # All three harmful sets together; not a set of its own.
@@ -43,6 +43,11 @@ class Place:
         if not of or not against or not of.keys() & against.keys():
             return None
         return paired_difference(of, against)
+
+    def above(self, arm: str, others: Sequence[str]) -> Interval | None:
+        """Return how far an arm's refusal is above the front of others at its own task score."""
+        scored = [Scored(held["task"], held[HARM]) for name in (arm, *others) if HARM in (held := self.arms[name])]
+        return above_front(scored[0], scored[1:]) if len(scored) > len(others) > 0 else None
 
     def point(self, arm: str) -> tuple[float, float] | None:
         """Return (task score, refusal of the three sets together), means over seeds."""
@@ -93,6 +98,12 @@ def fronts(grid: Grid, place: Place) -> dict[str, list[tuple[float, float]]]:
         if points:
             found[family] = points + ([base] if base and family != grid.baseline else [])
     return found
+
+
+def reference_arms(grid: Grid, place: Place) -> list[str]:
+    """Return the arms of the reference's front that have results here: its own points, and the baseline."""
+    names = families(grid, place).get(grid.reference) or [grid.reference]
+    return [name for name in dict.fromkeys([*names, grid.baseline]) if place.point(name)]
 
 
 def matched(grid: Grid, place: Place) -> tuple[float, dict[str, float | None]] | None:

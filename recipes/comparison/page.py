@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .figures import HARM, SHOWN, Place, matched, places_of
+from .figures import HARM, SHOWN, Place, fronts, matched, places_of, reference_arms
 from .grid import Grid, cells_of
 from .plots import write_plots
 from .results import Result
@@ -93,20 +93,28 @@ def _merged(trails: Sequence[dict[str, Any]]) -> str:
 
 
 def _differences(grid: Grid, place: Place) -> str:
-    """Every arm less the reference, in points."""
+    """Every arm less the reference, and its refusal less the reference's front, in points."""
     reference = next((n for n, arm in grid.arms.items() if grid.reference in (n, arm.family) and n in place.arms), None)
     if reference is None:
         return ""
-    names = [name for name in grid.arms if name in place.arms and name != reference]
+    front = reference_arms(grid, place)
     rows = [
-        [name, *(_points(place.difference(name, reference, measure)) for measure in _COMPARED)]
-        for name in names
-        if place.difference(name, reference, HARM)
+        [
+            name,
+            *(_points(place.difference(name, reference, measure)) for measure in _COMPARED),
+            "" if name in front or grid.arms[name].kind == "model" else _points(place.above(name, front)),
+        ]
+        for name in grid.arms
+        if name in place.arms and name != reference and place.difference(name, reference, HARM)
     ]
     if not rows:
         return ""
-    heads = ["arm", *(TITLES[measure] for measure in _COMPARED)]
-    return f"Less {reference}, paired by seed and prompt, in points:\n\n{table(heads, rows)}"
+    heads = ["arm", *(TITLES[measure] for measure in _COMPARED), "harm refused above the front"]
+    said = (
+        f"Less {reference}, paired by seed and prompt, in points; and, at each arm's own task score, less what the "
+        f"front of {', '.join(front)} refuses there:"
+    )
+    return f"{said}\n\n{table(heads, rows)}"
 
 
 def _matched(grid: Grid, place: Place) -> str:
@@ -116,7 +124,12 @@ def _matched(grid: Grid, place: Place) -> str:
         return ""
     score, refusals = found
     ranked = sorted(refusals.items(), key=lambda item: -1.0 if item[1] is None else -item[1] - 2)
-    rows = [[family, "not reached" if value is None else f"{100 * value:.1f}"] for family, value in ranked]
+    # A front that ends at a higher score than asked might refuse more there: nobody knows.
+    ended = {family for family, points in fronts(grid, place).items() if min(points)[0] > score}
+    rows = [
+        [family, "not reached" if value is None else f"{100 * value:.1f}{' or more' * (family in ended)}"]
+        for family, value in ranked
+    ]
     said = f"Harm refused at the task score of {grid.reference} ({100 * score:.1f} %), interpolated on each front:"
     return f"{said}\n\n{table(['arm', 'harm refused, %'], rows)}"
 

@@ -17,6 +17,13 @@ _SEED = 0
 Outcomes = Mapping[int, Sequence[float]]
 
 
+class Scored(NamedTuple):
+    """What an arm did on its task, and on harmful prompts."""
+
+    task: Outcomes
+    harm: Outcomes
+
+
 class Interval(NamedTuple):
     """A value and its 95 % interval."""
 
@@ -60,6 +67,15 @@ def _matrix(outcomes: Outcomes, seeds: Sequence[int]) -> NDArray[np.float64]:
 
 def _bootstrap(values: NDArray[np.float64]) -> Interval:
     """The mean of (seeds, prompts), NaN left out, and the 2.5th and 97.5th percentile of its redrawn means."""
+    low, high = np.percentile(_redrawn(values), [2.5, 97.5])
+    return Interval(float(np.nanmean(values)), float(low), float(high))
+
+
+def _redrawn(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Means of (seeds, prompts) over redrawn seeds and prompts, (DRAWS).
+
+    The same for equal numbers of each, so arms are redrawn together; and the seeds alike for any number of prompts.
+    """
     rng = np.random.default_rng(_SEED)
     seeds, prompts = values.shape
     rows = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=DRAWS) / seeds
@@ -69,8 +85,33 @@ def _bootstrap(values: NDArray[np.float64]) -> Interval:
         np.einsum("ds,sp,dp->d", rows, table, columns, optimize=True)
         for table in (np.where(there, values, 0.0), there.astype(np.float64))
     )
-    low, high = np.percentile(held / counted, [2.5, 97.5])
-    return Interval(float(np.nanmean(values)), float(low), float(high))
+    return np.asarray(held / counted)
+
+
+def above_front(arm: Scored, others: Sequence[Scored]) -> Interval | None:
+    """Return how far an arm's refusal is above the front of others at its own task score, with a bootstrap's interval.
+
+    All are redrawn together, in the seeds that they share; None where they share none, and for an arm that scores less
+    than all of the front. Above its highest task score the front is taken to stay as it is there, which is too high and
+    so against the arm.
+    """
+    seeds = sorted(set.intersection(*(set(part) for scored in (arm, *others) for part in scored)))
+    if not seeds:
+        return None
+    tables = [[_matrix(part, seeds) for part in scored] for scored in (arm, *others)]
+    means = np.array([[np.nanmean(table) for table in pair] for pair in tables])
+    if means[0, 0] < means[1:, 0].min():
+        return None
+    redrawn = np.array([[_redrawn(table) for table in pair] for pair in tables])
+    low, high = np.percentile([_above(points) for points in redrawn.transpose(2, 0, 1)], [2.5, 97.5])
+    return Interval(_above(means), float(low), float(high))
+
+
+def _above(points: NDArray[np.float64]) -> float:
+    """The first of (arms, 2) points (task score, refusal) against the front of the rest."""
+    (task, refusal), *others = ((float(x), float(y)) for x, y in points)
+    there = refusal_at(others, task)
+    return refusal - (max(others)[1] if there is None else there)
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from recipes.comparison.figures import HARM, matched, places_of
+from recipes.comparison.arms import read_arms
+from recipes.comparison.figures import HARM, matched, places_of, reference_arms
 from recipes.comparison.grid import make_grid
 from recipes.comparison.measures import share_of
 from recipes.comparison.page import table, write_page
@@ -97,6 +98,30 @@ def test_a_familys_front_begins_at_the_baseline(grid, made):
     (place,) = places_of(grid, only)
     # one point (0.6, 1.0), and plain at (0.9, 0.2)
     assert matched(grid, place)[1]["end"] == pytest.approx(1.0 - 0.8 * 0.15 / 0.3)
+
+
+def test_an_arm_is_compared_with_the_references_front_at_its_own_score(grid, made):
+    (place,) = places_of(grid, made)
+    assert reference_arms(grid, place) == ["every_10", "plain"]
+    # (0.8, 0.6) against the line from (0.75, 0.8) to (0.9, 0.2)
+    assert place.above("end.w5", ["every_10", "plain"]).value == pytest.approx(0.0)
+    assert place.above("end.w4", ["every_10", "plain"]) is None
+    page = write_page(grid, "x.yaml", made).read_text()
+    assert "less what the front of every_10, plain refuses there" in page
+
+
+def test_an_arm_may_be_a_point_of_another_front(grid):
+    raw = {"plain": {}, "every_10": {}, "at": {"family": "every_10", "points": {"w9": {}}}}
+    assert {name: arm.family for name, arm in read_arms(raw).items()} == {
+        "plain": "plain",
+        "every_10": "every_10",
+        "at.w9": "every_10",
+    }
+
+
+def test_a_front_that_ends_above_the_score_is_a_lower_bound(grid, made):
+    only = [r for r in made if r["arm"] not in ("end.w4",)]
+    assert "| end | 60.0 or more |" in write_page(grid, "x.yaml", only).read_text()
 
 
 def test_differences_are_paired_by_seed_and_prompt(grid, made):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from recipes.comparison.statistics import front, mean_interval, paired_difference, refusal_at
+from recipes.comparison.statistics import Scored, above_front, front, mean_interval, paired_difference, refusal_at
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.evaluation import wilson
 
@@ -70,3 +70,39 @@ def test_refusals_at_equal_task_score():
     assert refusal_at(points, 0.7) == refusal_at(points, 0.3) == 0.9
     assert refusal_at(points, 0.91) is None
     assert refusal_at([], 0.5) is None
+
+
+def shares(task, harm, seeds=(1, 2), prompts=400):
+    """An arm whose seeds and prompts all have these shares, the first ones."""
+    return Scored(
+        *({s: [1.0] * round(x * prompts) + [0.0] * round(prompts - x * prompts) for s in seeds} for x in (task, harm))
+    )
+
+
+def test_an_arm_against_the_front_at_its_own_task_score():
+    ends = [shares(0.9, 0.2), shares(0.7, 0.8)]
+    # half way between the two: the front refuses 0.5 there
+    found = above_front(shares(0.8, 0.6), ends)
+    assert found.value == pytest.approx(0.1)
+    assert found.low < 0.1 < found.high
+    assert found.high - found.low < 0.25
+    assert above_front(ends[0], ends) == pytest.approx((0.0, 0.0, 0.0))
+    # above the front's highest score it stays as it is there; below its lowest nothing is said
+    assert above_front(shares(0.95, 0.3), ends).value == pytest.approx(0.1)
+    assert above_front(shares(0.6, 0.9), ends) is None
+    assert above_front(shares(0.8, 0.6, seeds=(7,)), ends) is None
+
+
+def test_arms_are_redrawn_together_so_that_seeds_which_move_all_of_them_cancel():
+    rng = np.random.default_rng(3)
+    shifts = {seed: rng.uniform(-0.15, 0.15) for seed in range(8)}
+
+    def moved(task, harm):
+        return Scored(
+            {s: [1.0] * round((task + x) * 400) + [0.0] * (400 - round((task + x) * 400)) for s, x in shifts.items()},
+            {s: [1.0] * round(harm * 400) + [0.0] * (400 - round(harm * 400)) for s in shifts},
+        )
+
+    found = above_front(moved(0.7, 0.6), [moved(0.8, 0.2), moved(0.6, 0.8)])
+    assert found.value == pytest.approx(0.1)
+    assert found.high - found.low < 0.25
