@@ -141,6 +141,13 @@ def test_compare_files(path, monkeypatch):
         assert sum(number >= 5 for number in most.values()) >= 6
         once = {name for name, number in most.items() if number < 2}
         assert once == {"probed_plain", "probed_every_10"}
+        # The demo is a row of it.
+        guarded = yaml.safe_load((CONFIGS / "finetune" / "smollm2_sentiment_safemerge.yaml").read_text())
+        demo = next(resolve.resolved(grid, cell) for cell in cells if cell.arm.name == "demo")
+        own = {"output_dir", "bf16", f"{PREFIX}subspace", f"{PREFIX}at_train_end"}
+        assert {key: demo.get(key) for key in guarded if key not in own} == {
+            key: value for key, value in guarded.items() if key not in own
+        }
 
 
 @pytest.mark.parametrize("path", files("accelerate"), ids=lambda p: p.stem)
