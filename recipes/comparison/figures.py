@@ -56,14 +56,14 @@ class Place:
 
 
 def places_of(grid: Grid, results: Sequence[Result]) -> list[Place]:
-    """Return the grid's places that have results; arms of kind `model` are in each place of their task."""
+    """Return the grid's places where something was trained; arms of kind `model` are in each place of their task."""
     places = [Place(task, share) for task in grid.tasks for share in grid.poisoned_shares]
     for place in places:
         for result in results:
             here = result["kind"] == "model" or result["poisoned_share"] == place.poisoned_share
             if here and result["task"] == place.task and not result["error"]:
                 _enter(place, result)
-    return [place for place in places if place.arms]
+    return [place for place in places if any(grid.arms[name].kind != "model" for name in place.arms)]
 
 
 def _enter(place: Place, result: Result) -> None:

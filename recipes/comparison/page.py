@@ -125,12 +125,15 @@ def _matched(grid: Grid, place: Place) -> str:
     score, refusals = found
     ranked = sorted(refusals.items(), key=lambda item: -1.0 if item[1] is None else -item[1] - 2)
     # A front that ends at a higher score than asked might refuse more there: nobody knows.
-    ended = {family for family, points in fronts(grid, place).items() if min(points)[0] > score}
+    ended = {family for family, points in fronts(grid, place).items() if min(points)[0] > score} - {grid.baseline}
     rows = [
         [family, "not reached" if value is None else f"{100 * value:.1f}{' or more' * (family in ended)}"]
         for family, value in ranked
     ]
     said = f"Harm refused at the task score of {grid.reference} ({100 * score:.1f} %), interpolated on each front:"
+    trained = [tuple(sorted(held["task"])) for name, held in place.arms.items() if grid.arms[name].kind != "model"]
+    if len(set(trained)) > 1:
+        said = f"Not all arms have the same seeds here, which this table does not mend. {said}"
     return f"{said}\n\n{table(['arm', 'harm refused, %'], rows)}"
 
 
