@@ -67,7 +67,10 @@ def _title(place: Place) -> str:
 
 
 def _fronts(grid: Grid, places: Sequence[Place]) -> Figure | None:
-    """Every arm's mean with its intervals, and a line along each family's front."""
+    """Every arm's mean with its intervals, and a line along each family's front; a level for a model as it is.
+
+    Such a model has learnt no task: as a point it would squeeze all others into a corner.
+    """
     if not places:
         return None
     figure, axes = _panels(len(places))
@@ -78,6 +81,10 @@ def _fronts(grid: Grid, places: Sequence[Place]) -> Figure | None:
             for name in names:
                 task, harm = place.interval(name, "task"), place.interval(name, HARM)
                 if task is None or harm is None:
+                    continue
+                if grid.arms[name].kind == "model":
+                    axis.axhspan(harm.low, harm.high, color="grey", alpha=0.15, lw=0)
+                    axis.axhline(harm.value, color="grey", lw=0.8, ls=":", label=name)
                     continue
                 bars: dict[str, Any] = {
                     key: [[one.value - one.low], [one.high - one.value]]
@@ -127,7 +134,8 @@ def _modules(_: Grid, places: Sequence[Place]) -> Figure | None:
             [sum(t["merged"].get(name, 0) for t in trails) / max(1, sum(t["merges"] for t in trails)) for name in names]
             for trails in arms.values()
         ]
-        axis.imshow(table, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+        shares = axis.imshow(table, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+        figure.colorbar(shares, ax=axis)
         axis.set_yticks(range(len(arms)), list(arms), fontsize=5)
         axis.set(title=f"{_title(place)}: share of merges", xlabel=f"{len(names)} modules, by layer")
     return figure
