@@ -1,5 +1,6 @@
 import math
 import sys
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -108,6 +109,21 @@ def test_batches_hold_one_shape_and_stay_within_the_budget(make_case, monkeypatc
         assert in_parts[name].cosine == pytest.approx(whole[name].cosine, abs=1e-6)
     monkeypatch.setattr(sys.modules["safemerge_callback.decision.measure"], "_BATCH_BYTES", 1)
     assert [len(b.names) for b in batches(factors, case.subspace)] == [1] * 12
+
+
+def test_no_result_of_a_batch_outlives_it(make_case, monkeypatch):
+    # A small tensor kept after each batch splits the large blocks that were given back: memory grew with the modules.
+    case, module = make_case("llama"), sys.modules["safemerge_callback.decision.measure"]
+    of_a_batch, results = module._measure_batch, []
+
+    def watched(*given):
+        assert [ref() for ref in results] == [None] * len(results)
+        found = of_a_batch(*given)
+        results.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(module, "_measure_batch", watched)
+    assert len(measure(live_factors(case.model), case.subspace, batch_bytes=1)) == len(results) == 12
 
 
 def test_kept_on_a_device_nothing_is_read_again(make_case):
