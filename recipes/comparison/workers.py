@@ -14,9 +14,7 @@ from safemerge_callback.errors import ConfigError
 
 from .cells import died, run_cell
 from .grid import Cell, Grid, parent_of
-from .results import result_of
-
-Result = dict[str, Any]
+from .results import Result, result_of
 
 
 def share_threads(workers: int) -> None:

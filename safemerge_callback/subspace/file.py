@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -206,14 +207,21 @@ class Subspace:
         except (SafetensorError, OSError) as error:
             raise SubspaceError(f"subspace {str(self.path)!r} changed or vanished since it was opened.") from error
 
+    @cached_property
+    def _spans(self) -> dict[str, tuple[int, int]]:
+        try:
+            return spans_of(self.path)
+        except (OSError, ValueError) as error:
+            raise SubspaceError(f"subspace {str(self.path)!r} changed or vanished since it was opened.") from error
+
     def _announced(self, requests: Iterable[Request]) -> Iterator[Request]:
         """The same requests; when one is taken, the disk begins to read what the next one needs."""
-        spans, coming = spans_of(self.path), iter(requests)
+        coming = iter(requests)
         request = next(coming, None)
         while request is not None:
             following = next(coming, None)
             names = following.names if following else ()
-            will_need(self.path, [spans[key] for name in names for key in self._module(name).tensors(name)])
+            will_need(self.path, [self._spans[key] for name in names for key in self._module(name).tensors(name)])
             yield request
             request = following
 

@@ -61,6 +61,12 @@ def all_factors(names=("a", "b", "c", "low1", "tall")):
     return {n: factors(n, (20, 12) if n == "tall" else (12, 20)) for n in names}
 
 
+def test_a_file_that_vanished_is_told_so(subspace):
+    subspace.path.unlink()
+    with pytest.raises(SubspaceError, match="changed or vanished"):
+        subspace.stack(["a"])
+
+
 def test_the_disk_is_told_of_the_next_stack_before_the_present_one_is_used(subspace, monkeypatch):
     told = []
     monkeypatch.setattr(subspace_file, "will_need", lambda path, spans: told.append(spans))
