@@ -1,14 +1,16 @@
 """Which arm keeps refusals, at what price? A grid of arms × tasks × poisoned shares × seeds, and its page.
 
     python -m recipes.compare --config configs/compare/smollm2.yaml
-    python -m recipes.compare --config configs/compare/smollm2.yaml --only plain every_10 --seeds 1 2
+    python -m recipes.compare --config configs/compare/smollm2.yaml --only plain every_10 --seeds 1 2 --tasks sentiment
     python -m recipes.compare --config configs/compare/smollm2.yaml --page-only
+    python -m recipes.compare --config configs/compare/smollm2.yaml --only plain --seeds 1 --repeat-in runs/again
 
 Everything is resolved and checked before the first cell. A cell is a run of recipes/finetune.py with its own YAML, or
 a merge of another cell's adapter, or a model as it is; its result is beside it, so a grid that was stopped goes on
 where it was. Cells run in processes of their own, `--workers` at a time, the cores shared out among them. A cell that
 fails is recorded, the rest go on, and it is tried again next time. The page, its plots, results.jsonl and results.csv
-are written from the results that there are.
+are written from the results that there are. `--repeat-in` runs cells again in another folder and compares them with the
+published ones, prompt by prompt.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from pathlib import Path
 from recipes.comparison.estimate import estimate
 from recipes.comparison.grid import Cell, Grid, cells_of, load_grid
 from recipes.comparison.page import write_page
+from recipes.comparison.repeat import beside_published, elsewhere, published_results
 from recipes.comparison.resolve import check_cells
-from recipes.comparison.results import one_version, others_of, sort_out, write_results
+from recipes.comparison.results import one_version, others_of, result_of, sort_out, write_results
 from recipes.comparison.stamp import stamp_of
 from recipes.comparison.workers import run_cells, share_threads
 
@@ -61,22 +64,27 @@ def build_subspaces(grid: Grid) -> None:
         random_subspace(grid.subspace, grid.random_subspace, seed=grid.random_subspace_seed)
 
 
+def repeat(grid: Grid, cells: Sequence[Cell], folder: Path, workers: int = 0, say: Say = print) -> None:
+    """Run the cells again in `folder`, and say a line a cell: what is as published. ConfigError where nothing is."""
+    published, again = published_results(grid), elsewhere(grid, folder)
+    run_grid(again, cells, say=say, workers=workers)
+    repeated = [(cell, result) for cell in cells if (result := result_of(again, cell)) is not None]
+    for line in beside_published(grid, repeated, published):
+        say(line)
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run the grid, or the part of it that is asked for, and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="the grid, a YAML file in configs/compare")
-    parser.add_argument("--only", nargs="+", default=[], metavar="ARM", help="these arms, and those they build on")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[], metavar="N", help="these of the grid's seeds")
-    parser.add_argument("--page-only", action="store_true", help="write the page of the results there are; run nothing")
-    parser.add_argument("--keep-others", action="store_true", help="set results of other versions apart, list them")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="cells at a time, each a process (0: none)")
-    given = parser.parse_args(args)
+    given = _parser().parse_args(args)
     # Threads that spin while they wait slow a busy machine down, and forked tokenizers warn.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     share_threads(given.workers)
     grid = load_grid(given.config)
-    cells = cells_of(grid, given.only, given.seeds)
+    cells = cells_of(grid, given.only, given.seeds, given.tasks, given.poisoned_shares)
+    if given.repeat_in:
+        repeat(grid, cells, given.repeat_in, given.workers)
+        return
     if not given.page_only:
         run_grid(grid, cells, given.keep_others, workers=given.workers)
     # Beside the page, too: what is published with it, it can be checked against.
@@ -84,6 +92,20 @@ def main(args: Sequence[str] | None = None) -> None:
     results, others = one_version(written, given.keep_others)
     page = write_page(grid, given.config, results, [*others, *others_of(grid)])
     print(f"{len(results)} results; page: {page}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="the grid, a YAML file in configs/compare")
+    parser.add_argument("--only", nargs="+", default=[], metavar="ARM", help="these arms, and those they build on")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[], metavar="N", help="these of the grid's seeds")
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="these of the grid's tasks")
+    parser.add_argument("--poisoned-shares", nargs="+", type=float, default=[], metavar="X", help="these of the grid's")
+    parser.add_argument("--page-only", action="store_true", help="write the page of the results there are; run nothing")
+    parser.add_argument("--repeat-in", type=Path, metavar="DIR", help="run again in DIR; compare with the published")
+    parser.add_argument("--keep-others", action="store_true", help="set results of other versions apart, list them")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="cells at a time, each a process (0: none)")
+    return parser
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 
 from .grid import Grid
 from .results import Result
-from .statistics import Interval, Scored, above_front, mean_interval, paired_difference, refusal_at
+from .statistics import AtScore, Interval, Scored, at_score, mean_interval, paired_difference
 
 HARMFUL = ("harmbench_refused", "strongreject_refused", "advbench_refused")
 # All three harmful sets together; not a set of its own.
@@ -27,6 +27,11 @@ class Place:
     trails: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     _intervals: dict[tuple[str, str], Interval] = field(default_factory=dict)
 
+    @property
+    def title(self) -> str:
+        """How the page calls it."""
+        return f"{self.task}, {100 * self.poisoned_share:.0f} % poisoned"
+
     def interval(self, arm: str, measure: str) -> Interval | None:
         """Return an arm's mean over seeds; None where the measure was not taken."""
         outcomes = self.arms.get(arm, {}).get(measure)
@@ -44,10 +49,10 @@ class Place:
             return None
         return paired_difference(of, against)
 
-    def above(self, arm: str, others: Sequence[str]) -> Interval | None:
-        """Return how far an arm's refusal is above the front of others at its own task score."""
+    def at_score(self, arm: str, others: Sequence[str]) -> AtScore | None:
+        """Return an arm beside the front of others at its own task score; None for no others, or no seed in all."""
         scored = [Scored(held["task"], held[HARM]) for name in (arm, *others) if HARM in (held := self.arms[name])]
-        return above_front(scored[0], scored[1:]) if len(scored) > len(others) > 0 else None
+        return at_score(scored[0], scored[1:]) if len(scored) > len(others) > 0 else None
 
     def point(self, arm: str) -> tuple[float, float] | None:
         """Return (task score, refusal of the three sets together), means over seeds."""
@@ -100,20 +105,38 @@ def fronts(grid: Grid, place: Place) -> dict[str, list[tuple[float, float]]]:
     return found
 
 
+def reference_of(grid: Grid, place: Place) -> str | None:
+    """Return the arm that others are compared with: the reference, or the first of its family that has results here."""
+    named = [name for name in grid.arms if name == grid.reference]
+    of_family = [name for name, arm in grid.arms.items() if arm.family == grid.reference]
+    return next((name for name in [*named, *of_family] if name in place.arms), None)
+
+
 def reference_arms(grid: Grid, place: Place) -> list[str]:
     """Return the arms of the reference's front that have results here: its own points, and the baseline."""
-    names = families(grid, place).get(grid.reference) or [grid.reference]
-    return [name for name in dict.fromkeys([*names, grid.baseline]) if place.point(name)]
+    return _with_baseline(grid, place, families(grid, place).get(grid.reference) or [grid.reference])
 
 
-def matched(grid: Grid, place: Place) -> tuple[float, dict[str, float | None]] | None:
-    """Return the reference's mean task score, and each family's refusal there, interpolated on its front.
+def matched(grid: Grid, place: Place) -> dict[str, AtScore]:
+    """Return family -> the reference beside its front, the baseline's point with it, at the reference's task score.
 
-    Where the reference has several points, its best refusal's. None where it has no result.
+    Of families that are neither the reference's nor the baseline's; those without a seed in common are left out.
     """
-    names = families(grid, place).get(grid.reference) or [grid.reference]
-    points = [point for name in names if (point := place.point(name))]
-    if not points:
-        return None
-    score = max(points, key=lambda point: point[1])[0]
-    return score, {family: refusal_at(points, score) for family, points in fronts(grid, place).items()}
+    reference = reference_of(grid, place)
+    if reference is None:
+        return {}
+    others = {
+        family: [name for name in names if grid.arms[name].kind != "model"]
+        for family, names in families(grid, place).items()
+        if family not in (grid.arms[reference].family, grid.baseline)
+    }
+    found = {
+        family: place.at_score(reference, _with_baseline(grid, place, names))
+        for family, names in others.items()
+        if names
+    }
+    return {family: one for family, one in found.items() if one}
+
+
+def _with_baseline(grid: Grid, place: Place, names: Sequence[str]) -> list[str]:
+    return [name for name in dict.fromkeys([*names, grid.baseline]) if place.point(name)]

@@ -26,7 +26,7 @@ class Grid:
     evaluate: prompts of each set and rows of the task (`harmbench`, ..., `task`: None for all of the split), and
         `batch_size`, `max_new_tokens`, `dtype`, `judges`.
     split: which split is read. baseline: the arm without any defence, with which every front begins. reference: the
-        arm that others are compared with.
+        arm that others are compared with. contrasts: pairs of arms, the first less the second in the page's summary.
     """
 
     output_dir: str
@@ -45,6 +45,7 @@ class Grid:
     split: Split = "test"
     baseline: str = "plain"
     reference: str = "plain"
+    contrasts: Sequence[Sequence[str]] = ()
     random_subspace_seed: int = 0
 
     @property
@@ -126,27 +127,43 @@ def _check(grid: Grid) -> None:
         families = {arm.family for arm in grid.arms.values()} | set(grid.arms)
         if (name := getattr(grid, which)) not in families:
             raise ConfigError(f"{which} {name!r} is no arm{nearest(name, families)}: choose among {sorted(families)}")
+    for pair in grid.contrasts:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise ConfigError(f"contrasts hold {pair!r}: give pairs of arms, [one, other]")
+        for name in pair:
+            if name not in grid.arms:
+                raise ConfigError(f"contrast {list(pair)}: {name!r} is no arm{nearest(name, grid.arms)}")
     for name in LEAST:
         count = grid.evaluate[name]
         if count is not None and count < 1:
             raise ConfigError(f"evaluate.{name} is {count}: give 1 or more, or leave it out for all of the split")
 
 
-def cells_of(grid: Grid, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Cell]:
+def cells_of(
+    grid: Grid,
+    only: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    tasks: Sequence[str] = (),
+    poisoned_shares: Sequence[float] = (),
+) -> list[Cell]:
     """Return the cells in the order in which they run: an arm that trains before what merges its adapter.
 
-    `only` names arms (their parents come along), `seeds` some of the seeds. An arm of kind `model` has one cell a task:
-    neither seed nor poison reaches it. ConfigError for unknown names, and for a cell whose parent has none.
+    `only` names arms (their parents come along), the others some of the grid's. An arm of kind `model` has one cell a
+    task: neither seed nor poison reaches it. ConfigError for what is none of these arms', and for a cell whose parent
+    has none.
     """
     names = chosen(grid.arms, only)
     order = sorted((grid.arms[name] for name in names), key=lambda arm: arm.kind == "posthoc")
-    known = [seed for arm in order for seed in _seeds(grid, arm)]
-    if unknown := [seed for seed in seeds if seed not in known]:
-        raise ConfigError(f"seeds {unknown} are none of the grid's: choose among {sorted(set(known))}")
     cells = list(dict.fromkeys(_cells(grid, order)))
-    kept = [cell for cell in cells if not seeds or cell.seed in seeds or cell.arm.kind == "model"]
-    _check_parents(grid, kept)
-    return kept
+    wanted = {"seed": seeds, "task": tasks, "poisoned_share": poisoned_shares}
+    for key, asked in wanted.items():
+        known = sorted({getattr(cell, key) for cell in cells})
+        if unknown := [one for one in asked if one not in known]:
+            raise ConfigError(f"{key}s {unknown} are none of these arms': choose among {known}")
+        free = () if key == "task" else ("model",)
+        cells = [cell for cell in cells if not asked or cell.arm.kind in free or getattr(cell, key) in asked]
+    _check_parents(grid, cells)
+    return cells
 
 
 def _seeds(grid: Grid, arm: Arm) -> Sequence[int]:

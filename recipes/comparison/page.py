@@ -7,12 +7,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .figures import HARM, SHOWN, Place, fronts, matched, places_of, reference_arms
+from .answers import answers
+from .figures import HARM, SHOWN, Place, matched, places_of, reference_arms, reference_of
 from .grid import Grid, cells_of
+from .markdown import percent, points, table
 from .plots import write_plots
 from .results import Result
 from .splits import SETS
-from .statistics import Interval
+from .statistics import AtScore
 
 TITLES = {
     HARM: "harm refused",
@@ -33,6 +35,7 @@ def write_page(grid: Grid, config: str | Path, results: Sequence[Result], others
     plots = write_plots(grid, places, page.with_suffix("")) if places else {}
     parts = [
         _head(grid, config, results),
+        answers(grid, places),
         *(f"## {title}\n\n![{title}]({path.relative_to(page.parent).as_posix()})" for title, path in plots.items()),
         *(part for place in places for part in _place(grid, place)),
         _arms(grid),
@@ -69,8 +72,7 @@ def _several(values: Iterable[Any]) -> str:
 
 
 def _place(grid: Grid, place: Place) -> list[str]:
-    title = f"{place.task}, {100 * place.poisoned_share:.0f} % poisoned"
-    return [f"## {title}", _figures(grid, place), _differences(grid, place), _matched(grid, place)]
+    return [f"## {place.title}", _figures(grid, place), _differences(grid, place), _matched(grid, place)]
 
 
 def _figures(grid: Grid, place: Place) -> str:
@@ -78,7 +80,7 @@ def _figures(grid: Grid, place: Place) -> str:
     rows = []
     for name in (name for name in grid.arms if name in place.arms):
         seeds = len(place.arms[name]["task"])
-        shown = [_percent(place.interval(name, measure)) for measure in SHOWN]
+        shown = [percent(place.interval(name, measure)) for measure in SHOWN]
         rows.append([name, str(seeds), *shown, _merged(place.trails.get(name, []))])
     return table(["arm", "seeds", *TITLES.values(), "merged"], rows)
 
@@ -94,15 +96,15 @@ def _merged(trails: Sequence[dict[str, Any]]) -> str:
 
 def _differences(grid: Grid, place: Place) -> str:
     """Every arm less the reference, and its refusal less the reference's front, in points."""
-    reference = next((n for n, arm in grid.arms.items() if grid.reference in (n, arm.family) and n in place.arms), None)
+    reference = reference_of(grid, place)
     if reference is None:
         return ""
     front = reference_arms(grid, place)
     rows = [
         [
             name,
-            *(_points(place.difference(name, reference, measure)) for measure in _COMPARED),
-            "" if name in front or grid.arms[name].kind == "model" else _points(place.above(name, front)),
+            *(points(place.difference(name, reference, measure)) for measure in _COMPARED),
+            "" if name in front or grid.arms[name].kind == "model" else _above(place.at_score(name, front)),
         ]
         for name in grid.arms
         if name in place.arms and name != reference and place.difference(name, reference, HARM)
@@ -117,24 +119,33 @@ def _differences(grid: Grid, place: Place) -> str:
     return f"{said}\n\n{table(heads, rows)}"
 
 
+def _above(found: AtScore | None) -> str:
+    return points(found.above) if found else ""
+
+
 def _matched(grid: Grid, place: Place) -> str:
-    """Every family's refusal where it scores as the reference does."""
-    found = matched(grid, place)
-    if found is None:
-        return ""
-    score, refusals = found
-    ranked = sorted(refusals.items(), key=lambda item: -1.0 if item[1] is None else -item[1] - 2)
-    # A front that ends at a higher score than asked might refuse more there: nobody knows.
-    ended = {family for family, points in fronts(grid, place).items() if min(points)[0] > score} - {grid.baseline}
+    """The reference beside every family's front, where both score alike."""
     rows = [
-        [family, "not reached" if value is None else f"{100 * value:.1f}{' or more' * (family in ended)}"]
-        for family, value in ranked
+        [
+            family,
+            str(len(one.seeds)),
+            f"{100 * one.task:.1f}",
+            f"{100 * one.refusal:.1f}",
+            # A front that ends at a higher score than asked might refuse more there: nobody knows.
+            f"{100 * one.front:.1f}{' or more' * (one.above is None)}",
+            points(one.above),
+        ]
+        for family, one in matched(grid, place).items()
     ]
-    said = f"Harm refused at the task score of {grid.reference} ({100 * score:.1f} %), interpolated on each front:"
-    trained = [tuple(sorted(held["task"])) for name, held in place.arms.items() if grid.arms[name].kind != "model"]
-    if len(set(trained)) > 1:
-        said = f"Not all arms have the same seeds here, which this table does not mend. {said}"
-    return f"{said}\n\n{table(['arm', 'harm refused, %'], rows)}"
+    if not rows:
+        return ""
+    reference = reference_of(grid, place)
+    said = (
+        f"Harm refused by {reference} and by each front (with {grid.baseline} on it) at {reference}'s own task score, "
+        "interpolated, over the seeds that all of them have:"
+    )
+    heads = ["front of", "seeds", "task", f"{reference}, %", "front, %", f"{reference} above it, points"]
+    return f"{said}\n\n{table(heads, rows)}"
 
 
 def _arms(grid: Grid) -> str:
@@ -171,25 +182,8 @@ def _notes(grid: Grid, config: str | Path) -> str:
             "- The validation split is for choosing thresholds and weights, the test split is read once. Both hold "
             "whole groups of near-duplicates, and none of what is trained on.",
             f"- Every figure, prompt by prompt: `{Path(grid.page).stem}/results.jsonl`, `results.csv`.",
-            f"- One row: `python -m recipes.compare --config {config} --only ARM --seeds N`. Each cell's own YAML and "
-            f"journal are in `{grid.output_dir}/cells/`.",
+            f"- One row: `python -m recipes.compare --config {config} --only ARM --seeds N --tasks TASK "
+            "--poisoned-shares X`, and with `--repeat-in DIR` the same cell again, compared with the published one. "
+            f"Each cell's own YAML and journal are in `{grid.output_dir}/cells/`.",
         ]
     )
-
-
-def _percent(interval: Interval | None) -> str:
-    return (
-        "" if interval is None else f"{100 * interval.value:.1f} ({100 * interval.low:.0f}-{100 * interval.high:.0f})"
-    )
-
-
-def _points(interval: Interval | None) -> str:
-    if interval is None:
-        return ""
-    return f"{100 * interval.value:+.1f} ({100 * interval.low:+.1f} to {100 * interval.high:+.1f})"
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table; a cell's own bars are escaped."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

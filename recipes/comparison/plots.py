@@ -62,10 +62,6 @@ def _panels(number: int, height: float = 3.6) -> tuple[Figure, list[Axes]]:
     return figure, axes[:number]
 
 
-def _title(place: Place) -> str:
-    return f"{place.task}, {100 * place.poisoned_share:.0f} % poisoned"
-
-
 def _fronts(grid: Grid, places: Sequence[Place]) -> Figure | None:
     """Every arm's mean with its intervals, and a line along each family's front; a level for a model as it is.
 
@@ -95,7 +91,7 @@ def _fronts(grid: Grid, places: Sequence[Place]) -> Figure | None:
                 color = drawn[0].get_color()
             if len(kept := front(lines.get(family, []))) > 1:
                 axis.plot(*zip(*kept, strict=True), lw=0.8, color=color)
-        axis.set(title=_title(place), xlabel="task score", ylabel="harmful prompts refused", ylim=(-0.02, 1.02))
+        axis.set(title=place.title, xlabel="task score", ylabel="harmful prompts refused", ylim=(-0.02, 1.02))
         axis.legend(fontsize=5, ncols=2)
     return figure
 
@@ -116,7 +112,7 @@ def _steps(grid: Grid, places: Sequence[Place]) -> Figure | None:
             for measure in dict.fromkeys(m for _, values in trails[0]["probes"] for m in values):
                 points = [(step, values.get(measure)) for step, values in trails[0]["probes"]]
                 axis.plot(*zip(*points, strict=True), lw=0.9, ls="--", label=f"{arm}: {measure}")
-        axis.set(title=_title(place), xlabel="optimizer step", ylim=(-0.02, 1.02))
+        axis.set(title=place.title, xlabel="optimizer step", ylim=(-0.02, 1.02))
         axis.legend(fontsize=5, ncols=2)
     return figure
 
@@ -137,7 +133,7 @@ def _modules(_: Grid, places: Sequence[Place]) -> Figure | None:
         shares = axis.imshow(table, aspect="auto", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
         figure.colorbar(shares, ax=axis)
         axis.set_yticks(range(len(arms)), list(arms), fontsize=5)
-        axis.set(title=f"{_title(place)}: share of merges", xlabel=f"{len(names)} modules, by layer")
+        axis.set(title=f"{place.title}: share of merges", xlabel=f"{len(names)} modules, by layer")
     return figure
 
 

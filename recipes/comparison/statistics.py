@@ -32,6 +32,20 @@ class Interval(NamedTuple):
     high: float
 
 
+class AtScore(NamedTuple):
+    """An arm beside the front of others at the arm's own task score, over the seeds that all of them share.
+
+    above: `refusal` less `front`, with the interval of a bootstrap; None for an arm that scores less than all of the
+        front: `front` is the most that it refuses anywhere then, and nobody knows how much more it would there.
+    """
+
+    seeds: tuple[int, ...]
+    task: float
+    refusal: float
+    front: float
+    above: Interval | None
+
+
 def mean_interval(outcomes: Outcomes) -> Interval:
     """Return the mean over seeds and prompts: Wilson's interval for one seed, else a bootstrap of seeds and prompts."""
     if len(outcomes) == 1:
@@ -88,27 +102,28 @@ def _redrawn(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(held / counted)
 
 
-def above_front(arm: Scored, others: Sequence[Scored]) -> Interval | None:
-    """Return how far an arm's refusal is above the front of others at its own task score, with a bootstrap's interval.
+def at_score(arm: Scored, others: Sequence[Scored]) -> AtScore | None:
+    """Return an arm beside the front of others at its own task score; None where they share no seed.
 
-    All are redrawn together, in the seeds that they share; None where they share none, and for an arm that scores less
-    than all of the front. Above its highest task score the front is taken to stay as it is there, which is too high and
-    so against the arm.
+    All are redrawn together, in the seeds that they share. Above its highest task score the front is taken to stay as
+    it is there, which is too high and so against the arm.
     """
     seeds = sorted(set.intersection(*(set(part) for scored in (arm, *others) for part in scored)))
     if not seeds:
         return None
     tables = [[_matrix(part, seeds) for part in scored] for scored in (arm, *others)]
     means = np.array([[np.nanmean(table) for table in pair] for pair in tables])
-    if means[0, 0] < means[1:, 0].min():
-        return None
+    (task, refusal), ends = means[0].tolist(), means[1:]
+    if task < ends[:, 0].min():
+        return AtScore(tuple(seeds), task, refusal, float(ends[:, 1].max()), None)
     redrawn = np.array([[_redrawn(table) for table in pair] for pair in tables])
     low, high = np.percentile([_above(points) for points in redrawn.transpose(2, 0, 1)], [2.5, 97.5])
-    return Interval(_above(means), float(low), float(high))
+    value = _above(means)
+    return AtScore(tuple(seeds), task, refusal, refusal - value, Interval(value, float(low), float(high)))
 
 
 def _above(points: NDArray[np.float64]) -> float:
-    """The first of (arms, 2) points (task score, refusal) against the front of the rest."""
+    """The refusal of the first of (arms, 2) points (task score, refusal) less that of the front of the rest."""
     (task, refusal), *others = ((float(x), float(y)) for x, y in points)
     there = refusal_at(others, task)
     return refusal - (max(others)[1] if there is None else there)

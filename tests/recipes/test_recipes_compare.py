@@ -188,13 +188,17 @@ def test_a_probe_leaves_a_trail_and_changes_nothing(raw):
     assert measures == {"harmbench_refused", "benign_refused", "cities_right", "coherence"}
 
 
-def test_a_cell_repeated_gives_the_same_outcomes(raw, tmp_path):
-    once = {**raw, "output_dir": str(tmp_path / "once")}
-    for one in (raw, once):
-        grid = make_grid(one)
-        compare.run_grid(grid, cells_of(grid, ["every_2"]))
+def test_a_cell_repeated_gives_the_same_outcomes(raw, tmp_path, capsys):
+    part = ["--config", str(written(raw, tmp_path)), "--only", "every_2", "--workers", "0"]
+    compare.main(part)
+    page = Path(raw["page"]).read_bytes()
+    again = tmp_path / "again"
+    compare.main([*part, "--seeds", "1", "--tasks", "cities", "--poisoned-shares", "0.1", "--repeat-in", str(again)])
+    assert "cities/poisoned-0.1/every_2/seed-1: 28 of 28 outcomes equal\n" in capsys.readouterr().out
+    once = {**raw, "output_dir": str(again)}
     assert results(raw)[0]["measures"] == results(once)[0]["measures"]
     assert results(raw)[0]["trail"] == results(once)[0]["trail"]
+    assert Path(raw["page"]).read_bytes() == page
 
 
 def test_parents_come_along_and_only_what_is_asked_runs(raw):
@@ -348,8 +352,14 @@ def test_grids_that_cannot_be_are_refused(raw):
     refused(raw, r"evaluate\.task is 0: give 1 or more", evaluate={"task": 0})
     with pytest.raises(ConfigError, match="arm 'plian' is unknown; did you mean 'plain'"):
         cells_of(make_grid(raw), ["plian"])
-    with pytest.raises(ConfigError, match=r"seeds \[7\] are none of the grid's: choose among \[1\]"):
+    with pytest.raises(ConfigError, match=r"seeds \[7\] are none of these arms': choose among \[1\]"):
         cells_of(make_grid(raw), seeds=[7])
+    with pytest.raises(ConfigError, match=r"tasks \['sentiment'\] are none of these arms'"):
+        cells_of(make_grid(raw), tasks=["sentiment"])
+    refused(raw, r"contrasts hold \['plain'\]: give pairs of arms", contrasts=[["plain"]])
+    refused(
+        raw, r"contrast \['plian', 'plain'\]: 'plian' is no arm; did you mean 'plain'", contrasts=[["plian", "plain"]]
+    )
 
 
 def test_arms_that_cannot_be_are_refused(raw, folder):

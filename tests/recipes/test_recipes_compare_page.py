@@ -1,14 +1,19 @@
 """What the page says of results made up by hand."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from recipes.comparison.arms import read_arms
-from recipes.comparison.figures import HARM, matched, places_of, reference_arms
-from recipes.comparison.grid import make_grid
+from recipes.comparison.figures import HARM, matched, places_of, reference_arms, reference_of
+from recipes.comparison.grid import cells_of, make_grid
+from recipes.comparison.markdown import table
 from recipes.comparison.measures import share_of
-from recipes.comparison.page import table, write_page
+from recipes.comparison.page import write_page
+from recipes.comparison.repeat import beside_published, elsewhere, published_results
+from recipes.comparison.resolve import resolved
 from recipes.comparison.stamp import COMPARED, differences, digest, settings_digest
 from recipes.comparison.trail import trail_of
 from safemerge_callback.errors import ConfigError
@@ -43,6 +48,7 @@ def grid(tmp_path):
             "seeds": [1, 2],
             "tasks": ["sentiment"],
             "reference": "every_10",
+            "contrasts": [["every_10", "end.w4"]],
             "arms": arms,
         }
     )
@@ -83,13 +89,12 @@ def made(grid):
 
 def test_refusal_is_read_off_each_front_at_the_references_task_score(grid, made):
     (place,) = places_of(grid, made)
-    score, refusals = matched(grid, place)
-    assert score == pytest.approx(0.75)
+    found = matched(grid, place)
+    # neither the reference itself, nor the baseline, nor a model as it is
+    assert list(found) == ["end"]
     # between (0.6, 1.0) and (0.8, 0.6): what merging at the end gets at 0.75
-    assert refusals["end"] == pytest.approx(0.7)
-    assert refusals["every_10"] == pytest.approx(0.8)
-    assert refusals["plain"] == pytest.approx(0.2)
-    assert "aligned" not in refusals
+    assert found["end"][:4] == ((1, 2), *(pytest.approx(value) for value in (0.75, 0.8, 0.7)))
+    assert found["end"].above.value == pytest.approx(0.1)
     assert place.point("end.w5") == pytest.approx((0.8, 0.6))
 
 
@@ -97,15 +102,15 @@ def test_a_familys_front_begins_at_the_baseline(grid, made):
     only = [r for r in made if r["arm"] in ("plain", "every_10", "end.w4")]
     (place,) = places_of(grid, only)
     # one point (0.6, 1.0), and plain at (0.9, 0.2)
-    assert matched(grid, place)[1]["end"] == pytest.approx(1.0 - 0.8 * 0.15 / 0.3)
+    assert matched(grid, place)["end"].front == pytest.approx(1.0 - 0.8 * 0.15 / 0.3)
 
 
 def test_an_arm_is_compared_with_the_references_front_at_its_own_score(grid, made):
     (place,) = places_of(grid, made)
     assert reference_arms(grid, place) == ["every_10", "plain"]
     # (0.8, 0.6) against the line from (0.75, 0.8) to (0.9, 0.2)
-    assert place.above("end.w5", ["every_10", "plain"]).value == pytest.approx(0.0)
-    assert place.above("end.w4", ["every_10", "plain"]) is None
+    assert place.at_score("end.w5", ["every_10", "plain"]).above.value == pytest.approx(0.0)
+    assert place.at_score("end.w4", ["every_10", "plain"]).above is None
     page = write_page(grid, "x.yaml", made).read_text()
     assert "less what the front of every_10, plain refuses there" in page
 
@@ -121,7 +126,36 @@ def test_an_arm_may_be_a_point_of_another_front(grid):
 
 def test_a_front_that_ends_above_the_score_is_a_lower_bound(grid, made):
     only = [r for r in made if r["arm"] not in ("end.w4",)]
-    assert "| end | 60.0 or more |" in write_page(grid, "x.yaml", only).read_text()
+    page = write_page(grid, "x.yaml", only).read_text()
+    assert "| end | 2 | 75.0 | 80.0 | 60.0 or more |  |" in page
+    # nothing is known of the difference, so the summary leaves it out
+    assert "## In short" not in page
+
+
+def test_seeds_that_a_front_lacks_are_left_out_of_its_row(grid, made):
+    more = [*made, result(grid, "every_10", 3, 0, 0), result(grid, "plain", 3, 0, 0)]
+    (place,) = places_of(grid, more)
+    assert matched(grid, place)["end"][:4] == ((1, 2), *(pytest.approx(value) for value in (0.75, 0.8, 0.7)))
+
+
+def test_the_summary_has_a_column_a_place(grid, made):
+    grid = replace(grid, poisoned_shares=[0.0, 0.1])
+    other = [{**r, "poisoned_share": 0.1} for r in made if r["arm"] in ("plain", "every_10")]
+    summary = write_page(grid, "x.yaml", [*made, *other]).read_text().split("## In short")[1].split("\n## ")[0]
+    assert "| front of | sentiment, 0 % poisoned | sentiment, 10 % poisoned |" in summary
+    assert "| end | +10.0 (" in summary
+    assert ", 2 seeds |  |" in summary
+    assert "| every_10 less end.w4 | harm refused | -20.0 (" in summary
+    assert "| every_10 less end.w4 | task | +15.0 (" in summary
+
+
+def test_the_reference_may_be_a_familys_name(grid, made):
+    (place,) = places_of(grid, made)
+    assert reference_of(grid, place) == "every_10"
+    assert reference_of(replace(grid, reference="end"), place) == "end.w5"
+    (place,) = places_of(grid, [r for r in made if r["arm"] == "plain"])
+    assert reference_of(grid, place) is None
+    assert matched(grid, place) == {}
 
 
 def test_differences_are_paired_by_seed_and_prompt(grid, made):
@@ -143,9 +177,8 @@ def test_the_page_holds_the_figures_and_what_they_come_from(grid, made):
     assert "dates: 2026-11-21 to 2026-11-23" in page
     assert "| end.w5 | 2 | 60.0 (" in page
     assert "| aligned | 1 | 100.0 (89-100)" in page
-    assert "interpolated on each front" in page
-    assert "(75.0 %)" in page
-    assert "| end | 70.0 |" in page
+    assert "at every_10's own task score, interpolated" in page
+    assert "| end | 2 | 75.0 | 80.0 | 70.0 | +10.0 (" in page
     assert "| every_10 | train |  | a \\| b |" in page
     assert "| sentiment/poisoned-0/plain/seed-3 | RuntimeError: no \\| room |" in page
     assert "| 2 | peft 0.1 and not 0.21.2 |" in page
@@ -203,3 +236,33 @@ def test_a_trail_counts_merges_a_module(tmp_path):
 
 def test_bars_in_a_tables_cells_are_escaped():
     assert table(["a"], [["x|y"]]) == "| a |\n| --- |\n| x\\|y |"
+
+
+def test_a_cell_that_was_repeated_is_compared_prompt_by_prompt(grid, made):
+    folder = Path(grid.page).with_suffix("")
+    folder.mkdir(parents=True)
+    (folder / "results.jsonl").write_text("".join(json.dumps(one) + "\n" for one in made))
+    published = published_results(grid)
+    cell, other = cells_of(grid, ["plain"])
+    settings = settings_digest(resolved(grid, cell), grid.evaluate)
+    published["sentiment/poisoned-0/plain/seed-1"]["settings"] = settings
+    name = "sentiment/poisoned-0/plain/seed-1"
+    assert beside_published(grid, [(cell, made[1])], published) == [f"{name}: 100 of 100 outcomes equal"]
+    changed = result(grid, "plain", 1, 3, 18, stamp={**STAMP, "code": "new"})
+    (line,) = beside_published(grid, [(cell, changed)], published)
+    assert "97 of 100 outcomes equal (other: harmbench_refused 1, strongreject_refused 1, advbench_refused 1)" in line
+    assert line.endswith("; code c0de and not new")
+    del published["sentiment/poisoned-0/plain/seed-2"]
+    failed = {**made[1], "error": "OSError: full"}
+    assert beside_published(grid, [(other, made[5]), (cell, failed)], published) == [
+        "sentiment/poisoned-0/plain/seed-2: published without figures",
+        f"{name}: OSError: full",
+    ]
+
+
+def test_cells_are_repeated_in_another_folder_only(grid, tmp_path):
+    with pytest.raises(ConfigError, match="holds the grid's own cells: give another folder"):
+        elsewhere(grid, grid.output_dir)
+    assert elsewhere(grid, tmp_path / "again").page == str(tmp_path / "again" / "results.md")
+    with pytest.raises(ConfigError, match=r"results\.jsonl' holds no results.*run the grid first"):
+        published_results(grid)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from recipes.comparison.statistics import Scored, above_front, front, mean_interval, paired_difference, refusal_at
+from recipes.comparison.statistics import Scored, at_score, front, mean_interval, paired_difference, refusal_at
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.evaluation import wilson
 
@@ -82,15 +82,23 @@ def shares(task, harm, seeds=(1, 2), prompts=400):
 def test_an_arm_against_the_front_at_its_own_task_score():
     ends = [shares(0.9, 0.2), shares(0.7, 0.8)]
     # half way between the two: the front refuses 0.5 there
-    found = above_front(shares(0.8, 0.6), ends)
-    assert found.value == pytest.approx(0.1)
-    assert found.low < 0.1 < found.high
-    assert found.high - found.low < 0.25
-    assert above_front(ends[0], ends) == pytest.approx((0.0, 0.0, 0.0))
-    # above the front's highest score it stays as it is there; below its lowest nothing is said
-    assert above_front(shares(0.95, 0.3), ends).value == pytest.approx(0.1)
-    assert above_front(shares(0.6, 0.9), ends) is None
-    assert above_front(shares(0.8, 0.6, seeds=(7,)), ends) is None
+    found = at_score(shares(0.8, 0.6), ends)
+    assert found[:4] == ((1, 2), pytest.approx(0.8), pytest.approx(0.6), pytest.approx(0.5))
+    assert found.above.value == pytest.approx(0.1)
+    assert found.above.low < 0.1 < found.above.high
+    assert found.above.high - found.above.low < 0.25
+    assert at_score(ends[0], ends).above == pytest.approx((0.0, 0.0, 0.0))
+    # above the front's highest score it stays as it is there; below its lowest only its highest refusal is known
+    assert at_score(shares(0.95, 0.3), ends).above.value == pytest.approx(0.1)
+    assert at_score(shares(0.6, 0.9), ends)[3:] == (pytest.approx(0.8), None)
+
+
+def test_only_seeds_of_all_arms_count_at_a_score():
+    ends = [shares(0.9, 0.2), shares(0.7, 0.8)]
+    assert at_score(shares(0.8, 0.6, seeds=(7,)), ends) is None
+    one = Scored({1: [1.0], 2: [0.0]}, {1: [1.0], 2: [0.0]})
+    found = at_score(one, [Scored({1: [1.0], 3: [0.0]}, {1: [0.0], 3: [1.0]})])
+    assert found[:4] == ((1,), 1.0, 1.0, 0.0)
 
 
 def test_arms_are_redrawn_together_so_that_seeds_which_move_all_of_them_cancel():
@@ -103,6 +111,6 @@ def test_arms_are_redrawn_together_so_that_seeds_which_move_all_of_them_cancel()
             {s: [1.0] * round(harm * 400) + [0.0] * (400 - round(harm * 400)) for s in shifts},
         )
 
-    found = above_front(moved(0.7, 0.6), [moved(0.8, 0.2), moved(0.6, 0.8)])
+    found = at_score(moved(0.7, 0.6), [moved(0.8, 0.2), moved(0.6, 0.8)]).above
     assert found.value == pytest.approx(0.1)
     assert found.high - found.low < 0.25
