@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from .drift import Drift
+
 _MARKS = "osD^v<>PX*hp"
 # The SVG's ids and date would otherwise change with every run.
 _PARAMETERS = {"svg.hashsalt": "safemerge", "font.size": 8}
@@ -29,11 +32,6 @@ def write_plots(grid: Grid, places: Sequence[Place], folder: Path) -> dict[str, 
 
     ConfigError where matplotlib is not installed.
     """
-    try:
-        import matplotlib as mpl
-        from cycler import cycler
-    except ImportError:
-        raise ConfigError("plots need matplotlib: pip install 'safemerge-callback[report]'") from None
     folder.mkdir(parents=True, exist_ok=True)
     drawn: dict[str, Path] = {}
     plots = {
@@ -41,13 +39,22 @@ def write_plots(grid: Grid, places: Sequence[Place], folder: Path) -> dict[str, 
         "Over the steps of training": ("steps.svg", _steps),
         "Modules merged": ("modules.svg", _modules),
     }
-    with mpl.rc_context({**_PARAMETERS, "axes.prop_cycle": cycler(color=mpl.color_sequences[_COLORS])}):
+    with _style():
         for title, (name, draw) in plots.items():
             figure = draw(grid, places)
             if figure is not None:
                 figure.savefig(folder / name, format="svg", metadata=_METADATA, bbox_inches="tight")
                 drawn[title] = folder / name
     return drawn
+
+
+def _style() -> AbstractContextManager[None]:
+    try:
+        import matplotlib as mpl
+        from cycler import cycler
+    except ImportError:
+        raise ConfigError("plots need matplotlib: pip install 'safemerge-callback[report]'") from None
+    return mpl.rc_context({**_PARAMETERS, "axes.prop_cycle": cycler(color=mpl.color_sequences[_COLORS])})
 
 
 def _panels(number: int, height: float = 3.6) -> tuple[Figure, list[Axes]]:
@@ -139,3 +146,21 @@ def _modules(_: Grid, places: Sequence[Place]) -> Figure | None:
 
 def _by_layer(name: str) -> tuple[list[int], str]:
     return [int(part) for part in name.split(".") if part.isdecimal()], name
+
+
+def write_drift_plot(found: Sequence[Drift], path: Path) -> Path:
+    """Write each run's harm refused over its mean cosine and over its mean signed z, those with merges in grey."""
+    with _style():
+        figure, axes = _panels(2)
+        for axis, (label, of) in zip(axes, {"mean cosine": "cosine", "mean signed z": "signed_z"}.items(), strict=True):
+            others = [one for one in found if one.guarded]
+            harm = [one.harm for one in others]
+            axis.plot([getattr(one, of) for one in others], harm, "o", ms=3, color="lightgrey", label="with merges")
+            for mark, share in zip(cycle(_MARKS), sorted({one.poisoned_share for one in found}), strict=False):
+                runs = [one for one in found if not one.guarded and one.poisoned_share == share]
+                said = f"without, {100 * share:.0f} % poisoned"
+                axis.plot([getattr(one, of) for one in runs], [one.harm for one in runs], mark, ms=5, label=said)
+            axis.set(xlabel=label, ylabel="harmful prompts refused", ylim=(-0.02, 1.02))
+            axis.legend(fontsize=6)
+        figure.savefig(path, format="svg", metadata=_METADATA, bbox_inches="tight")
+    return path

@@ -18,7 +18,7 @@ Bar = Annotated[bool, typer.Option(help="Show progress on stderr.")]
 GateName = Annotated[
     str | None,
     typer.Option(
-        help="threshold, calibrated, reference, num_layers, quantile, gap, all or random. "
+        help="threshold, calibrated, reference, opposed, num_layers, quantile, gap, all or random. "
         "[default: threshold, or the one whose knob is given]"
     ),
 ]

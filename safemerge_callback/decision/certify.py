@@ -29,6 +29,9 @@ def _unproven(rule: Gate, readings: Readings) -> Iterable[str]:
     if rule.name == "random" and rule.num_layers is None:
         # How many are drawn is how many that gate takes.
         return undecided(readings, Gate("threshold", threshold=rule.threshold))
+    if rule.name == "opposed":
+        # A compressed V gives no signed cosine.
+        return _moved(readings)
     if rule.name == "num_layers":
         return _unranked(_moved(readings), rule.num_layers or 0)
     if rule.name == "quantile":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple, Unpack
@@ -16,8 +17,8 @@ from ..ops import (
     LowRank,
     accumulation_dtype,
     cosine_interval,
+    cosines,
     full_precision,
-    projected_cosine,
     squared_norm,
     wide_dtype,
 )
@@ -144,7 +145,7 @@ def _readings(
     # small tensor kept after each batch would split the memory that the batch before gave back, and it would not fit
     # the next one any more.
     wide = wide_dtype(todo[0].device)
-    rows = torch.empty(sum(len(b.names) for b in todo), 4, dtype=wide, device=todo[0].device)
+    rows = torch.empty(sum(len(b.names) for b in todo), 5, dtype=wide, device=todo[0].device)
     for batch, place in zip(todo, rows.split([len(b.names) for b in todo]), strict=True):
         place.copy_(_measure_batch(batch, factors, subspace, next(matrices) if batch.comparable else None))
     values = rows.tolist()
@@ -156,27 +157,43 @@ def _readings(
 def _measure_batch(
     batch: Batch, factors: Mapping[str, LoraFactors], subspace: Subspace, V: AlignmentMatrix | None
 ) -> Tensor:
-    """(n, 4): ‖B·A‖ of each module, its cosine and the ends of its interval; without V, of modules that have none."""
+    """(n, 5): ‖B·A‖ of each module, its cosine, the ends of its interval, and ⟨V, B·A⟩/‖B·A‖, NaN for a compressed V.
+
+    Without V, of modules that have none.
+    """
     update = stacked([factors[name].update for name in batch.names], batch.device)
     norm = squared_norm(update).sqrt()
     headers = [subspace.modules[name] for name in batch.names if V is not None]
+    along = torch.full_like(norm, torch.nan)
     if V is None:
         cosine = torch.where(torch.isfinite(norm), torch.ones_like(norm), torch.full_like(norm, torch.nan))
     elif headers[0].exact:
-        cosine = projected_cosine(update, V).to(norm.dtype)
+        cosine, along = (values.to(norm.dtype) for values in cosines(update, V))
     else:
         known = torch.tensor([[h.error, h.cross, h.norm] for h in headers], dtype=norm.dtype, device=norm.device)
-        return torch.cat([norm[:, None], cosine_interval(update, V, Known(*known.T)).to(norm.dtype)], dim=-1)
-    return torch.stack([norm, cosine, cosine, cosine], dim=-1)
+        interval = cosine_interval(update, V, Known(*known.T)).to(norm.dtype)
+        return torch.cat([norm[:, None], interval, along[:, None]], dim=-1)
+    return torch.stack([norm, cosine, cosine, cosine, along], dim=-1)
 
 
 def _reading(module: LoraFactors, subspace: Subspace, row: Sequence[float]) -> Reading:
-    norm, cosine, *ends = row
+    norm, cosine, *ends, along = row
     header = subspace.modules.get(module.name)
     null = subspace.null_cosine(module.name, module.transposed) if header else 1.0
     interval = (ends[0], ends[1]) if header and not header.exact else None
     size = abs(module.scaling) * norm
     spread = subspace.null_std(module.name, module.rank, module.transposed) if header else None
+    # A negative scaling turns the update round.
+    signed = math.copysign(along / header.norm, along * module.scaling) if header and math.isfinite(along) else None
     return Reading(
-        module.name, cosine, null, size, module.rank, module.shape, header is not None, interval, null_std=spread
+        module.name,
+        cosine,
+        null,
+        size,
+        module.rank,
+        module.shape,
+        header is not None,
+        interval,
+        null_std=spread,
+        signed_cosine=signed,
     )

@@ -20,6 +20,8 @@ class Reading:
     between, `cosine` being an estimate. `reread`: the compressed V left a decision open, so the exact one was read.
     `null_std`: the standard deviation that goes with `null_cosine`, for this rank; None where the subspace file has
     none. `reference`: the safety adapter's own cosine in this module, NaN where it has not moved; None if not asked.
+    `signed_cosine`: ⟨V, ΔW⟩/(‖V‖·‖ΔW‖) in [-1, 1], not in the papers; below 0 the update undoes what aligned the model,
+    which `cosine` does not see. None where the update is zero, V is, or is stored compressed.
     """
 
     name: str
@@ -33,6 +35,15 @@ class Reading:
     reread: bool = False
     null_std: float | None = None
     reference: float | None = None
+    signed_cosine: float | None = None
+
+    @property
+    def signed_z(self) -> float | None:
+        """The signed cosine in standard deviations of an unrelated update's, whose mean is 0; None where that is.
+
+        A Gaussian update of any rank has E⟨V, ΔW⟩² = ‖V‖²·E‖ΔW‖²/(d_out·d_in), whatever V's spectrum.
+        """
+        return None if self.signed_cosine is None else self.signed_cosine * math.prod(self.shape) ** 0.5
 
     @property
     def lower(self) -> float:
@@ -87,7 +98,7 @@ class Readings(Mapping[str, Reading]):
         return any(reading.interval or reading.reread for reading in self.values())
 
     def __str__(self) -> str:
-        columns = ["module", "shape", "rank", "cosine", "null", "‖update‖"]
+        columns = ["module", "shape", "rank", "cosine", "null", "signed z", "‖update‖"]
         rows = [[*_row(reading)] for reading in self.values()]
         if self.approximate:
             columns.append("known as")
@@ -100,5 +111,6 @@ class Readings(Mapping[str, Reading]):
 
 def _row(reading: Reading) -> tuple[str, ...]:
     shape = f"{reading.shape[0]} x {reading.shape[1]}"
-    numbers = (f"{reading.cosine:.4f}", f"{reading.null_cosine:.4f}", f"{reading.update_norm:.4g}")
+    signed = "" if reading.signed_z is None else f"{reading.signed_z:+.1f}"
+    numbers = (f"{reading.cosine:.4f}", f"{reading.null_cosine:.4f}", signed, f"{reading.update_norm:.4g}")
     return (reading.name, shape, str(reading.rank), *numbers)

@@ -3,7 +3,7 @@
 from .alignment import AlignmentMatrix, Factored, Int8, moved, rows_of, turned
 from .basis import Basis, leading_basis, project_on_basis
 from .consensus import SIGN_METHODS, balances, disjoint_mean, elected
-from .cosine import null_cosine, project, projected_cosine
+from .cosine import Cosines, cosines, null_cosine, project, projected_cosine
 from .interval import Known, cosine_interval
 from .lowrank import (
     LowRank,
@@ -34,6 +34,7 @@ __all__ = [
     "SIGN_METHODS",
     "AlignmentMatrix",
     "Basis",
+    "Cosines",
     "Factored",
     "Int8",
     "Known",
@@ -44,6 +45,7 @@ __all__ = [
     "bernoulli_mask",
     "column_space",
     "cosine_interval",
+    "cosines",
     "disjoint_mean",
     "dropped",
     "elected",

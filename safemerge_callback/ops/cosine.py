@@ -1,13 +1,18 @@
-"""The projected cosine of a LoRA update on the safety subspace, its null value, and Safe LoRA's projection.
+"""The projected cosine of a LoRA update on the safety subspace, its null value, its sign, and Safe LoRA's projection.
 
 With V = W_aligned − W_unaligned and C = V·Vᵀ/‖V‖ (Safe LoRA, arXiv:2405.16833; SafeMERGE, arXiv:2503.17239), the
 cosine is ρ = ⟨C·ΔW, ΔW⟩ / (‖C·ΔW‖·‖ΔW‖). C (d_out × d_out) is never formed: two thin products with V, then r × r
 Grams. ρ sees neither the adapter's scaling nor ‖V‖.
+
+Nor does ρ see a sign: C is positive semi-definite, so ρ ≥ 0, and ΔW = -V, the safety training undone, has the ρ of V.
+The papers have nothing in its place. The signed cosine ⟨V, ΔW⟩ / (‖V‖·‖ΔW‖) tells the two apart, and takes no further
+product with V.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -59,28 +64,49 @@ def _scales(V: Int8, like: Tensor) -> tuple[Tensor, Tensor]:
 
 def unit(x: Tensor) -> Tensor:
     """Scale each matrix to largest entry 1: the cosine does not see it, and products neither over- nor underflow."""
+    return _scaled(x)[0]
+
+
+def _scaled(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each matrix with largest entry 1, and what that was, (*n, 1, 1); one of zeros stays, with 1."""
     largest = x.abs().amax((-2, -1), keepdim=True)
-    return torch.where(largest > 0, x / largest, x)
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    return x / largest, largest
+
+
+class Cosines(NamedTuple):
+    """Of each update, (*n): `projected` is ρ in [0, 1]; `along` is ⟨V, ΔW⟩/‖ΔW‖, the signed cosine times ‖V‖."""
+
+    projected: Tensor
+    along: Tensor
 
 
 def projected_cosine(update: LowRank, V: AlignmentMatrix) -> Float[Tensor, "*n"]:
-    """Return ρ in [0, 1] of each update against its alignment matrix, (*n), in float64.
+    """Return ρ in [0, 1] of each update against its alignment matrix, (*n), in float64; what `cosines` says of it."""
+    return cosines(update, V).projected
 
-    With G = A·Aᵀ, T = VᵀB and S = V·T: ρ = tr(G·TᵀT) / √(tr(G·SᵀS)·tr(G·BᵀB)).
-    A 0/0 is 1.0: an update that is zero "has not moved", and where V is zero (or meets the update at a right angle in
-    exact zeros) there is nothing to compare with. An update or V that is not finite gives NaN.
+
+def cosines(update: LowRank, V: AlignmentMatrix) -> Cosines:
+    """Return both cosines of each update against its alignment matrix, in float64.
+
+    With G = A·Aᵀ, T = VᵀB and S = V·T: ρ = tr(G·TᵀT) / √(tr(G·SᵀS)·tr(G·BᵀB)), and ⟨V, ΔW⟩ is the sum of T∘Aᵀ.
+    A 0/0 is 1.0 for ρ: an update that is zero "has not moved", and where V is zero (or meets the update at a right
+    angle in exact zeros) there is nothing to compare with. It is NaN for `along`, and so is an update or V that is not
+    finite for both.
     """
     dtype = accumulation_dtype(*update)
-    A, B = unit(update.A.to(dtype)), unit(update.B.to(dtype))
-    T = unit(times_transpose(V, B))
+    A, B = unit(update.A.to(dtype)).mT, unit(update.B.to(dtype))
+    T, size = _scaled(times_transpose(V, B))
     S = unit(times(V, T))
     # T and S were rescaled, so take ⟨CΔW, ΔW⟩ as ⟨S·A, B·A⟩ rather than ‖T·A‖²: one scale, which cancels.
-    A = A.mT
     G = gram(A, A)
     overlap = (G * gram(S, B)).sum((-2, -1))
-    norms = ((G * gram(S, S)).sum((-2, -1)) * (G * gram(B, B)).sum((-2, -1))).sqrt()
+    squared = (G * gram(B, B)).sum((-2, -1))
+    norms = ((G * gram(S, S)).sum((-2, -1)) * squared).sqrt()
     rho = torch.where(norms > 0, overlap / norms, torch.ones_like(norms)).clamp(0.0, 1.0)
-    return torch.where(torch.isfinite(norms), rho, torch.full_like(rho, torch.nan))
+    wide = wide_dtype(A.device)
+    along = size[..., 0, 0].to(wide) * (T.to(wide) * A.to(wide)).sum((-2, -1)) / squared.sqrt()
+    return Cosines(torch.where(torch.isfinite(norms), rho, torch.full_like(rho, torch.nan)), along)
 
 
 def inner(A: Tensor, x: Tensor, y: Tensor) -> Tensor:

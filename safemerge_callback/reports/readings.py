@@ -23,6 +23,8 @@ def readings_json(readings: Readings, threshold: float | None) -> str:
             "name": name,
             "cosine": _finite(reading.cosine),
             "null_cosine": _finite(reading.null_cosine),
+            "signed_cosine": reading.signed_cosine,
+            "signed_z": reading.signed_z,
             "update_norm": _finite(reading.update_norm),
             "rank": reading.rank,
             "shape": list(reading.shape),

@@ -30,8 +30,8 @@ class SafeMergeConfig:
     gate: str = field(
         default="threshold",
         metadata={
-            "help": "Which modules to merge: threshold, calibrated, reference, num_layers, quantile, gap, all, random, "
-            "or watch (none)."
+            "help": "Which modules to merge: threshold, calibrated, reference, opposed, num_layers, quantile, gap, all, "
+            "random, or watch (none)."
         },
     )
     threshold: float = field(
@@ -43,7 +43,8 @@ class SafeMergeConfig:
     z_threshold: float = field(
         default=-2.0,
         metadata={
-            "help": "Gate calibrated merges below so many standard deviations from an unrelated update's cosine."
+            "help": "Gates calibrated and opposed merge below so many standard deviations from an unrelated update's "
+            "cosine, opposed from its signed one, which is 0."
         },
     )
     reference_fraction: float = field(

@@ -10,6 +10,9 @@ from typing import NamedTuple
 from ..decision import Edit, MergePlan, Reading
 from .progress import Progress
 
+# Of 100 unrelated updates 2 lie below so many standard deviations.
+_OPPOSED = -2.0
+
 
 class Metric(NamedTuple):
     """Unit and meaning of a key, and what W&B keeps of it in a run's summary: min, max or last."""
@@ -32,6 +35,17 @@ _CHECK = {
         "standard deviations", "min", "Lowest distance of any module's cosine from its null cosine, below it negative."
     ),
     "z_mean": Metric("standard deviations", "last", "Mean distance of the cosines from their null cosines."),
+    "signed_z_min": Metric(
+        "standard deviations",
+        "min",
+        "Lowest signed cosine of any module, in standard deviations of an unrelated update's.",
+    ),
+    "signed_z_mean": Metric(
+        "standard deviations",
+        "min",
+        "Mean of the same over the modules; below 0 the run takes back what aligned the model.",
+    ),
+    "modules_opposed": Metric("modules", "max", "Number of modules whose signed cosine lies below -2 of those."),
     "modules": Metric("modules", "last", "Number of modules measured."),
     "modules_below": Metric(
         "modules",
@@ -76,6 +90,7 @@ def check_metrics(plan: MergePlan, edits: Sequence[Edit], progress: Progress, se
         **_spread([r.cosine for r in readings if math.isfinite(r.cosine)]),
         "null_cosine_mean": _mean([r.null_cosine for r in readings]),
         **_distances([z for z in map(z_of, readings) if z is not None]),
+        **_signs([r.signed_z for r in readings if r.signed_z is not None]),
         "modules": float(len(readings)),
         "modules_below": float(sum(r.cosine < _or(limit_of(plan, r), plan.threshold) for r in readings)),
         "modules_merged": float(len(edits)),
@@ -121,6 +136,13 @@ def _spread(cosines: Sequence[float]) -> dict[str, float]:
 
 def _distances(distances: Sequence[float]) -> dict[str, float]:
     return {"z_min": min(distances), "z_mean": _mean(distances)} if distances else {}
+
+
+def _signs(distances: Sequence[float]) -> dict[str, float]:
+    if not distances:
+        return {}
+    opposed = sum(z < _OPPOSED for z in distances)
+    return {"signed_z_min": min(distances), "signed_z_mean": _mean(distances), "modules_opposed": float(opposed)}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -128,7 +128,8 @@ def test_intervals_hold_the_exact_cosine(case):
         assert found.lower < true[name].cosine < found.upper
         assert found.lower <= found.cosine <= found.upper
         assert found.upper - found.lower < 0.5 or case.subspace.modules[name].kind == "truncated"
-        same = {"cosine": true[name].cosine, "interval": None}
+        same = {"cosine": true[name].cosine, "interval": None, "signed_cosine": true[name].signed_cosine}
+        assert found.signed_cosine is None
         assert dataclasses.replace(found, **same) == true[name]
     assert (true.approximate, readings.approximate) == (False, True)
     assert "known as" in str(readings)

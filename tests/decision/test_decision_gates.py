@@ -9,7 +9,8 @@ from safemerge_callback.errors import ConfigError
 
 
 def reading(name, cosine, norm=1.0, comparable=True):
-    return Reading(name, cosine, 0.7, norm, 4, (8, 8), comparable, null_std=0.05, reference=0.6)
+    known = {"null_std": 0.05, "reference": 0.6, "signed_cosine": cosine - 0.5}
+    return Reading(name, cosine, 0.7, norm, 4, (8, 8), comparable, **known)
 
 
 def merged(verdicts):

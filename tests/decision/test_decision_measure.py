@@ -10,7 +10,7 @@ from safemerge_callback.adapters import LoraFactors, live_factors
 from safemerge_callback.decision import Reading, Readings, measure
 from safemerge_callback.decision.measure import batches
 from safemerge_callback.errors import SubspaceError
-from safemerge_callback.ops import projected_cosine
+from safemerge_callback.ops import cosines
 from safemerge_callback.subspace.placement import Device
 
 FAMILIES = {
@@ -211,12 +211,12 @@ def test_a_trainings_low_precision_changes_no_reading(make_case, chosen):
 
     def product(*args):
         seen.append(torch.backends.mkldnn.matmul.fp32_precision)
-        return projected_cosine(*args)
+        return cosines(*args)
 
     torch.set_float32_matmul_precision(chosen)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys.modules[measure.__module__], "projected_cosine", product)
+            patch.setattr(sys.modules[measure.__module__], "cosines", product)
             found = measure(live_factors(case.model), case.subspace)
         assert set(seen) == {"ieee"}
         assert {n: r.cosine for n, r in found.items()} == {n: r.cosine for n, r in expected.items()}

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from recipes import compare
+from recipes import compare, drift
 from recipes.comparison import cells as cells_module
 from recipes.comparison.cells import RESULT, run_cell
 from recipes.comparison.grid import cells_of, load_grid, make_grid
@@ -171,6 +171,28 @@ def test_a_grid_runs_and_its_page_says_what_came_out(raw, tmp_path):
     before = (page, (Path(raw["page"]).parent / "results" / "front.svg").read_bytes())
     compare.main(["--config", str(config), "--page-only"])
     assert (Path(raw["page"]).read_text(), (Path(raw["page"]).parent / "results" / "front.svg").read_bytes()) == before
+
+
+def test_adapters_are_measured_beside_their_refusals(raw, tmp_path):
+    config = written(raw, tmp_path)
+    with pytest.raises(ConfigError, match="holds no adapter with a result: run `python -m recipes"):
+        drift.main(["--config", str(config)])
+    compare.run_grid(load_grid(config), cells_of(load_grid(config)))
+    drift.main(["--config", str(config)])
+    beside = Path(raw["page"]).parent
+    with (beside / "results" / "drift.csv").open() as file:
+        rows = {row["arm"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["plain", "every_2", "end.w8", "end.w5"]
+    assert [rows[arm]["guarded"] for arm in rows] == ["False", "True", "True", "True"]
+    # a merge of the safety adapter moves the update, so every measure of it
+    assert rows["plain"]["signed_z"] != rows["end.w5"]["signed_z"]
+    values = {m["measure"]: m["value"] for m in results(raw)[1]["measures"]}
+    harm = sum(values[f"{n}_refused"] for n in ("harmbench", "strongreject", "advbench")) / 3
+    assert float(rows["plain"]["harm"]) == pytest.approx(harm)
+    page = (beside / "drift.md").read_text()
+    assert "| without a merge | 1 |  |  |" in page
+    assert page.count("| cities | 10 % | plain | 1 |") == 2
+    assert (beside / "results" / "drift.svg").read_text().startswith("<?xml")
 
 
 def test_a_probe_leaves_a_trail_and_changes_nothing(raw):

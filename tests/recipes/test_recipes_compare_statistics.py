@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from recipes.comparison.drift import rank_correlation
 from recipes.comparison.statistics import Scored, at_score, front, mean_interval, paired_difference, refusal_at
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.evaluation import wilson
@@ -70,6 +71,16 @@ def test_refusals_at_equal_task_score():
     assert refusal_at(points, 0.7) == refusal_at(points, 0.3) == 0.9
     assert refusal_at(points, 0.91) is None
     assert refusal_at([], 0.5) is None
+
+
+def test_rank_correlation_sees_order_only_and_shares_ties():
+    x = [0.1, 0.2, 0.3, 0.4]
+    assert rank_correlation(x, [value**3 for value in x]) == pytest.approx(1.0)
+    assert rank_correlation(x, [-value for value in x]) == pytest.approx(-1.0)
+    # ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4
+    assert rank_correlation([1, 2, 2, 3], x) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    assert math.isnan(rank_correlation([1, 2], [1, 2]))
+    assert math.isnan(rank_correlation([1, 1, 1], [1, 2, 3]))
 
 
 def shares(task, harm, seeds=(1, 2), prompts=400):

@@ -11,7 +11,8 @@ from safemerge_callback.training.progress import Progress
 
 def readings(cosines, null_std=0.1, **more):
     return Readings(
-        Reading(f"layers.{n}.q_proj", c, 0.4, 1.0, 4, (8, 8), null_std=null_std, **more) for n, c in enumerate(cosines)
+        Reading(f"layers.{n}.q_proj", c, 0.4, 1.0, 4, (8, 8), null_std=null_std, **{"signed_cosine": c - 0.5, **more})
+        for n, c in enumerate(cosines)
     )
 
 
@@ -35,6 +36,10 @@ def test_the_numbers_of_a_check_by_hand():
             "null_cosine_mean": 0.4,
             "z_min": -4.0,
             "z_mean": 1.0,
+            # in standard deviations of 1/8: (c - 0.5)·8, of which 0.0, 0.1 and 0.2 lie below -2
+            "signed_z_min": -4.0,
+            "signed_z_mean": 0.0,
+            "modules_opposed": 3,
             "modules": 11,
             "modules_below": 4,
             "modules_merged": 2,
@@ -50,8 +55,8 @@ def test_the_numbers_of_a_check_by_hand():
 
 
 def test_no_z_without_a_spread_and_none_for_what_has_not_moved():
-    plan = MergePlan.decide(readings([0.3], null_std=None), gate="threshold")
-    assert not {"z_min", "z_mean"} & numbers(plan).keys()
+    plan = MergePlan.decide(readings([0.3], null_std=None, signed_cosine=None), gate="threshold")
+    assert not {"z_min", "z_mean", "signed_z_min", "signed_z_mean", "modules_opposed"} & numbers(plan).keys()
     assert z_of(Reading("a", 1.0, 0.4, 0.0, 4, (8, 8), null_std=0.1)) is None
     assert z_of(Reading("a", math.nan, 0.4, math.nan, 4, (8, 8), null_std=0.1)) is None
 

@@ -8,13 +8,14 @@ from typing import Any, TypedDict
 
 from ...errors import ConfigError, nearest
 from ..reading import Reading, Readings
-from . import calibrated, checks, constant, gap, num_layers, quantile, random, reference, threshold
+from . import calibrated, checks, constant, gap, num_layers, opposed, quantile, random, reference, threshold
 from .common import Verdict, excluded
 
 GATES: dict[str, Callable[..., dict[str, Verdict]]] = {
     "threshold": threshold.threshold,
     "calibrated": calibrated.calibrated,
     "reference": reference.reference,
+    "opposed": opposed.opposed,
     "num_layers": num_layers.num_layers,
     "quantile": quantile.quantile,
     "gap": gap.gap,
@@ -27,6 +28,7 @@ KNOB = {
     "threshold": "threshold",
     "calibrated": "z_threshold",
     "reference": "reference_fraction",
+    "opposed": "z_threshold",
     "num_layers": "num_layers",
     "quantile": "quantile",
 }
@@ -60,10 +62,10 @@ class Knobs(TypedDict, total=False):
 class Gate:
     """A gate's name and every knob; each gate reads its own. ConfigError for a name or a knob that cannot be.
 
-    `threshold`, `z_threshold`, `reference_fraction`, `num_layers`, `quantile`: as the gate of that name (`calibrated`,
-    `reference`) has it. `seed` and `step`: what gate `random` draws by. `rearm`: how far above the gate, in the units
-    of its knob, a merged module counts as recovered; None where nobody asks. `soft`: weights that depend on how far
-    below the gate a module lies, so that its cosine itself must be exact. The defaults of `z_threshold` and
+    `threshold`, `z_threshold`, `reference_fraction`, `num_layers`, `quantile`: as the gate of that name (`calibrated`
+    and `opposed`, `reference`) has it. `seed` and `step`: what gate `random` draws by. `rearm`: how far above the gate,
+    in the units of its knob, a merged module counts as recovered; None where nobody asks. `soft`: weights that depend
+    on how far below the gate a module lies, so that its cosine itself must be exact. The defaults of `z_threshold` and
     `reference_fraction` are ours: -2 is undercut by 2 of 100 unrelated updates, and neither was tuned.
     """
 

@@ -1,0 +1,172 @@
+"""Does what the callback measures tell which runs lost their refusals? Cosines of a grid's adapters beside refusals."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from safemerge_callback.adapters import load_adapter
+from safemerge_callback.decision import Readings, measure
+from safemerge_callback.subspace import Subspace
+
+from .figures import HARMFUL
+from .grid import Cell, Grid
+from .markdown import table
+from .resolve import PREFIX, adapter_of
+from .results import Result, result_of
+
+# A module counts as opposed below so many standard deviations of an unrelated update's signed cosine.
+OPPOSED = -2.0
+
+
+class Drift(NamedTuple):
+    """One run: means over its modules, and what came of it, shares of 1.
+
+    guarded: whether anything was merged. cosine: projected, the papers'. signed_z: the signed cosine in standard
+    deviations of an unrelated update's. opposed: modules whose signed z lies below -2. control_z: signed_z against the
+    grid's random subspace. norm: ‖ΔW‖ of all modules together. harm: refused, of the three harmful sets together.
+    """
+
+    cell: str
+    arm: str
+    task: str
+    poisoned_share: float
+    seed: int
+    guarded: bool
+    cosine: float
+    signed_z: float
+    opposed: int
+    control_z: float
+    norm: float
+    harm: float
+    score: float
+
+
+def drifts(grid: Grid, cells: Sequence[Cell]) -> list[Drift]:
+    """Measure the adapter of every cell that has one and a result, against the grid's two subspaces."""
+    subspaces = [Subspace.load(path) for path in (grid.subspace, grid.random_subspace)]
+    found = []
+    for cell in cells:
+        adapter, result = adapter_of(grid, cell), result_of(grid, cell)
+        if adapter is not None and result is not None and not result["error"]:
+            factors = load_adapter(str(adapter)).factors
+            found.append(_drift(cell, *(measure(factors, subspace) for subspace in subspaces), result))
+    return found
+
+
+def _drift(cell: Cell, readings: Readings, control: Readings, result: Result) -> Drift:
+    signed = _signed(readings)
+    shares = {measure["measure"]: measure["value"] for measure in result["measures"]}
+    return Drift(
+        cell.name,
+        cell.arm.name,
+        cell.task,
+        cell.poisoned_share,
+        cell.seed,
+        cell.arm.kind == "posthoc" or any(key.startswith(PREFIX) for key in cell.arm.settings),
+        float(np.mean([reading.cosine for reading in readings.values()])),
+        float(np.mean(signed)),
+        sum(z < OPPOSED for z in signed),
+        float(np.mean(_signed(control))),
+        sum(reading.update_norm**2 for reading in readings.values()) ** 0.5,
+        sum(shares[name] for name in HARMFUL) / len(HARMFUL),
+        shares["task"],
+    )
+
+
+def _signed(readings: Readings) -> list[float]:
+    return [reading.signed_z for reading in readings.values() if reading.signed_z is not None]
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Return Spearman's rank correlation, ties at their mean rank; NaN for fewer than three pairs, or a constant."""
+    if len(x) < 3 or len(set(x)) == 1 or len(set(y)) == 1:
+        return float("nan")
+    return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
+
+
+def _ranks(values: Sequence[float]) -> np.ndarray:
+    _, place, count = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
+    last = np.cumsum(count)
+    return np.asarray((last - (count - 1) / 2)[place])
+
+
+def write_drift(grid: Grid, config: str | Path, found: Sequence[Drift]) -> Path:
+    """Write drift.md beside the grid's page, drift.csv and drift.svg into the folder of its name; return the page."""
+    from .plots import write_drift_plot
+
+    page = Path(grid.page).with_name("drift.md")
+    folder = Path(grid.page).with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "drift.csv").open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(Drift._fields)
+        rows.writerows(found)
+    plot = write_drift_plot(found, folder / "drift.svg")
+    unguarded = [one for one in found if not one.guarded]
+    parts = [
+        _head(config, found),
+        f"![Cosines and refusals]({plot.relative_to(page.parent).as_posix()})",
+        f"## Rank correlation with the harm refused\n\n{_correlations(found)}",
+        f"## Runs without a merge\n\n{_runs(unguarded)}",
+        f"## All runs\n\n{_runs(found)}",
+    ]
+    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return page
+
+
+def _head(config: str | Path, found: Sequence[Drift]) -> str:
+    return "\n".join(
+        [
+            "# Which cosine tells that refusals are lost?",
+            f"Written by `python -m recipes.drift --config {config}`; edit the recipe, not this page.",
+            "",
+            f"{len(found)} adapters of the [comparison](results.md), measured against its safety subspace when they "
+            "were done; none of them was chosen or tuned by these figures.",
+            "",
+            "- cosine: the papers' projected cosine ρ, mean over the modules. It is the same for an update and for its "
+            "negative.",
+            "- signed z: the signed cosine ⟨V, ΔW⟩/(‖V‖·‖ΔW‖) in standard deviations of an unrelated update's, mean "
+            "over the modules; below 0 an update takes back what aligned the model.",
+            f"- opposed: modules whose signed z lies below {OPPOSED:g}.",
+            "- control z: signed z against a subspace of the same spectrum with random directions. norm: ‖ΔW‖ over all "
+            "modules, the simplest measure there is.",
+            "- Only runs without a merge say what a measure tells of drift: a merge of the safety adapter raises "
+            "refusals and both cosines alike.",
+        ]
+    )
+
+
+def _correlations(found: Sequence[Drift]) -> str:
+    measures: dict[str, Callable[[Drift], float]] = {
+        "cosine": lambda one: one.cosine,
+        "signed z": lambda one: one.signed_z,
+        "opposed": lambda one: one.opposed,
+        "control z": lambda one: one.control_z,
+        "norm": lambda one: one.norm,
+    }
+    sets = {"without a merge": [one for one in found if not one.guarded], "all": list(found)}
+    rows = []
+    for name, runs in sets.items():
+        harm = [one.harm for one in runs]
+        values = (rank_correlation([of(one) for one in runs], harm) for of in measures.values())
+        rows.append([name, str(len(runs)), *("" if np.isnan(value) else f"{value:+.2f}" for value in values)])
+    return table(["runs", "n", *measures], rows)
+
+
+def _runs(found: Iterable[Drift]) -> str:
+    rows = [
+        [
+            *(one.task, f"{100 * one.poisoned_share:.0f} %", one.arm, str(one.seed)),
+            *(f"{one.cosine:.3f}", f"{one.signed_z:+.2f}", str(one.opposed), f"{one.control_z:+.2f}"),
+            f"{one.norm:.2f}",
+            *(f"{100 * one.harm:.1f}", f"{100 * one.score:.1f}"),
+        ]
+        for one in found
+    ]
+    known = ["task", "poisoned", "arm", "seed", "cosine", "signed z", "opposed", "control z", "norm"]
+    return table([*known, "harm refused, %", "task score, %"], rows)
