@@ -153,13 +153,14 @@ def write_drift_plot(found: Sequence[Drift], path: Path) -> Path:
     with _style():
         figure, axes = _panels(2)
         for axis, (label, of) in zip(axes, {"mean cosine": "cosine", "mean signed z": "signed_z"}.items(), strict=True):
-            others = [one for one in found if one.guarded]
-            harm = [one.harm for one in others]
-            axis.plot([getattr(one, of) for one in others], harm, "o", ms=3, color="lightgrey", label="with merges")
-            for mark, share in zip(cycle(_MARKS), sorted({one.poisoned_share for one in found}), strict=False):
-                runs = [one for one in found if not one.guarded and one.poisoned_share == share]
-                said = f"without, {100 * share:.0f} % poisoned"
-                axis.plot([getattr(one, of) for one in runs], [one.harm for one in runs], mark, ms=5, label=said)
+            for place, share in enumerate(sorted({one.poisoned_share for one in found})):
+                for guarded in (True, False):
+                    runs = [one for one in found if one.guarded == guarded and one.poisoned_share == share]
+                    # In pairs of a dark and a light shade.
+                    color = f"C{2 * place + guarded}"
+                    said = f"{'with' if guarded else 'without'} merges, {100 * share:.0f} % poisoned"
+                    x, y = [getattr(one, of) for one in runs], [one.harm for one in runs]
+                    axis.plot(x, y, _MARKS[place], ms=3 if guarded else 6, color=color, label=said)
             axis.set(xlabel=label, ylabel="harmful prompts refused", ylim=(-0.02, 1.02))
             axis.legend(fontsize=6)
         figure.savefig(path, format="svg", metadata=_METADATA, bbox_inches="tight")
