@@ -121,7 +121,7 @@ def check_entry(step: int, plan: MergePlan, seconds: float) -> dict[str, Any]:
             "update_norm": reading.update_norm,
             "merge": plan.verdicts[name].merge,
             "reason": plan.verdicts[name].reason,
-            **({} if reading.signed_cosine is None else {"signed_cosine": reading.signed_cosine}),
+            **({} if reading.signed_z is None else {"signed_z": reading.signed_z}),
             **({"interval": list(reading.interval)} if reading.interval else {}),
             **({"reread": True} if reading.reread else {}),
             **({"null_std": reading.null_std} if plan.gate == "calibrated" else {}),

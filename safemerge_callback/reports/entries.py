@@ -75,7 +75,8 @@ def _limit(history: History, module: Mapping[str, Any]) -> float:
 
 def _cell(module: Mapping[str, Any], limit: float) -> Cell:
     cosine, null, norm = (_number(module[key]) for key in ("cosine", "null_cosine", "update_norm"))
-    verdict = norm, bool(module.get("merge")), str(module.get("reason", "")), limit
+    signed = _number(module.get("signed_z"))
+    verdict = norm, bool(module.get("merge")), str(module.get("reason", "")), limit, signed
     if not (math.isfinite(cosine) and math.isfinite(norm)):
         return Cell(math.nan, null, "broken", *verdict)
     alike = cosine == 1.0 and null == 1.0

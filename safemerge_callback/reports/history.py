@@ -23,7 +23,8 @@ class Cell(NamedTuple):
     `state` is `measured`, `broken` (an update that is not finite: the cosine is NaN), or `still` (it has not moved, or
     aligned and unaligned are equal there: the cosine is 1.0 by convention and says nothing). `update_norm` is s·‖B·A‖,
     `reason` the gate's, in words; `merge` whether it selected the module; `limit` the cosine that the gate merged below
-    in this module, NaN for a gate that has none.
+    in this module, NaN for a gate that has none. `signed_z` is the signed cosine in standard deviations of an unrelated
+    update's, NaN where the journal has none.
     """
 
     cosine: float
@@ -33,6 +34,7 @@ class Cell(NamedTuple):
     merge: bool = False
     reason: str = ""
     limit: float = math.nan
+    signed_z: float = math.nan
 
     @property
     def margin(self) -> float:

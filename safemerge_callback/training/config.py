@@ -30,8 +30,8 @@ class SafeMergeConfig:
     gate: str = field(
         default="threshold",
         metadata={
-            "help": "Which modules to merge: threshold, calibrated, reference, opposed, num_layers, quantile, gap, all, "
-            "random, or watch (none)."
+            "help": "Which modules to merge: threshold, calibrated, reference, opposed, num_layers, quantile, gap, "
+            "all, random, or watch (none)."
         },
     )
     threshold: float = field(

@@ -40,7 +40,9 @@ def test_224_modules_by_200_checks_are_under_2_mb_and_5_seconds(tmp_path, gate):
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".html"] == [PAGE_FILE]
 
 
-@pytest.mark.parametrize("gate", [Gate("threshold", threshold=0.35), Gate("reference"), Gate("quantile", quantile=0.2)])
+@pytest.mark.parametrize(
+    "gate", [Gate("threshold", threshold=0.35), Gate("reference"), Gate("opposed"), Gate("quantile", quantile=0.2)]
+)
 def test_the_data_is_the_journal_to_four_digits(tmp_path, gate):
     history = read_history(write_example(tmp_path / "run", layers=3, checks=9, gate=gate))
     data = page_data(history)
@@ -98,6 +100,7 @@ def test_it_tells_the_run_its_cost_and_its_sources(example):
     assert "ended at step 120" in words
     assert re.search(r"[\d.]+% of 288\.0 s of training", words)
     assert "advbench refused at the last probe" in words
+    assert re.search(r"mean signed z at the last check\s+[+-][\d.]+\s+\d+ of \d+ modules point against", words)
     assert "n = 64" in words
     assert "harmless" not in words
 
@@ -108,6 +111,7 @@ def test_what_a_run_lacks_is_left_out():
     for part in ('id="weights"', 'id="probe"', 'id="happened"'):
         assert part not in page
     assert "no start entry" in page
+    assert "signed z" not in page
     assert "has not ended" in page
 
 

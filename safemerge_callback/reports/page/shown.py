@@ -86,6 +86,7 @@ def tiles(history: History) -> list[Tile]:
         name, step = min(measured, key=lambda key: measured[key].cosine)
         found.append(Tile("lowest cosine", f"{measured[name, step].cosine:.3f}", f"{name}, step {step}"))
     last = [cells[max(cells)] for cells in history.by_module.values() if cells]
+    found += _direction([cell.signed_z for cell in last if not math.isnan(cell.signed_z)])
     if any(not math.isnan(cell.limit) for cell in last):
         below = sum(cell.state == "measured" and cell.margin < 0 for cell in last)
         found.append(Tile("below the gate at the last check", str(below), f"of {len(last)} modules"))
@@ -107,6 +108,15 @@ def tiles(history: History) -> list[Tile]:
         )
     )
     return found
+
+
+def _direction(signed: Sequence[float]) -> list[Tile]:
+    """Which way the updates point along the safety subspace, where the journal says so."""
+    if not signed:
+        return []
+    against = sum(z < 0 for z in signed)
+    said = f"{against} of {len(signed)} modules point against the alignment"
+    return [Tile("mean signed z at the last check", f"{sum(signed) / len(signed):+.1f}", said)]
 
 
 def _probe_tiles(probes: Sequence[Probe]) -> Iterator[Tile]:
