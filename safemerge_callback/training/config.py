@@ -130,8 +130,12 @@ class SafeMergeConfig:
     majority_sign_method: str = field(
         default="total", metadata={"help": "Whose sign ties, dare_ties and della take: total (of sums) or frequency."}
     )
-    every: int = field(
-        default=50, metadata={"help": "Optimizer steps from one check to the next; 0 for none before the end."}
+    every: float = field(
+        default=50,
+        metadata={
+            "help": "Optimizer steps from one check to the next, or, below 1, a share of the run's steps; 0 for none "
+            "before the end."
+        },
     )
     from_step: int = field(default=0, metadata={"help": "First optimizer step at which a periodic check may happen."})
     until_step: int | None = field(

@@ -45,7 +45,7 @@ def _check_types(config: SafeMergeConfig) -> None:
         value = getattr(config, name)
         if value is not None and (not isinstance(value, str) or not value):
             raise ConfigError(f"{name} is {value!r}: give a non-empty string, or leave it out")
-    for name in ("every", "from_step", "until_step", "cooldown", "num_layers", "seed"):
+    for name in ("from_step", "until_step", "cooldown", "num_layers", "seed"):
         value = getattr(config, name)
         optional = value is None and name in ("until_step", "num_layers")
         if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
@@ -177,6 +177,7 @@ def _check_strength(config: SafeMergeConfig) -> None:
 
 
 def _check_schedule(config: SafeMergeConfig) -> None:
+    _check_every(config)
     if config.every == 0 and not config.at_train_end:
         raise ConfigError("every is 0 and at_train_end is false, so no check would ever happen: set one of them")
     if config.every == 0 and config.asynchronous:
@@ -193,3 +194,12 @@ def _check_schedule(config: SafeMergeConfig) -> None:
             f"method 'project' with every={config.every} would project again and again, and C is not idempotent: "
             "set every=0, so that it happens once, at the end, or operator='orthogonal'"
         )
+
+
+def _check_every(config: SafeMergeConfig) -> None:
+    """Optimizer steps, or below 1 a share of the run's; a command line gives whole numbers as floats."""
+    every: Any = config.every
+    whole = isinstance(every, int | float) and not isinstance(every, bool) and (0 < every < 1 or every % 1 == 0)
+    if not whole or every < 0:
+        raise ConfigError(f"every is {every!r}: give a whole number, or a share of the run's steps below 1")
+    config.every = every if 0 < every < 1 else int(every)

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+
+def interval(every: float, max_steps: int) -> int:
+    """Return `every` in optimizer steps; below 1 it is a share of the run's, rounded up as transformers does it."""
+    return math.ceil(every * max_steps) if 0 < every < 1 else int(every)
+
 
 def due(step: int, *, every: int, from_step: int = 0, until_step: int | None = None) -> bool:
     """Whether a periodic check falls on `step`: a multiple of `every` (0: never), within both bounds, both included."""
@@ -24,20 +31,21 @@ def final_due(step: int, *, max_steps: int, stopping: bool, final_step: int | No
 def merge_events(
     max_steps: int,
     *,
-    every: int,
+    every: float,
     from_step: int = 0,
     until_step: int | None = None,
     cooldown: int = 0,
     at_train_end: bool = True,
     asynchronous: bool = False,
 ) -> list[int]:
-    """Return the steps at which a run of `max_steps` merges a module that every check selects.
+    """Return the steps at which a run of `max_steps` merges a module that every check selects; `every` as `interval`.
 
     A check that is measured beside a step merges after it. At the last step one check decides, the final one. Each
     merge starts a cooldown.
     """
-    multiples = range(every, max_steps + 1, every) if every > 0 else ()
-    checks = [s for s in multiples if due(s, every=every, from_step=from_step, until_step=until_step)]
+    steps_between = interval(every, max_steps)
+    multiples = range(steps_between, max_steps + 1, steps_between) if steps_between > 0 else ()
+    checks = [s for s in multiples if due(s, every=steps_between, from_step=from_step, until_step=until_step)]
     steps = {min(s + 1, max_steps) if asynchronous else s for s in checks} | ({max_steps} if at_train_end else set())
     merges: list[int] = []
     for step in sorted(steps):

@@ -28,7 +28,7 @@ from .merging import Witness, merge
 from .metrics import check_metrics
 from .placing import Part, join, measure_own
 from .progress import Progress
-from .schedule import due, final_due
+from .schedule import due, final_due, interval
 from .seal import digest
 from .trackers import Report, Trackers
 
@@ -95,7 +95,8 @@ class Session:
         last = stopping or step >= state.max_steps
         final = config.at_train_end and self.final_due(state, stopping=stopping)
         self.settle(args, state, hold="the final check at this step decides" if final else None)
-        now = final or due(step, every=config.every, from_step=config.from_step, until_step=config.until_step)
+        every = interval(config.every, state.max_steps)
+        now = final or due(step, every=every, from_step=config.from_step, until_step=config.until_step)
         # Nothing follows the last step that a check could be measured beside.
         beside = now and config.asynchronous and not last and self.begin(step)
         if now and not beside:

@@ -224,6 +224,12 @@ def test_from_and_until(world, runs, tmp_path):
     assert [e["step"] for e in runs.entries(tmp_path, "merge")] == [2, 3]
 
 
+def test_a_share_of_the_run_is_the_steps_that_it_comes_to(world, runs, tmp_path):
+    # six steps: a third of them is two
+    world.trainer(tmp_path, world.guard(every=1 / 3)).train()
+    assert [e["step"] for e in runs.entries(tmp_path, "merge")] == [2, 4, 6]
+
+
 def test_metrics_in_the_log_history_are_those_published_and_agree_with_the_journal(world, runs, tmp_path):
     trainer = world.trainer(tmp_path, world.guard(every=3))
     trainer.train()

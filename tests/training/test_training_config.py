@@ -93,7 +93,10 @@ def test_defaults_are_the_released_safemerge():
         ({"every": -1}, "every is -1"),
         ({"every": "50"}, "every is '50'"),
         ({"every": True}, "every is True"),
-        ({"every": 1.5}, "every is 1.5"),
+        ({"every": 1.5}, "every is 1.5: give a whole number, or a share"),
+        ({"every": -0.5}, "every is -0.5"),
+        ({"every": float("nan")}, "every is nan"),
+        ({"every": float("inf")}, "every is inf"),
         ({"cooldown": -3}, "cooldown is -3"),
         ({"from_step": 10, "until_step": 9}, "until_step 9 comes before from_step 10"),
         ({"every": 0, "at_train_end": False}, "no check would ever happen"),
@@ -236,3 +239,10 @@ def test_every_knob_has_one_sentence():
         help = knob.metadata["help"]
         assert help.endswith("."), name
         assert help.count(". ") == 0, name
+
+
+def test_a_command_lines_whole_float_is_steps():
+    assert repr(SafeMergeConfig(**GOOD, every=25.0).every) == "25"
+    assert SafeMergeConfig(**GOOD, every=0.25).every == 0.25
+    with pytest.raises(ConfigError, match=r"'project' with every=0\.25 would project again"):
+        SafeMergeConfig("s", method="project", every=0.25)

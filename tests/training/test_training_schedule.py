@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safemerge_callback.training.schedule import cooling, due, final_due, merge_events
+from safemerge_callback.training.schedule import cooling, due, final_due, interval, merge_events
 
 STEPS = st.integers(0, 500)
 
@@ -12,6 +12,20 @@ def test_due_falls_on_the_multiples_within_the_bounds(every, first, length):
     last = first + length
     found = [s for s in range(0, last + 2 * every) if due(s, every=every, from_step=first, until_step=last)]
     assert found == [m for m in range(every, last + 1, every) if m >= first]
+
+
+@given(st.floats(0, 1, exclude_min=True, exclude_max=True), st.integers(1, 10**6))
+def test_below_1_it_is_a_share_of_the_run_as_transformers_has_it(share, max_steps):
+    from transformers import TrainerState, TrainingArguments
+
+    state = TrainerState(max_steps=max_steps)
+    state.compute_steps(TrainingArguments(save_steps=share, report_to="none", use_cpu=True), max_steps)
+    assert interval(share, max_steps) == state.save_steps >= 1
+
+
+def test_from_1_on_it_is_steps():
+    assert [interval(every, 60) for every in (0, 1, 50, 1000)] == [0, 1, 50, 1000]
+    assert merge_events(60, every=0.2) == merge_events(60, every=12) == [12, 24, 36, 48, 60]
 
 
 def test_due_never_at_step_zero_nor_with_every_zero():
