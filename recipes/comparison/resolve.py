@@ -19,6 +19,7 @@ from safemerge_callback.errors import ConfigError, SafeMergeError, nearest
 from safemerge_callback.evaluation import load_judge
 from safemerge_callback.methods import check_density, check_majority_sign, get_method
 from safemerge_callback.offline import merge_adapters
+from safemerge_callback.training.config import SafeMergeConfig
 from safemerge_callback.training.schedule import merge_events
 
 from .arms import Arm
@@ -107,7 +108,7 @@ def total_weights(settings: Mapping[str, Any]) -> list[float]:
     task, safety = knobs.get("weights") or _WEIGHTS
     if knobs.get("spread_weights"):
         return [task, safety]
-    times = {"every": 50, **{key: knobs[key] for key in _SCHEDULE if key in knobs}}
+    times = {"every": SafeMergeConfig.every, **{key: knobs[key] for key in _SCHEDULE if key in knobs}}
     events = len(merge_events(int(settings["max_steps"]), **times))
     return [round(task**events, 6), round(safety * sum(task**i for i in range(events)), 6)]
 

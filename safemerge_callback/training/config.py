@@ -130,8 +130,10 @@ class SafeMergeConfig:
     majority_sign_method: str = field(
         default="total", metadata={"help": "Whose sign ties, dare_ties and della take: total (of sums) or frequency."}
     )
+    # Six checks a run, whatever its length: what docs/results.md has figures of. A little over a sixth, so that the
+    # last one is the final one and none comes just before it.
     every: float = field(
-        default=50,
+        default=0.167,
         metadata={
             "help": "Optimizer steps from one check to the next, or, below 1, a share of the run's steps; 0 for none "
             "before the end."

@@ -16,7 +16,7 @@ def test_defaults_are_the_released_safemerge():
     config = SafeMergeConfig(**GOOD)
     assert (config.gate, config.threshold, config.method, config.space) == ("threshold", 0.35, "linear", "delta")
     assert config.weights == [0.8, 0.2]
-    assert config.every == 50
+    assert config.every == 0.167
     assert config.cooldown == 0
     assert config.at_train_end is True
 
@@ -110,7 +110,7 @@ def test_defaults_are_the_released_safemerge():
         ({"method": "ties", "density": 0.5, "majority_sign_method": "totl"}, "did you mean 'total'"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": "7"}, "seed is '7'"),
-        ({"method": "project"}, "every=50.*set every=0"),
+        ({"method": "project"}, r"every=0\.167.*set every=0"),
         ({"method": "project", "every": 0, "space": "factor"}, "project"),
         ({"safety_adapter": None}, "safety_adapter is missing"),
         ({"safety_adapter": ""}, "safety_adapter is ''"),

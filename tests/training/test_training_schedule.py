@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from safemerge_callback.training.config import SafeMergeConfig
 from safemerge_callback.training.schedule import cooling, due, final_due, interval, merge_events
 
 STEPS = st.integers(0, 500)
@@ -21,6 +22,16 @@ def test_below_1_it_is_a_share_of_the_run_as_transformers_has_it(share, max_step
     state = TrainerState(max_steps=max_steps)
     state.compute_steps(TrainingArguments(save_steps=share, report_to="none", use_cpu=True), max_steps)
     assert interval(share, max_steps) == state.save_steps >= 1
+
+
+# in a shorter run the steps are rounded more
+@given(st.integers(150, 100_000))
+def test_the_default_is_six_merges_whatever_the_runs_length(max_steps):
+    steps = merge_events(max_steps, every=SafeMergeConfig.every)
+    assert len(steps) == 6
+    assert steps[-1] == max_steps
+    # the last two are not next to each other
+    assert steps[-1] - steps[-2] > 0.75 * (steps[1] - steps[0])
 
 
 def test_from_1_on_it_is_steps():
