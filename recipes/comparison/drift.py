@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -89,6 +90,16 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
     return float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
 
 
+def correlation_interval(rho: float, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of a rank correlation of n pairs (Bonett and Wright 2000); NaN for fewer than four."""
+    if n < 4 or math.isnan(rho):
+        return (math.nan, math.nan)
+    if abs(rho) == 1:
+        return (rho, rho)
+    spread = 1.96 * math.sqrt((1 + rho**2 / 2) / (n - 3))
+    return (math.tanh(math.atanh(rho) - spread), math.tanh(math.atanh(rho) + spread))
+
+
 def _ranks(values: Sequence[float]) -> np.ndarray:
     _, place, count = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
     last = np.cumsum(count)
@@ -135,6 +146,8 @@ def _head(config: str | Path, found: Sequence[Drift]) -> str:
             f"- opposed: modules whose signed z lies below {OPPOSED:g}.",
             "- control z: signed z against a subspace of the same spectrum with random directions. norm: ‖ΔW‖ over all "
             "modules, the simplest measure there is.",
+            "- Intervals are of 95 % (Bonett and Wright 2000), as if runs were independent, which those of one task or "
+            "seed are not quite.",
             "- Only runs without a merge say what a measure tells of drift: a merge of the safety adapter raises "
             "refusals and both cosines alike.",
         ]
@@ -154,8 +167,13 @@ def _correlations(found: Sequence[Drift]) -> str:
     for name, runs in sets.items():
         harm = [one.harm for one in runs]
         values = (rank_correlation([of(one) for one in runs], harm) for of in measures.values())
-        rows.append([name, str(len(runs)), *("" if np.isnan(value) else f"{value:+.2f}" for value in values)])
+        rows.append([name, str(len(runs)), *(_with_interval(value, len(runs)) for value in values)])
     return table(["runs", "n", *measures], rows)
+
+
+def _with_interval(rho: float, n: int) -> str:
+    low, high = correlation_interval(rho, n)
+    return "" if math.isnan(low) else f"{rho:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 def _runs(found: Iterable[Drift]) -> str:

@@ -43,7 +43,8 @@ _CHECK = {
     "signed_z_mean": Metric(
         "standard deviations",
         "min",
-        "Mean of the same over the modules; below 0 the run takes back what aligned the model.",
+        "Mean signed cosine over the modules, in standard deviations of an unrelated update's; below 0 the run takes "
+        "back what aligned the model.",
     ),
     "modules_opposed": Metric("modules", "max", "Number of modules whose signed cosine lies below -2 of those."),
     "modules": Metric("modules", "last", "Number of modules measured."),

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from recipes.comparison.drift import rank_correlation
+from recipes.comparison.drift import correlation_interval, rank_correlation
 from recipes.comparison.statistics import Scored, at_score, front, mean_interval, paired_difference, refusal_at
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.evaluation import wilson
@@ -81,6 +81,14 @@ def test_rank_correlation_sees_order_only_and_shares_ties():
     assert rank_correlation([1, 2, 2, 3], x) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
     assert math.isnan(rank_correlation([1, 2], [1, 2]))
     assert math.isnan(rank_correlation([1, 1, 1], [1, 2, 3]))
+
+
+def test_the_interval_of_a_rank_correlation():
+    # tanh(atanh(0.5) ± 1.96·√(1.125/97))
+    assert correlation_interval(0.5, 100) == pytest.approx((0.3259, 0.6413), abs=1e-4)
+    assert correlation_interval(-0.5, 100) == pytest.approx((-0.6413, -0.3259), abs=1e-4)
+    assert correlation_interval(1.0, 9) == (1.0, 1.0)
+    assert all(math.isnan(end) for end in correlation_interval(0.9, 3))
 
 
 def shares(task, harm, seeds=(1, 2), prompts=400):
