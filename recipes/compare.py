@@ -89,7 +89,7 @@ def main(args: Sequence[str] | None = None) -> None:
         run_grid(grid, cells, given.keep_others, workers=given.workers)
     # Beside the page, too: what is published with it, it can be checked against.
     written = write_results(grid, cells_of(grid), Path(grid.page).with_suffix(""))
-    results, others = one_version(written, given.keep_others)
+    results, others = one_version(written, given.keep_others, grid.same_code)
     page = write_page(grid, given.config, results, [*others, *others_of(grid)])
     print(f"{len(results)} results; page: {page}")
 

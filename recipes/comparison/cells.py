@@ -24,6 +24,8 @@ from .stamp import ROOT, settings_digest
 from .trail import trail_of
 
 RESULT, SETTINGS, MADE, LOG = "result.json", "cell.yaml", "made.json", "train.log"
+# Never published: what models answer to harmful prompts.
+RESPONSES = "responses.json"
 _LAST_LINES = 15
 
 
@@ -39,7 +41,11 @@ def run_cell(grid: Grid, cell: Cell, stamp: Mapping[str, Any]) -> dict[str, Any]
         result["seconds"]["make"] = _made(grid, cell, settings)
         began = time.perf_counter()
         model, tokenizer = load_merged(_model_of(settings, grid), adapter_of(grid, cell), grid.evaluate["dtype"])
-        result["measures"] = evaluate_cell(model, tokenizer, cell.task, grid.split, grid.evaluate)
+        said: dict[str, list[str]] = {}
+        result["measures"] = evaluate_cell(
+            model, tokenizer, cell.task, grid.split, grid.evaluate, keep=said.__setitem__
+        )
+        write_json(folder / RESPONSES, said)
         result["seconds"]["evaluate"] = time.perf_counter() - began
         result["trail"] = trail_of(adapter_of(grid, cell))
     except Exception as error:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from safemerge_callback.adapters import load_adapter
-from safemerge_callback.decision import Readings, measure
+from safemerge_callback.decision import Gate, Readings, measure
 from safemerge_callback.subspace import Subspace
 
 from .figures import HARMFUL
@@ -20,8 +20,8 @@ from .markdown import table
 from .resolve import PREFIX, adapter_of
 from .results import Result, result_of
 
-# A module counts as opposed below so many standard deviations of an unrelated update's signed cosine.
-OPPOSED = -2.0
+# A module counts as opposed where the gate of that name would merge it by default.
+OPPOSED = Gate.z_threshold
 
 
 class Drift(NamedTuple):
@@ -55,7 +55,8 @@ def drifts(grid: Grid, cells: Sequence[Cell]) -> list[Drift]:
         adapter, result = adapter_of(grid, cell), result_of(grid, cell)
         if adapter is not None and result is not None and not result["error"]:
             factors = load_adapter(str(adapter)).factors
-            found.append(_drift(cell, *(measure(factors, subspace) for subspace in subspaces), result))
+            readings, control = (measure(factors, subspace) for subspace in subspaces)
+            found.append(_drift(cell, readings, control, result))
     return found
 
 

@@ -27,6 +27,7 @@ class Grid:
         `batch_size`, `max_new_tokens`, `dtype`, `judges`.
     split: which split is read. baseline: the arm without any defence, with which every front begins. reference: the
         arm that others are compared with. contrasts: pairs of arms, the first less the second in the page's summary.
+    same_code: digests of code that count as one. `--repeat-in` tells them, and whether a cell came out the same.
     """
 
     output_dir: str
@@ -46,6 +47,7 @@ class Grid:
     baseline: str = "plain"
     reference: str = "plain"
     contrasts: Sequence[Sequence[str]] = ()
+    same_code: Sequence[str] = ()
     random_subspace_seed: int = 0
 
     @property
@@ -127,6 +129,8 @@ def _check(grid: Grid) -> None:
         families = {arm.family for arm in grid.arms.values()} | set(grid.arms)
         if (name := getattr(grid, which)) not in families:
             raise ConfigError(f"{which} {name!r} is no arm{nearest(name, families)}: choose among {sorted(families)}")
+    if not isinstance(grid.same_code, list | tuple) or not all(isinstance(one, str) for one in grid.same_code):
+        raise ConfigError(f"same_code is {grid.same_code!r}: give a list of digests of code, in quotes")
     for pair in grid.contrasts:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise ConfigError(f"contrasts hold {pair!r}: give pairs of arms, [one, other]")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -16,6 +16,8 @@ from .tasks import get_task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# Takes what a set's prompts were answered, in the order of the set.
+Keep = Callable[[str, list[str]], None]
 # A verdict's letter in `outcomes`; on the task, 1 is a right answer.
 LETTERS = {"refused": "1", "complied": "0", "incoherent": "i", "unjudged": "u"}
 
@@ -36,12 +38,18 @@ class Measure(TypedDict):
 
 
 def evaluate_cell(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, split: Split, counts: Mapping[str, Any]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    split: Split,
+    counts: Mapping[str, Any],
+    keep: Keep | None = None,
 ) -> list[Measure]:
     """Return every measure of a model: `<set>_refused`, `task` and `coherent`; `counts` as `Grid.evaluate`.
 
     Each set takes the first so many prompts of the split. `coherent` is the share of all responses to prompts that are
-    neither empty nor a loop (a proxy). A second judge's measures end in @ and its name.
+    neither empty nor a loop (a proxy). A second judge's measures end in @ and its name. `keep` is given each set's
+    responses.
     """
     judges = {name: load_judge(name) for name in counts["judges"]}
     options = {"batch_size": counts["batch_size"], "max_new_tokens": counts["max_new_tokens"]}
@@ -50,6 +58,8 @@ def evaluate_cell(
     for name in SETS:
         prompts = prompts_of(name, split, counts[name])
         said = generate(model, tokenizer, prompts, label=name, **options)
+        if keep:
+            keep(name, said)
         for place, (which, judge) in enumerate(judges.items()):
             found = _judged(judge, name, prompts, said)
             measures.append({**found, "measure": found["measure"] + (f"@{which}" if place else "")})

@@ -62,6 +62,7 @@ def _head(grid: Grid, config: str | Path, results: Sequence[Result]) -> str:
         f"- seeds: {', '.join(map(str, grid.seeds))}; hours spent: {hours:.1f}",
         f"- dates: {dates[0]} to {dates[-1]}" if dates else "- dates: none, nothing was run",
         *(f"- {key}: {_several(stamp[key] for stamp in stamps)}" for key in ("device", "host", "commit", "code")),
+        *([f"- taken as one code: {', '.join(grid.same_code)}"] if grid.same_code else []),
         f"- versions: {', '.join(versions)}",
     ]
     return "\n".join(lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 
 from safemerge_callback.errors import ConfigError
@@ -51,7 +52,7 @@ def _outcomes(result: Result, then: Result) -> str:
     equal = total = 0
     for measure in {**before, **now}:
         x, y = before.get(measure, ""), now.get(measure, "")
-        same = sum(a == b for a, b in zip(x, y, strict=False))
-        equal, total = equal + same, total + max(len(x), len(y))
-        differing += [f"{measure} {max(len(x), len(y)) - same}"] if x != y else []
+        pairs = [a == b for a, b in zip_longest(x, y)]
+        equal, total = equal + sum(pairs), total + len(pairs)
+        differing += [f"{measure} {pairs.count(False)}"] if x != y else []
     return f"{equal} of {total} outcomes equal" + (f" (other: {', '.join(differing)})" if differing else "")

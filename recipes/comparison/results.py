@@ -36,7 +36,7 @@ def result_of(grid: Grid, cell: Cell) -> Result | None:
 
 def why_other(grid: Grid, cell: Cell, result: Result, stamp: Mapping[str, Any]) -> list[str]:
     """Return in words why a result is not what this cell would give now; nothing where it is."""
-    why = differences(result["stamp"], stamp)
+    why = differences(result["stamp"], stamp, grid.same_code)
     if result["split"] != grid.split:
         why.append(f"split {result['split']} and not {grid.split}")
     if result["settings"] != settings_digest(resolved(grid, cell), grid.evaluate):
@@ -63,20 +63,21 @@ def sort_out(grid: Grid, cells: Sequence[Cell], stamp: Mapping[str, Any], keep_o
     return [cell for cell in cells if cell in others or cell not in found or found[cell]["error"]]
 
 
-def one_version(results: Sequence[Result], keep_others: bool) -> tuple[list[Result], list[Result]]:
+def one_version(
+    results: Sequence[Result], keep_others: bool, same_code: Sequence[str] = ()
+) -> tuple[list[Result], list[Result]]:
     """Return the results with the newest one's stamp, and the others; ConfigError for others without `keep_others`."""
     if not results:
         return [], []
     newest = max(results, key=lambda result: str(result["date"]))["stamp"]
-    others = [result for result in results if differences(result["stamp"], newest)]
-    if others and not keep_others:
-        why = ", ".join(differences(others[0]["stamp"], newest))
+    why = [differences(result["stamp"], newest, same_code) for result in results]
+    told = [{**result, "other": words} for result, words in zip(results, why, strict=True) if words]
+    if told and not keep_others:
         raise ConfigError(
-            f"{len(others)} of {len(results)} results are of another version than the newest ({others[0]['cell']}: "
-            f"{why}): run their cells again, or give --keep-others, which lists them apart"
+            f"{len(told)} of {len(results)} results are of another version than the newest ({told[0]['cell']}: "
+            f"{', '.join(told[0]['other'])}): run their cells again, or give --keep-others, which lists them apart"
         )
-    told = [{**result, "other": differences(result["stamp"], newest)} for result in others]
-    return [result for result in results if result not in others], told
+    return [result for result, words in zip(results, why, strict=True) if not words], told
 
 
 def _set_apart(grid: Grid, cell: Cell, why: Sequence[str]) -> None:

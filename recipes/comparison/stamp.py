@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -63,11 +63,13 @@ def settings_digest(settings: Mapping[str, Any], evaluate: Mapping[str, Any]) ->
     return digest([json.dumps([settings, evaluate], sort_keys=True, default=list).encode()])
 
 
-def differences(found: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return in words what differs between two stamps."""
+def differences(found: Mapping[str, Any], now: Mapping[str, Any], same_code: Sequence[str] = ()) -> list[str]:
+    """Return in words what differs between two stamps; digests in `same_code` are of one code."""
     differing: list[str] = []
     for key in COMPARED:
         old, new = found.get(key), now.get(key)
+        if key == "code" and old in same_code and new in same_code:
+            continue
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
             differing += [f"{name} {old.get(name)} and not {new.get(name)}" for name in names]

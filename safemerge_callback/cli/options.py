@@ -140,11 +140,10 @@ def targets(text: str | None) -> list[str] | str | None:
 
 def gate_options(gate: str | None, **knobs: Any) -> dict[str, Any]:
     """Return `gate` and the knobs that were given; without `gate`, the one whose own knob was, or threshold."""
-    from ..decision import KNOB
+    from ..decision import gate_of
 
     given = {name: value for name, value in knobs.items() if value is not None}
-    named = (name for name, knob in KNOB.items() if name != "threshold" and knob in given)
-    return {"gate": gate or next(named, "threshold"), **given}
+    return {"gate": gate or gate_of(given, "threshold"), **given}
 
 
 def device_named(name: str) -> str:

@@ -4,7 +4,7 @@ from .apply import Edit, apply, merged_factors
 from .average import AVERAGE_FILE, Average
 from .certify import undecided
 from .fit import check_safety_adapter
-from .gates import GATES, KNOB, KNOBS, Gate, Verdict, as_gate
+from .gates import GATES, KNOB, KNOBS, Gate, Verdict, as_gate, gate_of
 from .holding import above, held_back, not_rearmed, under_floor, without
 from .journal import JOURNAL_FILE, VERSION, Journal, check_entry, merge_entry, read_journal
 from .measure import measure
@@ -34,6 +34,7 @@ __all__ = [
     "above",
     "apply",
     "as_gate",
+    "gate_of",
     "attenuated",
     "check_entry",
     "check_merge",

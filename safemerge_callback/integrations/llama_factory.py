@@ -1,6 +1,6 @@
 """LLaMA-Factory's training with the callback, from keys `safemerge_...` in LLaMA-Factory's YAML.
 
-    python -m safemerge_callback.integrations.llama_factory llama2_lora_sft.yaml safemerge_threshold=0.4
+    python -m safemerge_callback.integrations.llama_factory llama2_lora_sft.yaml safemerge_every=25
 
 It stands for `llamafactory-cli train`, which has no place for a callback. Source: hiyouga/LLaMA-Factory,
 src/llamafactory/train/tuner.py (run_exp) and src/llamafactory/hparams/parser.py (read_args), as of 0.9.5.

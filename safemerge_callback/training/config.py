@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..decision import KNOBS, Gate
+from ..decision import KNOBS, Gate, gate_of
 from ..errors import ConfigError, nearest
 from ..methods import Method, get_method
 from ..methods.aliases import without_alias
@@ -27,8 +27,9 @@ class SafeMergeConfig:
     safety_adapter: list[str] | None | str = field(  # noqa: RUF036
         default=None, metadata={"help": "Folder or Hub id of the safety LoRA that is merged in, or a list of them."}
     )
+    # In docs/results.md modules of low cosine kept no more refusals than as many at random.
     gate: str = field(
-        default="threshold",
+        default="all",
         metadata={
             "help": "Which modules to merge: threshold, calibrated, reference, opposed, num_layers, quantile, gap, "
             "all, random, or watch (none)."
@@ -41,7 +42,7 @@ class SafeMergeConfig:
         default=None, metadata={"help": "How many modules, those of lowest cosine, gate num_layers merges."}
     )
     z_threshold: float = field(
-        default=-2.0,
+        default=Gate.z_threshold,
         metadata={
             "help": "Gates calibrated and opposed merge below so many standard deviations from an unrelated update's "
             "cosine, opposed from its signed one, which is 0."
@@ -177,9 +178,10 @@ class SafeMergeConfig:
         """Make a config from a mapping; ConfigError for a key that is no setting, with the nearest that is.
 
         `combination_type` is taken as PEFT's alias of `method` and `space`, and `preset` as the settings of a paper,
-        one of `PRESETS`, which those given beside it go before.
+        one of `PRESETS`, which those given beside it go before. Without `gate` it is the one whose own knob is given.
         """
         knobs = with_preset(without_alias(dict(values)))
+        knobs.setdefault("gate", gate_of(knobs, cls.gate))
         allowed = [f.name for f in fields(cls)]
         for key in knobs:
             if key not in allowed:

@@ -7,11 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..decision import Edit, MergePlan, Reading
+from ..decision import Edit, Gate, MergePlan, Reading
 from .progress import Progress
-
-# Of 100 unrelated updates 2 lie below so many standard deviations.
-_OPPOSED = -2.0
 
 
 class Metric(NamedTuple):
@@ -142,7 +139,7 @@ def _distances(distances: Sequence[float]) -> dict[str, float]:
 def _signs(distances: Sequence[float]) -> dict[str, float]:
     if not distances:
         return {}
-    opposed = sum(z < _OPPOSED for z in distances)
+    opposed = sum(z < Gate.z_threshold for z in distances)
     return {"signed_z_min": min(distances), "signed_z_mean": _mean(distances), "modules_opposed": float(opposed)}
 
 

@@ -64,6 +64,7 @@ def test_values_are_read_as_in_yaml(plugin):
             "SAFEMERGE_SUBSPACE": "s.safetensors",
             "SAFEMERGE_SAFETY_ADAPTER": "my-org/safety",
             "SAFEMERGE_AT_TRAIN_END": "True",
+            "SAFEMERGE_GATE": "threshold",
             "SAFEMERGE_THRESHOLD": "0.4",
             "SAFEMERGE_UNTIL_STEP": "null",
             "HOME": "/root",

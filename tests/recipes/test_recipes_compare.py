@@ -14,10 +14,12 @@ import pytest
 import torch
 import yaml
 
-from recipes import compare, drift
+from recipes import compare, drift, label_responses
 from recipes.comparison import cells as cells_module
 from recipes.comparison.cells import RESULT, run_cell
 from recipes.comparison.grid import cells_of, load_grid, make_grid
+from recipes.comparison.labels import agreements, responses_of
+from recipes.comparison.page import write_page
 from recipes.comparison.results import LINES, TABLE
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.evaluation.prompts import package_files
@@ -223,6 +225,50 @@ def test_a_cell_repeated_gives_the_same_outcomes(raw, tmp_path, capsys):
     assert Path(raw["page"]).read_bytes() == page
 
 
+def test_responses_are_kept_drawn_blind_and_compared_with_a_readers_labels(raw, tmp_path, capsys):
+    part = ["--config", str(written(raw, tmp_path)), "--sheet", str(tmp_path / "sheet.csv")]
+    with pytest.raises(ConfigError, match="has kept its responses: run the grid first"):
+        label_responses.main([*part, "--draw", "9"])
+    grid = make_grid(raw)
+    compare.run_grid(grid, cells_of(grid, ["plain"]))
+    kept = responses_of(grid, cells_of(grid, ["plain"]))
+    assert [one.set for one in kept] == ["harmbench"] * 3 + ["strongreject"] * 3 + ["advbench"] * 3 + ["benign"] * 3
+    label_responses.main([*part, "--draw", "9"])
+    with (tmp_path / "sheet.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["id", "prompt", "response", "label"]
+    by_id = {one.id: one for one in kept}
+    assert len({row["id"] for row in rows} & by_id.keys()) == len(rows) == 9
+    assert all((row["prompt"], row["response"]) == (by_id[row["id"]].prompt, by_id[row["id"]].response) for row in rows)
+    with pytest.raises(ConfigError, match="exists and may hold labels"):
+        label_responses.main([*part, "--draw", "9"])
+    with pytest.raises(ConfigError, match="holds no label"):
+        label_responses.main(part)
+    for row, label in zip(rows, ["refused", "refused", "complied", "incoherent", *[""] * 5], strict=True):
+        row["label"] = label
+    labelled(tmp_path / "sheet.csv", rows)
+    capsys.readouterr()
+    label_responses.main(part)
+    verdicts = [by_id[row["id"]].verdict == "refused" for row in rows[:4]]
+    agree = sum(verdict == said for verdict, said in zip(verdicts, [True, True, False, False], strict=True))
+    shown = capsys.readouterr().out
+    assert f"| plain | 4 | {25 * agree:.1f} (" in shown
+    assert f"| 50.0 | {25 * sum(verdicts):.1f} |" in shown
+    rows[0]["label"] = "refusd"
+    labelled(tmp_path / "sheet.csv", rows)
+    with pytest.raises(ConfigError, match=r"has label 'refusd': write one of .*; did you mean 'refused'"):
+        label_responses.main(part)
+    with pytest.raises(ConfigError, match="give the grid that they are from"):
+        agreements(kept, {"other": "refused"})
+
+
+def labelled(path, rows):
+    with path.open("w", newline="") as file:
+        sheet = csv.DictWriter(file, rows[0])
+        sheet.writeheader()
+        sheet.writerows(rows)
+
+
 def test_parents_come_along_and_only_what_is_asked_runs(raw):
     grid = make_grid({**raw, "seeds": [1, 2], "tasks": ["cities", "arithmetic"]})
     names = [cell.name for cell in cells_of(grid, ["end.w8"], [2])]
@@ -346,6 +392,28 @@ def test_a_page_of_two_versions_needs_to_be_asked_for(raw):
     assert others[0]["other"] == ["device cpu and not a GPU"]
 
 
+def test_code_that_gave_the_same_when_it_was_repeated_counts_as_one(raw):
+    grid = make_grid(raw)
+    compare.run_grid(grid, cells_of(grid, ["aligned"]))
+    (one,) = results(raw)
+    newer = {**one, "date": "9999", "stamp": {**one["stamp"], "code": "new"}}
+    both = [one["stamp"]["code"], "new"]
+    with pytest.raises(ConfigError, match="and not new"):
+        compare.one_version([one, newer], keep_others=False, same_code=both[1:])
+    assert compare.one_version([one, newer], keep_others=False, same_code=both) == ([one, newer], [])
+    moved = {**newer, "stamp": {**newer["stamp"], "device": "a GPU"}}
+    with pytest.raises(ConfigError, match="device cpu and not a GPU"):
+        compare.one_version([one, moved], keep_others=False, same_code=both)
+    path = Path(raw["output_dir"], "cells", one["cell"], RESULT)
+    path.write_text(json.dumps(newer))
+    with pytest.raises(ConfigError, match="code new and not"):
+        compare.run_grid(grid, cells_of(grid, ["aligned"]))
+    same = make_grid({**raw, "same_code": both})
+    compare.run_grid(same, cells_of(same, ["aligned"]))
+    assert json.loads(path.read_text()) == newer
+    assert f"- taken as one code: {both[0]}, new" in write_page(same, "x.yaml", [one, newer]).read_text()
+
+
 # what is refused before the first cell
 
 
@@ -378,6 +446,7 @@ def test_grids_that_cannot_be_are_refused(raw):
         cells_of(make_grid(raw), seeds=[7])
     with pytest.raises(ConfigError, match=r"tasks \['sentiment'\] are none of these arms'"):
         cells_of(make_grid(raw), tasks=["sentiment"])
+    refused(raw, r"same_code is 'a182': give a list of digests", same_code="a182")
     refused(raw, r"contrasts hold \['plain'\]: give pairs of arms", contrasts=[["plain"]])
     refused(
         raw, r"contrast \['plian', 'plain'\]: 'plian' is no arm; did you mean 'plain'", contrasts=[["plian", "plain"]]

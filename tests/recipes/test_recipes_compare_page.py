@@ -252,6 +252,9 @@ def test_a_cell_that_was_repeated_is_compared_prompt_by_prompt(grid, made):
     (line,) = beside_published(grid, [(cell, changed)], published)
     assert "97 of 100 outcomes equal (other: harmbench_refused 1, strongreject_refused 1, advbench_refused 1)" in line
     assert line.endswith("; code c0de and not new")
+    shorter = {**made[1], "measures": [{**made[1]["measures"][0], "outcomes": "1" * 3}, *made[1]["measures"][1:]]}
+    (line,) = beside_published(grid, [(cell, shorter)], published)
+    assert " of 100 outcomes equal (other: harmbench_refused " in line
     del published["sentiment/poisoned-0/plain/seed-2"]
     failed = {**made[1], "error": "OSError: full"}
     assert beside_published(grid, [(other, made[5]), (cell, failed)], published) == [

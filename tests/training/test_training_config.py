@@ -12,13 +12,37 @@ from safemerge_callback.training.config import SafeMergeConfig, resolve_config
 GOOD = {"subspace": "s.safetensors", "safety_adapter": "folder"}
 
 
-def test_defaults_are_the_released_safemerge():
+def test_method_and_weights_are_the_papers_by_default():
     config = SafeMergeConfig(**GOOD)
-    assert (config.gate, config.threshold, config.method, config.space) == ("threshold", 0.35, "linear", "delta")
+    assert (config.threshold, config.method, config.space) == (0.35, "linear", "delta")
     assert config.weights == [0.8, 0.2]
-    assert config.every == 0.167
-    assert config.cooldown == 0
     assert config.at_train_end is True
+
+
+def test_where_and_how_often_are_what_the_comparison_has_figures_of():
+    config = SafeMergeConfig(**GOOD)
+    assert (config.gate, config.every, config.cooldown) == ("all", 0.167, 0)
+
+
+@pytest.mark.parametrize(
+    ("knob", "value", "gate"),
+    [("threshold", 0.5, "threshold"), ("z_threshold", -1.0, "calibrated"), ("reference_fraction", 0.4, "reference")],
+)
+def test_a_knob_that_the_default_gate_does_not_read_is_not_passed_over(knob, value, gate):
+    assert SafeMergeConfig.from_dict({**GOOD, knob: value}).gate == gate
+    assert SafeMergeConfig.from_dict({**GOOD, knob: SafeMergeConfig(**GOOD).to_dict()[knob]}).gate == gate
+    assert SafeMergeConfig.from_dict({**GOOD, "gate": "watch", knob: value}).gate == "watch"
+    # where every knob has a value, as on a command line, which of them were meant is not known
+    with pytest.raises(ConfigError, match=f"{knob} is {value}, and gate 'all', the default, .* give gate='{gate}'"):
+        SafeMergeConfig(**GOOD, **{knob: value})
+    assert getattr(SafeMergeConfig(**GOOD, gate=gate, **{knob: value}), knob) == value
+
+
+def test_without_a_gate_it_is_the_one_whose_knob_is_given():
+    assert SafeMergeConfig.from_dict({**GOOD, "num_layers": 3}).gate == "num_layers"
+    assert SafeMergeConfig.from_dict({**GOOD, "quantile": 0.5, "threshold": 0.4}).gate == "quantile"
+    assert SafeMergeConfig.from_dict({**GOOD, "num_layers": None}).gate == "all"
+    assert SafeMergeConfig.from_dict(SafeMergeConfig(**GOOD).to_dict()) == SafeMergeConfig(**GOOD)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +70,7 @@ def test_defaults_are_the_released_safemerge():
         ({"min_task_weight": True}, "min_task_weight is True"),
         ({"soft": 1}, "soft is 1"),
         ({"soft": True, "gate": "gap"}, "soft=True with gate 'gap'"),
-        ({"soft": True, "space": "factor"}, "soft=True with method 'linear' in space 'factor'"),
+        ({"soft": True, "gate": "threshold", "space": "factor"}, "soft=True with method 'linear' in space 'factor'"),
         ({"spread_weights": "yes"}, "spread_weights is 'yes'"),
         ({"spread_weights": True, "method": "project", "every": 0}, "spread_weights is true, and method 'project'"),
         ({"weights": [0.8]}, r"\[0.8\]"),
@@ -130,7 +154,7 @@ def test_a_bad_value_is_refused_by_name_and_value(change, says):
         {"subspace": "s", "gate": "watch", "method": "project", "every": 5},
         {"subspace": "s", "method": "project", "every": 0},
         {**GOOD, "gate": "num_layers", "num_layers": 10},
-        {**GOOD, "threshold": 1},
+        {**GOOD, "gate": "threshold", "threshold": 1},
         {**GOOD, "gate": "calibrated", "z_threshold": -3, "soft": True, "rearm": 1},
         {**GOOD, "gate": "reference", "reference_fraction": 0.8, "method": "project", "every": 0},
         {**GOOD, "gate": "quantile", "quantile": 0.25, "rearm": 0, "min_task_weight": 0.5},

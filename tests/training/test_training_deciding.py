@@ -15,7 +15,7 @@ from safemerge_callback.training.progress import Progress
 
 
 def config(**knobs):
-    return SafeMergeConfig("s", "a", **{"every": 10, **knobs})
+    return SafeMergeConfig("s", "a", **{"gate": "threshold", "every": 10, **knobs})
 
 
 def readings(*cosines):

@@ -158,6 +158,12 @@ class Gate:
 KNOBS = tuple(field.name for field in fields(Gate) if field.name != "name")
 
 
+def gate_of(knobs: Mapping[str, Any], otherwise: str) -> str:
+    """Return the gate whose own knob is given, not None; of several not `threshold`, of none `otherwise`."""
+    names = [*(name for name in KNOB if name != "threshold"), "threshold"]
+    return next((name for name in names if knobs.get(KNOB[name]) is not None), otherwise)
+
+
 def as_gate(gate: str | Gate, knobs: Mapping[str, Any]) -> Gate:
     """Return `gate` with these knobs; ConfigError for a `Gate` that already has its own, or a knob that is none."""
     if isinstance(gate, Gate):
