@@ -92,13 +92,17 @@ def _check_parent(arm: Arm, arms: Mapping[str, Arm]) -> None:
 
 
 def chosen(arms: Mapping[str, Arm], only: Sequence[str]) -> list[str]:
-    """Return the arms that `only` names by name or family, and their parents; ConfigError for a name that none has."""
+    """Return the arms that `only` names and their parents; `end` names all of its points, `end.w4` and the others.
+
+    ConfigError for a name that none has.
+    """
     if not only:
         return list(arms)
-    names = [*arms, *(arm.family for arm in arms.values())]
+    points_of = {name: name.partition(".")[0] for name in arms}
+    names = [*arms, *points_of.values()]
     for name in only:
         if name not in names:
             raise ConfigError(f"arm {name!r} is unknown{nearest(name, names)}: choose among {sorted(set(names))}")
-    wanted = {arm.name for arm in arms.values() if {arm.name, arm.family} & set(only)}
+    wanted = {name for name, of in points_of.items() if {name, of} & set(only)}
     wanted |= {parent for name in wanted if (parent := arms[name].parent)}
     return [name for name in arms if name in wanted]

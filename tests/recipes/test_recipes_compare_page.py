@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.comparison.arms import read_arms
+from recipes.comparison.arms import chosen, read_arms
 from recipes.comparison.figures import HARM, matched, places_of, reference_arms, reference_of
 from recipes.comparison.grid import cells_of, make_grid
 from recipes.comparison.markdown import table
@@ -122,6 +122,9 @@ def test_an_arm_may_be_a_point_of_another_front(grid):
         "every_10": "every_10",
         "at.w9": "every_10",
     }
+    # asked for by name: a point of its front is another arm
+    assert chosen(read_arms(raw), ["every_10"]) == ["every_10"]
+    assert chosen(read_arms(raw), ["at"]) == chosen(read_arms(raw), ["at.w9"]) == ["at.w9"]
 
 
 def test_a_front_that_ends_above_the_score_is_a_lower_bound(grid, made):
