@@ -25,7 +25,7 @@ COUNTS = {
     "align": 1,
     "compare": 3,
     "evaluate": 5,
-    "finetune": 18,
+    "finetune": 19,
     "merge": 13,
     "train_safety_adapter": 6,
 }
