@@ -54,6 +54,10 @@ class Place:
         scored = [Scored(held["task"], held[HARM]) for name in (arm, *others) if HARM in (held := self.arms[name])]
         return at_score(scored[0], scored[1:]) if len(scored) > len(others) > 0 else None
 
+    def seeds(self, arm: str) -> set[int]:
+        """Return the seeds that an arm has here."""
+        return set(self.arms[arm]["task"])
+
     def point(self, arm: str) -> tuple[float, float] | None:
         """Return (task score, refusal of the three sets together), means over seeds."""
         task, harm = self.interval(arm, "task"), self.interval(arm, HARM)
@@ -120,7 +124,8 @@ def reference_arms(grid: Grid, place: Place) -> list[str]:
 def matched(grid: Grid, place: Place) -> dict[str, AtScore]:
     """Return family -> the reference beside its front, the baseline's point with it, at the reference's task score.
 
-    Of families that are neither the reference's nor the baseline's; those without a seed in common are left out.
+    Of families that are neither the reference's nor the baseline's; those without a seed in common are left out. Where
+    only some of a family's arms have all of the reference's seeds, they are a front of their own, under their names.
     """
     reference = reference_of(grid, place)
     if reference is None:
@@ -130,12 +135,14 @@ def matched(grid: Grid, place: Place) -> dict[str, AtScore]:
         for family, names in families(grid, place).items()
         if family not in (grid.arms[reference].family, grid.baseline)
     }
+    for names in list(others.values()):
+        whole = [name for name in names if place.seeds(reference) <= place.seeds(name)]
+        if 0 < len(whole) < len(names):
+            others[", ".join(whole)] = whole
     found = {
-        family: place.at_score(reference, _with_baseline(grid, place, names))
-        for family, names in others.items()
-        if names
+        title: place.at_score(reference, _with_baseline(grid, place, names)) for title, names in others.items() if names
     }
-    return {family: one for family, one in found.items() if one}
+    return {title: one for title, one in found.items() if one}
 
 
 def _with_baseline(grid: Grid, place: Place, names: Sequence[str]) -> list[str]:

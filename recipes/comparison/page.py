@@ -80,7 +80,7 @@ def _figures(grid: Grid, place: Place) -> str:
     """Every arm with every measure: a mean over seeds and its 95 % interval."""
     rows = []
     for name in (name for name in grid.arms if name in place.arms):
-        seeds = len(place.arms[name]["task"])
+        seeds = len(place.seeds(name))
         shown = [percent(place.interval(name, measure)) for measure in SHOWN]
         rows.append([name, str(seeds), *shown, _merged(place.trails.get(name, []))])
     return table(["arm", "seeds", *TITLES.values(), "merged"], rows)

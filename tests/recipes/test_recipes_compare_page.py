@@ -141,6 +141,16 @@ def test_seeds_that_a_front_lacks_are_left_out_of_its_row(grid, made):
     assert matched(grid, place)["end"][:4] == ((1, 2), *(pytest.approx(value) for value in (0.75, 0.8, 0.7)))
 
 
+def test_arms_with_all_of_the_references_seeds_are_a_front_of_their_own(grid, made):
+    more = [*made, *(result(grid, arm, 3, 6, 15) for arm in ("every_10", "plain", "end.w5"))]
+    (place,) = places_of(grid, more)
+    found = matched(grid, place)
+    assert list(found) == ["end", "end.w5"]
+    assert [one.seeds for one in found.values()] == [(1, 2), (1, 2, 3)]
+    (place,) = places_of(grid, made)
+    assert list(matched(grid, place)) == ["end"]
+
+
 def test_the_summary_has_a_column_a_place(grid, made):
     grid = replace(grid, poisoned_shares=[0.0, 0.1])
     other = [{**r, "poisoned_share": 0.1} for r in made if r["arm"] in ("plain", "every_10")]
