@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,9 +27,11 @@ OPPOSED = Gate.z_threshold
 class Drift(NamedTuple):
     """One run: means over its modules, and what came of it, shares of 1.
 
-    guarded: whether anything was merged. cosine: projected, the papers'. signed_z: the signed cosine in standard
-    deviations of an unrelated update's. opposed: modules whose signed z lies below -2. control_z: signed_z against the
-    grid's random subspace. norm: ‖ΔW‖ of all modules together. harm: refused, of the three harmful sets together.
+    guarded: whether the callback or a merge changed the update. merged: whether a safety adapter was merged in.
+    cosine: projected, the papers'. signed_z: the signed cosine in standard deviations of an unrelated update's.
+    opposed: modules whose signed z lies below -2. control_z: signed_z against the grid's random subspace. norm: ‖ΔW‖ of
+    all modules together. moved: signed_z times the module's ‖ΔW‖, how far the update goes along V, where signed_z is
+    its direction alone. harm: refused, of the three harmful sets together.
     """
 
     cell: str
@@ -38,11 +40,13 @@ class Drift(NamedTuple):
     poisoned_share: float
     seed: int
     guarded: bool
+    merged: bool
     cosine: float
     signed_z: float
     opposed: int
     control_z: float
     norm: float
+    moved: float
     harm: float
     score: float
 
@@ -70,14 +74,22 @@ def _drift(cell: Cell, readings: Readings, control: Readings, result: Result) ->
         cell.poisoned_share,
         cell.seed,
         cell.arm.kind == "posthoc" or any(key.startswith(PREFIX) for key in cell.arm.settings),
+        _merges_adapter(cell.arm.settings),
         float(np.mean([reading.cosine for reading in readings.values()])),
         float(np.mean(signed)),
         sum(z < OPPOSED for z in signed),
         float(np.mean(_signed(control))),
         sum(reading.update_norm**2 for reading in readings.values()) ** 0.5,
+        float(np.mean([r.signed_z * r.update_norm for r in readings.values() if r.signed_z is not None])),
         sum(shares[name] for name in HARMFUL) / len(HARMFUL),
         shares["task"],
     )
+
+
+def _merges_adapter(settings: Mapping[str, Any]) -> bool:
+    """Whether an arm's settings name a safety adapter and give it a weight."""
+    weights = settings.get("weights") or settings.get(f"{PREFIX}weights") or (1.0, 1.0)
+    return any(weights[1:]) and bool(settings.get("safety") or settings.get(f"{PREFIX}safety_adapter"))
 
 
 def _signed(readings: Readings) -> list[float]:
@@ -119,12 +131,12 @@ def write_drift(grid: Grid, config: str | Path, found: Sequence[Drift]) -> Path:
         rows.writerow(Drift._fields)
         rows.writerows(found)
     plot = write_drift_plot(found, folder / "drift.svg")
-    unguarded = [one for one in found if not one.guarded]
+    unmerged = [one for one in found if not one.merged]
     parts = [
         _head(config, found),
         f"![Cosines and refusals]({plot.relative_to(page.parent).as_posix()})",
         f"## Rank correlation with the harm refused\n\n{_correlations(found)}",
-        f"## Runs without a merge\n\n{_runs(unguarded)}",
+        f"## Runs without a safety adapter\n\n{_runs(unmerged)}",
         f"## All runs\n\n{_runs(found)}",
     ]
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -147,10 +159,12 @@ def _head(config: str | Path, found: Sequence[Drift]) -> str:
             f"- opposed: modules whose signed z lies below {OPPOSED:g}.",
             "- control z: signed z against a subspace of the same spectrum with random directions. norm: ‖ΔW‖ over all "
             "modules, the simplest measure there is.",
+            "- moved: signed z · ‖ΔW‖, mean over the modules: how far the update goes along V, where signed z is the "
+            "direction alone. It was thought of when these runs had been seen, and not tried on others since.",
             "- Intervals are of 95 % (Bonett and Wright 2000), as if runs were independent, which those of one task or "
             "seed are not quite.",
-            "- Only runs without a merge say what a measure tells of drift: a merge of the safety adapter raises "
-            "refusals and both cosines alike.",
+            "- Only runs into which no safety adapter was merged say what a measure tells of drift: the adapter itself "
+            "lies along V, whether or not it brings refusals back.",
         ]
     )
 
@@ -162,8 +176,13 @@ def _correlations(found: Sequence[Drift]) -> str:
         "opposed": lambda one: one.opposed,
         "control z": lambda one: one.control_z,
         "norm": lambda one: one.norm,
+        "moved": lambda one: one.moved,
     }
-    sets = {"without a merge": [one for one in found if not one.guarded], "all": list(found)}
+    sets = {
+        "update left as it was": [one for one in found if not one.guarded],
+        "no safety adapter merged in": [one for one in found if not one.merged],
+        "all": list(found),
+    }
     rows = []
     for name, runs in sets.items():
         harm = [one.harm for one in runs]
@@ -182,10 +201,10 @@ def _runs(found: Iterable[Drift]) -> str:
         [
             *(one.task, f"{100 * one.poisoned_share:.0f} %", one.arm, str(one.seed)),
             *(f"{one.cosine:.3f}", f"{one.signed_z:+.2f}", str(one.opposed), f"{one.control_z:+.2f}"),
-            f"{one.norm:.2f}",
+            *(f"{one.norm:.2f}", f"{one.moved:+.2f}"),
             *(f"{100 * one.harm:.1f}", f"{100 * one.score:.1f}"),
         ]
         for one in found
     ]
-    known = ["task", "poisoned", "arm", "seed", "cosine", "signed z", "opposed", "control z", "norm"]
+    known = ["task", "poisoned", "arm", "seed", "cosine", "signed z", "opposed", "control z", "norm", "moved"]
     return table([*known, "harm refused, %", "task score, %"], rows)

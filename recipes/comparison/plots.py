@@ -149,18 +149,19 @@ def _by_layer(name: str) -> tuple[list[int], str]:
 
 
 def write_drift_plot(found: Sequence[Drift], path: Path) -> Path:
-    """Write each run's harm refused over its mean cosine and over its mean signed z, those with merges in grey."""
+    """Write each run's harm refused over three measures, those with a safety adapter merged in small."""
+    measures = {"mean cosine": "cosine", "mean signed z": "signed_z", "mean signed z · ‖ΔW‖": "moved"}
     with _style():
-        figure, axes = _panels(2)
-        for axis, (label, of) in zip(axes, {"mean cosine": "cosine", "mean signed z": "signed_z"}.items(), strict=True):
+        figure, axes = _panels(len(measures))
+        for axis, (label, of) in zip(axes, measures.items(), strict=True):
             for place, share in enumerate(sorted({one.poisoned_share for one in found})):
-                for guarded in (True, False):
-                    runs = [one for one in found if one.guarded == guarded and one.poisoned_share == share]
+                for merged in (True, False):
+                    runs = [one for one in found if one.merged == merged and one.poisoned_share == share]
                     # In pairs of a dark and a light shade.
-                    color = f"C{2 * place + guarded}"
-                    said = f"{'with' if guarded else 'without'} merges, {100 * share:.0f} % poisoned"
+                    color = f"C{2 * place + merged}"
+                    said = f"safety adapter {'merged in' if merged else 'not used'}, {100 * share:.0f} % poisoned"
                     x, y = [getattr(one, of) for one in runs], [one.harm for one in runs]
-                    axis.plot(x, y, _MARKS[place], ms=3 if guarded else 6, color=color, label=said)
+                    axis.plot(x, y, _MARKS[place], ms=3 if merged else 6, color=color, label=said)
             axis.set(xlabel=label, ylabel="harmful prompts refused", ylim=(-0.02, 1.02))
             axis.legend(fontsize=6)
         figure.savefig(path, format="svg", metadata=_METADATA, bbox_inches="tight")

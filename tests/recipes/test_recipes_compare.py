@@ -17,6 +17,7 @@ import yaml
 from recipes import compare, drift, label_responses
 from recipes.comparison import cells as cells_module
 from recipes.comparison.cells import RESULT, run_cell
+from recipes.comparison.drift import _merges_adapter
 from recipes.comparison.grid import cells_of, load_grid, make_grid
 from recipes.comparison.labels import agreements, responses_of
 from recipes.comparison.page import write_page
@@ -192,9 +193,26 @@ def test_adapters_are_measured_beside_their_refusals(raw, tmp_path):
     harm = sum(values[f"{n}_refused"] for n in ("harmbench", "strongreject", "advbench")) / 3
     assert float(rows["plain"]["harm"]) == pytest.approx(harm)
     page = (beside / "drift.md").read_text()
-    assert "| without a merge | 1 |  |  |" in page
+    assert [rows[arm]["merged"] for arm in rows] == ["False", "True", "True", "True"]
+    assert "| update left as it was | 1 |  |  |" in page
+    assert "| no safety adapter merged in | 1 |  |  |" in page
     assert page.count("| cities | 10 % | plain | 1 |") == 2
     assert (beside / "results" / "drift.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("settings", "merged"),
+    [
+        ({}, False),
+        ({"safemerge_safety_adapter": "a", "safemerge_weights": [0.8, 0.2]}, True),
+        ({"safemerge_safety_adapter": "a"}, True),
+        ({"safemerge_method": "pull"}, False),
+        ({"safety": "a", "weights": [0.4, 0.0]}, False),
+        ({"safety": "a", "weights": [0.4, 0.6]}, True),
+    ],
+)
+def test_an_adapter_of_no_weight_is_none(settings, merged):
+    assert _merges_adapter(settings) is merged
 
 
 def test_a_probe_leaves_a_trail_and_changes_nothing(raw):
