@@ -29,7 +29,7 @@ def main(args: Sequence[str] | None = None) -> None:
     given = parser.parse_args(args)
     grid = load_grid(given.config)
     responses = responses_of(grid, cells_of(grid))
-    if given.draw:
+    if given.draw is not None:
         print(f"{write_sheet(responses, given.draw, given.sheet, given.seed)}: label each row one of {LABELS}")
         return
     found = agreements(responses, read_labels(given.sheet))

@@ -71,6 +71,8 @@ def _responses(grid: Grid, cell: Cell) -> Iterator[Response]:
 def write_sheet(responses: Sequence[Response], number: int, path: str | Path, seed: int = 0) -> Path:
     """Write so many responses, drawn from all alike, with an empty column for labels; ConfigError where it exists."""
     path = Path(path)
+    if number < 1:
+        raise ConfigError(f"{number} responses to draw: give 1 or more")
     if path.exists():
         raise ConfigError(f"{str(path)!r} exists and may hold labels: give another file, or delete it")
     drawn = random.Random(seed).sample(list(responses), min(number, len(responses)))

@@ -14,6 +14,7 @@ from ..decision import (
     check_operator,
     check_soft,
     check_spread,
+    gate_of,
     merge_weights,
 )
 from ..errors import ConfigError
@@ -22,9 +23,6 @@ from ..subspace.choice import check_placement
 
 if TYPE_CHECKING:
     from .config import SafeMergeConfig
-
-# Knobs that have a default, and a gate that reads each. `all`, the default gate, reads none.
-_READERS = {"threshold": "threshold", "z_threshold": "calibrated", "reference_fraction": "reference"}
 
 
 def check_settings(config: SafeMergeConfig) -> None:
@@ -79,13 +77,13 @@ def _check_gate(config: SafeMergeConfig) -> None:
         raise ConfigError(
             "threshold is 0, below which no cosine is: give one above 0, or set gate='watch' to measure only"
         )
-    for name in _READERS:
+    for name in ("threshold", "z_threshold", "reference_fraction"):
         setattr(config, name, float(getattr(config, name)))
         value = getattr(config, name)
         if config.gate == "all" and value != getattr(type(config), name):
             raise ConfigError(
                 f"{name} is {value!r}, and gate 'all', the default, merges every module whatever it is: give "
-                f"gate={_READERS[name]!r}, or leave {name} out"
+                f"gate={gate_of({name: value}, config.gate)!r}, or leave {name} out"
             )
     if config.gate == "reference" and config.safety_adapter is None:
         raise ConfigError(

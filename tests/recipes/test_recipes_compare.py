@@ -251,6 +251,8 @@ def test_responses_are_kept_drawn_blind_and_compared_with_a_readers_labels(raw, 
     compare.run_grid(grid, cells_of(grid, ["plain"]))
     kept = responses_of(grid, cells_of(grid, ["plain"]))
     assert [one.set for one in kept] == ["harmbench"] * 3 + ["strongreject"] * 3 + ["advbench"] * 3 + ["benign"] * 3
+    with pytest.raises(ConfigError, match="0 responses to draw: give 1 or more"):
+        label_responses.main([*part, "--draw", "0"])
     label_responses.main([*part, "--draw", "9"])
     with (tmp_path / "sheet.csv").open() as file:
         rows = list(csv.DictReader(file))
