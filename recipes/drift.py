@@ -21,12 +21,13 @@ def main(args: Sequence[str] | None = None) -> None:
     """Measure and write; ConfigError where the grid has no adapter with a result yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="the grid, a YAML file in configs/compare")
+    parser.add_argument("--since", default="", metavar="TIME", help="also set apart the runs since then")
     given = parser.parse_args(args)
     grid = load_grid(given.config)
     found = drifts(grid, cells_of(grid)) if grid.subspace.is_file() else []
     if not found:
         raise ConfigError(f"{grid.output_dir!r} holds no adapter with a result: run `python -m recipes.compare` first")
-    print(f"{len(found)} adapters; page: {write_drift(grid, given.config, found)}")
+    print(f"{len(found)} adapters; page: {write_drift(grid, given.config, found, given.since)}")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ class Drift(NamedTuple):
     task: str
     poisoned_share: float
     seed: int
+    date: str
     guarded: bool
     merged: bool
     cosine: float
@@ -73,6 +74,7 @@ def _drift(cell: Cell, readings: Readings, control: Readings, result: Result) ->
         cell.task,
         cell.poisoned_share,
         cell.seed,
+        result["date"],
         cell.arm.kind == "posthoc" or any(key.startswith(PREFIX) for key in cell.arm.settings),
         _merges_adapter(cell.arm.settings),
         float(np.mean([reading.cosine for reading in readings.values()])),
@@ -119,8 +121,11 @@ def _ranks(values: Sequence[float]) -> np.ndarray:
     return np.asarray((last - (count - 1) / 2)[place])
 
 
-def write_drift(grid: Grid, config: str | Path, found: Sequence[Drift]) -> Path:
-    """Write drift.md beside the grid's page, drift.csv and drift.svg into the folder of its name; return the page."""
+def write_drift(grid: Grid, config: str | Path, found: Sequence[Drift], since: str = "") -> Path:
+    """Write drift.md beside the grid's page, drift.csv and drift.svg into the folder of its name; return the page.
+
+    Runs that were begun from `since` on, an ISO time, are also correlated by themselves.
+    """
     from .plots import write_drift_plot
 
     page = Path(grid.page).with_name("drift.md")
@@ -133,9 +138,9 @@ def write_drift(grid: Grid, config: str | Path, found: Sequence[Drift]) -> Path:
     plot = write_drift_plot(found, folder / "drift.svg")
     unmerged = [one for one in found if not one.merged]
     parts = [
-        _head(config, found),
+        _head(f"{config} --since {since}" if since else str(config), found, since),
         f"![Cosines and refusals]({plot.relative_to(page.parent).as_posix()})",
-        f"## Rank correlation with the harm refused\n\n{_correlations(found)}",
+        f"## Rank correlation with the harm refused\n\n{_correlations(found, since)}",
         f"## Runs without a safety adapter\n\n{_runs(unmerged)}",
         f"## All runs\n\n{_runs(found)}",
     ]
@@ -143,11 +148,12 @@ def write_drift(grid: Grid, config: str | Path, found: Sequence[Drift]) -> Path:
     return page
 
 
-def _head(config: str | Path, found: Sequence[Drift]) -> str:
+def _head(call: str, found: Sequence[Drift], since: str) -> str:
+    tried = f", those before {since}; the later ones are its test" if since else ""
     return "\n".join(
         [
             "# Which cosine tells that refusals are lost?",
-            f"Written by `python -m recipes.drift --config {config}`; edit the recipe, not this page.",
+            f"Written by `python -m recipes.drift --config {call}`; edit the recipe, not this page.",
             "",
             f"{len(found)} adapters of the [comparison](results.md), measured against its safety subspace when they "
             "were done; none of them was chosen or tuned by these figures.",
@@ -160,7 +166,7 @@ def _head(config: str | Path, found: Sequence[Drift]) -> str:
             "- control z: signed z against a subspace of the same spectrum with random directions. norm: ‖ΔW‖ over all "
             "modules, the simplest measure there is.",
             "- moved: signed z · ‖ΔW‖, mean over the modules: how far the update goes along V, where signed z is the "
-            "direction alone. It was thought of when these runs had been seen, and not tried on others since.",
+            f"direction alone. It was thought of when runs had been seen{tried}.",
             "- Intervals are of 95 % (Bonett and Wright 2000), as if runs were independent, which those of one task or "
             "seed are not quite.",
             "- Only runs into which no safety adapter was merged say what a measure tells of drift: the adapter itself "
@@ -169,7 +175,7 @@ def _head(config: str | Path, found: Sequence[Drift]) -> str:
     )
 
 
-def _correlations(found: Sequence[Drift]) -> str:
+def _correlations(found: Sequence[Drift], since: str) -> str:
     measures: dict[str, Callable[[Drift], float]] = {
         "cosine": lambda one: one.cosine,
         "signed z": lambda one: one.signed_z,
@@ -183,6 +189,9 @@ def _correlations(found: Sequence[Drift]) -> str:
         "no safety adapter merged in": [one for one in found if not one.merged],
         "all": list(found),
     }
+    if since:
+        later = {f"{name}, since {since}": [one for one in runs if one.date >= since] for name, runs in sets.items()}
+        sets |= later
     rows = []
     for name, runs in sets.items():
         harm = [one.harm for one in runs]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ class Grid:
     finetune: settings of recipes/finetune.py of every training cell; by_task: task -> more of them.
     evaluate: prompts of each set and rows of the task (`harmbench`, ..., `task`: None for all of the split), and
         `batch_size`, `max_new_tokens`, `dtype`, `judges`.
+    more: further cells, where a question is decided: mappings of `arms`, whose parents come along, and `seeds`, and
+        `tasks` and `poisoned_shares` where they are not the grid's.
     split: which split is read. baseline: the arm without any defence, with which every front begins. reference: the
         arm that others are compared with. contrasts: pairs of arms, the first less the second in the page's summary.
     same_code: digests of code that count as one. `--repeat-in` tells them, and whether a cell came out the same.
@@ -38,6 +41,7 @@ class Grid:
     seeds: Sequence[int]
     tasks: Sequence[str]
     poisoned_shares: Sequence[float] = (0.0,)
+    more: Sequence[Mapping[str, Any]] = ()
     finetune: Mapping[str, Any] = field(default_factory=dict)
     by_task: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     evaluate: Mapping[str, Any] = field(default_factory=dict)
@@ -137,10 +141,26 @@ def _check(grid: Grid) -> None:
         for name in pair:
             if name not in grid.arms:
                 raise ConfigError(f"contrast {list(pair)}: {name!r} is no arm{nearest(name, grid.arms)}")
+    for more in grid.more:
+        _check_more(grid, more)
     for name in LEAST:
         count = grid.evaluate[name]
         if count is not None and count < 1:
             raise ConfigError(f"evaluate.{name} is {count}: give 1 or more, or leave it out for all of the split")
+
+
+def _check_more(grid: Grid, more: Mapping[str, Any]) -> None:
+    allowed = ("arms", "seeds", "tasks", "poisoned_shares")
+    if not isinstance(more, Mapping) or not more.get("arms") or not more.get("seeds"):
+        raise ConfigError(f"more holds {more!r}: give mappings of arms and seeds, and of {allowed[2:]} if not all")
+    for key, values in more.items():
+        if key not in allowed:
+            raise ConfigError(f"more: key {key!r} is unknown{nearest(str(key), allowed)}: choose among {allowed}")
+        if not isinstance(values, list | tuple) or not values:
+            raise ConfigError(f"more: {key} is {values!r}: give a list, or leave it out")
+    chosen(grid.arms, more["arms"])
+    for name in more.get("tasks", ()):
+        get_task(name)
 
 
 def cells_of(
@@ -188,6 +208,12 @@ def _cells(grid: Grid, arms: Sequence[Arm]) -> Iterator[Cell]:
                     )
                     if arm.kind != "model" and wanted and seed in _seeds(grid, arm):
                         yield Cell(arm, task, share, seed)
+    for more in grid.more:
+        names = chosen(grid.arms, more["arms"])
+        where = more.get("tasks") or grid.tasks, more.get("poisoned_shares") or grid.poisoned_shares
+        for seed, task, share, arm in product(more["seeds"], *where, arms):
+            if arm.name in names and arm.kind != "model":
+                yield Cell(arm, task, share, seed)
 
 
 def parent_of(grid: Grid, cell: Cell) -> Cell | None:

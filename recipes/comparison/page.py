@@ -59,7 +59,7 @@ def _head(grid: Grid, config: str | Path, results: Sequence[Result]) -> str:
         f"Written by `python -m recipes.compare --config {config}`; edit the configuration, not this page.",
         "",
         f"- cells: {len(results) - failed} of {every} done, {failed} failed; split: {grid.split}",
-        f"- seeds: {', '.join(map(str, grid.seeds))}; hours spent: {hours:.1f}",
+        f"- seeds: {_several(sorted(result['seed'] for result in results))}; hours spent: {hours:.1f}",
         f"- dates: {dates[0]} to {dates[-1]}" if dates else "- dates: none, nothing was run",
         *(f"- {key}: {_several(stamp[key] for stamp in stamps)}" for key in ("device", "host", "commit", "code")),
         *([f"- taken as one code: {', '.join(grid.same_code)}"] if grid.same_code else []),

@@ -198,6 +198,11 @@ def test_adapters_are_measured_beside_their_refusals(raw, tmp_path):
     assert "| no safety adapter merged in | 1 |  |  |" in page
     assert page.count("| cities | 10 % | plain | 1 |") == 2
     assert (beside / "results" / "drift.svg").read_text().startswith("<?xml")
+    drift.main(["--config", str(config), "--since", rows["end.w8"]["date"]])
+    page = (beside / "drift.md").read_text()
+    later = sum(row["date"] >= rows["end.w8"]["date"] for row in rows.values())
+    assert f"| all, since {rows['end.w8']['date']} | {later} |" in page
+    assert later >= 2
 
 
 @pytest.mark.parametrize(
@@ -452,6 +457,16 @@ def with_arm(raw, name, **keys):
     return {"arms": {**raw["arms"], name: keys}}
 
 
+def test_a_question_may_have_more_seeds_where_it_is_decided(raw):
+    raw["more"] = [{"arms": ["end.w8"], "seeds": [1, 2, 3]}, {"arms": ["plain"], "seeds": [1], "tasks": ["sentiment"]}]
+    names = [cell.name for cell in cells_of(make_grid(raw))]
+    before = [cell.name for cell in cells_of(make_grid({**raw, "more": []}))]
+    # the arm that end.w8 merges comes along, and before it; what is in the grid already is there once
+    two, three = ([f"cities/poisoned-0.1/{arm}/seed-{n}" for arm in ("plain", "end.w8")] for n in (2, 3))
+    assert names == [*before, *two, *three, "sentiment/poisoned-0.1/plain/seed-1"]
+    assert [cell.name for cell in cells_of(make_grid(raw), ["end.w8"], seeds=[3])] == three
+
+
 def test_grids_that_cannot_be_are_refused(raw):
     refused(raw, "'seedz' is unknown; did you mean 'seeds'", seedz=[1])
     refused(raw, r"\['seeds'\] are missing", seeds=[])
@@ -466,6 +481,12 @@ def test_grids_that_cannot_be_are_refused(raw):
         cells_of(make_grid(raw), seeds=[7])
     with pytest.raises(ConfigError, match=r"tasks \['sentiment'\] are none of these arms'"):
         cells_of(make_grid(raw), tasks=["sentiment"])
+    refused(raw, r"more holds \{'arms': \['plain'\]\}: give mappings of arms and seeds", more=[{"arms": ["plain"]}])
+    plain = {"arms": ["plain"], "seeds": [2]}
+    refused(raw, "more: key 'task' is unknown; did you mean 'tasks'", more=[{**plain, "task": ["cities"]}])
+    refused(raw, "more: seeds is 2: give a list", more=[{**plain, "seeds": 2}])
+    refused(raw, "arm 'plian' is unknown; did you mean 'plain'", more=[{**plain, "arms": ["plian"]}])
+    refused(raw, "task 'citys' is unknown", more=[{**plain, "tasks": ["citys"]}])
     refused(raw, r"same_code is 'a182': give a list of digests", same_code="a182")
     refused(raw, r"contrasts hold \['plain'\]: give pairs of arms", contrasts=[["plain"]])
     refused(
