@@ -82,7 +82,7 @@ def _drift(cell: Cell, readings: Readings, control: Readings, result: Result) ->
         sum(z < OPPOSED for z in signed),
         float(np.mean(_signed(control))),
         sum(reading.update_norm**2 for reading in readings.values()) ** 0.5,
-        float(np.mean([r.signed_z * r.update_norm for r in readings.values() if r.signed_z is not None])),
+        float(np.mean([reading.moved for reading in readings.values() if reading.moved is not None])),
         sum(shares[name] for name in HARMFUL) / len(HARMFUL),
         shares["task"],
     )

@@ -46,6 +46,14 @@ class Reading:
         return None if self.signed_cosine is None else self.signed_cosine * math.prod(self.shape) ** 0.5
 
     @property
+    def moved(self) -> float | None:
+        """How far the update goes along V: signed_z·‖ΔW‖ = √(d_out·d_in)·⟨V, ΔW⟩/‖V‖; None where signed_z is.
+
+        Not in the papers. Unlike the cosines it shrinks when the update does.
+        """
+        return None if self.signed_z is None else self.signed_z * self.update_norm
+
+    @property
     def lower(self) -> float:
         """The least that the cosine can be; `cosine` itself where V is exact."""
         return self.interval[0] if self.interval else self.cosine

@@ -16,6 +16,7 @@ from .session import Session
 class SafeMergeCallback(TrainerCallback):
     """Keep a LoRA fine-tune's safety while it trains: measure each module, decide, merge a safety adapter, record.
 
+    Without a safety adapter the selected updates are pulled toward the aligned model, method `pull`.
     Give a `SafeMergeConfig` or its settings as keywords; ConfigError for a setting that is refused. Making one opens no
     file and loads nothing: that happens when training begins, and raises there if anything does not fit.
 

@@ -77,10 +77,10 @@ class SafeMergeConfig:
         default=False, metadata={"help": "Whether the weights are the run's total, shared out over its merge events."}
     )
     method: str = field(
-        default="linear",
+        default="auto",
         metadata={
-            "help": "How two updates become one: linear, slerp, orthogonal, ties, dare_linear, dare_ties, della, "
-            "magnitude_prune, breadcrumbs or pcb; project, pull and ema need no safety adapter."
+            "help": "How two updates become one: auto (linear with a safety adapter, pull without), linear, slerp, "
+            "orthogonal, ties, dare_linear, dare_ties, della, magnitude_prune, breadcrumbs, pcb, project, pull or ema."
         },
     )
     space: str = field(

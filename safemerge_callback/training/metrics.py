@@ -43,6 +43,11 @@ _CHECK = {
         "Mean signed cosine over the modules, in standard deviations of an unrelated update's; below 0 the run takes "
         "back what aligned the model.",
     ),
+    "moved_mean": Metric(
+        "standard deviations · norm",
+        "min",
+        "Mean over the modules of how far the update goes along V: its signed cosine in those, times its norm.",
+    ),
     "modules_opposed": Metric("modules", "max", "Number of modules whose signed cosine lies below -2 of those."),
     "modules": Metric("modules", "last", "Number of modules measured."),
     "modules_below": Metric(
@@ -89,6 +94,7 @@ def check_metrics(plan: MergePlan, edits: Sequence[Edit], progress: Progress, se
         "null_cosine_mean": _mean([r.null_cosine for r in readings]),
         **_distances([z for z in map(z_of, readings) if z is not None]),
         **_signs([r.signed_z for r in readings if r.signed_z is not None]),
+        "moved_mean": _mean([r.moved for r in readings if r.moved is not None]),
         "modules": float(len(readings)),
         "modules_below": float(sum(r.cosine < _or(limit_of(plan, r), plan.threshold) for r in readings)),
         "modules_merged": float(len(edits)),

@@ -93,7 +93,8 @@ def _check_gate(config: SafeMergeConfig) -> None:
 
 
 def _check_method(config: SafeMergeConfig) -> None:
-    method = get_method(str(config.method))
+    config.method = _method_of(config)
+    method = get_method(config.method)
     if not method.keeps_rank:
         able = sorted(name for name, other in METHODS.items() if other.keeps_rank)
         raise ConfigError(
@@ -108,9 +109,16 @@ def _check_method(config: SafeMergeConfig) -> None:
     _check_average(config)
     if config.merges and "safety_adapter" in method.needs and config.safety_adapter is None:
         raise ConfigError(
-            f"safety_adapter is missing: method {config.method!r} merges one in; give its folder or Hub id, or set "
-            "gate='watch' to measure only"
+            f"safety_adapter is missing: method {config.method!r} merges one in; give its folder or Hub id, use method "
+            "'pull', which needs none, or set gate='watch' to measure only"
         )
+
+
+def _method_of(config: SafeMergeConfig) -> str:
+    """What `auto` stands for: linear, and pull where no safety adapter is named, nor weights for one to come."""
+    if config.method != "auto":
+        return str(config.method)
+    return "pull" if config.merges and not config.adapters and config.weights is None else "linear"
 
 
 def _check_weights(config: SafeMergeConfig, method: Method) -> None:

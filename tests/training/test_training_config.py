@@ -19,6 +19,16 @@ def test_method_and_weights_are_the_papers_by_default():
     assert config.at_train_end is True
 
 
+def test_without_a_safety_adapter_the_method_is_pull():
+    config = SafeMergeConfig(subspace="s")
+    assert config == SafeMergeConfig(subspace="s", method="pull", strength=0.2)
+    assert SafeMergeConfig(**GOOD).method == SafeMergeConfig(**GOOD, method="auto").method == "linear"
+    # a run that is only watched may have the weights of adapters to come
+    assert SafeMergeConfig(subspace="s", gate="watch", weights=[0.5, 0.3, 0.2]).method == "linear"
+    with pytest.raises(ConfigError, match="safety_adapter is missing"):
+        SafeMergeConfig.from_dict({"subspace": "s", "preset": "safemerge"})
+
+
 def test_where_and_how_often_are_what_the_comparison_has_figures_of():
     config = SafeMergeConfig(**GOOD)
     assert (config.gate, config.every, config.cooldown) == ("all", 0.167, 0)
@@ -136,7 +146,8 @@ def test_without_a_gate_it_is_the_one_whose_knob_is_given():
         ({"seed": "7"}, "seed is '7'"),
         ({"method": "project"}, r"every=0\.167.*set every=0"),
         ({"method": "project", "every": 0, "space": "factor"}, "project"),
-        ({"safety_adapter": None}, "safety_adapter is missing"),
+        ({"safety_adapter": None, "method": "linear"}, "safety_adapter is missing.*or set gate='watch'"),
+        ({"safety_adapter": None, "weights": [0.8, 0.2]}, "'linear' merges one in; .* use method 'pull'"),
         ({"safety_adapter": ""}, "safety_adapter is ''"),
         ({"subspace": ""}, "subspace is ''"),
         ({"subspace": None}, "subspace is None"),
@@ -150,6 +161,7 @@ def test_a_bad_value_is_refused_by_name_and_value(change, says):
 @pytest.mark.parametrize(
     "knobs",
     [
+        {"subspace": "s"},
         {"subspace": "s", "gate": "watch"},
         {"subspace": "s", "gate": "watch", "method": "project", "every": 5},
         {"subspace": "s", "method": "project", "every": 0},

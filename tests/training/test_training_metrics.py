@@ -39,6 +39,8 @@ def test_the_numbers_of_a_check_by_hand():
             # in standard deviations of 1/8: (c - 0.5)·8, of which 0.0, 0.1 and 0.2 lie below -2
             "signed_z_min": -4.0,
             "signed_z_mean": 0.0,
+            # norms are 1 here
+            "moved_mean": 0.0,
             "modules_opposed": 3,
             "modules": 11,
             "modules_below": 4,
@@ -56,9 +58,18 @@ def test_the_numbers_of_a_check_by_hand():
 
 def test_no_z_without_a_spread_and_none_for_what_has_not_moved():
     plan = MergePlan.decide(readings([0.3], null_std=None, signed_cosine=None), gate="threshold")
-    assert not {"z_min", "z_mean", "signed_z_min", "signed_z_mean", "modules_opposed"} & numbers(plan).keys()
+    signs = {"signed_z_min", "signed_z_mean", "moved_mean", "modules_opposed"}
+    assert not ({"z_min", "z_mean"} | signs) & numbers(plan).keys()
     assert z_of(Reading("a", 1.0, 0.4, 0.0, 4, (8, 8), null_std=0.1)) is None
     assert z_of(Reading("a", math.nan, 0.4, math.nan, 4, (8, 8), null_std=0.1)) is None
+
+
+def test_how_far_is_not_in_which_direction():
+    both = [
+        Reading(n, 0.5, 0.4, norm, 4, (8, 8), signed_cosine=c) for n, norm, c in [("a", 3.0, -0.5), ("b", 1.0, 0.5)]
+    ]
+    found = numbers(MergePlan.decide(Readings(both), gate="all"))
+    assert (found["signed_z_mean"], found["moved_mean"]) == (0.0, (-4.0 * 3.0 + 4.0) / 2)
 
 
 @pytest.mark.parametrize(
