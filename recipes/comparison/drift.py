@@ -122,14 +122,15 @@ def _ranks(values: Sequence[float]) -> np.ndarray:
 
 
 def write_drift(grid: Grid, config: str | Path, found: Sequence[Drift], since: str = "") -> Path:
-    """Write drift.md beside the grid's page, drift.csv and drift.svg into the folder of its name; return the page.
+    """Write drift.md beside the grid's results.md, or drift_X.md beside results_X.md; return the page.
 
-    Runs that were begun from `since` on, an ISO time, are also correlated by themselves.
+    drift.csv and drift.svg go into the folder of the grid's page. Runs that were begun from `since` on, an ISO time,
+    are also correlated by themselves.
     """
     from .plots import write_drift_plot
 
-    page = Path(grid.page).with_name("drift.md")
-    folder = Path(grid.page).with_suffix("")
+    results = Path(grid.page)
+    page, folder = results.with_name(f"drift{results.stem.removeprefix('results')}.md"), results.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "drift.csv").open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
@@ -138,7 +139,7 @@ def write_drift(grid: Grid, config: str | Path, found: Sequence[Drift], since: s
     plot = write_drift_plot(found, folder / "drift.svg")
     unmerged = [one for one in found if not one.merged]
     parts = [
-        _head(f"{config} --since {since}" if since else str(config), found, since),
+        _head(f"{config} --since {since}" if since else str(config), results.name, found, since),
         f"![Cosines and refusals]({plot.relative_to(page.parent).as_posix()})",
         f"## Rank correlation with the harm refused\n\n{_correlations(found, since)}",
         f"## Runs without a safety adapter\n\n{_runs(unmerged)}",
@@ -148,14 +149,14 @@ def write_drift(grid: Grid, config: str | Path, found: Sequence[Drift], since: s
     return page
 
 
-def _head(call: str, found: Sequence[Drift], since: str) -> str:
+def _head(call: str, results: str, found: Sequence[Drift], since: str) -> str:
     tried = f", those before {since}; the later ones are its test" if since else ""
     return "\n".join(
         [
             "# Which cosine tells that refusals are lost?",
             f"Written by `python -m recipes.drift --config {call}`; edit the recipe, not this page.",
             "",
-            f"{len(found)} adapters of the [comparison](results.md), measured against its safety subspace when they "
+            f"{len(found)} adapters of the [comparison]({results}), measured against its safety subspace when they "
             "were done; none of them was chosen or tuned by these figures.",
             "",
             "- cosine: the papers' projected cosine ρ, mean over the modules. It is the same for an update and for its "

@@ -203,6 +203,11 @@ def test_adapters_are_measured_beside_their_refusals(raw, tmp_path):
     later = sum(row["date"] >= rows["end.w8"]["date"] for row in rows.values())
     assert f"| all, since {rows['end.w8']['date']} | {later} |" in page
     assert later >= 2
+    # another grid's page beside it is another file
+    two = {**raw, "page": str(beside / "results_two.md")}
+    drift.main(["--config", str(written(two, tmp_path))])
+    assert "[comparison](results_two.md)" in (beside / "drift_two.md").read_text()
+    assert (beside / "drift.md").read_text() == page
 
 
 @pytest.mark.parametrize(
