@@ -106,11 +106,12 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def correlation_interval(rho: float, n: int) -> tuple[float, float]:
-    """Return the 95 % interval of a rank correlation of n pairs (Bonett and Wright 2000); NaN for fewer than four."""
-    if n < 4 or math.isnan(rho):
+    """Return the 95 % interval of a rank correlation of n pairs (Bonett and Wright 2000).
+
+    NaN for fewer than four, and for a perfect one, of which their formula knows no spread.
+    """
+    if n < 4 or math.isnan(rho) or abs(rho) == 1:
         return (math.nan, math.nan)
-    if abs(rho) == 1:
-        return (rho, rho)
     spread = 1.96 * math.sqrt((1 + rho**2 / 2) / (n - 3))
     return (math.tanh(math.atanh(rho) - spread), math.tanh(math.atanh(rho) + spread))
 
@@ -203,7 +204,9 @@ def _correlations(found: Sequence[Drift], since: str) -> str:
 
 def _with_interval(rho: float, n: int) -> str:
     low, high = correlation_interval(rho, n)
-    return "" if math.isnan(low) else f"{rho:+.2f} ({low:+.2f} to {high:+.2f})"
+    if n < 4 or math.isnan(rho):
+        return ""
+    return f"{rho:+.2f}" if math.isnan(low) else f"{rho:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 def _runs(found: Iterable[Drift]) -> str:

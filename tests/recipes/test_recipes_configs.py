@@ -137,10 +137,13 @@ def test_compare_files(path, monkeypatch):
     assert {cell.arm.name for cell in cells} == set(grid.arms)
     assert all(arm.about for arm in grid.arms.values())
     if path.stem == "smollm2":
-        most = Counter(cell.arm.name for cell in cells if (cell.task, cell.poisoned_share) == ("sentiment", 0.1))
-        assert sum(number >= 5 for number in most.values()) >= 6
-        once = {name for name, number in most.items() if number < 2}
-        assert once == {"probed_plain", "probed_every_10"}
+        benign, poisoned = (
+            Counter(cell.arm.name for cell in cells if (cell.task, cell.poisoned_share) == ("sentiment", share))
+            for share in (0.0, 0.1)
+        )
+        assert sum(number >= 5 for number in benign.values()) >= 6
+        assert {name for name, number in benign.items() if number < 2} == {"aligned", "demo", "demo_plain"}
+        assert {name for name, number in poisoned.items() if number < 2} == {"probed_plain", "probed_every_10"}
         # The demo is a row of it.
         guarded = yaml.safe_load((CONFIGS / "finetune" / "smollm2_sentiment_safemerge.yaml").read_text())
         demo = next(resolve.resolved(grid, cell) for cell in cells if cell.arm.name == "demo")
