@@ -77,10 +77,11 @@ def _fronts(grid: Grid, places: Sequence[Place]) -> Figure | None:
     if not places:
         return None
     figure, axes = _panels(len(places))
+    looks = _looks(grid, places)
     for axis, place in zip(axes, places, strict=True):
         lines = fronts(grid, place)
-        for mark, (family, names) in zip(cycle(_MARKS), families(grid, place).items(), strict=False):
-            color = None
+        for family, names in families(grid, place).items():
+            mark, color = looks[family]
             for name in names:
                 task, harm = place.interval(name, "task"), place.interval(name, HARM)
                 if task is None or harm is None:
@@ -93,14 +94,19 @@ def _fronts(grid: Grid, places: Sequence[Place]) -> Figure | None:
                     key: [[one.value - one.low], [one.high - one.value]]
                     for key, one in (("xerr", task), ("yerr", harm))
                 }
-                label = family if color is None else None
-                drawn = axis.errorbar(task.value, harm.value, **bars, fmt=mark, ms=4, lw=0.6, color=color, label=label)
-                color = drawn[0].get_color()
+                label = family if name == names[0] else None
+                axis.errorbar(task.value, harm.value, **bars, fmt=mark, ms=4, lw=0.6, color=color, label=label)
             if len(kept := front(lines.get(family, []))) > 1:
                 axis.plot(*zip(*kept, strict=True), lw=0.8, color=color)
         axis.set(title=place.title, xlabel="task score", ylabel="harmful prompts refused", ylim=(-0.02, 1.02))
         axis.legend(fontsize=5, ncols=2)
     return figure
+
+
+def _looks(grid: Grid, places: Sequence[Place]) -> dict[str, tuple[str, str]]:
+    """Each family's mark and color, the same in every panel."""
+    found = dict.fromkeys(arm.family for name, arm in grid.arms.items() if any(name in place.arms for place in places))
+    return {family: (mark, f"C{n}") for n, (family, mark) in enumerate(zip(found, cycle(_MARKS), strict=False))}
 
 
 def _steps(grid: Grid, places: Sequence[Place]) -> Figure | None:
