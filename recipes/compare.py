@@ -2,6 +2,7 @@
 
     python -m recipes.compare --config configs/compare/smollm2.yaml
     python -m recipes.compare --config configs/compare/smollm2.yaml --only plain every_10 --seeds 1 2 --tasks sentiment
+    python -m recipes.compare --config configs/compare/smollm2.yaml --take-published --only ema --seeds 3
     python -m recipes.compare --config configs/compare/smollm2.yaml --page-only
     python -m recipes.compare --config configs/compare/smollm2.yaml --only plain --seeds 1 --repeat-in runs/again
 
@@ -9,8 +10,9 @@ Everything is resolved and checked before the first cell. A cell is a run of rec
 a merge of another cell's adapter, or a model as it is; its result is beside it, so a grid that was stopped goes on
 where it was. Cells run in processes of their own, `--workers` at a time, the cores shared out among them. A cell that
 fails is recorded, the rest go on, and it is tried again next time. The page, its plots, results.jsonl and results.csv
-are written from the results that there are. `--repeat-in` runs cells again in another folder and compares them with the
-published ones, prompt by prompt.
+are written from the results that there are. `--take-published` counts the results beside the page as done: a clone has
+those and no cells. `--repeat-in` runs cells again in another folder and compares them with the published ones, prompt
+by prompt.
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ from pathlib import Path
 from recipes.comparison.estimate import estimate
 from recipes.comparison.grid import Cell, Grid, cells_of, load_grid
 from recipes.comparison.page import write_page
-from recipes.comparison.repeat import beside_published, elsewhere, published_results
+from recipes.comparison.repeat import beside_published, elsewhere, published_results, run_since, take_published
 from recipes.comparison.resolve import check_cells
-from recipes.comparison.results import one_version, others_of, result_of, sort_out, write_results
+from recipes.comparison.results import one_version, others_of, result_of, sort_out, with_parents, write_results
 from recipes.comparison.stamp import stamp_of
 from recipes.comparison.workers import run_cells, share_threads
 
@@ -41,7 +43,7 @@ def run_grid(grid: Grid, cells: Sequence[Cell], keep_others: bool = False, say: 
     stamp = stamp_of(grid)
     # Of all cells, whichever are run now: an arm run today is not to be compared with one of another version.
     everywhere = sort_out(grid, cells_of(grid), stamp, keep_others)
-    left = [cell for cell in cells if cell in everywhere]
+    left = with_parents(grid, [cell for cell in cells if cell in everywhere])
     say(f"{len(cells) - len(left)} of {len(cells)} cells are done. To do: {estimate(grid, left)}.")
     if any(cell.arm.kind != "model" for cell in left):
         build_subspaces(grid)
@@ -73,6 +75,19 @@ def repeat(grid: Grid, cells: Sequence[Cell], folder: Path, workers: int = 0, sa
         say(line)
 
 
+def go_on(grid: Grid, cells: Sequence[Cell], keep_others: bool = False, workers: int = 0, say: Say = print) -> None:
+    """Run the cells that are not published, and say a line for each published one that had to be run again for them.
+
+    ConfigError where nothing is published, or what is does not mix with what would be run now.
+    """
+    published = published_results(grid)
+    taken = take_published(grid, cells_of(grid), published, stamp_of(grid))
+    say(f"{len(taken)} published results taken as done.")
+    run_grid(grid, cells, keep_others, say, workers)
+    for line in beside_published(grid, run_since(grid, cells_of(grid), published), published):
+        say(line)
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run the grid, or the part of it that is asked for, and write the page."""
     given = _parser().parse_args(args)
@@ -85,7 +100,9 @@ def main(args: Sequence[str] | None = None) -> None:
     if given.repeat_in:
         repeat(grid, cells, given.repeat_in, given.workers)
         return
-    if not given.page_only:
+    if given.take_published:
+        go_on(grid, cells, given.keep_others, given.workers)
+    elif not given.page_only:
         run_grid(grid, cells, given.keep_others, workers=given.workers)
     # Beside the page, too: what is published with it, it can be checked against.
     written = write_results(grid, cells_of(grid), Path(grid.page).with_suffix(""))
@@ -101,8 +118,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", nargs="+", type=int, default=[], metavar="N", help="these of the grid's seeds")
     parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="these of the grid's tasks")
     parser.add_argument("--poisoned-shares", nargs="+", type=float, default=[], metavar="X", help="these of the grid's")
-    parser.add_argument("--page-only", action="store_true", help="write the page of the results there are; run nothing")
-    parser.add_argument("--repeat-in", type=Path, metavar="DIR", help="run again in DIR; compare with the published")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--page-only", action="store_true", help="write the page of the results there are; run nothing")
+    what.add_argument("--repeat-in", type=Path, metavar="DIR", help="run again in DIR; compare with the published")
+    what.add_argument("--take-published", action="store_true", help="count the results beside the page as done")
     parser.add_argument("--keep-others", action="store_true", help="set results of other versions apart, list them")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="cells at a time, each a process (0: none)")
     return parser

@@ -126,7 +126,9 @@ def _steps(grid: Grid, places: Sequence[Place]) -> Figure | None:
                 points = [(step, values.get(measure)) for step, values in trails[0]["probes"]]
                 axis.plot(*zip(*points, strict=True), lw=0.9, ls="--", label=f"{arm}: {measure}")
         axis.set(title=place.title, xlabel="optimizer step", ylim=(-0.02, 1.02))
-        axis.legend(fontsize=5, ncols=2)
+        # Where no arm of the place measures in training, there is nothing to name.
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=5, ncols=2)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""Cells run again elsewhere, beside what was published: which of their outcomes are the same, prompt by prompt."""
+"""What was published beside the page: taken as done, or set beside the same cells run again, prompt by prompt."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from safemerge_callback.errors import ConfigError
 
+from .cells import RESULT, write_json
 from .grid import Cell, Grid
-from .results import LINES, Result, why_other
+from .resolve import folder_of
+from .results import LINES, Result, result_of, why_other
 
 
 def elsewhere(grid: Grid, folder: str | Path) -> Grid:
@@ -29,6 +32,36 @@ def published_results(grid: Grid) -> dict[str, Result]:
         return {result["cell"]: result for result in map(json.loads, lines)}
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{str(path)!r} holds no results ({error}): run the grid first") from error
+
+
+def take_published(
+    grid: Grid, cells: Sequence[Cell], published: Mapping[str, Result], stamp: Mapping[str, Any]
+) -> list[Cell]:
+    """Give each cell that has no result the published one, if there is one without an error; return those cells.
+
+    A clone has these and no cells. ConfigError, before any is taken, for those that are not what a run with `stamp`
+    would give now.
+    """
+    taken = [cell for cell in cells if cell.name in published and result_of(grid, cell) is None]
+    taken = [cell for cell in taken if not published[cell.name]["error"]]
+    others = {cell.name: why for cell in taken if (why := why_other(grid, cell, published[cell.name], stamp))}
+    if others:
+        name, why = next(iter(others.items()))
+        raise ConfigError(
+            f"{len(others)} of {len(taken)} published results are not of this version ({name}: {', '.join(why)}): give "
+            "another page and output_dir, and run their cells again; or, for code that --repeat-in shows to give the "
+            "same, name both digests under same_code"
+        )
+    for cell in taken:
+        folder_of(grid, cell).mkdir(parents=True, exist_ok=True)
+        write_json(folder_of(grid, cell) / RESULT, published[cell.name])
+    return taken
+
+
+def run_since(grid: Grid, cells: Sequence[Cell], published: Mapping[str, Result]) -> list[tuple[Cell, Result]]:
+    """Return those published cells, with their results of now, that have been run again since."""
+    found = [(cell, result) for cell in cells if cell.name in published and (result := result_of(grid, cell))]
+    return [(cell, result) for cell, result in found if result["date"] != published[cell.name]["date"]]
 
 
 def beside_published(grid: Grid, repeated: Sequence[tuple[Cell, Result]], published: Mapping[str, Result]) -> list[str]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from safemerge_callback.errors import ConfigError
 
-from .cells import RESULT, write_json
-from .grid import Cell, Grid
+from .cells import MADE, RESULT, write_json
+from .grid import Cell, Grid, parent_of
 from .resolve import folder_of, resolved
 from .stamp import differences, digest, settings_digest
 
@@ -61,6 +61,16 @@ def sort_out(grid: Grid, cells: Sequence[Cell], stamp: Mapping[str, Any], keep_o
     for cell, why in others.items():
         _set_apart(grid, cell, why)
     return [cell for cell in cells if cell in others or cell not in found or found[cell]["error"]]
+
+
+def with_parents(grid: Grid, cells: Sequence[Cell]) -> list[Cell]:
+    """Return the cells and, before them, those whose adapter they merge and which are done but have none left.
+
+    An adapter may be gone, deleted or of another machine, while its result stays: what merges it needs it again.
+    """
+    parents = [parent for cell in cells if (parent := parent_of(grid, cell)) is not None]
+    gone = [parent for parent in parents if not (folder_of(grid, parent) / MADE).is_file()]
+    return list(dict.fromkeys([*gone, *cells]))
 
 
 def one_version(

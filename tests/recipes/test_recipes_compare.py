@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -251,6 +252,35 @@ def test_a_cell_repeated_gives_the_same_outcomes(raw, tmp_path, capsys):
     assert results(raw)[0]["measures"] == results(once)[0]["measures"]
     assert results(raw)[0]["trail"] == results(once)[0]["trail"]
     assert Path(raw["page"]).read_bytes() == page
+
+
+def test_a_clone_goes_on_from_the_published_results(raw, tmp_path, capsys):
+    grid = ["--config", str(written(raw, tmp_path)), "--workers", "0"]
+    compare.main([*grid, "--only", "plain", "end.w8"])
+    before = Path(raw["page"]).with_suffix("") / LINES
+    published = {r["arm"]: r for r in map(json.loads, before.read_text().splitlines())}
+    shutil.rmtree(raw["output_dir"])
+    capsys.readouterr()
+    compare.main([*grid, "--only", "end.w8", "end.w5", "--take-published"])
+    said = capsys.readouterr().out
+    assert "2 published results taken as done.\n1 of 3 cells are done. To do: 2 cells, 1 of them trained" in said
+    # The parent's adapter is not published, so that it is made again.
+    assert "cities/poisoned-0.1/plain/seed-1: 28 of 28 outcomes equal\n" in said
+    now = {r["arm"]: r for r in results(raw)}
+    assert set(now) == {"plain", "end.w8", "end.w5"}
+    assert now["end.w8"] == published["end.w8"]
+    assert now["plain"]["measures"] == published["plain"]["measures"]
+
+
+def test_published_results_of_another_version_are_not_taken(raw, tmp_path, monkeypatch):
+    grid = ["--config", str(written(raw, tmp_path)), "--workers", "0", "--only", "aligned"]
+    compare.main(grid)
+    shutil.rmtree(raw["output_dir"])
+    stamp = compare.stamp_of(make_grid(raw))
+    monkeypatch.setattr(compare, "stamp_of", lambda _: {**stamp, "device": "a GPU"})
+    with pytest.raises(ConfigError, match=r"1 of 1 published .*aligned/seed-1: device cpu and not"):
+        compare.main([*grid, "--take-published"])
+    assert not Path(raw["output_dir"]).exists()
 
 
 def test_responses_are_kept_drawn_blind_and_compared_with_a_readers_labels(raw, tmp_path, capsys):
