@@ -6,12 +6,14 @@ import csv
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 
 from safemerge_callback.adapters import load_adapter
 from safemerge_callback.decision import Gate, Readings, measure
+from safemerge_callback.errors import ConfigError
 from safemerge_callback.subspace import Subspace
 
 from .figures import HARMFUL
@@ -22,6 +24,7 @@ from .results import Result, result_of
 
 # A module counts as opposed where the gate of that name would merge it by default.
 OPPOSED = Gate.z_threshold
+TABLE = "drift.csv"
 
 
 class Drift(NamedTuple):
@@ -52,17 +55,35 @@ class Drift(NamedTuple):
     score: float
 
 
-def drifts(grid: Grid, cells: Sequence[Cell]) -> list[Drift]:
-    """Measure the adapter of every cell that has one and a result, against the grid's two subspaces."""
+def drifts(grid: Grid, cells: Sequence[Cell], published: Mapping[str, Drift] = MappingProxyType({})) -> list[Drift]:
+    """Measure the adapter of every cell that has one and a result, against the grid's two subspaces.
+
+    Cells that are `published` are not measured again: their adapters need not be here.
+    """
     subspaces = [Subspace.load(path) for path in (grid.subspace, grid.random_subspace)]
     found = []
     for cell in cells:
         adapter, result = adapter_of(grid, cell), result_of(grid, cell)
-        if adapter is not None and result is not None and not result["error"]:
+        if cell.name in published:
+            found.append(published[cell.name])
+        elif adapter is not None and adapter.is_dir() and result is not None and not result["error"]:
             factors = load_adapter(str(adapter)).factors
             readings, control = (measure(factors, subspace) for subspace in subspaces)
             found.append(_drift(cell, readings, control, result))
     return found
+
+
+def published_drifts(grid: Grid) -> dict[str, Drift]:
+    """Return cell name -> run, of the drift.csv beside the grid's page; ConfigError where there is none."""
+    path = Path(grid.page).with_suffix("") / TABLE
+    read: dict[Any, Callable[[str], Any]] = {bool: lambda text: text == "True", float: float, int: int, str: str}
+    kinds = get_type_hints(Drift)
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [Drift(**{key: read[kinds[key]](row[key]) for key in kinds}) for row in csv.DictReader(file)]
+    except (OSError, KeyError, ValueError) as error:
+        raise ConfigError(f"{str(path)!r} holds no measured runs ({error}): leave out --take-published") from error
+    return {run.cell: run for run in rows}
 
 
 def _drift(cell: Cell, readings: Readings, control: Readings, result: Result) -> Drift:
@@ -133,7 +154,7 @@ def write_drift(grid: Grid, config: str | Path, found: Sequence[Drift], since: s
     results = Path(grid.page)
     page, folder = results.with_name(f"drift{results.stem.removeprefix('results')}.md"), results.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "drift.csv").open("w", encoding="utf-8", newline="") as file:
+    with (folder / TABLE).open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(Drift._fields)
         rows.writerows(found)

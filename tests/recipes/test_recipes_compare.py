@@ -211,6 +211,24 @@ def test_adapters_are_measured_beside_their_refusals(raw, tmp_path):
     assert (beside / "drift.md").read_text() == page
 
 
+def test_published_runs_need_no_adapter_to_be_in_the_page_on_drift(raw, tmp_path):
+    config = ["--config", str(written(raw, tmp_path))]
+    with pytest.raises(ConfigError, match=r"drift\.csv' holds no measured runs .*leave out --take-published"):
+        drift.main([*config, "--take-published"])
+    compare.main([*config, "--only", "plain", "every_2", "--workers", "0"])
+    drift.main(config)
+    beside = Path(raw["page"]).parent
+    table, page = beside / "results" / "drift.csv", (beside / "drift.md").read_text()
+    published = table.read_text()
+    shutil.rmtree(Path(raw["output_dir"]) / "cells" / "cities" / "poisoned-0.1" / "plain" / "seed-1" / "adapter")
+    drift.main([*config, "--take-published"])
+    assert table.read_text() == published
+    assert (beside / "drift.md").read_text() == page
+    # what is neither published nor here is left out
+    drift.main(config)
+    assert [line.split(",")[1] for line in table.read_text().splitlines()] == ["arm", "every_2"]
+
+
 @pytest.mark.parametrize(
     ("settings", "merged"),
     [
