@@ -131,7 +131,8 @@ def correlation_interval(rho: float, n: int) -> tuple[float, float]:
 
     NaN for fewer than four, and for a perfect one, of which their formula knows no spread.
     """
-    if n < 4 or math.isnan(rho) or abs(rho) == 1:
+    # Ranks in one order correlate at 1 but for rounding.
+    if n < 4 or math.isnan(rho) or math.isclose(abs(rho), 1):
         return (math.nan, math.nan)
     spread = 1.96 * math.sqrt((1 + rho**2 / 2) / (n - 3))
     return (math.tanh(math.atanh(rho) - spread), math.tanh(math.atanh(rho) + spread))

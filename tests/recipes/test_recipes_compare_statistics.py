@@ -89,6 +89,7 @@ def test_the_interval_of_a_rank_correlation():
     assert correlation_interval(-0.5, 100) == pytest.approx((-0.6413, -0.3259), abs=1e-4)
     # ranks that agree altogether: no spread is known, so no interval is told
     assert all(math.isnan(end) for end in correlation_interval(1.0, 9))
+    assert all(math.isnan(end) for end in correlation_interval(math.nextafter(-1.0, 0), 9))
     assert all(math.isnan(end) for end in correlation_interval(0.9, 3))
 
 
