@@ -58,7 +58,8 @@ class Drift(NamedTuple):
 def drifts(grid: Grid, cells: Sequence[Cell], published: Mapping[str, Drift] = MappingProxyType({})) -> list[Drift]:
     """Measure the adapter of every cell that has one and a result, against the grid's two subspaces.
 
-    Cells that are `published` are not measured again: their adapters need not be here.
+    Cells that are `published` are not measured again: their adapters need not be here. Of runs that are one and the
+    same, as one with a probe is the one without, the first counts.
     """
     subspaces = [Subspace.load(path) for path in (grid.subspace, grid.random_subspace)]
     found = []
@@ -70,7 +71,10 @@ def drifts(grid: Grid, cells: Sequence[Cell], published: Mapping[str, Drift] = M
             factors = load_adapter(str(adapter)).factors
             readings, control = (measure(factors, subspace) for subspace in subspaces)
             found.append(_drift(cell, readings, control, result))
-    return found
+    first = dict[Drift, Drift]()
+    for run in found:
+        first.setdefault(run._replace(cell="", arm="", date=""), run)
+    return list(first.values())
 
 
 def published_drifts(grid: Grid) -> dict[str, Drift]:

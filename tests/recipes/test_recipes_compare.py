@@ -204,6 +204,11 @@ def test_adapters_are_measured_beside_their_refusals(raw, tmp_path):
     later = sum(row["date"] >= rows["end.w8"]["date"] for row in rows.values())
     assert f"| all, since {rows['end.w8']['date']} | {later} |" in page
     assert later >= 2
+    # a run with a probe is the one without, and counts once
+    raw["arms"]["probed"] = {"settings": {"probe_every": 2, "probe_prompts": 2}}
+    grid = make_grid(raw)
+    compare.run_grid(grid, cells_of(grid, ["probed"]))
+    assert [run.arm for run in drift.drifts(grid, cells_of(grid))] == list(rows)
     # another grid's page beside it is another file
     two = {**raw, "page": str(beside / "results_two.md")}
     drift.main(["--config", str(written(two, tmp_path))])
