@@ -99,8 +99,22 @@ def _fronts(grid: Grid, places: Sequence[Place]) -> Figure | None:
             if len(kept := front(lines.get(family, []))) > 1:
                 axis.plot(*zip(*kept, strict=True), lw=0.8, color=color)
         axis.set(title=place.title, xlabel="task score", ylabel="harmful prompts refused", ylim=(-0.02, 1.02))
+        _leave_out_lost(grid, place, axis)
         axis.legend(fontsize=5, ncols=2)
     return figure
+
+
+def _leave_out_lost(grid: Grid, place: Place, axis: Axes) -> None:
+    """Begin the scores at the arms with a quarter of the best one's or more, and name the others.
+
+    An arm that has lost its task, as one whose updates were projected away, would squeeze all others into a corner.
+    """
+    found = {name: place.interval(name, "task") for name in place.arms if grid.arms[name].kind != "model"}
+    scores = {name: one for name, one in found.items() if one is not None}
+    best = max((one.value for one in scores.values()), default=0.0)
+    if lost := [name for name, one in scores.items() if one.value < best / 4]:
+        axis.set_xlim(left=min(one.low for name, one in scores.items() if name not in lost) - 0.01)
+        axis.set_xlabel(f"task score; left of it: {', '.join(lost)}")
 
 
 def _looks(grid: Grid, places: Sequence[Place]) -> dict[str, tuple[str, str]]:
@@ -128,7 +142,7 @@ def _steps(grid: Grid, places: Sequence[Place]) -> Figure | None:
         axis.set(title=place.title, xlabel="optimizer step", ylim=(-0.02, 1.02))
         # Where no arm of the place measures in training, there is nothing to name.
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=5, ncols=2)
+            axis.legend(fontsize=5, ncols=2, framealpha=0.5)
     return figure
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from recipes.comparison import plots
 from recipes.comparison.arms import chosen, read_arms
 from recipes.comparison.figures import HARM, matched, places_of, reference_arms, reference_of
 from recipes.comparison.grid import cells_of, make_grid
@@ -197,6 +198,17 @@ def test_the_page_holds_the_figures_and_what_they_come_from(grid, made):
     assert "| 2 | peft 0.1 and not 0.21.2 |" in page
     assert "templated" in page
     assert "| end.w5 | -20.0 (" in page.split("Less every_10")[1]
+
+
+def test_an_arm_that_lost_its_task_does_not_squeeze_the_plot(grid, made):
+    def axis(results):
+        return plots._fronts(grid, places_of(grid, results)).axes[0]
+
+    assert axis(made).get_xlabel() == "task score"
+    lost = [one if one["arm"] != "end.w4" else result(grid, "end.w4", one["seed"], 10, 0) for one in made]
+    shown = axis(lost)
+    assert shown.get_xlabel() == "task score; left of it: end.w4"
+    assert 0 < shown.get_xlim()[0] < 15 / 20
 
 
 def test_a_page_of_nothing_says_so(grid):
