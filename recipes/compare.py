@@ -2,7 +2,7 @@
 
     python -m recipes.compare --config configs/compare/smollm2.yaml
     python -m recipes.compare --config configs/compare/smollm2.yaml --only plain every_10 --seeds 1 2 --tasks sentiment
-    python -m recipes.compare --config configs/compare/smollm2.yaml --take-published --only ema --seeds 3
+    python -m recipes.compare --config configs/compare/smollm2.yaml --take-published --only ema --seeds 2
     python -m recipes.compare --config configs/compare/smollm2.yaml --page-only
     python -m recipes.compare --config configs/compare/smollm2.yaml --only plain --seeds 1 --repeat-in runs/again
 
