@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from .grid import Cell, Grid
 from .resolve import resolved
 from .splits import SETS, prompts_of, rows_of
+from .stamp import device, processor
 from .tasks import get_task
 
 # SmolLM2-135M on 2 CPU cores in float32: 60 steps of 8 rows took 60 to 125 s, generation made 126 to 255 tokens/s.
@@ -14,6 +15,10 @@ SECONDS_A_ROW = (60 / 480, 125 / 480)
 TOKENS_A_SECOND = (255.0, 126.0)
 # A refusal ends before max_new_tokens: at best half of them are made.
 MADE = (0.5, 1.0)
+# On x86 with AVX2 and no more torch multiplies bfloat16 number by number. Measured 2026-11-27 on an EPYC: a step of
+# SmolLM2 took 140 s, and 7 s in float32.
+WITHOUT_BFLOAT16 = "AVX2"
+SLOWER = 20
 # Loading a model and an adapter, or a merge after training.
 OVERHEAD = (2.0, 10.0)
 
@@ -44,5 +49,17 @@ def estimate(grid: Grid, cells: Sequence[Cell]) -> str:
     trained = sum(cell.arm.kind == "train" for cell in cells)
     return (
         f"{len(cells)} cells, {trained} of them trained: about {low / size:.1f} to {high / size:.1f} {unit} at the "
-        "pace of a 135M model on 2 CPU cores in float32"
+        f"pace of a 135M model on 2 CPU cores in float32{_slower(grid)}"
+    )
+
+
+def _slower(grid: Grid) -> str:
+    """Say so where the grid asks a processor for bfloat16 that it has no instructions for."""
+    # SFTConfig's own default is bf16.
+    asked = grid.finetune.get("bf16", True) or grid.evaluate["dtype"] == "bfloat16"
+    if device() != "cpu" or processor() != WITHOUT_BFLOAT16 or not asked:
+        return ""
+    return (
+        f", and {SLOWER} times that in bfloat16 on a processor that has {processor()} alone: take a grid with "
+        "finetune: {bf16: false} and evaluate: {dtype: float32}, such as configs/compare/smollm2_float32.yaml"
     )

@@ -91,16 +91,34 @@ EVALUATE: dict[str, Any] = {
 
 
 def load_grid(path: str | Path) -> Grid:
-    """Read a grid from YAML; ConfigError for keys, arms, tasks, splits and counts that cannot be."""
+    """Read a grid from YAML; ConfigError for keys, arms, tasks, splits and counts that cannot be.
+
+    `base: FILE`, beside it, takes in another grid: what is said here goes before what is said there, in mappings (arms,
+    finetune, evaluate, ...) key by key.
+    """
+    raw = _read(Path(path))
+    if (base := raw.pop("base", None)) is None:
+        return make_grid(raw)
+    if not isinstance(base, str) or "base" in (under := _read(Path(path).with_name(base))):
+        raise ConfigError(f"base of grid {str(path)!r} is {base!r}: name a grid beside it without a base itself")
+    return make_grid({**under, **{key: _over(under.get(key), value) for key, value in raw.items()}})
+
+
+def _read(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"grid {str(path)!r} cannot be read ({error}): give a YAML file") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"grid {str(path)!r} holds {type(raw).__name__}: it must map settings to values")
-    return make_grid(raw)
+    return raw
+
+
+def _over(under: Any, value: Any) -> Any:
+    both = isinstance(under, Mapping) and isinstance(value, Mapping)
+    return {**under, **value} if both else value
 
 
 def make_grid(raw: Mapping[str, Any]) -> Grid:
@@ -190,12 +208,8 @@ def cells_of(
     return cells
 
 
-def _seeds(grid: Grid, arm: Arm) -> Sequence[int]:
-    return arm.seeds or grid.seeds
-
-
 def _cells(grid: Grid, arms: Sequence[Arm]) -> Iterator[Cell]:
-    every = dict.fromkeys(seed for arm in arms for seed in _seeds(grid, arm))
+    every = dict.fromkeys(seed for arm in arms for seed in arm.seeds or grid.seeds)
     for arm in (a for a in arms if a.kind == "model"):
         for task in arm.tasks or grid.tasks:
             yield Cell(arm, task, grid.poisoned_shares[0], grid.seeds[0])
@@ -206,7 +220,7 @@ def _cells(grid: Grid, arms: Sequence[Arm]) -> Iterator[Cell]:
                     wanted = task in (arm.tasks or grid.tasks) and share in (
                         arm.poisoned_shares or grid.poisoned_shares
                     )
-                    if arm.kind != "model" and wanted and seed in _seeds(grid, arm):
+                    if arm.kind != "model" and wanted and seed in (arm.seeds or grid.seeds):
                         yield Cell(arm, task, share, seed)
     for more in grid.more:
         names = chosen(grid.arms, more["arms"])

@@ -23,7 +23,7 @@ CONFIGS = ROOT / "configs"
 COUNTS = {
     "accelerate": 6,
     "align": 1,
-    "compare": 3,
+    "compare": 4,
     "evaluate": 5,
     "finetune": 19,
     "merge": 13,
