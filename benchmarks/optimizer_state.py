@@ -21,8 +21,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from recipes.demo import evaluate_arm, fast_bfloat16, machine_settings, set_environment, silence, train_arm
+from recipes.demo import evaluate_arm, machine_settings, set_environment, silence, train_arm
 from recipes.demo_report import SETS
+from recipes.processor import fast_bfloat16
 
 ROOT = Path(__file__).parents[1]
 POLICIES = ("none", "keep", "reset", "rescale")

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes.demo_report import Arm, table, verdict
+from recipes.processor import fast_bfloat16
 from safemerge_callback.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -76,15 +77,6 @@ def silence() -> None:
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-
-def fast_bfloat16() -> bool:
-    """Whether bfloat16 is quicker than float32 here: an accelerator, or a CPU with instructions for it."""
-    import torch
-
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    cpu = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return torch.accelerator.is_available() or bool(cpu)
 
 
 def machine_settings() -> list[str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from recipes.processor import fast_bfloat16
+
 from .grid import Cell, Grid
 from .resolve import resolved
 from .splits import SETS, prompts_of, rows_of
-from .stamp import device, processor
 from .tasks import get_task
 
 # SmolLM2-135M on 2 CPU cores in float32: 60 steps of 8 rows took 60 to 125 s, generation made 126 to 255 tokens/s.
@@ -15,9 +16,7 @@ SECONDS_A_ROW = (60 / 480, 125 / 480)
 TOKENS_A_SECOND = (255.0, 126.0)
 # A refusal ends before max_new_tokens: at best half of them are made.
 MADE = (0.5, 1.0)
-# On x86 with AVX2 and no more torch multiplies bfloat16 number by number. Measured 2026-11-27 on an EPYC: a step of
-# SmolLM2 took 140 s, and 7 s in float32.
-WITHOUT_BFLOAT16 = "AVX2"
+# Measured 2026-11-27 on an EPYC that has AVX2 and no more: a step of SmolLM2 took 140 s in bfloat16 and 7 s in float32.
 SLOWER = 20
 # Loading a model and an adapter, or a merge after training.
 OVERHEAD = (2.0, 10.0)
@@ -54,12 +53,12 @@ def estimate(grid: Grid, cells: Sequence[Cell]) -> str:
 
 
 def _slower(grid: Grid) -> str:
-    """Say so where the grid asks a processor for bfloat16 that it has no instructions for."""
+    """Say so where the grid asks the machine for bfloat16 that it has no instructions for."""
     # SFTConfig's own default is bf16.
     asked = grid.finetune.get("bf16", True) or grid.evaluate["dtype"] == "bfloat16"
-    if device() != "cpu" or processor() != WITHOUT_BFLOAT16 or not asked:
+    if fast_bfloat16() or not asked:
         return ""
     return (
-        f", and {SLOWER} times that in bfloat16 on a processor that has {processor()} alone: take a grid with "
+        f", and up to {SLOWER} times that in bfloat16, for which this machine has no instructions: take a grid with "
         "finetune: {bf16: false} and evaluate: {dtype: float32}, such as configs/compare/smollm2_float32.yaml"
     )

@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from recipes.processor import vector_instructions
+
 from .grid import Grid
 from .splits import SETS, prompts_of, rows_of
 from .tasks import get_task
@@ -43,9 +45,9 @@ def stamp_of(grid: Grid) -> dict[str, Any]:
         "code": digest(path.read_bytes() for path in _code()),
         "data": _data(grid),
         "model": _models(grid),
-        "device": device(),
+        "device": _device(),
         "commit": commit(),
-        "host": f"{platform.machine()} {processor()}, {os.cpu_count()} cores, {platform.system()}",
+        "host": f"{platform.machine()} {vector_instructions()}, {os.cpu_count()} cores, {platform.system()}",
         "threads": _threads(),
     }
 
@@ -122,20 +124,12 @@ def _file_digest(path: Path) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def device() -> str:
-    """Return the name of the accelerator, or `cpu`."""
+def _device() -> str:
     import torch
 
     if torch.accelerator.is_available() and torch.cuda.is_available():
         return torch.cuda.get_device_name(0)
     return "cpu" if not torch.accelerator.is_available() else str(torch.accelerator.current_accelerator())
-
-
-def processor() -> str:
-    """Return the vector instructions that torch uses here, such as AVX2: with others, results round otherwise."""
-    import torch
-
-    return torch.backends.cpu.get_cpu_capability()
 
 
 def _threads() -> int:

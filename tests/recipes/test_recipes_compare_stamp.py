@@ -3,6 +3,8 @@
 import torch
 from safetensors.torch import save_file
 
+from recipes.comparison import stamp
+from recipes.comparison.grid import make_grid
 from recipes.comparison.stamp import name_with_digest
 
 
@@ -14,3 +16,15 @@ def test_a_folder_is_told_by_its_weights_and_a_hub_id_by_its_name(tmp_path):
     assert names[0] == names[1] != names[2]
     assert names[0].startswith(f"{tmp_path.name} ")
     assert name_with_digest("org/model") == "org/model"
+
+
+def test_the_host_is_told_with_its_vector_instructions(monkeypatch):
+    grid = make_grid(
+        {
+            **{"model": "org/aligned", "unaligned": "org/unaligned", "target_modules": ["q_proj"], "seeds": [1]},
+            **{"output_dir": "runs", "tasks": ["sentiment"], "arms": {"plain": {"about": "plain"}}},
+        }
+    )
+    monkeypatch.setattr(stamp, "_data", lambda grid: {})
+    monkeypatch.setattr(stamp, "vector_instructions", lambda: "AVX0")
+    assert " AVX0, " in stamp.stamp_of(grid)["host"]
