@@ -66,15 +66,20 @@ def settings_digest(settings: Mapping[str, Any], evaluate: Mapping[str, Any]) ->
 
 
 def differences(found: Mapping[str, Any], now: Mapping[str, Any], same_code: Sequence[str] = ()) -> list[str]:
-    """Return in words what differs between two stamps; digests in `same_code` are of one code."""
+    """Return in words what differs between two stamps; digests in `same_code` are of one code.
+
+    Data that one of them lacks is another task's: a grid may grow by a task, or lose one.
+    """
     differing: list[str] = []
     for key in COMPARED:
         old, new = found.get(key), now.get(key)
         if key == "code" and old in same_code and new in same_code:
             continue
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-            differing += [f"{name} {old.get(name)} and not {new.get(name)}" for name in names]
+            names = sorted(old.keys() & new.keys() if key == "data" else old.keys() | new.keys())
+            differing += [
+                f"{name} {old.get(name)} and not {new.get(name)}" for name in names if old.get(name) != new.get(name)
+            ]
         elif old != new:
             differing.append(f"{key} {old} and not {new}")
     return differing
@@ -94,9 +99,15 @@ def _data(grid: Grid) -> dict[str, str]:
             json.dumps(row, sort_keys=True).encode()
             for row in [*load_examples(name), *rows_of(get_task(name), grid.split)]
         )
-        for name in grid.tasks
+        for name in dict.fromkeys([*grid.tasks, *_other_tasks(grid)])
     }
     return {**sets, **tasks, "safety": digest(text.encode() for text in safety_prompts())}
+
+
+def _other_tasks(grid: Grid) -> list[str]:
+    """Tasks that only some arms have, or some of the grid's `more`."""
+    named = [*(arm.tasks or () for arm in grid.arms.values()), *(more.get("tasks") or () for more in grid.more)]
+    return [task for tasks in named for task in tasks]
 
 
 def _models(grid: Grid) -> dict[str, str]:

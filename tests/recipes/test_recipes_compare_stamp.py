@@ -18,6 +18,29 @@ def test_a_folder_is_told_by_its_weights_and_a_hub_id_by_its_name(tmp_path):
     assert name_with_digest("org/model") == "org/model"
 
 
+def test_data_of_tasks_that_one_of_two_grids_lacks_is_no_difference():
+    one = {"data": {"harmbench": "a", "sentiment": "b"}, "model": {"org/aligned": "org/aligned"}}
+    grown = {**one, "data": {**one["data"], "cities": "c"}}
+    assert stamp.differences(one, grown) == stamp.differences(grown, one) == []
+    assert stamp.differences(one, {**grown, "data": {**grown["data"], "sentiment": "d"}}) == ["sentiment b and not d"]
+    assert stamp.differences(one, {**grown, "model": {"org/other": "org/other"}}) == [
+        "org/aligned org/aligned and not None",
+        "org/other None and not org/other",
+    ]
+
+
+def test_data_of_tasks_that_one_arm_alone_has_is_stamped(monkeypatch):
+    grid = make_grid(
+        {
+            **{"model": "org/aligned", "unaligned": "org/unaligned", "target_modules": ["q_proj"], "seeds": [1]},
+            **{"output_dir": "runs", "tasks": ["sentiment"]},
+            "arms": {"plain": {"about": "plain"}, "other": {"about": "other", "tasks": ["cities"]}},
+            "more": [{"arms": ["plain"], "seeds": [2], "tasks": ["arithmetic"]}],
+        }
+    )
+    assert {"sentiment", "cities", "arithmetic"} == {*grid.tasks, *stamp._other_tasks(grid)}
+
+
 def test_the_host_is_told_with_its_vector_instructions(monkeypatch):
     grid = make_grid(
         {
