@@ -5,7 +5,17 @@ from safetensors.torch import save_file
 
 from recipes.comparison import stamp
 from recipes.comparison.grid import make_grid
-from recipes.comparison.stamp import name_with_digest
+from recipes.comparison.stamp import differences, name_with_digest
+
+RAW = {
+    "model": "org/aligned",
+    "unaligned": "org/unaligned",
+    "target_modules": ["q_proj"],
+    "seeds": [1],
+    "output_dir": "runs",
+    "tasks": ["sentiment"],
+    "arms": {"plain": {"about": "plain"}},
+}
 
 
 def test_a_folder_is_told_by_its_weights_and_a_hub_id_by_its_name(tmp_path):
@@ -21,33 +31,27 @@ def test_a_folder_is_told_by_its_weights_and_a_hub_id_by_its_name(tmp_path):
 def test_data_of_tasks_that_one_of_two_grids_lacks_is_no_difference():
     one = {"data": {"harmbench": "a", "sentiment": "b"}, "model": {"org/aligned": "org/aligned"}}
     grown = {**one, "data": {**one["data"], "cities": "c"}}
-    assert stamp.differences(one, grown) == stamp.differences(grown, one) == []
-    assert stamp.differences(one, {**grown, "data": {**grown["data"], "sentiment": "d"}}) == ["sentiment b and not d"]
-    assert stamp.differences(one, {**grown, "model": {"org/other": "org/other"}}) == [
-        "org/aligned org/aligned and not None",
-        "org/other None and not org/other",
-    ]
+    assert differences(one, grown) == differences(grown, one) == []
+    assert differences(one, {**grown, "data": {**grown["data"], "sentiment": "d"}}) == ["sentiment b and not d"]
 
 
-def test_data_of_tasks_that_one_arm_alone_has_is_stamped(monkeypatch):
-    grid = make_grid(
-        {
-            **{"model": "org/aligned", "unaligned": "org/unaligned", "target_modules": ["q_proj"], "seeds": [1]},
-            **{"output_dir": "runs", "tasks": ["sentiment"]},
-            "arms": {"plain": {"about": "plain"}, "other": {"about": "other", "tasks": ["cities"]}},
-            "more": [{"arms": ["plain"], "seeds": [2], "tasks": ["arithmetic"]}],
-        }
-    )
-    assert {"sentiment", "cities", "arithmetic"} == {*grid.tasks, *stamp._other_tasks(grid)}
+def test_another_model_is_a_difference():
+    one, other = ({"model": {name: name}} for name in ("org/aligned", "org/other"))
+    assert differences(one, other) == ["org/aligned org/aligned and not None", "org/other None and not org/other"]
+
+
+def test_data_of_tasks_that_some_arms_alone_have_is_stamped(monkeypatch):
+    arms = {**RAW["arms"], "other": {"about": "other", "tasks": ["cities"]}}
+    grid = make_grid({**RAW, "arms": arms, "more": [{"arms": ["plain"], "seeds": [2], "tasks": ["arithmetic"]}]})
+    monkeypatch.setattr(stamp, "get_task", lambda name: name)
+    monkeypatch.setattr(stamp, "rows_of", lambda task, split: [])
+    monkeypatch.setattr(stamp, "prompts_of", lambda name, split: [])
+    monkeypatch.setattr("recipes.data.load_examples", lambda name: [])
+    monkeypatch.setattr("recipes.data.safety_prompts", lambda: [])
+    assert {"sentiment", "cities", "arithmetic"} < stamp._data(grid).keys()
 
 
 def test_the_host_is_told_with_its_vector_instructions(monkeypatch):
-    grid = make_grid(
-        {
-            **{"model": "org/aligned", "unaligned": "org/unaligned", "target_modules": ["q_proj"], "seeds": [1]},
-            **{"output_dir": "runs", "tasks": ["sentiment"], "arms": {"plain": {"about": "plain"}}},
-        }
-    )
     monkeypatch.setattr(stamp, "_data", lambda grid: {})
     monkeypatch.setattr(stamp, "vector_instructions", lambda: "AVX0")
-    assert " AVX0, " in stamp.stamp_of(grid)["host"]
+    assert " AVX0, " in stamp.stamp_of(make_grid(RAW))["host"]
