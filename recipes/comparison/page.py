@@ -48,6 +48,10 @@ def write_page(grid: Grid, config: str | Path, results: Sequence[Result], others
     return page
 
 
+# What of the stamps the page's head tells besides versions.
+TOLD = ("device", "host", "commit", "code")
+
+
 def _head(grid: Grid, config: str | Path, results: Sequence[Result]) -> str:
     every, failed = len(cells_of(grid)), sum(bool(result["error"]) for result in results)
     hours = sum(sum(result["seconds"].values()) for result in results) / 3600
@@ -61,15 +65,15 @@ def _head(grid: Grid, config: str | Path, results: Sequence[Result]) -> str:
         f"- cells: {len(results) - failed} of {every} done, {failed} failed; split: {grid.split}",
         f"- seeds: {_several(sorted(result['seed'] for result in results))}; hours spent: {hours:.1f}",
         f"- dates: {dates[0]} to {dates[-1]}" if dates else "- dates: none, nothing was run",
-        *(f"- {key}: {_several(stamp[key] for stamp in stamps)}" for key in ("device", "host", "commit", "code")),
+        *(f"- {key}: {_several((stamp[key] for stamp in stamps), '; ')}" for key in TOLD),
         *([f"- taken as one code: {', '.join(grid.same_code)}"] if grid.same_code else []),
         f"- versions: {', '.join(versions)}",
     ]
     return "\n".join(lines)
 
 
-def _several(values: Iterable[Any]) -> str:
-    return ", ".join(dict.fromkeys(map(str, values)))
+def _several(values: Iterable[Any], between: str = ", ") -> str:
+    return between.join(dict.fromkeys(map(str, values)))
 
 
 def _place(grid: Grid, place: Place) -> list[str]:
