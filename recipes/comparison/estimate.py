@@ -48,7 +48,7 @@ def estimate(grid: Grid, cells: Sequence[Cell]) -> str:
     trained = sum(cell.arm.kind == "train" for cell in cells)
     return (
         f"{len(cells)} cells, {trained} of them trained: about {low / size:.1f} to {high / size:.1f} {unit} at the "
-        f"pace of a 135M model on 2 CPU cores in float32{_slower(grid)}"
+        f"pace of a 135M model on 2 CPU cores in float32{_slower(grid) if cells else ''}"
     )
 
 

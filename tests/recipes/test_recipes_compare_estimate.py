@@ -4,15 +4,17 @@ import pytest
 
 from recipes.comparison import estimate as module
 from recipes.comparison.estimate import estimate
-from recipes.comparison.grid import make_grid
+from recipes.comparison.grid import cells_of, make_grid
 
 
-def said(monkeypatch, fast, bf16, dtype):
+def said(monkeypatch, fast, bf16, dtype, nothing=False):
     monkeypatch.setattr(module, "fast_bfloat16", lambda: fast)
+    monkeypatch.setattr(module, "seconds_of", lambda grid, cell: (60.0, 120.0))
     raw = {"model": "org/aligned", "unaligned": "org/unaligned", "target_modules": ["q_proj"], "seeds": [1]}
     made = {**raw, "output_dir": "runs", "tasks": ["sentiment"], "arms": {"plain": {"about": "plain"}}}
     settings = {} if bf16 is None else {"bf16": bf16}
-    return estimate(make_grid({**made, "finetune": settings, "evaluate": {"dtype": dtype}}), [])
+    grid = make_grid({**made, "finetune": settings, "evaluate": {"dtype": dtype}})
+    return estimate(grid, [] if nothing else cells_of(grid))
 
 
 @pytest.mark.parametrize(("bf16", "dtype"), [(True, "float32"), (False, "bfloat16"), (None, "float32")])
@@ -21,5 +23,8 @@ def test_bfloat16_without_instructions_for_it_is_said_to_be_slow(monkeypatch, bf
     assert said(monkeypatch, True, bf16, dtype).endswith("in float32")
 
 
-def test_nothing_is_said_of_a_grid_in_float32(monkeypatch):
-    assert said(monkeypatch, False, False, "float32").endswith("in float32")
+def test_nothing_is_said_of_a_grid_in_float32_or_one_that_is_done(monkeypatch):
+    assert said(monkeypatch, False, False, "float32").endswith(
+        "about 1.0 to 2.0 minutes at the pace of a 135M model on 2 CPU cores in float32"
+    )
+    assert said(monkeypatch, False, True, "bfloat16", nothing=True).endswith("in float32")
