@@ -93,14 +93,14 @@ EVALUATE: dict[str, Any] = {
 def load_grid(path: str | Path) -> Grid:
     """Read a grid from YAML; ConfigError for keys, arms, tasks, splits and counts that cannot be.
 
-    `base: FILE`, beside it, takes in another grid: what is said here goes before what is said there, in mappings (arms,
-    finetune, evaluate, ...) key by key.
+    `base: FILE`, a path from its folder, takes in another grid: what is said here goes before what is said there, in
+    mappings (arms, finetune, evaluate, ...) key by key.
     """
     raw = _read(Path(path))
     if (base := raw.pop("base", None)) is None:
         return make_grid(raw)
-    if not isinstance(base, str) or "base" in (under := _read(Path(path).with_name(base))):
-        raise ConfigError(f"base of grid {str(path)!r} is {base!r}: name a grid beside it without a base itself")
+    if not isinstance(base, str) or "base" in (under := _read(Path(path).parent / base)):
+        raise ConfigError(f"base of grid {str(path)!r} is {base!r}: name a grid, from here, without a base itself")
     return make_grid({**under, **{key: _over(under.get(key), value) for key, value in raw.items()}})
 
 

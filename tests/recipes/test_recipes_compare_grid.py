@@ -57,7 +57,9 @@ def test_arms_are_added_and_replaced_whole(under):
     ("base", "match"),
     [
         ("absent.yaml", "absent.yaml.*cannot be read"),
-        ("over.yaml", "'over.yaml': name a grid beside it without a base itself"),
+        ("../absent.yaml", "absent.yaml.*cannot be read"),
+        ("", "cannot be read"),
+        ("over.yaml", "'over.yaml': name a grid, from here, without a base itself"),
         (["under.yaml"], "name a grid"),
         (False, "name a grid"),
     ],
