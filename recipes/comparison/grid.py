@@ -100,7 +100,8 @@ def load_grid(path: str | Path) -> Grid:
     if (base := raw.pop("base", None)) is None:
         return make_grid(raw)
     if not isinstance(base, str) or "base" in (under := _read(Path(path).parent / base)):
-        raise ConfigError(f"base of grid {str(path)!r} is {base!r}: name a grid, from here, without a base itself")
+        asked = "name a grid that has none itself, by its path from this one's folder"
+        raise ConfigError(f"base of grid {str(path)!r} is {base!r}: {asked}")
     return make_grid({**under, **{key: _over(under.get(key), value) for key, value in raw.items()}})
 
 

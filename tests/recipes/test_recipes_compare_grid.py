@@ -59,7 +59,7 @@ def test_arms_are_added_and_replaced_whole(under):
         ("absent.yaml", "absent.yaml.*cannot be read"),
         ("../absent.yaml", "absent.yaml.*cannot be read"),
         ("", "cannot be read"),
-        ("over.yaml", "'over.yaml': name a grid, from here, without a base itself"),
+        ("over.yaml", "'over.yaml': name a grid that has none itself"),
         (["under.yaml"], "name a grid"),
         (False, "name a grid"),
     ],
