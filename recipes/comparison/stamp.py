@@ -15,7 +15,7 @@ from typing import Any
 
 from recipes.processor import vector_instructions
 
-from .grid import Grid
+from .grid import Grid, cells_of
 from .splits import SETS, prompts_of, rows_of
 from .tasks import get_task
 
@@ -99,15 +99,9 @@ def _data(grid: Grid) -> dict[str, str]:
             json.dumps(row, sort_keys=True).encode()
             for row in [*load_examples(name), *rows_of(get_task(name), grid.split)]
         )
-        for name in dict.fromkeys([*grid.tasks, *_other_tasks(grid)])
+        for name in dict.fromkeys(cell.task for cell in cells_of(grid))
     }
     return {**sets, **tasks, "safety": digest(text.encode() for text in safety_prompts())}
-
-
-def _other_tasks(grid: Grid) -> list[str]:
-    """Tasks that only some arms have, or some of the grid's `more`."""
-    named = [*(arm.tasks or () for arm in grid.arms.values()), *(more.get("tasks") or () for more in grid.more)]
-    return [task for tasks in named for task in tasks]
 
 
 def _models(grid: Grid) -> dict[str, str]:
