@@ -46,7 +46,7 @@ trainer.train(resume_from_checkpoint=sys.argv[4] if len(sys.argv) > 4 else None)
 assert dist.get_world_size() == 2
 assert "wandb" not in sys.modules
 (out / f"rank{rank}.json").write_text(json.dumps({"end": digest(live_factors(trainer.model)), "steps": seen}))
-dist.destroy_process_group()
+runs.leave()
 '''
 
 

@@ -92,8 +92,7 @@ def main(conftest, folder, tokenizer, out, *jobs):
         run(runs.World(Path(folder), model), job, Path(out), tokenizer)
         if RANK == 0:
             print("done", job, flush=True)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    runs.leave()
 
 
 if __name__ == "__main__":

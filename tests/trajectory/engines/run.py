@@ -206,8 +206,7 @@ def main(conftest, folder, out, *jobs):
         run(runs.World(Path(folder), model), job, Path(out))
         if RANK == 0:
             print("done", job, flush=True)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    runs.leave()
 
 
 if __name__ == "__main__":
