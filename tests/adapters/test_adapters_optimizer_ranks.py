@@ -234,7 +234,7 @@ def test_on_every_engine_the_next_step_is_adams_from_the_edited_moments(cases):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     processes = [subprocess.Popen([sys.executable, __file__, *cases], env={**base, **r}, **pipes) for r in ranks]
     try:
-        said = [process.communicate(timeout=200)[0] for process in processes]
+        said = [process.communicate(timeout=540)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

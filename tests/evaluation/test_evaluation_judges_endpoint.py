@@ -170,7 +170,8 @@ def test_a_server_that_hangs_costs_no_more_than_the_time_given(server):
     patient = EndpointJudge(server.url, "m", timeout=5, retries=9, patience=0.4, workers=1)
     with pytest.warns(UserWarning, match="9 of 9"):
         assert patient.refuse_all(list("abcdefghi"), ["x"] * 9) == [None] * 9
-    assert time.monotonic() - start < 8
+    # A wait that nobody bounds takes 20 s, nine of 5 s take 45.
+    assert time.monotonic() - start < 18
     released.set()
 
 

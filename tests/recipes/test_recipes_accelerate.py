@@ -136,7 +136,7 @@ def launch(world, out, name, *more, machines=1, processes=2):
     arguments = [__file__, str(out), *recipe(world, out), *more]
     started = [start([*options, "--machine_rank", str(rank), *arguments]) for rank in range(machines)]
     for process in started:
-        said, _ = process.communicate(timeout=280)
+        said, _ = process.communicate(timeout=540)
         assert process.returncode == 0, said[-6000:]
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(processes)]
 

@@ -48,7 +48,7 @@ def train(world, out, work, processes):
     )
 
 
-def finished(process, timeout=420):
+def finished(process, timeout=540):
     said, _ = process.communicate(timeout=timeout)
     assert process.returncode == 0, said[-6000:]
 

@@ -30,7 +30,7 @@ def train(world, out, tokenizer, engines, processes, kinds):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=420,
+        timeout=540,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-6000:]
