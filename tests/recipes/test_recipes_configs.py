@@ -25,7 +25,7 @@ COUNTS = {
     "align": 1,
     "compare": 4,
     "evaluate": 5,
-    "finetune": 19,
+    "finetune": 20,
     "merge": 13,
     "train_safety_adapter": 6,
 }
