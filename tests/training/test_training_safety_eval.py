@@ -108,10 +108,9 @@ def test_its_time_is_its_own(world, runs, tmp_path, probe):
     took = time.perf_counter() - began
     end = runs.entries(tmp_path, "end")[0]
     assert asked.seconds > 7 * 0.2
-    assert guard.seconds < asked.seconds
+    # Six of the seven probes stand around a merge: with them in it this would be 1.2 s and more.
+    assert guard.seconds < 6 * 0.2
     assert end["training_seconds"] + asked.seconds < took + 0.2
-    # Any with a probe in it has 0.2 s and more; one alone may be held up by the machine.
-    assert min(m["safemerge/seconds"] for m in trainer.state.log_history if "safemerge/seconds" in m) < 0.2
 
 
 def test_a_final_merge_is_probed_and_the_end_is_what_the_user_is_left_with(world, runs, tmp_path, probe):
