@@ -23,6 +23,7 @@ if __package__ in (None, ""):  # run as a script by `accelerate launch`
 
 from recipes.data.mixing import check_share
 from recipes.models import load_model
+from safemerge_callback.documents import read_yaml
 from safemerge_callback.errors import ConfigError, nearest
 from safemerge_callback.training import SafeMergeCallback, SafeMergeConfig
 
@@ -103,6 +104,11 @@ def parse(classes: Sequence[type], args: Sequence[str] | None = None) -> tuple[A
     """Parse `--config FILE` and overrides into instances of `classes`; ConfigError for a key that none of them has."""
     from trl import TrlParser
 
+    given = sys.argv[1:] if args is None else list(args)
+    if "--config" in given[:-1]:
+        # TrlParser's own reading keeps the last of two equal keys.
+        file = given[given.index("--config") + 1]
+        read_yaml(file, f"config file {file!r}")
     *parsed, unknown = TrlParser(classes).parse_args_and_config(args, return_remaining_strings=True)
     keys = [text.removeprefix("--") for text in unknown if text.startswith("--")]
     if unknown:

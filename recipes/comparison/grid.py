@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from safemerge_callback.documents import read_yaml
 from safemerge_callback.errors import ConfigError, nearest
 
 from .arms import Arm, chosen, read_arms
@@ -109,7 +110,7 @@ def _read(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_yaml(path, f"grid {str(path)!r}")
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"grid {str(path)!r} cannot be read ({error}): give a YAML file") from error
     if not isinstance(raw, dict):

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from ..documents import parse_yaml
 from ..errors import ConfigError
 from ..training import SafeMergeCallback, SafeMergeConfig
 from . import split_settings
@@ -56,7 +57,7 @@ def config_of(environment: Mapping[str, str]) -> SafeMergeConfig:
 
 def _value(variable: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return parse_yaml(text, f"variable {variable}")
     except yaml.YAMLError as error:
         raise ConfigError(
             f"variable {variable} is {text!r}, which is no YAML ({error}): write it as in a YAML file"

@@ -10,6 +10,7 @@ from typing import Any
 from ..adapters import Adapter
 from ..decision import KNOB, MergePlan
 from ..decision.gates import KNOBS
+from ..documents import read_yaml
 from ..errors import ConfigError, nearest
 from ..methods import get_method
 from ..methods.aliases import without_alias
@@ -49,7 +50,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
     file = Path(path).expanduser()
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        found = read_yaml(file, f"config {str(path)!r}")
     except OSError as error:
         raise ConfigError(f"config {str(path)!r} cannot be read: {error.strerror}. Give a YAML file.") from error
     except yaml.YAMLError as error:

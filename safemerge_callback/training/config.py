@@ -7,7 +7,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..decision import KNOBS, Gate, gate_of
+from ..documents import read_yaml
 from ..errors import ConfigError, nearest
 from ..methods import Method, get_method
 from ..methods.aliases import without_alias
@@ -195,10 +198,8 @@ class SafeMergeConfig:
     @classmethod
     def from_yaml(cls, path: str | Path) -> SafeMergeConfig:
         """Make a config from a YAML file that maps settings to values; ConfigError as `from_dict`."""
-        import yaml
-
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            values = read_yaml(path, f"config file {str(path)!r}")
         except (OSError, yaml.YAMLError) as error:
             raise ConfigError(
                 f"config file {str(path)!r} cannot be read ({error}): give a YAML file of settings"

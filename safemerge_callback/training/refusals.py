@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from ..decision import (
     gate_of,
     merge_weights,
 )
+from ..documents import parse_json
 from ..errors import ConfigError
 from ..methods import METHODS, Method, check_density, check_majority_sign, get_method
 from ..subspace.choice import check_placement
@@ -175,7 +175,9 @@ def _read_json(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return parse_json(value, "module_weights")
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(
             f"module_weights is {value!r}, which is no JSON ({error}): give such as '{{\"v_proj\": [0.5, 0.5]}}'"

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...documents import read_yaml
 from ...errors import ConfigError
 
 ENDINGS = (".csv", ".jsonl", ".json", ".txt")
@@ -25,6 +26,8 @@ def read_rows(path: Path, *, header: bool = True) -> list[dict[str, Any]]:
         return _READERS[path.suffix.lower()](path) if header else _first_fields(path)
     except KeyError:
         raise ConfigError(f"prompt file {str(path)!r}: give one that ends in {', '.join(ENDINGS)}") from None
+    except ConfigError:
+        raise
     except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
         raise ConfigError(
             f"prompt file {str(path)!r} cannot be read ({error}): give UTF-8 CSV or JSON lines"
@@ -97,9 +100,7 @@ def _txt(path: Path) -> list[dict[str, Any]]:
 
 def _seeds(path: Path) -> list[dict[str, Any]]:
     """The seeds of a pyrit dataset."""
-    import yaml
-
-    return _objects(yaml.safe_load(path.read_text(encoding="utf-8"))["seeds"])
+    return _objects(read_yaml(path, f"prompt file {str(path)!r}")["seeds"])
 
 
 def _parquet(path: Path) -> list[dict[str, Any]]:
