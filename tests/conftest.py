@@ -1,7 +1,12 @@
 """Shared by all tests: shapes on floor 0 are checked, the hub is off, models are made on the spot."""
 
+import contextlib
 import os
+import resource
+import signal
+import sys
 import tempfile
+import warnings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -82,3 +87,64 @@ def chat_tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=built, eos_token="<end>", pad_token="<end>", unk_token="<pad>", chat_template=template
     )
+
+
+@pytest.fixture
+def full_disk():
+    """A context: no file can grow beyond so many bytes, which is what a full disk looks like to who writes."""
+
+    @contextlib.contextmanager
+    def full(size):
+        limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, handler)
+
+    return full
+
+
+@pytest.fixture
+def kills():
+    """A function: `action(place)` in a process killed before its first change to the disk, then its second, and so on.
+
+    `fresh(k)` makes the place for the k-th; each place is yielded as its kill left it, until one ends by itself.
+    """
+
+    def every(fresh, action):
+        for k in range(1, 200):
+            place = fresh(k)
+            if not _killed(action, place, k):
+                return
+            yield place
+
+    return every
+
+
+def _killed(action, place, k):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads, which do nothing here
+        process = os.fork()
+    if process == 0:
+        try:
+            sys.addaudithook(_kill_before(k, str(place.parent)))
+            action(place)
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(process, 0)[1])
+
+
+def _kill_before(k, folder):
+    seen = []
+
+    def hook(event, args):
+        writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        change = writes or event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")
+        if change and str(args[0]).startswith(folder):
+            seen.append(event)
+            if len(seen) == k:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return hook
