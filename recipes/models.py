@@ -171,7 +171,7 @@ def main() -> None:
     for name in sys.argv[1:]:
         if name not in PACKAGED:
             raise ConfigError(
-                f"model {name!r} is not packaged{nearest(name, PACKAGED)}: choose among {sorted(PACKAGED)}"
+                f"model {name!r} is not packaged{nearest(name, PACKAGED, then=f'choose among {sorted(PACKAGED)}')}"
             )
         print(checkpoint(name))
 

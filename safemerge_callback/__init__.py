@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .offline import undo_merge as undo_merge
     from .subspace import Subspace as Subspace
     from .subspace import build_subspace as build_subspace
+    from .subspace import compress_subspace as compress_subspace
     from .training import SafeMergeCallback as SafeMergeCallback
     from .training import SafeMergeConfig as SafeMergeConfig
     from .training import SafetyEvalCallback as SafetyEvalCallback

@@ -34,7 +34,13 @@ class TrackerError(SafeMergeError, RuntimeError):
     """A tracker that was asked for and has no live run; what it would have shown is in the journal."""
 
 
-def nearest(name: str, allowed: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` for the allowed name closest to `name`, or an empty string."""
+def nearest(name: str, allowed: Iterable[str], then: str = "") -> str:
+    """Return the end of a sentence about an unknown name: `; did you mean 'x'?`, the allowed one closest to it.
+
+    `then` is the advice that follows: a sentence of its own after the question, a clause after a colon where no name is
+    close.
+    """
     close = difflib.get_close_matches(name, list(allowed), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    if not close:
+        return f": {then}" if then else ""
+    return f"; did you mean {close[0]!r}?" + (f" {then[0].upper()}{then[1:]}" if then else "")

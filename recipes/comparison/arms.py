@@ -58,12 +58,12 @@ def _points(name: str, keys: Mapping[str, Any]) -> list[Arm]:
     for key in keys:
         if key not in _KEYS:
             raise ConfigError(
-                f"arm {name!r}: key {key!r} is unknown{nearest(key, _KEYS)}: choose among {sorted(_KEYS)}"
+                f"arm {name!r}: key {key!r} is unknown{nearest(key, _KEYS, then=f'choose among {sorted(_KEYS)}')}"
             )
     kind = keys.get("kind", "train")
     if kind not in KINDS:
         raise ConfigError(
-            f"arm {name!r}: kind {kind!r} is unknown{nearest(str(kind), KINDS)}: choose one of {list(KINDS)}"
+            f"arm {name!r}: kind {kind!r} is unknown{nearest(str(kind), KINDS, then=f'choose one of {list(KINDS)}')}"
         )
     lists = {key: tuple(keys[key]) for key in ("seeds", "tasks", "poisoned_shares") if keys.get(key) is not None}
     rest = {key: value for key, value in keys.items() if key not in lists and key not in ("points", "settings")}
@@ -84,7 +84,10 @@ def _check_parent(arm: Arm, arms: Mapping[str, Arm]) -> None:
         if arm.kind != "posthoc":
             raise ConfigError(f"arm {arm.name!r}: {key} is for kind posthoc, and this is kind {arm.kind}: drop it")
         if other not in arms:
-            raise ConfigError(f"arm {arm.name!r}: {key} {other!r} is no arm{nearest(other, arms)}: {sorted(arms)}")
+            raise ConfigError(
+                f"arm {arm.name!r}: {key} {other!r} is no arm"
+                f"{nearest(other, arms, then=f'choose among {sorted(arms)}')}"
+            )
         if arms[other].kind != "train":
             raise ConfigError(f"arm {arm.name!r}: {key} {other!r} is kind {arms[other].kind}: name one that trains")
     if arm.kind == "posthoc" and arm.parent is None:
@@ -102,7 +105,9 @@ def chosen(arms: Mapping[str, Arm], only: Sequence[str]) -> list[str]:
     names = [*arms, *points_of.values()]
     for name in only:
         if name not in names:
-            raise ConfigError(f"arm {name!r} is unknown{nearest(name, names)}: choose among {sorted(set(names))}")
+            raise ConfigError(
+                f"arm {name!r} is unknown{nearest(name, names, then=f'choose among {sorted(set(names))}')}"
+            )
     wanted = {name for name, of in points_of.items() if {name, of} & set(only)}
     wanted |= {parent for name in wanted if (parent := arms[name].parent)}
     return [name for name in arms if name in wanted]

@@ -132,14 +132,18 @@ def make_grid(raw: Mapping[str, Any]) -> Grid:
     allowed = [f.name for f in fields(Grid)]
     for key in raw:
         if key not in allowed:
-            raise ConfigError(f"grid setting {key!r} is unknown{nearest(str(key), allowed)}: choose among {allowed}")
+            raise ConfigError(
+                f"grid setting {key!r} is unknown{nearest(str(key), allowed, then=f'choose among {allowed}')}"
+            )
     needed = ("output_dir", "arms", "model", "unaligned", "target_modules", "seeds", "tasks")
     if missing := [name for name in needed if not raw.get(name)]:
         raise ConfigError(f"grid settings {missing} are missing: give them")
     evaluate = {**EVALUATE, **(raw.get("evaluate") or {})}
     for key in evaluate:
         if key not in EVALUATE:
-            raise ConfigError(f"evaluate.{key} is unknown{nearest(key, EVALUATE)}: choose among {list(EVALUATE)}")
+            raise ConfigError(
+                f"evaluate.{key} is unknown{nearest(key, EVALUATE, then=f'choose among {list(EVALUATE)}')}"
+            )
     grid = Grid(**{**raw, "arms": read_arms(raw["arms"]), "evaluate": evaluate})
     _check(grid)
     return grid
@@ -152,7 +156,9 @@ def _check(grid: Grid) -> None:
     for which in ("baseline", "reference"):
         families = {arm.family for arm in grid.arms.values()} | set(grid.arms)
         if (name := getattr(grid, which)) not in families:
-            raise ConfigError(f"{which} {name!r} is no arm{nearest(name, families)}: choose among {sorted(families)}")
+            raise ConfigError(
+                f"{which} {name!r} is no arm{nearest(name, families, then=f'choose among {sorted(families)}')}"
+            )
     if not isinstance(grid.same_code, list | tuple) or not all(isinstance(one, str) for one in grid.same_code):
         raise ConfigError(f"same_code is {grid.same_code!r}: give a list of digests of code, in quotes")
     for pair in grid.contrasts:
@@ -175,7 +181,9 @@ def _check_more(grid: Grid, more: Mapping[str, Any]) -> None:
         raise ConfigError(f"more holds {more!r}: give mappings of arms and seeds, and of {allowed[2:]} if not all")
     for key, values in more.items():
         if key not in allowed:
-            raise ConfigError(f"more: key {key!r} is unknown{nearest(str(key), allowed)}: choose among {allowed}")
+            raise ConfigError(
+                f"more: key {key!r} is unknown{nearest(str(key), allowed, then=f'choose among {allowed}')}"
+            )
         if not isinstance(values, list | tuple) or not values:
             raise ConfigError(f"more: {key} is {values!r}: give a list, or leave it out")
     chosen(grid.arms, more["arms"])

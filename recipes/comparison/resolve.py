@@ -177,7 +177,9 @@ def _check_merge(settings: Mapping[str, Any]) -> None:
     allowed = {*MERGE, *KNOBS, "finetuned", "output", "subspace"}
     for key in settings:
         if key not in allowed:
-            raise ConfigError(f"setting {key!r} is unknown{nearest(key, allowed)}: choose among {sorted(allowed)}")
+            raise ConfigError(
+                f"setting {key!r} is unknown{nearest(key, allowed, then=f'choose among {sorted(allowed)}')}"
+            )
     rule = as_gate(settings["gate"], knobs)
     check_merge(settings["method"], settings["space"], settings["weights"] or _WEIGHTS)
     check_density(settings["method"], settings["density"])

@@ -32,7 +32,7 @@ def _check_modules(safety: Adapter, factors: Mapping[str, LoraFactors], space: s
     if missing:
         raise AdapterError(
             f"{who} lacks {len(missing)} of {len(factors)} modules, the first is {missing[0]!r}"
-            f"{nearest(missing[0], safety.factors)}: train one on the same target modules"
+            f"{nearest(missing[0], safety.factors, then='train one on the same target modules')}"
         )
     for name, live in factors.items():
         other = safety.factors[name]
@@ -60,7 +60,7 @@ def check_plan(plan: MergePlan, factors: Mapping[str, LoraFactors]) -> None:
     for name in plan.selected:
         if name not in factors:
             raise PlanError(
-                f"the plan merges {name!r}, which the adapter lacks{nearest(name, factors)}: measure it again"
+                f"the plan merges {name!r}, which the adapter lacks{nearest(name, factors, then='measure it again')}"
             )
         reading, module = plan.readings[name], factors[name]
         if (reading.shape, reading.rank) != (module.shape, module.rank):

@@ -14,11 +14,11 @@ from .gates import Gate, Knobs, Verdict, as_gate
 from .operators import check_operator
 from .reading import Readings
 from .strength import attenuated, check_soft
-from .tables import render
+from .tables import Table, html_table, render
 from .weights import check_merge, check_module_weights, check_patterns, merge_weights, pattern_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MergePlan:
     """Which modules to merge and how, with the readings and reasons it was decided on.
 
@@ -172,6 +172,16 @@ class MergePlan:
         return words + "".join(f", {name} {value}" for name, value in self.taken.items())
 
     def __str__(self) -> str:
+        return render(*self._table())
+
+    def __repr__(self) -> str:
+        return f"MergePlan({self._title()})"
+
+    def _repr_html_(self) -> str:
+        """The same table as a notebook shows it."""
+        return html_table(*self._table())
+
+    def _table(self) -> Table:
         columns = ["module", "cosine", "null", "decision", "reason"]
         rows = []
         for name, r in self.readings.items():
@@ -182,7 +192,7 @@ class MergePlan:
                 rows[-1].insert(2, r.proof)
         if self.readings.approximate:
             columns.insert(2, "known as")
-        return render(self._title(), columns, rows, right=("cosine", "known as", "null"))
+        return self._title(), columns, rows, ("cosine", "known as", "null")
 
     def _title(self) -> str:
         proof = f"; {len(self.certified)} certified by interval, {len(self.reread)} re-read exactly"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from .tables import render
+from .tables import Table, html_table, render
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,19 @@ class Readings(Mapping[str, Reading]):
         return any(reading.interval or reading.reread for reading in self.values())
 
     def __str__(self) -> str:
+        return render(*self._table())
+
+    def _repr_html_(self) -> str:
+        """The same table as a notebook shows it."""
+        return html_table(*self._table())
+
+    def _table(self) -> Table:
         columns = ["module", "shape", "rank", "cosine", "null", "signed z", "‖update‖"]
         rows = [[*_row(reading)] for reading in self.values()]
         if self.approximate:
             columns.append("known as")
             rows = [[*row, reading.proof] for row, reading in zip(rows, self.values(), strict=True)]
-        return render(f"{len(self)} modules measured", columns, rows, right=columns[1:])
+        return f"{len(self)} modules measured", columns, rows, columns[1:]
 
     def __repr__(self) -> str:
         return f"Readings({len(self)} modules)"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..decision import Readings
-from ..decision.tables import render
+from ..decision.tables import Table, html_table, render
 from ..errors import ConfigError
 
 
@@ -48,9 +48,21 @@ class Sweep(Sequence[Cell]):
         return len(self._cells)
 
     def __str__(self) -> str:
+        return render(*self._table())
+
+    def __repr__(self) -> str:
+        return f"Sweep({self._title()})"
+
+    def _repr_html_(self) -> str:
+        """The same table as a notebook shows it."""
+        return html_table(*self._table())
+
+    def _title(self) -> str:
+        return f"{len(self)} merges of {len(self.readings)} modules, none of them made"
+
+    def _table(self) -> Table:
         columns = ["gate", "method", "weights", "merged", "moved", "cosine to task", "residual"]
-        title = f"{len(self)} merges of {len(self.readings)} modules, none of them made"
-        return render(title, columns, [_shown(cell) for cell in self], right=columns[3:])
+        return self._title(), columns, [_shown(cell) for cell in self], columns[3:]
 
     def write_csv(self, path: str | Path) -> Path:
         """Write one row a cell, numbers unrounded; ConfigError where the file cannot be written."""

@@ -59,8 +59,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"config {str(path)!r} holds no settings: write `key: value` lines, keys among {KEYS}")
     unknown = [key for key in found if key not in KEYS]
     if unknown:
-        hint = nearest(str(unknown[0]), KEYS)
-        raise ConfigError(f"config {str(path)!r} has the key {unknown[0]!r}, which is unknown{hint}. Allowed: {KEYS}")
+        hint = nearest(str(unknown[0]), KEYS, then=f"choose among {KEYS}")
+        raise ConfigError(f"config {str(path)!r} has the key {unknown[0]!r}, which is unknown{hint}")
     for part in set(PARTS) & found.keys():
         found[part] = _resolved(found[part], file.parent, new=part == "output")
     return without_alias(found)

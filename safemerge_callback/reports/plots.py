@@ -48,7 +48,7 @@ def draw_plot(history: History, plot: str) -> Any:
     Raises ConfigError for another name, where the run has nothing of that kind, or when matplotlib is not installed.
     """
     if plot not in PLOTS:
-        raise ConfigError(f"plot={plot!r} is unknown: choose one of {', '.join(PLOTS)}{nearest(plot, PLOTS)}.")
+        raise ConfigError(f"plot={plot!r} is unknown: choose one of {', '.join(PLOTS)}{nearest(plot, PLOTS)}")
     if plot != "probe" and not history.steps:
         raise ConfigError(f"plot={plot!r}: nothing was checked in this run; choose probe.")
     return PLOTS[plot](history)

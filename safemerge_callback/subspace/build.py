@@ -122,12 +122,12 @@ def _read_modules(
     """The modules in the source's order: those of an earlier, killed build first, then the rest, built and written."""
     yield from done
     names = source.names[len(done) :]
-    kept = f" ({len(done)} of {len(source.names)} modules kept)" if done else ""
+    kept = f"{len(done)} of {len(source.names)} kept" if done else ""
     sizes = {name: source.num_bytes(name) for name in source.names}
     total, left = sum(sizes.values()), sum(sizes[name] for name in names)
     with (
         ReadAhead(names, source.fetch) as ahead,
-        byte_bar(f"building subspace{kept}", total, total - left, shown=progress) as advance,
+        byte_bar("building", total, total - left, shown=progress, note=kept) as advance,
     ):
         for name in names:
             # Nothing here may hold the weights: their pages are given back as soon as V is made.

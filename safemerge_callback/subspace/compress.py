@@ -48,7 +48,7 @@ def compress_subspace(
     total = sum(module.bytes(name) for name, module in exact.modules.items())
     with (
         SafetensorsStream(output, _reserve(header, exact)) as stream,
-        byte_bar("compressing subspace", total, 0, shown=progress) as advance,
+        byte_bar("compressing", total, 0, shown=progress) as advance,
     ):
         for name, before in exact.modules.items():
             after, tensors = _compressed(exact, name, kind, rank or DEFAULT_RANK, torch.device(device))
@@ -64,9 +64,7 @@ def compress_subspace(
 
 def _check(kind: str, rank: int | None) -> None:
     if kind not in COMPRESSED:
-        raise ConfigError(
-            f"kind {kind!r} is unknown: choose one of {list(COMPRESSED)}{nearest(str(kind), COMPRESSED)}."
-        )
+        raise ConfigError(f"kind {kind!r} is unknown: choose one of {list(COMPRESSED)}{nearest(str(kind), COMPRESSED)}")
     if rank is not None and (kind != "truncated" or isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ConfigError(
             f"rank={rank!r}, kind {kind!r}: a rank is a whole number, 1 or more, and for 'truncated' only."

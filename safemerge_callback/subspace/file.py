@@ -197,7 +197,7 @@ class Subspace:
             return self.modules[name]
         if name in self.header.unmoved:
             raise SubspaceError(f"module {name!r} has no alignment matrix: aligned and unaligned are equal there.")
-        raise SubspaceError(f"subspace {str(self.path)!r} has no module {name!r}{nearest(name, self.modules)}.")
+        raise SubspaceError(f"subspace {str(self.path)!r} has no module {name!r}{nearest(name, self.modules)}")
 
     def tensors(self, keys: Sequence[str]) -> list[Tensor]:
         """Return tensors as they are stored, mapped from the file: do not write to them."""

@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+from os import PathLike
+from typing import Any, Unpack
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..decision.tables import html_table
 from .config import SafeMergeConfig, resolve_config
 from .ending import after_training
 from .opening import alone, checkpoint_folder, open_session
 from .session import Session
+from .settings import Settings
 
 
 class SafeMergeCallback(TrainerCallback):
     """Keep a LoRA fine-tune's safety while it trains: measure each module, decide, merge a safety adapter, record.
 
     Without a safety adapter the selected updates are pulled toward the aligned model, method `pull`.
-    Give a `SafeMergeConfig` or its settings as keywords; ConfigError for a setting that is refused. Making one opens no
-    file and loads nothing: that happens when training begins, and raises there if anything does not fit.
+    Give a `SafeMergeConfig`, or its settings as keywords, the subspace's path also first and bare; ConfigError for a
+    setting that is refused. Making one opens no file and loads nothing: that happens when training begins, and raises
+    there if anything does not fit.
 
     Source: SafeMERGE, arXiv:2503.17239, and Safe LoRA, arXiv:2405.16833. Differs: both merge once, after training; this
     also merges at optimizer steps in between.
     """
 
-    def __init__(self, config: SafeMergeConfig | None = None, **knobs: Any) -> None:
+    def __init__(self, config: SafeMergeConfig | str | PathLike[str] | None = None, **knobs: Unpack[Settings]) -> None:
         self.config = resolve_config(config, knobs)
         self.session: Session | None = None
+
+    def __repr__(self) -> str:
+        return f"SafeMergeCallback({repr(self.config).partition('(')[2]}"
+
+    def _repr_html_(self) -> str:
+        """The settings in force that are not the defaults, as a notebook shows them."""
+        rows = [[name, str(value)] for name, value in self.config.chosen.items()]
+        return html_table("SafeMergeCallback: all settings but these are the defaults", ["setting", "value"], rows)
 
     @property
     def seconds(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from .presets import with_preset
 from .refusals import check_settings
 
 
-@dataclass
+@dataclass(repr=False)
 class SafeMergeConfig:
     """The settings of a `SafeMergeCallback`, checked when made; ConfigError says which value and what is allowed.
 
@@ -188,7 +189,9 @@ class SafeMergeConfig:
         allowed = [f.name for f in fields(cls)]
         for key in knobs:
             if key not in allowed:
-                raise ConfigError(f"setting {key!r} is unknown{nearest(str(key), allowed)}: choose among {allowed}")
+                raise ConfigError(
+                    f"setting {key!r} is unknown{nearest(str(key), allowed, then=f'choose among {allowed}')}"
+                )
         if "subspace" not in knobs:
             raise ConfigError(
                 "setting 'subspace' is missing: give the safety-subspace file (`safemerge build` makes one)"
@@ -209,6 +212,15 @@ class SafeMergeConfig:
                 f"config file {str(path)!r} holds {type(values).__name__}: it must map settings to values"
             )
         return cls.from_dict(values)
+
+    def __repr__(self) -> str:
+        """The settings that are not the defaults, as the call that makes an equal one."""
+        return f"SafeMergeConfig({', '.join(f'{name}={value!r}' for name, value in self.chosen.items())})"
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The settings in force that differ from what they are by default."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
 
     def to_dict(self) -> dict[str, Any]:
         """Return every setting as a JSON-able dict that `from_dict` takes back."""
@@ -236,13 +248,22 @@ class SafeMergeConfig:
         return self.gate != "watch"
 
 
-def resolve_config(config: SafeMergeConfig | None, knobs: Mapping[str, Any]) -> SafeMergeConfig:
-    """Return `config`, or one made of keywords; ConfigError for both, neither, or another type."""
+def resolve_config(config: SafeMergeConfig | str | PathLike[str] | None, knobs: Mapping[str, Any]) -> SafeMergeConfig:
+    """Return `config`, or one made of keywords, a path in its place being the subspace's.
+
+    ConfigError for a config beside keywords, two subspaces, neither, or another type.
+    """
     if config is None:
         return SafeMergeConfig.from_dict(knobs)
+    # A YAML file is meant as the settings, and is no subspace.
+    if isinstance(config, str | PathLike) and Path(config).suffix not in (".yaml", ".yml"):
+        if "subspace" in knobs:
+            raise ConfigError(f"subspace was given twice, {str(config)!r} and {str(knobs['subspace'])!r}: give one")
+        return SafeMergeConfig.from_dict({"subspace": config, **knobs})
     if not isinstance(config, SafeMergeConfig):
         raise ConfigError(
-            f"config is a {type(config).__name__}: give a SafeMergeConfig, SafeMergeConfig.from_yaml(path), or keywords"
+            f"config is a {type(config).__name__}: give a SafeMergeConfig, SafeMergeConfig.from_yaml(path), the path "
+            "of a subspace, or keywords"
         )
     if knobs:
         raise ConfigError(

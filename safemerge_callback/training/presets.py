@@ -38,7 +38,7 @@ def with_preset(knobs: dict[str, Any]) -> dict[str, Any]:
     name = knobs["preset"]
     if name not in PRESETS:
         raise ConfigError(
-            f"preset {name!r} is unknown: choose one of {sorted(PRESETS)}{nearest(str(name), PRESETS)}, or leave it out"
+            f"preset {name!r} is unknown: choose one of {sorted(PRESETS)}, or leave it out{nearest(str(name), PRESETS)}"
         )
     settings = {key: list(value) if isinstance(value, list) else value for key, value in PRESETS[name].items()}
     return {**settings, **rest}

@@ -85,7 +85,9 @@ def as_rule(kind: type[Rule], given: Any) -> Rule | None:
     allowed = [f.name for f in fields(kind)]  # type: ignore[arg-type]
     for key in given:
         if key not in allowed:
-            raise ConfigError(f"{name} has no setting {key!r}{nearest(str(key), allowed)}: choose among {allowed}")
+            raise ConfigError(
+                f"{name} has no setting {key!r}{nearest(str(key), allowed, then=f'choose among {allowed}')}"
+            )
     if "below" in allowed and "below" not in given:
         raise ConfigError(f"{name} lacks 'below': give the share of harmful prompts refused under which it acts")
     return kind(**given)

@@ -60,7 +60,7 @@ def planned(pairs: Mapping[str, Pair], new: Mapping[str, LowRank]) -> list[Chang
     if unknown:
         raise AdapterError(
             f"{len(unknown)} modules to write are not LoRA modules of the model, first {unknown[0]!r}"
-            f"{nearest(unknown[0], pairs)}. Nothing was written."
+            f"{nearest(unknown[0], pairs, then='nothing was written')}"
         )
     changes = [
         _change(name, letter, slot, value)

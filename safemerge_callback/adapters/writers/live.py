@@ -94,7 +94,7 @@ def _check_shapes(site: Site, pair: Pair) -> None:
 
 def _named(sites: Mapping[str, Site], name: str) -> Site:
     if name not in sites:
-        raise AdapterError(f"the model has no LoRA module {name!r}{nearest(name, sites)}.")
+        raise AdapterError(f"the model has no LoRA module {name!r}{nearest(name, sites)}")
     return sites[name]
 
 

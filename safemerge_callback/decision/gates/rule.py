@@ -172,5 +172,7 @@ def as_gate(gate: str | Gate, knobs: Mapping[str, Any]) -> Gate:
         return gate
     unknown = sorted(set(knobs) - set(KNOBS))
     if unknown:
-        raise ConfigError(f"knob {unknown[0]!r} of a gate is unknown{nearest(unknown[0], KNOBS)}: choose among {KNOBS}")
+        raise ConfigError(
+            f"knob {unknown[0]!r} of a gate is unknown{nearest(unknown[0], KNOBS, then=f'choose among {KNOBS}')}"
+        )
     return Gate(gate, **knobs)

@@ -102,7 +102,7 @@ class CheckpointShards:
     def _weight(self, name: str) -> Weight:
         if name not in self._weights:
             raise SubspaceError(
-                f"checkpoint {self.located.name!r} has no module {name!r}{nearest(name, self._weights)}."
+                f"checkpoint {self.located.name!r} has no module {name!r}{nearest(name, self._weights)}"
             )
         return self._weights[name]
 

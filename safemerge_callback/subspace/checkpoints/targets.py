@@ -74,7 +74,7 @@ def _by_suffix(names: Mapping[str, str], targets: Sequence[str]) -> list[str]:
         if not found:
             raise SubspaceError(
                 f"target_modules entry {target!r} matches none of {len(names)} modules"
-                f"{nearest(target, _last_parts(names))}. Allowed: {', '.join(_last_parts(names))}."
+                f"{nearest(target, _last_parts(names), then='choose among ' + ', '.join(_last_parts(names)))}"
             )
         chosen.update(dict.fromkeys(found))
     if not chosen:

@@ -160,6 +160,6 @@ def known(names: Sequence[str]) -> list[str]:
     for name in names:
         if name not in TRACKERS:
             raise ConfigError(
-                f"tracker {name!r} is unknown{nearest(str(name), TRACKERS)}: choose among {sorted(TRACKERS)}"
+                f"tracker {name!r} is unknown{nearest(str(name), TRACKERS, then=f'choose among {sorted(TRACKERS)}')}"
             )
     return list(names)
