@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
+
+# Letters of a value that a message shows.
+_SHOWN = 120
 
 
 class SafeMergeError(Exception):
@@ -34,13 +38,25 @@ class TrackerError(SafeMergeError, RuntimeError):
     """A tracker that was asked for and has no live run; what it would have shown is in the journal."""
 
 
-def nearest(name: str, allowed: Iterable[str], then: str = "") -> str:
+def nearest(name: Any, allowed: Iterable[str], then: str = "") -> str:
     """Return the end of a sentence about an unknown name: `; did you mean 'x'?`, the allowed one closest to it.
 
     `then` is the advice that follows: a sentence of its own after the question, a clause after a colon where no name is
     close.
     """
-    close = difflib.get_close_matches(name, list(allowed), n=1)
+    close = difflib.get_close_matches(name, list(allowed), n=1) if isinstance(name, str) else []
     if not close:
         return f": {then}" if then else ""
     return f"; did you mean {close[0]!r}?" + (f" {then[0].upper()}{then[1:]}" if then else "")
+
+
+def shown(value: Any) -> str:
+    """Return `value` as a message shows it: its repr, cut in the middle where it is long; its type where it has none.
+
+    An integer of thousands of digits and what holds itself many times over have no repr that could be shown.
+    """
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__}"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]}...{text[-_SHOWN // 4 :]}"

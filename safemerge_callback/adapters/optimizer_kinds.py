@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ConfigError, nearest
+from ..choices import one_of
+from ..errors import ConfigError
 from .writers.zero import wrapped
 
 POLICIES = ("keep", "reset", "rescale")
@@ -57,10 +58,7 @@ def kind_for(optimizer: Any, policy: str) -> Kind | None:
     Raises ConfigError for a policy that does not exist, and for an optimizer that cannot follow it. `keep` takes all
     but the schedule-free ones, whose second copy of the weights would partly undo every merge.
     """
-    if policy not in POLICIES:
-        raise ConfigError(
-            f"optimizer_state is {policy!r}: choose one of {list(POLICIES)}{nearest(str(policy), POLICIES)}"
-        )
+    one_of(policy, POLICIES, "optimizer_state")
     layers = list(wrapped(optimizer))
     if not layers:
         return None

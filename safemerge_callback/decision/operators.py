@@ -8,7 +8,9 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from ..errors import ConfigError, nearest
+from ..choices import one_of
+from ..errors import ConfigError, shown
+from ..numbers import is_whole
 from ..ops import AlignmentMatrix, leading_basis
 from ..subspace import Subspace
 from ..subspace.header import ModuleHeader
@@ -29,24 +31,20 @@ def check_operator(method: str, operator: Any, operator_rank: Any) -> tuple[str 
     """
     if method != "project":
         given = {"operator": operator, "operator_rank": operator_rank}
-        idle = [f"{name} is {value!r}" for name, value in given.items() if value is not None]
+        idle = [f"{name} is {shown(value)}" for name, value in given.items() if value is not None]
         if idle:
             raise ConfigError(f"{idle[0]}, which method {method!r} does not read: leave it out, or choose 'project'")
         return None, None
-    kind = OPERATORS[0] if operator is None else operator
-    if kind not in OPERATORS:
-        raise ConfigError(
-            f"operator {kind!r} is unknown: choose one of {list(OPERATORS)}{nearest(str(kind), OPERATORS)}"
-        )
+    kind = one_of(OPERATORS[0] if operator is None else operator, OPERATORS, "operator")
     if operator_rank is None:
         return kind, None
     if kind != "orthogonal":
         raise ConfigError(
-            f"operator_rank is {operator_rank!r}, which operator {kind!r} does not read: leave it out, or set "
+            f"operator_rank is {shown(operator_rank)}, which operator {kind!r} does not read: leave it out, or set "
             "operator='orthogonal'"
         )
-    if isinstance(operator_rank, bool) or not isinstance(operator_rank, int) or operator_rank < 1:
-        raise ConfigError(f"operator_rank is {operator_rank!r}: give a whole number of 1 or more")
+    if not is_whole(operator_rank, 1):
+        raise ConfigError(f"operator_rank is {shown(operator_rank)}: give a whole number of 1 or more")
     return kind, operator_rank
 
 

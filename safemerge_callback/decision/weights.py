@@ -7,8 +7,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..errors import ConfigError, nearest
+from ..choices import one_of
+from ..errors import ConfigError, shown
 from ..methods import METHODS, Method, get_method
+from ..numbers import is_number
 
 LARGEST_WEIGHT = 2.0
 DEFAULT_WEIGHTS = (0.8, 0.2)
@@ -21,24 +23,20 @@ def check_merge(method: str, space: str, weights: Sequence[float], adapters: int
     where the method gives it no meaning, or another number of them than 1 + `adapters` (None: not known yet).
     """
     rule = get_method(method)
-    if space not in rule.spaces:
-        raise ConfigError(
-            f"space {space!r} is not one that method {method!r} works in: choose one of {sorted(rule.spaces)}"
-            f"{nearest(str(space), rule.spaces)}"
-        )
+    one_of(space, sorted(rule.spaces), "space", problem=f"is not one that method {method!r} works in")
     numbers = _numbers(weights)
     _check_number(rule, len(numbers) - 1, weights)
     if adapters is not None and rule.weighted and len(numbers) != 1 + adapters:
-        raise ConfigError(f"weights={weights!r} with {adapters} safety adapters: {_wanted(adapters)}")
+        raise ConfigError(f"weights={shown(weights)} with {adapters} safety adapters: {_wanted(adapters)}")
     if min(numbers) < 0 and not (rule.signed and numbers[0] >= 0):
         able = sorted(name for name, other in METHODS.items() if other.signed)
         raise ConfigError(
-            f"weights={weights!r} with method {method!r}: a negative weight takes an update away, which has a meaning "
-            f"for a safety adapter in {able}: give others from 0 to {LARGEST_WEIGHT:g}"
+            f"weights={shown(weights)} with method {method!r}: a negative weight takes an update away, which has a "
+            f"meaning for a safety adapter in {able}: give others from 0 to {LARGEST_WEIGHT:g}"
         )
     if sum(numbers) == 0:
         raise ConfigError(
-            f"weights={weights!r} sum to 0: the merge would take away all that it adds, change one of them"
+            f"weights={shown(weights)} sum to 0: the merge would take away all that it adds, change one of them"
         )
     return numbers
 
@@ -61,7 +59,8 @@ def merge_weights(
     if strength is not None:
         able = sorted(name for name, other in METHODS.items() if other.strength is not None)
         raise ConfigError(
-            f"strength is {strength!r}, which method {method!r} does not read: give weights, or choose one of {able}"
+            f"strength is {shown(strength)}, which method {method!r} does not read: give weights, or choose one of "
+            f"{able}"
         )
     if weights is None and (adapters or 0) > 1:
         raise ConfigError(f"weights are missing with {adapters} safety adapters: {_wanted(adapters or 0)}")
@@ -76,7 +75,7 @@ def check_module_weights(
         return {}
     if not isinstance(module_weights, Mapping):
         raise ConfigError(
-            f"module_weights is {module_weights!r}: map patterns of module names to weights, such as "
+            f"module_weights is {shown(module_weights)}: map patterns of module names to weights, such as "
             "{'v_proj': [0.5, 0.5]}"
         )
     if module_weights and not get_method(method).weighted:
@@ -87,7 +86,7 @@ def check_module_weights(
         try:
             checked[pattern] = check_merge(method, space, weights, adapters)
         except ConfigError as error:
-            raise ConfigError(f"module_weights of {pattern!r}: {error}") from error
+            raise ConfigError(f"module_weights of {shown(pattern)}: {error}") from error
     return checked
 
 
@@ -117,7 +116,7 @@ def _compiled(pattern: Any) -> re.Pattern[str]:
     try:
         return re.compile(rf"(?:.*\.)?(?:{pattern})")
     except re.error as error:
-        raise ConfigError(f"module_weights: {pattern!r} is no regular expression ({error}): write one") from error
+        raise ConfigError(f"module_weights: {shown(pattern)} is no regular expression ({error}): write one") from error
 
 
 def _wanted(adapters: int) -> str:
@@ -128,8 +127,8 @@ def _wanted(adapters: int) -> str:
 def _check_number(rule: Method, adapters: int, weights: Any) -> None:
     if adapters > 1 and not rule.several:
         raise ConfigError(
-            f"weights={weights!r} with method {rule.name!r}, which goes from one update to one other: give two, or "
-            "choose a method that takes several, such as 'linear'"
+            f"weights={shown(weights)} with method {rule.name!r}, which goes from one update to one other: give two, "
+            "or choose a method that takes several, such as 'linear'"
         )
 
 
@@ -139,10 +138,10 @@ def _numbers(weights: Any) -> tuple[float, ...]:
         f"{LARGEST_WEIGHT:g} and others from {-LARGEST_WEIGHT:g}, not all 0"
     )
     if isinstance(weights, str) or not isinstance(weights, Sequence) or len(weights) < 2:
-        raise ConfigError(f"weights={weights!r}: {allowed}")
-    inside = [isinstance(w, int | float) and not isinstance(w, bool) and abs(w) <= LARGEST_WEIGHT for w in weights]
+        raise ConfigError(f"weights={shown(weights)}: {allowed}")
+    inside = [is_number(w) and abs(w) <= LARGEST_WEIGHT for w in weights]
     if not all(inside) or not any(weights):
-        raise ConfigError(f"weights={weights!r}: {allowed}")
+        raise ConfigError(f"weights={shown(weights)}: {allowed}")
     return tuple(float(w) for w in weights)
 
 
@@ -151,19 +150,19 @@ def _way(method: str, weights: Any, strength: Any) -> tuple[float, ...]:
     numbers = _numbers(weights)
     told = numbers[-1] if strength is None else _share(method, strength)
     if len(numbers) != 2 or not math.isclose(sum(numbers), 1.0) or not math.isclose(numbers[1], told):
-        said = "" if strength is None else f" beside strength {strength!r}"
+        said = "" if strength is None else f" beside strength {shown(strength)}"
         raise ConfigError(
-            f"weights are {weights!r}{said}, and method {method!r} goes a share of the way to its target: leave them "
-            "out and give strength, that share"
+            f"weights are {shown(weights)}{said}, and method {method!r} goes a share of the way to its target: leave "
+            "them out and give strength, that share"
         )
     _share(method, numbers[1])
     return numbers
 
 
 def _share(method: str, strength: Any) -> float:
-    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
+    if not is_number(strength) or not 0 < strength <= 1:
         raise ConfigError(
-            f"strength is {strength!r}: method {method!r} goes this share of the way to its target, give one above 0 "
-            "and at most 1"
+            f"strength is {shown(strength)}: method {method!r} goes this share of the way to its target, give one "
+            "above 0 and at most 1"
         )
     return float(strength)

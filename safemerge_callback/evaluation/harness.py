@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, nearest, shown
 from .figures import Figure
 from .intervals import wilson
 
@@ -29,9 +29,9 @@ def check_tasks(tasks: Sequence[str], folder: str | Path | None = None) -> Any:
     manager = TaskManager(include_path=None if folder is None else str(folder))
     known = list(manager.all_tasks)
     for task in tasks:
-        if task not in known:
+        if not isinstance(task, str) or task not in known:
             raise ConfigError(
-                f"task {task!r} is unknown to lm-eval: `lm-eval ls tasks` lists {len(known)}{nearest(task, known)}"
+                f"task {shown(task)} is unknown to lm-eval: `lm-eval ls tasks` lists {len(known)}{nearest(task, known)}"
             )
     return manager
 

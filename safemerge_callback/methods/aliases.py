@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import ConfigError, nearest
+from ..choices import one_of
+from ..errors import ConfigError
 
 _PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 # PEFT's eleven, and `linear_svd` for its `svd`.
@@ -32,8 +33,6 @@ def without_alias(knobs: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"combination_type {alias!r} was given beside {clash}: it is an alias of both, give one or the other"
         )
-    if alias not in COMBINATION_TYPES:
-        hint = nearest(str(alias), COMBINATION_TYPES)
-        raise ConfigError(f"combination_type {alias!r} is unknown: choose one of {sorted(COMBINATION_TYPES)}{hint}")
-    knobs["method"], knobs["space"] = COMBINATION_TYPES[alias]
+    kind = one_of(alias, sorted(COMBINATION_TYPES), "combination_type")
+    knobs["method"], knobs["space"] = COMBINATION_TYPES[kind]
     return knobs

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, PlanError, nearest
+from ..choices import one_of
+from ..errors import ConfigError, PlanError, shown
+from ..numbers import is_number
 from ..ops import SIGN_METHODS, AlignmentMatrix, Basis, LowRank, accumulation_dtype
 
 
@@ -136,9 +138,7 @@ def register(
 
 def get_method(name: str) -> Method:
     """Return the method called `name`; ConfigError names the methods there are."""
-    if name not in METHODS:
-        raise ConfigError(f"method {name!r} is unknown: choose one of {sorted(METHODS)}{nearest(name, METHODS)}")
-    return METHODS[name]
+    return METHODS[one_of(name, sorted(METHODS), "method")]
 
 
 def check_density(method: str, density: Any) -> float | None:
@@ -150,31 +150,28 @@ def check_density(method: str, density: Any) -> float | None:
     if "density" not in get_method(method).takes:
         if density is not None:
             raise ConfigError(
-                f"density is {density!r}, which method {method!r} does not read: leave it out, or choose one of {able}"
+                f"density is {shown(density)}, which method {method!r} does not read: leave it out, or choose one of "
+                f"{able}"
             )
         return None
     allowed = "give the share of entries to keep, above 0 and at most 1, such as 0.5"
     if density is None:
         raise ConfigError(f"density is missing, method {method!r} prunes by it: {allowed}")
-    if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
-        raise ConfigError(f"density is {density!r}: {allowed}")
+    if not is_number(density) or not 0 < density <= 1:
+        raise ConfigError(f"density is {shown(density)}: {allowed}")
     return float(density)
 
 
 def check_majority_sign(method: str, majority_sign_method: Any) -> str:
     """Return `majority_sign_method`; ConfigError if it is unknown, or set for a method that elects no sign."""
-    if majority_sign_method not in SIGN_METHODS:
-        hint = nearest(str(majority_sign_method), SIGN_METHODS)
-        raise ConfigError(
-            f"majority_sign_method {majority_sign_method!r} is unknown: choose one of {list(SIGN_METHODS)}{hint}"
-        )
-    if majority_sign_method != SIGN_METHODS[0] and "majority_sign_method" not in get_method(method).takes:
+    sign = one_of(majority_sign_method, SIGN_METHODS, "majority_sign_method")
+    if sign != SIGN_METHODS[0] and "majority_sign_method" not in get_method(method).takes:
         able = sorted(name for name, other in METHODS.items() if "majority_sign_method" in other.takes)
         raise ConfigError(
-            f"majority_sign_method is {majority_sign_method!r}, but method {method!r} elects no sign: leave it out, or "
+            f"majority_sign_method is {sign!r}, but method {method!r} elects no sign: leave it out, or "
             f"choose one of {able}"
         )
-    return str(majority_sign_method)
+    return sign
 
 
 def needed_density(method: str, density: float | None) -> float:

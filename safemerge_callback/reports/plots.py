@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..choices import one_of
 from ..decision import JOURNAL_FILE
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError
 from .heatmap import draw_heat_map
 from .history import LOSS, History
 from .page import PAGE_FILE, write_page
@@ -47,8 +48,7 @@ def draw_plot(history: History, plot: str) -> Any:
 
     Raises ConfigError for another name, where the run has nothing of that kind, or when matplotlib is not installed.
     """
-    if plot not in PLOTS:
-        raise ConfigError(f"plot={plot!r} is unknown: choose one of {', '.join(PLOTS)}{nearest(plot, PLOTS)}")
+    one_of(plot, PLOTS, "plot")
     if plot != "probe" and not history.steps:
         raise ConfigError(f"plot={plot!r}: nothing was checked in this run; choose probe.")
     return PLOTS[plot](history)

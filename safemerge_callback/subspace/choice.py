@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..errors import ConfigError, nearest
+from ..choices import one_of
+from ..errors import ConfigError
 from .memory import Memory
 from .placement import Device, Host
 from .stack import FromFile, Placement
@@ -65,10 +66,7 @@ class Setting:
 
 def check_placement(placement: str) -> None:
     """Raise ConfigError unless `placement` is one of `PLACEMENTS`."""
-    if placement not in PLACEMENTS:
-        raise ConfigError(
-            f"placement is {placement!r}: choose one of {list(PLACEMENTS)}{nearest(str(placement), PLACEMENTS)}"
-        )
+    one_of(placement, PLACEMENTS, "placement")
 
 
 def choose(wanted: str, setting: Setting) -> Choice:

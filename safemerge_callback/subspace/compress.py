@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, SubspaceError, nearest
+from ..choices import one_of
+from ..errors import ConfigError, SubspaceError, shown
+from ..numbers import is_whole
 from ..ops import Int8, full_precision
 from .approximate import proven, quantised, truncated
 from .bar import byte_bar
@@ -63,11 +65,10 @@ def compress_subspace(
 
 
 def _check(kind: str, rank: int | None) -> None:
-    if kind not in COMPRESSED:
-        raise ConfigError(f"kind {kind!r} is unknown: choose one of {list(COMPRESSED)}{nearest(str(kind), COMPRESSED)}")
-    if rank is not None and (kind != "truncated" or isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+    one_of(kind, COMPRESSED, "kind")
+    if rank is not None and (kind != "truncated" or not is_whole(rank, 1)):
         raise ConfigError(
-            f"rank={rank!r}, kind {kind!r}: a rank is a whole number, 1 or more, and for 'truncated' only."
+            f"rank={shown(rank)}, kind {kind!r}: a rank is a whole number, 1 or more, and for 'truncated' only."
         )
 
 

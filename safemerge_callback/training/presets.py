@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import ConfigError, nearest
+from ..choices import one_of
 
 _AFTER_TRAINING = {"every": 0, "at_train_end": True}
 # Name -> settings. Each merges once, when training ends, as its source does after it.
@@ -35,10 +35,6 @@ def with_preset(knobs: dict[str, Any]) -> dict[str, Any]:
     if "preset" not in knobs:
         return knobs
     rest = {key: value for key, value in knobs.items() if key != "preset"}
-    name = knobs["preset"]
-    if name not in PRESETS:
-        raise ConfigError(
-            f"preset {name!r} is unknown: choose one of {sorted(PRESETS)}, or leave it out{nearest(str(name), PRESETS)}"
-        )
+    name = one_of(knobs["preset"], sorted(PRESETS), "preset")
     settings = {key: list(value) if isinstance(value, list) else value for key, value in PRESETS[name].items()}
     return {**settings, **rest}

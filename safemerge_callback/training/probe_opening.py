@@ -11,8 +11,9 @@ from typing import Any, Literal
 from transformers import TrainerState, TrainingArguments
 
 from ..decision import JOURNAL_FILE, Journal
-from ..errors import ConfigError, JournalError
+from ..errors import ConfigError, JournalError, shown
 from ..evaluation.judges import Judge, check_benign, measure_name
+from ..numbers import is_whole
 from .ending import COMPARED_BATCHES, mean_loss
 from .probing import Probing, Rules
 from .progress import continue_journal
@@ -73,8 +74,8 @@ def check_sizes(*, every: int, n: int, max_new_tokens: int, batch_size: int) -> 
     """Raise ConfigError for a number that is too small."""
     least = {"every": (every, 0), "n": (n, 1), "max_new_tokens": (max_new_tokens, 1), "batch_size": (batch_size, 1)}
     for name, (value, lowest) in least.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-            raise ConfigError(f"{name} is {value!r}: give an integer of at least {lowest}")
+        if not is_whole(value, lowest):
+            raise ConfigError(f"{name} is {shown(value)}: give an integer of at least {lowest}")
 
 
 def check_rules(rules: Rules, *, every: int, task: bool, eval_batches: bool, measures: Iterable[str]) -> None:

@@ -17,8 +17,9 @@ from ..decision import (
     merge_weights,
 )
 from ..documents import parse_json
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from ..methods import METHODS, Method, check_density, check_majority_sign, get_method
+from ..numbers import is_number, is_whole
 from ..subspace.choice import check_placement
 
 if TYPE_CHECKING:
@@ -45,12 +46,12 @@ def _check_types(config: SafeMergeConfig) -> None:
     for name in ("journal", "adapter_name", "wandb_chart"):
         value = getattr(config, name)
         if value is not None and (not isinstance(value, str) or not value):
-            raise ConfigError(f"{name} is {value!r}: give a non-empty string, or leave it out")
+            raise ConfigError(f"{name} is {shown(value)}: give a non-empty string, or leave it out")
     for name in ("from_step", "until_step", "cooldown", "num_layers", "seed"):
         value = getattr(config, name)
         optional = value is None and name in ("until_step", "num_layers")
-        if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise ConfigError(f"{name} is {value!r}: give a whole number of 0 or more")
+        if not optional and not is_whole(value, 0):
+            raise ConfigError(f"{name} is {shown(value)}: give a whole number of 0 or more")
     for name in ("at_train_end", "asynchronous", "soft", "spread_weights"):
         if not isinstance(getattr(config, name), bool):
             raise ConfigError(f"{name} is {getattr(config, name)!r}: give true or false")
@@ -63,11 +64,11 @@ def _check_adapters(config: SafeMergeConfig) -> None:
     names = [str(name) if isinstance(name, Path) else name for name in names]
     if given is not None and (not names or not all(isinstance(name, str) and name for name in names)):
         raise ConfigError(
-            f"safety_adapter is {given!r}: give a folder or Hub id, a non-empty string, or a list of them, or leave "
-            "it out"
+            f"safety_adapter is {shown(given)}: give a folder or Hub id, a non-empty string, or a list of them, or "
+            "leave it out"
         )
     if len(set(names)) < len(names):
-        raise ConfigError(f"safety_adapter is {given!r}: one is named twice, name it once and add its weights up")
+        raise ConfigError(f"safety_adapter is {shown(given)}: one is named twice, name it once and add its weights up")
     config.safety_adapter = names[0] if len(names) == 1 else names
 
 
@@ -82,7 +83,7 @@ def _check_gate(config: SafeMergeConfig) -> None:
         value = getattr(config, name)
         if config.gate == "all" and value != getattr(type(config), name):
             raise ConfigError(
-                f"{name} is {value!r}, and gate 'all', the default, merges every module whatever it is: give "
+                f"{name} is {shown(value)}, and gate 'all', the default, merges every module whatever it is: give "
                 f"gate={gate_of({name: value}, config.gate)!r}, or leave {name} out"
             )
     if config.gate == "reference" and config.safety_adapter is None:
@@ -155,10 +156,10 @@ def _check_average(config: SafeMergeConfig) -> None:
     config.ema_decay = 0.9 if config.ema_decay is None else config.ema_decay
     config.ema_every = 10 if config.ema_every is None else config.ema_every
     decay, every = config.ema_decay, config.ema_every
-    if isinstance(decay, bool) or not isinstance(decay, int | float) or not 0 <= decay < 1:
-        raise ConfigError(f"ema_decay is {decay!r}: give the share that the average keeps, from 0 to below 1")
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ConfigError(f"ema_every is {every!r}: give a whole number of optimizer steps, 1 or more")
+    if not is_number(decay) or not 0 <= decay < 1:
+        raise ConfigError(f"ema_decay is {shown(decay)}: give the share that the average keeps, from 0 to below 1")
+    if not is_whole(every, 1):
+        raise ConfigError(f"ema_every is {shown(every)}: give a whole number of optimizer steps, 1 or more")
 
 
 def _check_idle(config: SafeMergeConfig, *names: str) -> None:
@@ -180,14 +181,16 @@ def _read_json(value: Any) -> Any:
         raise
     except ValueError as error:
         raise ConfigError(
-            f"module_weights is {value!r}, which is no JSON ({error}): give such as '{{\"v_proj\": [0.5, 0.5]}}'"
+            f"module_weights is {shown(value)}, which is no JSON ({error}): give such as '{{\"v_proj\": [0.5, 0.5]}}'"
         ) from error
 
 
 def _check_strength(config: SafeMergeConfig) -> None:
     floor = config.min_task_weight
-    if isinstance(floor, bool) or not isinstance(floor, int | float) or not 0 <= floor <= 1:
-        raise ConfigError(f"min_task_weight is {floor!r}: give a share of the task's update, from 0 (no floor) to 1")
+    if not is_number(floor) or not 0 <= floor <= 1:
+        raise ConfigError(
+            f"min_task_weight is {shown(floor)}: give a share of the task's update, from 0 (no floor) to 1"
+        )
     config.min_task_weight = float(floor)
     check_soft(config.soft, config.method, config.space)
     check_spread(config.spread_weights, config.method, config.space)
@@ -216,7 +219,6 @@ def _check_schedule(config: SafeMergeConfig) -> None:
 def _check_every(config: SafeMergeConfig) -> None:
     """Optimizer steps, or below 1 a share of the run's; a command line gives whole numbers as floats."""
     every: Any = config.every
-    whole = isinstance(every, int | float) and not isinstance(every, bool) and (0 < every < 1 or every % 1 == 0)
-    if not whole or every < 0:
-        raise ConfigError(f"every is {every!r}: give a whole number, or a share of the run's steps below 1")
+    if not is_number(every) or every < 0 or (every > 1 and every % 1):
+        raise ConfigError(f"every is {shown(every)}: give a whole number, or a share of the run's steps below 1")
     config.every = every if 0 < every < 1 else int(every)

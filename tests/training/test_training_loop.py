@@ -63,7 +63,7 @@ def test_another_rank_writes_nothing(world, tmp_path):
 
 
 def test_a_tracker_that_we_do_not_know_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="tracker 'tensorbord' is unknown; did you mean 'tensorboard'"):
+    with pytest.raises(ConfigError, match=r"tracker 'tensorbord' is unknown.*did you mean 'tensorboard'"):
         LoopLog(tmp_path, ["tensorbord"])
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict
 
+from ...choices import one_of
 from ...errors import ConfigError, nearest
 from ..reading import Reading, Readings
 from . import calibrated, checks, constant, gap, num_layers, opposed, quantile, random, reference, threshold
@@ -81,10 +82,7 @@ class Gate:
     soft: bool = False
 
     def __post_init__(self) -> None:
-        if self.name not in GATES:
-            raise ConfigError(
-                f"gate {self.name!r} is unknown: choose one of {sorted(GATES)}{nearest(str(self.name), GATES)}"
-            )
+        one_of(self.name, GATES, "gate")
         checks.check_threshold(self.threshold)
         checks.check_z_threshold(self.z_threshold)
         checks.check_reference_fraction(self.reference_fraction)

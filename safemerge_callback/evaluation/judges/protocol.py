@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, cast, get_args
 
-from ...errors import ConfigError, nearest
+from ...choices import one_of
+from ...errors import ConfigError
 
 Decides = Literal["refusal", "harm"]
 
@@ -34,12 +35,7 @@ def decides(judge: Judge) -> Decides:
 def check_decides(what: str) -> Decides:
     """Return `what` where a judge can decide it; ConfigError where not."""
     allowed: tuple[Decides, ...] = get_args(Decides)
-    for name in allowed:
-        if what == name:
-            return name
-    raise ConfigError(
-        f"a judge that decides {what!r} is unknown: choose one of {list(allowed)}{nearest(what, allowed)}"
-    )
+    return cast(Decides, one_of(what, allowed, "a judge that decides"))
 
 
 def measure_name(prompts: str, judge: Judge) -> str:

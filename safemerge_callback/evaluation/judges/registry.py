@@ -6,7 +6,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ...errors import ConfigError, nearest
+from ...choices import one_of
+from ...errors import ConfigError
 from .classifier import ClassifierJudge
 from .endpoint import endpoint_at
 from .function import FunctionJudge, imported
@@ -60,8 +61,7 @@ def load_judge(which: str | Mapping[str, Any] | Judge | Callable[[str, str], boo
 
 def _made(spec: str, options: dict[str, Any]) -> Judge:
     name, colon, argument = spec.partition(":")
-    if name not in JUDGES:
-        raise ConfigError(f"judge {name!r} is unknown: choose one of {list(JUDGES)}{nearest(name, JUDGES)}")
+    one_of(name, JUDGES, "judge")
     if bool(colon) and (name not in _ARGUMENT or not argument):
         raise ConfigError(f"judge {spec!r}: {name} takes {_ARGUMENT.get(name, 'nothing')} after the colon")
     if name in _NEEDED and not argument:

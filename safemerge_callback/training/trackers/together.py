@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
-from ...errors import ConfigError, nearest
+from ...choices import one_of
 from .drift import Drift
 from .protocol import Report, Run, Tracker
 
@@ -157,9 +157,4 @@ def _names(args: TrainingArguments, state: TrainerState) -> list[str]:
 
 def known(names: Sequence[str]) -> list[str]:
     """Return `names`; ConfigError for one that is no tracker of ours."""
-    for name in names:
-        if name not in TRACKERS:
-            raise ConfigError(
-                f"tracker {name!r} is unknown{nearest(str(name), TRACKERS, then=f'choose among {sorted(TRACKERS)}')}"
-            )
-    return list(names)
+    return [one_of(name, sorted(TRACKERS), "tracker") for name in names]
