@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import AdapterError
+from ..file_faults import reading_fault
 from .factors import LoraFactors
 from .files import CONFIG, WEIGHTS, adapter_folder, read_config, write_folder
 from .names import canonical_name
@@ -132,21 +133,21 @@ def _read_tensors(path: Path, where: str) -> dict[str, Tensor]:
 
 
 def _read_keys(path: Path, where: str) -> list[str]:
-    with _reading(where), safe_open(path, framework="pt") as file:
+    with _reading(path, where), safe_open(path, framework="pt") as file:
         return list(file.keys())
 
 
 def _mapped(path: Path, keys: Iterable[str], where: str) -> dict[str, Tensor]:
-    with _reading(where), safe_open(path, framework="pt") as file:
+    with _reading(path, where), safe_open(path, framework="pt") as file:
         return {key: file.get_tensor(key) for key in keys}
 
 
 @contextmanager
-def _reading(where: str) -> Iterator[None]:
+def _reading(path: Path, where: str) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{where}: {WEIGHTS} is corrupt or truncated ({error}). Fetch or save it again.") from error
+        raise AdapterError(f"{where}: {WEIGHTS} {reading_fault(path, error)}") from error
 
 
 def require_finite(tensors: Mapping[str, Tensor], where: str) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import AdapterError
+from ..file_faults import reading_fault
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -39,7 +40,7 @@ def read_config(path: Path, where: str) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{where}: {CONFIG} is corrupt ({error}). Fetch or save it again.") from error
+        raise AdapterError(f"{where}: {CONFIG} {reading_fault(path, error)}") from error
     if not isinstance(config, dict):
         raise AdapterError(f"{where}: {CONFIG} holds a {type(config).__name__}, not a PEFT config.")
     return config
@@ -99,14 +100,21 @@ def _download(repo: str, revision: str | None) -> Path:
 def _require_files(folder: Path, where: str) -> None:
     if not folder.is_dir():
         raise AdapterError(f"{where} is a file; give the folder that holds {CONFIG} and {WEIGHTS}.")
-    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    try:
+        there = {path.name for path in folder.iterdir() if path.is_file()}
+        nested = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    except OSError as error:
+        raise AdapterError(f"{where} {reading_fault(folder, error)}") from error
+    missing = [name for name in (CONFIG, WEIGHTS) if name not in there]
     if not missing:
         return
-    pickled = (folder / WEIGHTS).with_suffix(".bin").is_file()
-    model = any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
+    pickled = Path(WEIGHTS).with_suffix(".bin").name in there
+    model = bool(there & {"model.safetensors", "model.safetensors.index.json"})
     advice = "Only safetensors are read: give a PEFT adapter folder or a Hub id of one."
     if pickled:
         advice = "It has pickled weights (.bin), which can run code and are never read: save it again with PEFT."
     elif model:
         advice = "It holds a whole model, not an adapter."
+    elif nested:
+        advice = f"It has adapters in folders of their own ({', '.join(nested)}): give one of those."
     raise AdapterError(f"{where} has no {' and no '.join(missing)}. {advice}")

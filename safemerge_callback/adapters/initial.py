@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import AdapterError
+from ..file_faults import reading_fault
 from ..ops import LowRank
 from .factors import LoraFactors
 from .pairs import read_pairs, write_pairs
@@ -53,4 +54,4 @@ def load_initial(folder: str | Path) -> dict[str, LowRank]:
     try:
         return read_pairs(path)[0]
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{str(path)!r} is corrupt or truncated ({error}). Take another checkpoint.") from error
+        raise AdapterError(f"{str(path)!r} {reading_fault(path, error, 'Take another checkpoint.')}") from error

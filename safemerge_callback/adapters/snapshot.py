@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..errors import AdapterError
+from ..file_faults import reading_fault
 from ..ops import LowRank
 from .factors import LoraFactors
 from .pairs import read_pairs, write_pairs
@@ -75,5 +76,5 @@ def load_snapshot(run: Path) -> Snapshot:
         step, norms = (json.loads(about[key]) for key in _KEYS)
         pairs = {name: pairs[name] for name in norms}
     except (OSError, ValueError, KeyError) as error:
-        raise AdapterError(f"{str(path)!r} is corrupt or truncated ({error}): the merge cannot be undone.") from error
+        raise AdapterError(f"{str(path)!r} {reading_fault(path, error, 'The merge cannot be undone.')}") from error
     return Snapshot(step, pairs, {name: tuple(pair) for name, pair in norms.items()})

@@ -13,6 +13,7 @@ from ..adapters import Adapter, LoraFactors
 from ..adapters.host import to_host
 from ..adapters.pairs import read_pairs, write_pairs
 from ..errors import AdapterError
+from ..file_faults import reading_fault
 from ..ops import LowRank, full_precision, truncate, weighted_sum
 from .measure import stacked
 
@@ -85,7 +86,5 @@ class Average:
             pairs, about = read_pairs(path)
             return cls(decay, pairs, json.loads(about["followed"]), json.loads(about["residual"]))
         except (OSError, ValueError, KeyError) as error:
-            raise AdapterError(
-                f"{str(path)!r} is corrupt or truncated ({error}), and the run's average with it. "
-                "Take another checkpoint."
-            ) from error
+            advice = "The run's average is lost with it: take another checkpoint."
+            raise AdapterError(f"{str(path)!r} {reading_fault(path, error, advice)}") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterError
+from ..file_faults import reading_fault
 
 HEAD = "lm_head"
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
@@ -32,8 +33,10 @@ def head_of(folder: Path, keys: Mapping[str, object], touched: Collection[str]) 
 def _config(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"base model's {str(path)!r} {reading_fault(path, error)}") from error
     return found if isinstance(found, dict) else {}
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..adapters import LoraFactors
 from ..errors import SubspaceError, nearest
+from ..file_faults import reading_fault
 from ..ops import AlignmentMatrix, turned
 from .check import check_base, check_modules, require_tensors
 from .digests import digest_of
@@ -51,9 +52,8 @@ class Subspace:
                 slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
                 found = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
         except (SafetensorError, OSError) as error:
-            raise SubspaceError(
-                f"{where} is corrupt, cut short, or no safetensors file ({error}). Build it again."
-            ) from error
+            damage = "is corrupt, cut short, or no safetensors file"
+            raise SubspaceError(f"{where} {reading_fault(path, error, 'Build it again.', damage)}") from error
         require_tensors(header, found, where)
         return cls(path, header, fingerprint)
 

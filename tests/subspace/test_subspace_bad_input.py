@@ -42,7 +42,7 @@ def test_a_truncated_shard(tmp_path):
     save(tmp_path / "unaligned", seed=1)
     shard = tmp_path / "unaligned" / "model-1.safetensors"
     os.truncate(shard, shard.stat().st_size - 4)
-    refused(tmp_path, r"'model-1\.safetensors' is not a readable safetensors file: corrupt, cut short")
+    refused(tmp_path, r"unaligned/model-1\.safetensors' is not a readable safetensors file: corrupt, cut short")
 
 
 def test_a_missing_shard_and_a_missing_index(tmp_path):

@@ -116,8 +116,8 @@ def break_tensor_lacking(folder):
     ("damage", "names_it"),
     [
         (break_missing_shard, "1 of 3 shards are missing, first 'model-00002"),
-        (break_cut_short, "'model-00002-of-00003.safetensors' is not a readable"),
-        (break_header, "'model-00002-of-00003.safetensors' is not a readable"),
+        (break_cut_short, r"model-00002-of-00003\.safetensors' is not a readable"),
+        (break_header, r"model-00002-of-00003\.safetensors' is not a readable"),
         (break_lfs_pointer, "Git LFS pointer"),
         (break_index, "index.json is corrupt"),
         (break_index_path, "elsewhere"),

@@ -91,8 +91,9 @@ def _located(name: str, revision: str | None, folder: Folder, source: str) -> Lo
 def _architecture(folder: Folder, there: list[str] | None = None) -> str | None:
     if "config.json" not in (folder.names() if there is None else there):
         return None
+    text = folder.text("config.json")
     try:
-        found = json.loads(folder.text("config.json"))["model_type"]
+        found = json.loads(text)["model_type"]
     except (ValueError, KeyError, TypeError):
         return None
     return found if isinstance(found, str) else None
@@ -142,8 +143,9 @@ def _why_nothing(there: list[str]) -> str:
 
 def _listed(folder: Folder, source: str) -> dict[str, str]:
     """The index's map from tensor to file."""
+    text = folder.text(INDEX)
     try:
-        listed = json.loads(folder.text(INDEX))["weight_map"]
+        listed = json.loads(text)["weight_map"]
         files = sorted(set(listed.values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise SubspaceError(f"checkpoint {source!r}: {INDEX} is corrupt ({error}).") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -9,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...errors import SubspaceError
+from ...file_faults import reading_fault
 
 
 class ShardFile(Protocol):
@@ -43,31 +46,26 @@ class LocalFile(NamedTuple):
 
     def size(self) -> int:
         """Return how many bytes the file has."""
-        return self.path.stat().st_size
+        with _reading(self.path):
+            return self.path.stat().st_size
 
     def header(self) -> bytes:
         """Return the header with its length in front."""
-        with self.path.open("rb") as file:
+        with _reading(self.path), self.path.open("rb") as file:
             length = file.read(8)
             return length + file.read(int.from_bytes(length, "little"))
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Return what the header lists; the library checks that the file is as long as the header says."""
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (a safe_open is no mapping)
-                return {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
-        except (SafetensorError, OSError) as error:
-            raise unreadable(self.name, error) from error
+        with _reading(self.path), safe_open(self.path, framework="pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (a safe_open is no mapping)
+            return {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
 
     def read(self, key: str, start: int, count: int) -> Tensor:
         """Return a view of the map."""
         # Opened anew for each tensor, so that the pages of the one before are given back.
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                return file.get_tensor(key).reshape(-1)[start : start + count]
-        except (SafetensorError, OSError) as error:
-            raise unreadable(self.name, error) from error
+        with _reading(self.path), safe_open(self.path, framework="pt") as file:
+            return file.get_tensor(key).reshape(-1)[start : start + count]
 
 
 class Folder(Protocol):
@@ -90,20 +88,32 @@ class LocalFolder(NamedTuple):
 
     def names(self) -> list[str]:
         """Return the names of the files that lie in it; links to nowhere, as of a cache cut short, are left out."""
-        return sorted(path.name for path in self.path.iterdir() if path.is_file())
+        with _reading(self.path):
+            return sorted(path.name for path in self.path.iterdir() if path.is_file())
 
     def text(self, name: str) -> str:
         """Return the content of a small file."""
-        return (self.path / name).read_text(encoding="utf-8")
+        with _reading(self.path / name, "is corrupt"):
+            return (self.path / name).read_text(encoding="utf-8")
 
     def shard(self, name: str) -> ShardFile:
         """Return one of its safetensors files."""
         return LocalFile(self.path / name)
 
 
+_DAMAGE = "is not a readable safetensors file: corrupt, cut short, or a Git LFS pointer"
+_AGAIN = "Download it again."
+
+
+@contextmanager
+def _reading(path: Path, damage: str = _DAMAGE) -> Iterator[None]:
+    """Raise SubspaceError for what is raised of a file here, with the reason that the file itself gives."""
+    try:
+        yield
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        raise SubspaceError(f"{str(path)!r} {reading_fault(path, error, _AGAIN, damage)}") from error
+
+
 def unreadable(name: str, error: object) -> SubspaceError:
-    """Return the error for a file that is damaged."""
-    return SubspaceError(
-        f"{name!r} is not a readable safetensors file: corrupt, cut short, or a Git LFS pointer ({error}). "
-        "Download it again."
-    )
+    """Return the error for a file on the Hub that is damaged."""
+    return SubspaceError(f"{name!r} {_DAMAGE} ({error}). {_AGAIN}")
