@@ -9,21 +9,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..ops import LowRank
+from ..whole_file import whole_file
 from .host import to_host
 
 
 def write_pairs(path: Path, pairs: Mapping[str, LowRank], metadata: Mapping[str, str] | None = None) -> None:
     """Write the factors to `path`, whole or not at all. Raises OSError."""
-    part = path.with_name(f".{path.name}.part")
     keys = [f"{name}.lora_{letter}" for name in pairs for letter in "AB"]
     tensors = to_host([tensor for pair in pairs.values() for tensor in pair])
     try:
-        save_file(dict(zip(keys, tensors, strict=True)), part, metadata=dict(metadata or {}) or None)
-        part.replace(path)
+        with whole_file(path) as part:
+            save_file(dict(zip(keys, tensors, strict=True)), part, metadata=dict(metadata or {}) or None)
     except SafetensorError as error:
         raise OSError(str(error)) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read_pairs(path: Path) -> tuple[dict[str, LowRank], dict[str, str]]:

@@ -6,7 +6,17 @@ from .certify import undecided
 from .fit import check_safety_adapter
 from .gates import GATES, KNOB, KNOBS, Gate, Verdict, as_gate, gate_of
 from .holding import above, held_back, not_rearmed, under_floor, without
-from .journal import JOURNAL_FILE, VERSION, Journal, check_entry, merge_entry, read_journal
+from .journal import (
+    JOURNAL_FILE,
+    VERSION,
+    Journal,
+    check_entry,
+    merge_entry,
+    numbered_entries,
+    parse_lines,
+    read_journal,
+    tell_torn,
+)
 from .measure import measure
 from .operators import check_operator
 from .own import own_cosines
@@ -50,7 +60,10 @@ __all__ = [
     "merged_factors",
     "not_rearmed",
     "own_cosines",
+    "numbered_entries",
+    "parse_lines",
     "read_journal",
+    "tell_torn",
     "spread",
     "under_floor",
     "undecided",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,8 @@ from .plan import MergePlan
 
 VERSION = 1
 JOURNAL_FILE = "safemerge.jsonl"
+# Bytes looked through at a time for the end of the last whole line.
+_BLOCK = 1 << 16
 
 
 class Journal:
@@ -29,33 +35,61 @@ class Journal:
     def __init__(self, path: str | Path, enabled: bool = True) -> None:
         self.path = Path(path).expanduser()
         self.enabled = enabled
+        self._waiting: list[bytes] = []
         if enabled:
             _open(self.path)
 
-    def append(self, entry: Mapping[str, Any]) -> None:
-        """Write one entry with the time (ISO 8601, UTC) added, and wait until it is on disk.
+    def append(self, entry: Mapping[str, Any]) -> int:
+        """Write one entry with the time (ISO 8601, UTC) added, and wait until it is on disk; return how many were.
 
         NaN and infinities become null. Raises JournalError for values that JSON has no word for, and where the disk
-        refuses.
+        refuses: the file then holds whole lines still, and the entry is written before the next one.
         """
         if not self.enabled:
-            return
+            return 0
         stamped = {**entry, "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
         try:
             line = json.dumps(_plain(stamped), allow_nan=False, ensure_ascii=False) + "\n"
         except TypeError as error:
             raise JournalError(f"journal entry {entry.get('kind')!r} cannot be written as JSON: {error}") from error
+        self._waiting.append(line.encode())
         try:
-            _append(self.path, line.encode())
+            _append(self.path, b"".join(self._waiting))
         except OSError as error:
             raise JournalError(f"journal {str(self.path)!r} cannot be written: {error.strerror}") from error
+        written, self._waiting = len(self._waiting), []
+        return written
 
 
-def _append(path: Path, line: bytes) -> None:
-    with path.open("ab") as file:
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+def _append(path: Path, lines: bytes) -> None:
+    """Write whole lines behind whole lines, or nothing."""
+    # Unbuffered: what a buffer holds back would be written again when the file is closed.
+    with path.open("a+b", buffering=0) as file:
+        end = _end_of_lines(file)
+        rest = memoryview(lines)
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        except BaseException:
+            with suppress(OSError):
+                file.truncate(end)
+            raise
+
+
+def _end_of_lines(file: io.FileIO) -> int:
+    """Cut off what a failed write left after the last line feed; return the file's size."""
+    size = end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - _BLOCK)
+        file.seek(start)
+        at = (file.read(end - start) or b"").rfind(b"\n")
+        end = start if at < 0 else start + at + 1
+        if at >= 0:
+            break
+    if end < size:
+        file.truncate(end)
+    return end
 
 
 def _open(path: Path) -> None:
@@ -66,38 +100,91 @@ def _open(path: Path) -> None:
         raise JournalError(
             f"journal {str(path)!r} cannot be written: {error.strerror}. Set `journal` to a file that can."
         ) from error
-    _, tail = _parse(path)
+    *lines, tail = _read(path)
     if tail.strip(b"\0") and not tail.startswith(b"{"):
         raise JournalError(f"{str(path)!r} exists and is no journal. Set `journal` to another file.")
+    _parsed(lines, tail, path)
     if tail:
         os.truncate(path, path.stat().st_size - len(tail))
 
 
 def read_journal(path: str | Path) -> list[dict[str, Any]]:
-    """Return the entries in order; a last line that a crash cut short is dropped.
+    """Return the entries in order. What a crash or a full disk left of a line is passed over, and one warning says so.
 
     Raises JournalError if there is no such file, or with its number for any other line that is not a JSON object.
     """
-    return _parse(Path(path).expanduser())[0]
+    return list(numbered_entries(path).values())
 
 
-def _parse(path: Path) -> tuple[list[dict[str, Any]], bytes]:
-    """The entries of all whole lines, and what follows the last newline."""
+def numbered_entries(path: str | Path) -> dict[int, dict[str, Any]]:
+    """Return what `read_journal` does, by the numbers of the lines, from 1."""
+    place = Path(path).expanduser()
+    *lines, tail = _read(place)
+    entries, torn = _parsed(lines, tail, place)
+    tell_torn(torn, place)
+    return entries
+
+
+def parse_lines(lines: Iterable[bytes], path: Path, first: int = 1) -> tuple[dict[int, dict[str, Any]], list[int]]:
+    """Return the entries of whole lines of the journal at `path` by their numbers, and the numbers of torn lines.
+
+    The first line is of number `first`. Raises JournalError as `read_journal`.
+    """
+    entries, torn = {}, []
+    for number, line in enumerate(lines, first):
+        entry, whole = _entry(line, f"journal {str(path)!r}, line {number}")
+        if entry is not None:
+            entries[number] = entry
+        if not whole:
+            torn.append(number)
+    return entries, torn
+
+
+def tell_torn(torn: Sequence[int], path: Path) -> None:
+    """Warn of lines that were passed over, if there are any."""
+    if torn:
+        what = f"line {torn[0]} was" if len(torn) == 1 else f"{len(torn)} lines, first line {torn[0]}, were"
+        told = f"safemerge: journal {str(path)!r}: {what} cut off by a full disk or a crash; read without it"
+        warnings.warn(told, stacklevel=4)
+
+
+def _read(path: Path) -> list[bytes]:
+    """What stands between line feeds; the last is what follows them all."""
     try:
-        *lines, tail = path.read_bytes().split(b"\n")
+        return path.read_bytes().split(b"\n")
     except OSError as error:
         raise JournalError(f"journal {str(path)!r} cannot be read: {error.strerror}") from error
-    return [_entry(line, number, path) for number, line in enumerate(lines, 1)], tail
 
 
-def _entry(line: bytes, number: int, path: Path) -> dict[str, Any]:
+def _parsed(lines: Sequence[bytes], tail: bytes, path: Path) -> tuple[dict[int, dict[str, Any]], list[int]]:
+    """As `parse_lines`, of a whole file: lines that were cut off are a journal's only beside others that are whole."""
+    entries, torn = parse_lines(lines, path)
+    if torn and not entries:
+        raise JournalError(f"journal {str(path)!r}, line {torn[0]}: not JSON. Give a journal ({JOURNAL_FILE}).")
+    return entries, [*torn, len(lines) + 1] if tail else torn
+
+
+def _entry(line: bytes, where: str) -> tuple[dict[str, Any] | None, bool]:
+    """The entry of a line, and whether the line is whole; of a torn one what was written behind it, or None."""
     try:
         entry = json.loads(line)
-    except ValueError as error:
-        raise JournalError(f"journal {str(path)!r}, line {number}: not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        # Every entry begins so; zeros are what a power cut leaves.
+        if line[:1] not in (b"{", b"\0"):
+            raise JournalError(f"{where}: not JSON ({error}). Give a journal ({JOURNAL_FILE}).") from error
+        return _behind(line), False
     if not isinstance(entry, dict):
-        raise JournalError(f"journal {str(path)!r}, line {number}: not a JSON object but {type(entry).__name__}")
-    return entry
+        raise JournalError(f"{where}: not a JSON object but {type(entry).__name__}")
+    return entry, True
+
+
+def _behind(line: bytes) -> dict[str, Any] | None:
+    for start in re.finditer(rb'\{"kind": ', line):
+        with suppress(ValueError, RecursionError):
+            behind: dict[str, Any] = json.loads(line[start.start() :])
+            # Only an entry has a time: what else ends here is a part of the torn one.
+            return behind if "time" in behind else None
+    return None
 
 
 def _plain(value: Any) -> Any:

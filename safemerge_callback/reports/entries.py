@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..decision import KNOB, read_journal
+from ..decision import KNOB, numbered_entries
 from ..errors import JournalError
 from .history import Cell, Event, History, Measured, Probe, journal_in, title_of
 
@@ -22,7 +22,7 @@ def read_history(source: str | Path) -> History:
     """
     path = journal_in(source)
     history = History(title_of(path))
-    for number, entry in enumerate(read_journal(path), 1):
+    for number, entry in numbered_entries(path).items():
         add_entry(history, entry, f"journal {str(path)!r}, line {number}")
     if not history.cells and not history.probes:
         raise JournalError(f"journal {str(path)!r} holds no check yet and no probe: there is nothing to report.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ..decision import JOURNAL_FILE
+from ..decision import JOURNAL_FILE, parse_lines, tell_torn
 from ..errors import JournalError
 from .entries import add_entry
 from .history import LOSS, Cell, History, counted, title_of
@@ -61,14 +60,12 @@ class Tail:
         except OSError as error:
             raise JournalError(f"journal {str(self.path)!r} cannot be read: {error.strerror}") from error
         self._offset += len(whole) + len(newline)
-        for line in whole.split(b"\n") if newline else ():
-            self._lines += 1
-            where = f"journal {str(self.path)!r}, line {self._lines}"
-            try:
-                entry = json.loads(line)
-            except ValueError as error:
-                raise JournalError(f"{where}: not JSON ({error})") from error
-            add_entry(self.history, entry, where)
+        lines = whole.split(b"\n") if newline else []
+        entries, torn = parse_lines(lines, self.path, self._lines + 1)
+        self._lines += len(lines)
+        tell_torn(torn, self.path)
+        for number, entry in entries.items():
+            add_entry(self.history, entry, f"journal {str(self.path)!r}, line {number}")
         return bool(newline)
 
 

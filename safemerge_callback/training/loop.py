@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from ..decision import JOURNAL_FILE, Edit, Journal, MergePlan, check_entry, merge_entry
-from .entries import decision_rows
+from .entries import decision_rows, unwritten
 from .metrics import check_metrics
 from .outcome import Outcome
 from .progress import Progress
@@ -71,9 +71,7 @@ class LoopLog:
             self.journal.append(entry)
         except OSError as error:
             if not self.warned:
-                warnings.warn(
-                    f"safemerge: the journal lacks entries from step {entry.get('step')} on ({error})", stacklevel=2
-                )
+                warnings.warn(f"safemerge: {unwritten(entry, error)}", stacklevel=2)
             self.warned = True
 
     def __enter__(self) -> LoopLog:

@@ -88,8 +88,7 @@ def open_session(
     _rehearse(config, factors, subspace, (average.adapter(factors),) if average else safety, part, reference)
     progress, journal, restored = _records(config, args, state)
     start = start_entry(state.global_step, config, subspace, len(factors), args.world_size, choice)
-    journal.append({**start, "restored": restored})
-    progress.journal_entries += 1
+    progress.journal_entries += journal.append({**start, "restored": restored})
     session = Session(config, writer, subspace, safety, journal, progress, optimizer, part, reference, begun=began)
     session.average = average
     session.seal_weights(state.global_step)

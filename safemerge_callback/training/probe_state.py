@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import TrainerState, TrainingArguments
 
 from ..adapters.processes import from_first
+from ..whole_file import whole_file
 from .opening import checkpoint_folders
 from .probing import Probing
 from .rules import Standing
@@ -19,10 +20,10 @@ def save_standing(probing: Probing, folder: Path) -> None:
     """Write the state file into a checkpoint's folder, if there is one; a full disk is told once."""
     if not folder.is_dir():
         return
-    part = folder / f".{STATE_FILE}.part"
     try:
-        part.write_text(json.dumps({"seconds": probing.seconds, **vars(probing.standing)}) + "\n", encoding="utf-8")
-        part.replace(folder / STATE_FILE)
+        with whole_file(folder / STATE_FILE) as part:
+            text = json.dumps({"seconds": probing.seconds, **vars(probing.standing)})
+            part.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         probing.warn("state", f"the probe's state of {folder.name} could not be saved ({error}): its rules start anew")
 

@@ -12,6 +12,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..decision import Journal
 from ..evaluation.probe import Answers, Asking, Measured, Questions, ask
+from .entries import unwritten
 from .faults import Fault, attempt
 from .rules import Rollback, Standing, Stop, Trigger, costs_too_much, stops, triggers
 from .session import Session
@@ -116,7 +117,7 @@ class Probing:
             if self.journal:
                 self.journal.append(entry)
         except OSError as error:
-            self.warn("journal", f"the journal lacks entries from step {entry.get('step')} on ({error}): free the disk")
+            self.warn("journal", unwritten(entry, error))
 
     def warn(self, kind: str, message: str) -> None:
         """Warn once a run for each `kind`."""

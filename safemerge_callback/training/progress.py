@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..decision import read_journal
+from ..whole_file import whole_file
 
 STATE_FILE = "safemerge_state.json"
 # Fields that an older state file may lack.
@@ -58,12 +59,8 @@ class Progress:
 
     def save(self, folder: Path) -> None:
         """Write the state file into `folder`, whole or not at all; OSError if that fails."""
-        part = folder / f".{STATE_FILE}.part"
-        try:
+        with whole_file(folder / STATE_FILE) as part:
             part.write_text(json.dumps({"version": 1, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
-            part.replace(folder / STATE_FILE)
-        finally:
-            part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, folder: Path) -> Progress | None:
@@ -110,9 +107,8 @@ def continue_journal(path: Path, step: int, count: int | None) -> int:
             path.rename(_free_name(path))
         return 0
     kept = cut(entries, step, count)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-    part.replace(path)
+    with whole_file(path) as part:
+        part.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
     return len(kept)
 
 

@@ -22,7 +22,7 @@ from .averaging import follow, save_average
 from .background import Pending, begin, undisturbed
 from .config import SafeMergeConfig
 from .deciding import Moment, agreed_plan, decided, still_disarmed
-from .entries import broken_modules, decision_rows
+from .entries import broken_modules, decision_rows, unwritten
 from .faults import Fault, attempt
 from .merging import Witness, merge
 from .metrics import check_metrics
@@ -203,10 +203,9 @@ class Session:
     def note(self, entry: Mapping[str, Any]) -> None:
         """Append to the journal; a journal that fails is reported once and never stops training."""
         try:
-            self.journal.append(entry)
-            self.progress.journal_entries += 1
+            self.progress.journal_entries += self.journal.append(entry)
         except OSError as error:
-            self.warn("journal", f"the journal lacks entries from step {entry.get('step')} on ({error}): free the disk")
+            self.warn("journal", unwritten(entry, error))
 
     def warn(self, kind: str, message: str) -> None:
         """Warn once a run for each `kind`."""

@@ -73,12 +73,49 @@ def test_every_cut_of_the_last_line_is_survived_and_written_on_from(tmp_path):
     second = whole.rindex(b"\n", 0, -1) + 1
     for cut in range(second, len(whole)):
         path.write_bytes(whole[:cut])
-        assert [e["step"] for e in read_journal(path)] == [0, 1]
+        if cut > second:
+            with pytest.warns(UserWarning, match="line 3 was cut off by a full disk or a crash"):
+                assert [e["step"] for e in read_journal(path)] == [0, 1]
         Journal(path).append({"kind": "check", "step": 7})
         assert [e["step"] for e in read_journal(path)] == [0, 1, 7]
     path.write_bytes(whole + b"\0" * 40)
     Journal(path).append({"kind": "check", "step": 8})
     assert [e["step"] for e in read_journal(path)] == [0, 1, 2, 8]
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_line_and_no_entry(tmp_path, full_disk):
+    journal = Journal(tmp_path / "j.jsonl")
+    assert journal.append({"kind": "check", "step": 0}) == 1
+    whole = journal.path.read_bytes()
+    for step in (1, 2):
+        with full_disk(len(whole) + 20), pytest.raises(JournalError, match="cannot be written: File too large"):
+            journal.append({"kind": "check", "step": step, "modules": ["m" * 100]})
+        assert journal.path.read_bytes() == whole
+    assert journal.append({"kind": "check", "step": 3}) == 3
+    assert [e["step"] for e in read_journal(journal.path)] == [0, 1, 2, 3]
+
+
+def test_what_a_failed_write_left_is_cut_before_the_next_append(tmp_path, monkeypatch):
+    monkeypatch.setattr("safemerge_callback.decision.journal._BLOCK", 16)
+    journal = Journal(tmp_path / "j.jsonl")
+    journal.append({"kind": "check", "step": 0})
+    with journal.path.open("ab") as file:
+        file.write(b'{"kind": "check", "step": 1, "mod' + b"m" * 100)
+    journal.append({"kind": "check", "step": 2})
+    assert [e["step"] for e in read_journal(journal.path)] == [0, 2]
+
+
+def test_torn_lines_are_passed_over_wherever_they_stand_and_what_was_written_behind_them_is_read(tmp_path):
+    path, entry = tmp_path / "j.jsonl", '{"kind": "check", "step": %d, "modules": [{"kind": "m"}], "time": ""}'
+    torn = entry % 1
+    for cut in range(1, len(torn)):
+        path.write_text(f"{entry % 0}\n{torn[:cut]}\n{torn[:cut]}{entry % 2}\n{entry % 3}\n")
+        with pytest.warns(UserWarning, match="2 lines, first line 2, were cut off") as told:
+            assert [e["step"] for e in read_journal(path)] == [0, 2, 3]
+        assert len(told) == 1
+    path.write_bytes(b"\0" * 40 + b"\n" + (entry % 0).encode() + b"\n\0\0" + (entry % 1).encode() + b"\n")
+    with pytest.warns(UserWarning, match="2 lines, first line 1, were cut off"):
+        assert [e["step"] for e in read_journal(path)] == [0, 1]
 
 
 def test_a_killed_writer_leaves_whole_lines(tmp_path):
@@ -93,16 +130,17 @@ def test_a_killed_writer_leaves_whole_lines(tmp_path):
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()
+    journal = Journal(path)
     steps = [e["step"] for e in read_journal(path)]
     assert len(steps) >= 20
     assert steps == list(range(len(steps)))
-    Journal(path).append({"kind": "end", "step": -1})
+    journal.append({"kind": "end", "step": -1})
     assert [e["step"] for e in read_journal(path)] == [*steps, -1]
 
 
 def test_a_corrupt_line_elsewhere_is_named(tmp_path):
     path = tmp_path / "j.jsonl"
-    path.write_text('{"kind": "start"}\n{"kind": "che\n{"kind": "end"}\n')
+    path.write_text('{"kind": "start"}\nkind: che\n{"kind": "end"}\n')
     with pytest.raises(JournalError, match="line 2: not JSON"):
         read_journal(path)
     with pytest.raises(JournalError, match="line 2"):

@@ -184,3 +184,13 @@ def _reads(pid):
     except OSError:
         time.sleep(5)
         return True
+
+
+def test_a_torn_line_is_passed_over_with_a_word_by_watch_and_report(lines, tmp_path, example):
+    (tmp_path / PLACE).write_bytes(lines[0] + lines[1][:50] + lines[1] + lines[2][:60] + b"\n" + b"".join(lines[2:]))
+    with pytest.warns(UserWarning, match="2 lines, first line 2, were cut off") as told:
+        seen = watch_run(tmp_path, once=True, console=shown())
+    with pytest.warns(UserWarning, match="2 lines, first line 2, were cut off"):
+        reported = read_history(tmp_path)
+    assert len(told) == 1
+    assert seen.cells == reported.cells == read_history(example).cells

@@ -1,0 +1,67 @@
+"""A disk that is full while a run writes: what could not be written is told once, and a resume works."""
+
+import pytest
+from transformers import TrainerCallback
+
+from safemerge_callback import SafetyEvalCallback, read_journal
+
+
+class Full(TrainerCallback):
+    """Let the disk be full in the hooks of these names, for the callbacks between two of these."""
+
+    def __init__(self, full_disk, *hooks):
+        self.disk, self.hooks, self.open = full_disk, hooks, None
+
+    def turn(self, hook):
+        if hook not in self.hooks:
+            return
+        if self.open is None:
+            self.open = self.disk(64)
+            self.open.__enter__()
+        else:
+            self.open.__exit__(None, None, None)
+            self.open = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.turn(f"step {state.global_step}")
+
+    def on_save(self, args, state, control, **kwargs):
+        self.turn(f"save {state.global_step}")
+
+
+def test_state_and_probe_state_are_told_of_once_and_a_resume_from_the_next_checkpoint_works(
+    world, runs, tmp_path, full_disk, chat_tokenizer
+):
+    full = Full(full_disk, "save 2", "step 3")
+
+    def guarded(*more, **changed):
+        probe = SafetyEvalCallback(
+            {"harm": ["a b"]}, {"benign": ["c d"]}, every=0, tokenizer=chat_tokenizer, quiet=True
+        )
+        return world.trainer(
+            tmp_path, *more, world.guard(), probe, *more, save_strategy="steps", save_steps=2, **changed
+        )
+
+    with pytest.warns(UserWarning, match="safemerge: ") as caught:
+        guarded(full, max_steps=4).train()
+    words = [str(w.message) for w in caught if "safemerge" in str(w.message)]
+    assert [w.split(" (")[0] for w in words] == [
+        "safemerge: the state of checkpoint-2 could not be saved",
+        "safemerge: the probe's state of checkpoint-2 could not be saved",
+    ]
+    assert [p.name for p in (tmp_path / "checkpoint-2").glob(".*")] == []
+    guarded().train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    starts = [e for e in read_journal(tmp_path / "safemerge.jsonl") if e["kind"] == "start"]
+    assert [e["restored"] for e in starts] == [False, True]
+
+
+def test_the_snapshot_is_told_of_and_the_journal_catches_up(world, runs, tmp_path, full_disk):
+    full = Full(full_disk, "step 6")
+    with pytest.warns(UserWarning, match="safemerge: ") as caught:
+        world.trainer(tmp_path, full, world.guard(every=0), full).train()
+    words = sorted(str(w.message) for w in caught if "safemerge" in str(w.message))
+    assert [w.split(" (")[0] for w in words] == [
+        "safemerge: the factors before the final merge could not be kept",
+        "safemerge: the journal lacks entries from step 6 on",
+    ]
+    assert [e["kind"] for e in read_journal(tmp_path / "safemerge.jsonl")] == ["start", "check", "merge", "end"]
