@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import PurePath
 from typing import Any
 
 # Letters of a value that a message shows.
@@ -51,12 +52,12 @@ def nearest(name: Any, allowed: Iterable[str], then: str = "") -> str:
 
 
 def shown(value: Any) -> str:
-    """Return `value` as a message shows it: its repr, cut in the middle where it is long; its type where it has none.
+    """Return `value` as a message shows it: its repr, a path's as text, cut in the middle where it is long.
 
-    An integer of thousands of digits and what holds itself many times over have no repr that could be shown.
+    Its type where it has none: an integer of thousands of digits, or what holds itself too many times over.
     """
     try:
-        text = repr(value)
+        text = repr(str(value) if isinstance(value, PurePath) else value)
     except (ValueError, RecursionError):
         return f"a {type(value).__name__}"
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]}...{text[-_SHOWN // 4 :]}"

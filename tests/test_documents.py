@@ -1,18 +1,22 @@
 """What is read from YAML and JSON: as the libraries read it, but for a key that is given twice."""
 
 import json
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from recipes.comparison.grid import load_grid
 from recipes.finetune import parse_finetune
 from safemerge_callback import SafeMergeConfig
-from safemerge_callback.documents import parse_json, parse_yaml, read_json, read_yaml
-from safemerge_callback.errors import ConfigError
+from safemerge_callback.documents import parse_json, parse_yaml, read_json, read_text, read_yaml
+from safemerge_callback.errors import ConfigError, SubspaceError
 from safemerge_callback.evaluation.prompts.tables import read_rows
 from safemerge_callback.integrations.ms_swift import config_of
 from safemerge_callback.offline.recipe import read_recipe
@@ -79,5 +83,70 @@ def test_all_else_is_as_the_libraries_read_it(tmp_path: Path) -> None:
 
 
 def test_yaml_runs_nothing() -> None:
-    with pytest.raises(yaml.YAMLError, match="could not determine a constructor"):
+    with pytest.raises(ConfigError, match="could not determine a constructor"):
         parse_yaml("a: !!python/object/apply:os.getcwd []", "it")
+
+
+NESTED = b"".join(b"a%d: &a%d [%s]\n" % (i, i, b",".join([b"*a%d" % (i - 1)] * 9)) for i in range(1, 12))
+MERGED = b"".join(b"a%d: &a%d {<<: [*a%d, *a%d]}\n" % (i, i, i - 1, i - 1) for i in range(1, 40))
+UNREADABLE = {
+    "no UTF-8": (b"a: \xff\xfe", "cannot be read: .*codec can't decode"),
+    "too deep": (b"[" * 100_000, "cannot be read: it is nested too deep"),
+    "closed, and too deep": (b"[" * 5000 + b"]" * 5000, "cannot be read: it is nested too deep"),
+    "unclosed": (b'{"a": [', "is no (YAML|JSON): "),
+    "digits": (b'{"a": ' + b"9" * 5000 + b"}", "cannot be read: "),
+}
+UNREADABLE_YAML = {
+    "a number that no float holds": (b"a: 0x" + b"f" * 5000, "past what a float can hold"),
+    "a date that is none": (b"a: 2024-13-45", "month"),
+    "a key that is a list": (b"? [a]\n: b", "unhashable key"),
+    "anchors in anchors": (b"a0: &a0 [x]\n" + NESTED, "more than 1,000,000 values"),
+    "merged in merged": (b"a0: &a0 {x: 1}\n" + MERGED, "more than 1,000,000 values"),
+    "an anchor that holds itself": (b"a: &a [*a]", "holds itself"),
+}
+
+
+@pytest.mark.parametrize(
+    ("reader", "case"),
+    [(read_yaml, name) for name in {**UNREADABLE, **UNREADABLE_YAML}] + [(read_json, name) for name in UNREADABLE],
+)
+def test_what_cannot_be_read_is_refused_with_who_and_why(tmp_path: Path, reader: Callable[..., Any], case: str) -> None:
+    data, words = {**UNREADABLE, **UNREADABLE_YAML}[case]
+    (tmp_path / "x").write_bytes(data)
+    with pytest.raises(SubspaceError, match=rf"^the file .*{words}.*Fetch it again$") as refused:
+        reader(tmp_path / "x", "the file", error=SubspaceError, advice="Fetch it again")
+    assert len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize("reader", [read_yaml, read_json, read_text])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("pipe", "no regular file"), ("giant", "more than"), (".", "folder"), ("circle", "links"), ("no", "No such file")],
+)
+def test_only_regular_files_of_some_size_are_read(
+    tmp_path: Path, reader: Callable[..., Any], name: str, words: str
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "giant").open("wb") as file:
+        file.truncate(1 << 40)
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    with pytest.raises(ConfigError, match=words):
+        reader(tmp_path / name, "the file")
+    with pytest.raises(ConfigError, match="no regular file"):
+        reader("/dev/zero", "the file")
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_values_or_refused(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "any"
+    path.write_bytes(data)
+    for reader in (read_yaml, read_json):
+        with suppress(ConfigError):
+            reader(path, "the file")
+
+
+@given(st.text(alphabet="ab:-[]{}&*<!|>?#'\"\n\t 0123456789.ex_", max_size=60))
+def test_any_text_is_values_or_refused(text: str) -> None:
+    for parse in (parse_yaml, parse_json):
+        with suppress(ConfigError):
+            parse(text, "the text")

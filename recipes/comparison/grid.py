@@ -107,12 +107,7 @@ def load_grid(path: str | Path) -> Grid:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        raw = read_yaml(path, f"grid {str(path)!r}")
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"grid {str(path)!r} cannot be read ({error}): give a YAML file") from error
+    raw = read_yaml(path, f"grid {str(path)!r}", advice="Give a YAML file")
     if not isinstance(raw, dict):
         raise ConfigError(f"grid {str(path)!r} holds {type(raw).__name__}: it must map settings to values")
     return raw

@@ -16,10 +16,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import yaml
-
 from ..documents import parse_yaml
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from ..training import SafeMergeCallback, SafeMergeConfig
 from . import split_settings
 
@@ -56,9 +54,4 @@ def config_of(environment: Mapping[str, str]) -> SafeMergeConfig:
 
 
 def _value(variable: str, text: str) -> Any:
-    try:
-        return parse_yaml(text, f"variable {variable}")
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"variable {variable} is {text!r}, which is no YAML ({error}): write it as in a YAML file"
-        ) from error
+    return parse_yaml(text, f"variable {variable}, {shown(text)},", advice="Write it as in a YAML file")

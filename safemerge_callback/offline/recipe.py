@@ -11,9 +11,10 @@ from ..adapters import Adapter
 from ..decision import KNOB, MergePlan
 from ..decision.gates import KNOBS
 from ..documents import read_yaml
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, nearest, shown
 from ..methods import get_method
 from ..methods.aliases import without_alias
+from ..paths import as_path
 from ..subspace import Subspace
 
 # What a file may say: the parts, and the knobs of `merge_adapters`.
@@ -46,15 +47,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     A part that is no path there is left as it is: a Hub id. Raises ConfigError for a file that is none, and for a key
     that no merge has, with the nearest one.
     """
-    import yaml
-
-    file = Path(path).expanduser()
-    try:
-        found = read_yaml(file, f"config {str(path)!r}")
-    except OSError as error:
-        raise ConfigError(f"config {str(path)!r} cannot be read: {error.strerror}. Give a YAML file.") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config {str(path)!r} is no YAML: {' '.join(str(error).split())}") from error
+    found = read_yaml(path, f"config {shown(path)}", advice="Give a YAML file")
+    file = as_path(path, "config")
     if not isinstance(found, dict):
         raise ConfigError(f"config {str(path)!r} holds no settings: write `key: value` lines, keys among {KEYS}")
     unknown = [key for key in found if key not in KEYS]

@@ -8,11 +8,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..decision import KNOBS, Gate, gate_of
 from ..documents import read_yaml
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, nearest, shown
 from ..methods import Method, get_method
 from ..methods.aliases import without_alias
 from .presets import with_preset
@@ -201,12 +199,7 @@ class SafeMergeConfig:
     @classmethod
     def from_yaml(cls, path: str | Path) -> SafeMergeConfig:
         """Make a config from a YAML file that maps settings to values; ConfigError as `from_dict`."""
-        try:
-            values = read_yaml(path, f"config file {str(path)!r}")
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(
-                f"config file {str(path)!r} cannot be read ({error}): give a YAML file of settings"
-            ) from error
+        values = read_yaml(path, f"config file {shown(path)}", advice="Give a YAML file of settings")
         if not isinstance(values, dict):
             raise ConfigError(
                 f"config file {str(path)!r} holds {type(values).__name__}: it must map settings to values"

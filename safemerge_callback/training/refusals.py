@@ -175,14 +175,7 @@ def _read_json(value: Any) -> Any:
     """A mapping that came as text, from a command line."""
     if not isinstance(value, str):
         return value
-    try:
-        return parse_json(value, "module_weights")
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(
-            f"module_weights is {shown(value)}, which is no JSON ({error}): give such as '{{\"v_proj\": [0.5, 0.5]}}'"
-        ) from error
+    return parse_json(value, f"module_weights {shown(value)}", advice='Give such as {"v_proj": [0.5, 0.5]}')
 
 
 def _check_strength(config: SafeMergeConfig) -> None:

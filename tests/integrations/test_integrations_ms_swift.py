@@ -78,7 +78,7 @@ def test_nothing_set_and_what_is_refused(plugin):
         plugin.make_callback(None, None)
     with pytest.raises(ConfigError, match="'treshold' is unknown; did you mean 'threshold'"):
         plugin.config_of({"SAFEMERGE_SUBSPACE": "s", "SAFEMERGE_TRESHOLD": "0.4"})
-    with pytest.raises(ConfigError, match=r"variable SAFEMERGE_WEIGHTS is '\[0.8', which is no YAML"):
+    with pytest.raises(ConfigError, match=r"variable SAFEMERGE_WEIGHTS, '\[0.8', is no YAML"):
         plugin.config_of({"SAFEMERGE_SUBSPACE": "s", "SAFEMERGE_WEIGHTS": "[0.8"})
 
 

@@ -226,7 +226,7 @@ def test_yaml(tmp_path):
     with pytest.raises(ConfigError, match="holds list"):
         SafeMergeConfig.from_yaml(path)
     path.write_text("a: [unclosed")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match=r"guard.yaml' is no YAML: .*Give a YAML file of settings"):
         SafeMergeConfig.from_yaml(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         SafeMergeConfig.from_yaml(tmp_path / "absent.yaml")

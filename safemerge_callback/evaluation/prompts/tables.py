@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...documents import read_yaml
+from ...documents import UNREADABLE, read_json, read_text, read_yaml
 from ...errors import ConfigError
 
 ENDINGS = (".csv", ".jsonl", ".json", ".txt")
@@ -28,7 +29,7 @@ def read_rows(path: Path, *, header: bool = True) -> list[dict[str, Any]]:
         raise ConfigError(f"prompt file {str(path)!r}: give one that ends in {', '.join(ENDINGS)}") from None
     except ConfigError:
         raise
-    except (OSError, UnicodeDecodeError, csv.Error, ValueError) as error:
+    except (OSError, csv.Error, *UNREADABLE) as error:
         raise ConfigError(
             f"prompt file {str(path)!r} cannot be read ({error}): give UTF-8 CSV or JSON lines"
         ) from error
@@ -69,23 +70,26 @@ def texts_of(rows: Sequence[Mapping[str, Any]], column: str | None, where: str) 
     return texts
 
 
+def _text(path: Path, encoding: str = "utf-8") -> str:
+    return read_text(path, f"prompt file {str(path)!r}", advice="Give UTF-8 CSV or JSON lines", encoding=encoding)
+
+
 def _csv(path: Path) -> list[dict[str, Any]]:
     # utf-8-sig: spreadsheets write a mark in front, which would become part of the first column's name.
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return [{k: v for k, v in row.items() if k is not None} for row in csv.DictReader(file, strict=True)]
+    rows = csv.DictReader(io.StringIO(_text(path, "utf-8-sig"), newline=""), strict=True)
+    return [{k: v for k, v in row.items() if k is not None} for row in rows]
 
 
 def _first_fields(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return [{_NO_HEADER: row[0]} for row in csv.reader(file) if row]
+    return [{_NO_HEADER: row[0]} for row in csv.reader(io.StringIO(_text(path, "utf-8-sig"), newline="")) if row]
 
 
 def _jsonl(path: Path) -> list[dict[str, Any]]:
-    return _objects([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()])
+    return _objects([json.loads(line) for line in _text(path).splitlines() if line.strip()])
 
 
 def _json(path: Path) -> list[dict[str, Any]]:
-    return _objects(json.loads(path.read_text(encoding="utf-8")))
+    return _objects(read_json(path, f"prompt file {str(path)!r}"))
 
 
 def _objects(rows: Any) -> list[dict[str, Any]]:
@@ -95,12 +99,13 @@ def _objects(rows: Any) -> list[dict[str, Any]]:
 
 
 def _txt(path: Path) -> list[dict[str, Any]]:
-    return [{"prompt": line} for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [{"prompt": line} for line in _text(path).splitlines() if line.strip()]
 
 
 def _seeds(path: Path) -> list[dict[str, Any]]:
     """The seeds of a pyrit dataset."""
-    return _objects(read_yaml(path, f"prompt file {str(path)!r}")["seeds"])
+    found = read_yaml(path, f"prompt file {str(path)!r}")
+    return _objects(found.get("seeds") if isinstance(found, dict) else found)
 
 
 def _parquet(path: Path) -> list[dict[str, Any]]:
