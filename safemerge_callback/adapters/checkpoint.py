@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import AdapterError
 from ..file_faults import reading_fault
+from ..ops import full_precision
 from .factors import LoraFactors
 from .files import CONFIG, WEIGHTS, adapter_folder, read_config, write_folder
 from .names import canonical_name
@@ -51,6 +52,7 @@ class Adapter:
     extra: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
 
+@full_precision()
 def load_adapter(source: str | Path, *, revision: str | None = None, moved_base: bool = False) -> Adapter:
     """Return the adapter of a folder, or of a Hub id at `revision`; scaling as PEFT would set it.
 
@@ -73,6 +75,7 @@ def load_adapter(source: str | Path, *, revision: str | None = None, moved_base:
     return Adapter(str(source), config.get("base_model_name_or_path"), config, factors, keys, extra)
 
 
+@full_precision()
 def open_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:
     """Return the adapter as `load_adapter` does, but its `factors` and `extra` are read from the file at each access.
 
@@ -102,6 +105,7 @@ def open_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:
     return Adapter(str(source), config.get("base_model_name_or_path"), config, factors, keys, extra)
 
 
+@full_precision()
 def save_adapter(folder: str | Path, adapter: Adapter) -> Path:
     """Write `adapter` as a plain PEFT folder, which PeftModel.from_pretrained loads with the same updates.
 
@@ -137,6 +141,7 @@ def _read_keys(path: Path, where: str) -> list[str]:
         return list(file.keys())
 
 
+@full_precision()
 def _mapped(path: Path, keys: Iterable[str], where: str) -> dict[str, Tensor]:
     with _reading(path, where), safe_open(path, framework="pt") as file:
         return {key: file.get_tensor(key) for key in keys}

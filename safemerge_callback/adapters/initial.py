@@ -12,13 +12,14 @@ from pathlib import Path
 
 from ..errors import AdapterError
 from ..file_faults import reading_fault
-from ..ops import LowRank
+from ..ops import LowRank, full_precision
 from .factors import LoraFactors
 from .pairs import read_pairs, write_pairs
 
 INITIAL_FILE = "safemerge_initial.safetensors"
 
 
+@full_precision()
 def initial_factors(factors: Mapping[str, LoraFactors]) -> dict[str, LowRank]:
     """Return a copy of the factors as they are, to measure later updates against."""
     return {name: LowRank(f.A.detach().clone(), f.B.detach().clone()) for name, f in factors.items()}

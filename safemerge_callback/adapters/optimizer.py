@@ -11,10 +11,10 @@ import math
 from collections.abc import Iterable, MutableMapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..ops import full_precision
 from .optimizer_kinds import POLICIES, Kind, kind_for
 from .writers.zero import master_pairs, wrapped
 
@@ -30,7 +30,7 @@ def check_optimizer(optimizer: Any, policy: str) -> None:
     kind_for(optimizer, policy)
 
 
-@torch.no_grad()
+@full_precision()
 def edit_optimizer_states(optimizer: Any, parameters: Iterable[tuple[nn.Parameter, float]], policy: str) -> int:
     """Edit the moments of each parameter, whose gradients have scaled by the number beside it; return how many.
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..ops import LowRank
 from ..whole_file import whole_file
+from ..ops import LowRank, full_precision
 from .host import to_host
 
 
+@full_precision()
 def write_pairs(path: Path, pairs: Mapping[str, LowRank], metadata: Mapping[str, str] | None = None) -> None:
     """Write the factors to `path`, whole or not at all. Raises OSError."""
     keys = [f"{name}.lora_{letter}" for name in pairs for letter in "AB"]
@@ -24,6 +25,7 @@ def write_pairs(path: Path, pairs: Mapping[str, LowRank], metadata: Mapping[str,
         raise OSError(str(error)) from error
 
 
+@full_precision()
 def read_pairs(path: Path) -> tuple[dict[str, LowRank], dict[str, str]]:
     """Return what `write_pairs` wrote, and its metadata; OSError or ValueError for a file that is damaged."""
     try:

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import AdapterError
 from ..file_faults import reading_fault
-from ..ops import LowRank
+from ..ops import LowRank, full_precision
 from .factors import LoraFactors
 from .pairs import read_pairs, write_pairs
 
@@ -38,6 +38,7 @@ def norms_of(factors: Mapping[str, LoraFactors]) -> dict[str, tuple[float, float
     return norms_of_pairs({name: LowRank(f.A, f.B) for name, f in factors.items()})
 
 
+@full_precision()
 def norms_of_pairs(pairs: Mapping[str, LowRank]) -> dict[str, tuple[float, float]]:
     """Return the Frobenius norms of A and B of each pair, as `norms_of`."""
     if not pairs:

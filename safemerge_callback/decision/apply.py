@@ -67,7 +67,6 @@ def apply(
     return from_first(edits)
 
 
-@torch.no_grad()
 @full_precision()
 def merged_factors(
     plan: MergePlan,

@@ -37,7 +37,6 @@ class Average:
     followed: int = 0
     residual: float = 0.0
 
-    @torch.no_grad()
     @full_precision()
     def follow(self, factors: Mapping[str, LoraFactors]) -> None:
         """Take the present updates in: E <- d·E + (1 - d)·ΔW. Computed where the factors live."""

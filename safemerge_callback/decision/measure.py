@@ -89,7 +89,6 @@ def stacked(updates: Sequence[LowRank], device: torch.device) -> LowRank:
     return LowRank(A, B)
 
 
-@torch.no_grad()
 @full_precision()
 def measure(
     factors: Mapping[str, LoraFactors],

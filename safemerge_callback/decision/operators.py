@@ -11,7 +11,7 @@ from torch import Tensor
 from ..choices import one_of
 from ..errors import ConfigError, shown
 from ..numbers import is_whole
-from ..ops import AlignmentMatrix, leading_basis
+from ..ops import AlignmentMatrix, full_precision, leading_basis
 from ..subspace import Subspace
 from ..subspace.header import ModuleHeader
 from .measure import Batch
@@ -63,6 +63,7 @@ def known_bases(subspace: Subspace) -> dict[tuple[str, bool, int], Tensor]:
     return _FOUND.setdefault(subspace, {})
 
 
+@full_precision()
 def find_bases(subspace: Subspace, batches: Iterable[tuple[Batch, AlignmentMatrix]], operator_rank: int | None) -> None:
     """Find and keep the basis of every module of `batches`, each with its alignment matrices (n, ...).
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..choices import one_of
 from ..errors import ConfigError, PlanError, shown
 from ..numbers import is_number
-from ..ops import SIGN_METHODS, AlignmentMatrix, Basis, LowRank, accumulation_dtype
+from ..ops import SIGN_METHODS, AlignmentMatrix, Basis, LowRank, accumulation_dtype, full_precision
 
 
 class Merged(NamedTuple):
@@ -127,11 +127,12 @@ def register(
     keeps_rank: bool = True,
     **more: Unpack[More],
 ) -> Callable[[Callable[..., Merged]], Callable[..., Merged]]:
-    """Enter a merge function under its own name; the fields are those of `Method`."""
+    """Enter a merge function, in full precision, under its own name; the fields are those of `Method`."""
 
     def enter(merge: Callable[..., Merged]) -> Callable[..., Merged]:
-        METHODS[merge.__name__] = Method(merge.__name__, merge, spaces, needs, dense, keeps_rank, **more)
-        return merge
+        whole = full_precision()(merge)
+        METHODS[merge.__name__] = Method(merge.__name__, whole, spaces, needs, dense, keeps_rank, **more)
+        return whole
 
     return enter
 

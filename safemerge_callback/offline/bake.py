@@ -15,6 +15,7 @@ from torch import Tensor
 from ..adapters import Adapter, LoraFactors, canonical_name, open_adapter
 from ..adapters.tensor_file import DTYPES, Spec, TensorFile
 from ..errors import AdapterError, SubspaceError
+from ..ops import full_precision
 from ..subspace.checkpoints.locate import INDEX, locate
 from .tied import HEAD, head_of, untie
 
@@ -53,6 +54,7 @@ class BaseModel:
         """The files and folders that a baked output of this model holds."""
         return {*self.shapes, INDEX, BAKED_ADAPTER, *(path.name for path in self._small_files())}
 
+    @full_precision()
     def bake(self, adapter: str | Path, output: Path, device: torch.device | str | None = None) -> None:
         """Write the checkpoint with `adapter` added into `output`, an existing folder.
 

@@ -17,7 +17,7 @@ from ..decision import MergePlan, Readings, as_gate, check_soft, measure, merged
 from ..decision.fit import needed_sources
 from ..decision.gates import Gate, Knobs
 from ..errors import AdapterError, ConfigError
-from ..ops import LowRank
+from ..ops import LowRank, full_precision
 from ..subspace import Subspace
 from .parts import Given, adapter_of, check_merges, subspace_of
 
@@ -152,7 +152,7 @@ def _guards(model: nn.Module, given: Given | Sequence[Given] | None) -> tuple[Ad
     )
 
 
-@torch.no_grad()
+@full_precision()
 def _add(model: Any, old: str, new: str, factors: Mapping[str, LoraFactors], merged: Mapping[str, LowRank]) -> None:
     """Give the model the adapter `new`; where that fails it is taken off again."""
     changed = {n: replace(factors[n], A=A.to(factors[n].A), B=B.to(factors[n].B)) for n, (A, B) in merged.items()}

@@ -116,7 +116,6 @@ def _readings(
     return measure(task.factors, subspace, device=device, reference=own, batch_bytes=CHUNK_BYTES)
 
 
-@torch.no_grad()
 @full_precision()
 def _columns(
     merges: Sequence[dict[str, Any]],

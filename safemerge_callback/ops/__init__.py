@@ -17,7 +17,7 @@ from .lowrank import (
     weighted_sum,
     wide_dtype,
 )
-from .precision import full_precision
+from .precision import full_precision, reduced_products
 from .sparsify import (
     band_mask,
     bernoulli_mask,
@@ -61,6 +61,7 @@ __all__ = [
     "project",
     "project_on_basis",
     "projected_cosine",
+    "reduced_products",
     "refit",
     "refit_dense",
     "rows_of",

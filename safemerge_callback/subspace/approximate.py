@@ -40,7 +40,8 @@ def truncated(V: Tensor, rank: int) -> Factored:
     """
     dtype = torch.float64 if V.dtype == torch.float64 else torch.float32
     columns = min(rank + 10, *V.shape)
-    start = torch.randn(V.shape[1], columns, generator=torch.Generator().manual_seed(0)).to(V.device, dtype)
+    source = torch.Generator().manual_seed(0)
+    start = torch.randn(V.shape[1], columns, generator=source, dtype=torch.float32).to(V.device, dtype)
     wide = V.to(dtype)
     basis = torch.linalg.qr(wide @ start).Q
     for _ in range(6):

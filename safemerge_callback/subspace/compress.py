@@ -24,7 +24,6 @@ DEFAULT_RANK = 64
 
 
 @full_precision()
-@torch.no_grad()
 def compress_subspace(
     source: str | Path | Subspace,
     output: str | Path,

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..adapters import LoraFactors
 from ..errors import SubspaceError, nearest
 from ..file_faults import reading_fault
-from ..ops import AlignmentMatrix, turned
+from ..ops import AlignmentMatrix, full_precision, turned
 from .check import check_base, check_modules, require_tensors
 from .digests import digest_of
 from .header import PROBE_POSITIONS, PROBES, VERSION, FileHeader, ModuleHeader
@@ -36,6 +36,7 @@ class Subspace:
         self._placement: Placement = FromFile()
 
     @classmethod
+    @full_precision()
     def load(cls, path: str | Path) -> Subspace:
         """Open a subspace file; only its header is read.
 
@@ -131,6 +132,7 @@ class Subspace:
         """Let `placement` hold what `stack` and `stacks` return from now on."""
         self._placement = placement
 
+    @full_precision()
     def check(self, factors: Mapping[str, LoraFactors], weights: Mapping[str, Tensor] | None = None) -> None:
         """Raise SubspaceError unless this subspace fits these LoRA modules.
 
@@ -199,6 +201,7 @@ class Subspace:
             raise SubspaceError(f"module {name!r} has no alignment matrix: aligned and unaligned are equal there.")
         raise SubspaceError(f"subspace {str(self.path)!r} has no module {name!r}{nearest(name, self.modules)}")
 
+    @full_precision()
     def tensors(self, keys: Sequence[str]) -> list[Tensor]:
         """Return tensors as they are stored, mapped from the file: do not write to them."""
         try:
@@ -225,6 +228,7 @@ class Subspace:
             yield request
             request = following
 
+    @full_precision()
     def _read_stack(self, names: Sequence[str], transposed: bool = False) -> AlignmentMatrix:
         keys = [key for name in names for key in self._module(name).tensors(name)]
         matrix = assemble(names, self.modules, dict(zip(keys, self.tensors(keys), strict=True)))

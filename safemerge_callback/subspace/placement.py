@@ -100,7 +100,7 @@ def pack(matrix: AlignmentMatrix, pinned: bool = False) -> Packed:
         stride = torch.empty_like(part, device="meta").stride()
         layouts.append(Layout(part.dtype, tuple(part.shape), stride, end))
         end += -(-part.numel() * part.itemsize // _ALIGNMENT) * _ALIGNMENT
-    storage = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
+    storage = torch.empty(end, dtype=torch.uint8, device="cpu", pin_memory=pinned)
     for part, layout in zip(parts, layouts, strict=True):
         _view(storage, layout).copy_(part)
     return Packed(storage, tuple(layouts), type(matrix) if isinstance(matrix, tuple) else None)

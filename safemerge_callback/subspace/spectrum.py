@@ -65,7 +65,7 @@ def estimated_null_cosine(V: Tensor, norm: float, sketch: Sketch) -> float:
     """
     wide = wide_dtype(V.device)
     generator = torch.Generator().manual_seed(_SEED + 1)
-    probes = torch.randn(V.shape[1], PROBES, generator=generator).to(V.device, V.dtype)
+    probes = torch.randn(V.shape[1], PROBES, generator=generator, dtype=torch.float32).to(V.device, V.dtype)
     outside = V @ (probes - sketch.Q @ (sketch.Q.mT @ probes))
     products = (V.mT @ (torch.cat([sketch.Y, outside], dim=1) / norm)).to(wide) / norm
     inside, rest = products.square().sum(0).split([sketch.Y.shape[1], PROBES])
@@ -100,7 +100,7 @@ def sketch_of(V: Tensor, norm: float) -> Sketch:
 
 def _gaussian(rows: int) -> Tensor:
     generator = torch.Generator().manual_seed(_SEED)
-    return torch.randn(rows, SAMPLES, generator=generator)
+    return torch.randn(rows, SAMPLES, generator=generator, dtype=torch.float32)
 
 
 def _grams(*factors: Tensor) -> Tensor:
@@ -153,9 +153,9 @@ def _draws(rank: int, columns: int) -> tuple[Tensor, Tensor]:
     A is a Gaussian (rank, columns); where it is wide, its Gram is drawn as a normal matrix of the same two moments.
     """
     generator = torch.Generator().manual_seed(_SEED)
-    chosen = torch.rand(_DRAWS, SAMPLES, generator=generator).argsort(1)[:, :rank]
+    chosen = torch.rand(_DRAWS, SAMPLES, generator=generator, dtype=torch.float32).argsort(1)[:, :rank]
     if columns < _WIDE * rank:
-        A = torch.randn(2, _DRAWS, rank, columns, generator=generator)
+        A = torch.randn(2, _DRAWS, rank, columns, generator=generator, dtype=torch.float32)
         return chosen, (A @ A.mT).double() / columns
     noise = torch.randn(2, _DRAWS, rank, rank, generator=generator, dtype=torch.float64)
     return chosen, torch.eye(rank, dtype=torch.float64) + (noise + noise.mT) / math.sqrt(2 * columns)

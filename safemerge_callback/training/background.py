@@ -11,6 +11,7 @@ import torch
 
 from ..adapters import Writer
 from ..decision import Readings
+from ..ops import reduced_products
 from ..subspace import Subspace
 from .faults import Fault, attempt
 from .placing import Part, first_rank, measure_part
@@ -83,8 +84,4 @@ def undisturbed() -> bool:
     How a product is taken is a setting of the process, not of a thread. Where the training allows TF32, a check beside
     it would take that away from the training's own products for a while: such a check must not run beside it.
     """
-    mkldnn: Any = torch.backends.mkldnn
-    backends: list[Any] = [torch.backends.cuda.matmul, getattr(mkldnn, "matmul", None)]
-    if all(hasattr(backend, "fp32_precision") for backend in backends):
-        return all(backend.fp32_precision in ("ieee", "none") for backend in backends)
-    return torch.get_float32_matmul_precision() == "highest"
+    return not reduced_products()

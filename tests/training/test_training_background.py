@@ -1,5 +1,6 @@
 """Beside the training: the same readings, no setting touched, and a fault is told, never raised."""
 
+import contextlib
 import threading
 import time
 import warnings
@@ -135,3 +136,21 @@ def test_the_training_that_fails_leaves_no_thread_behind(world, runs, tmp_path):
     while any(t.name.startswith("safemerge") for t in threading.enumerate()) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not any(t.name.startswith("safemerge") for t in threading.enumerate())
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("state", [lambda: torch.autocast("cpu", dtype=torch.bfloat16), torch.enable_grad])
+def test_readings_and_merges_do_not_depend_on_the_modes_around_the_training(world, runs, tmp_path, asynchronous, state):
+    """The training is one that moves nothing, so that all that differs is ours."""
+
+    def run(name, around):
+        guard, model = world.guard(asynchronous=asynchronous, method="linear"), moved(world)
+        with around:
+            world.trainer(tmp_path / name, guard, model=model, learning_rate=0.0).train()
+        readings = [e["modules"] for e in runs.entries(tmp_path / name, "check")]
+        return readings, runs.lora_weights(model)
+
+    (expected, weights), (readings, others) = run("plain", contextlib.nullcontext()), run("other", state())
+    assert readings == expected
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert any(not torch.equal(weights[name], p) for name, p in runs.lora_weights(moved(world)).items())

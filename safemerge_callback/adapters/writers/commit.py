@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import AdapterError, nearest
-from ...ops import LowRank
+from ...ops import LowRank, full_precision
 from ..processes import agree, copy_from_first, everyones, many, together
 from .slots import Slot
 
@@ -31,6 +31,7 @@ class Change(NamedTuple):
     value: Tensor
 
 
+@full_precision()
 def commit(pairs: Mapping[str, Pair], new: Mapping[str, LowRank]) -> None:
     """Write A and B of the modules in `new` into their slots, or change nothing. Collective with many processes.
 
@@ -71,7 +72,7 @@ def planned(pairs: Mapping[str, Pair], new: Mapping[str, LowRank]) -> list[Chang
     return changes
 
 
-@torch.no_grad()
+@full_precision()
 def read_all(slots: Sequence[Slot], *, copy: bool = False) -> list[Tensor]:
     """Return the whole of each slot, opening each unit once; `copy` gives no live tensor."""
     found: list[Tensor] = []
@@ -81,7 +82,7 @@ def read_all(slots: Sequence[Slot], *, copy: bool = False) -> list[Tensor]:
     return found
 
 
-@torch.no_grad()
+@full_precision()
 def _store(changes: Sequence[Change], values: Sequence[Tensor]) -> dict[str, Exception]:
     """Write each value, all of them even after one has failed, since other ranks wait at the next; the failures."""
     failed: dict[str, Exception] = {}
@@ -92,6 +93,8 @@ def _store(changes: Sequence[Change], values: Sequence[Tensor]) -> dict[str, Exc
                     change.slot.write(value)
                 except Exception as error:
                     failed[change.name] = error
+    # Within an autocast that was opened outside, a forward would go on with the casts of the old values.
+    torch.clear_autocast_cache()
     return failed
 
 

@@ -35,11 +35,14 @@ class Guard:
 
     @contextmanager
     def placed(self) -> Iterator[None]:
-        """Have the model on its device in here."""
+        """Have the model on its device in here; what it says does not depend on the training's autocast."""
+        from ...ops import full_precision
+
         home = self.model.device
         self.model.to(self.device)
         try:
-            yield
+            with full_precision():
+                yield
         finally:
             if not self.stays:
                 self.model.to(home)

@@ -80,7 +80,7 @@ class HubFile:
     def read(self, key: str, start: int, count: int) -> Tensor:
         """Fetch these values, and no others, into memory; a request that fails is made again."""
         _, dtype, offset = self._entries[key]
-        values = torch.empty(count, dtype=DTYPES[dtype])
+        values = torch.empty(count, dtype=DTYPES[dtype], device="cpu")
         target = values.view(torch.uint8).numpy()
         first = len(self.header()) + offset + start * values.element_size()
         for done in range(0, len(target), CHUNK):
