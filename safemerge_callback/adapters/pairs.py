@@ -8,8 +8,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..whole_file import whole_file
 from ..ops import LowRank, full_precision
+from ..whole_file import whole_file
 from .host import to_host
 
 

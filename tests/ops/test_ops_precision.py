@@ -53,15 +53,17 @@ def test_where_nothing_is_reduced_no_setting_is_touched():
 
 
 def test_given_back_after_an_error():
-    torch.set_float32_matmul_precision("high")
-    with (
-        torch.autocast("cpu", dtype=torch.bfloat16),
-        pytest.raises(ValueError, match="inside"),
-        torch.device("meta"),
-        full_precision(),
-    ):
+    @full_precision()
+    def fails():
         assert torch.empty(1).device.type == "cpu"
         raise ValueError("inside")
+
+    torch.set_float32_matmul_precision("high")
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
+        with pytest.raises(ValueError, match="inside"):
+            fails()
+        assert torch.is_autocast_enabled("cpu")
+        assert torch.empty(1).device.type == "meta"
     assert torch.get_float32_matmul_precision() == "high"
 
 
