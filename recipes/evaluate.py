@@ -19,6 +19,7 @@ from rich.table import Table
 
 from recipes.data import load_examples, load_prompts
 from safemerge_callback.adapters import load_adapter
+from safemerge_callback.adapters.files import adapter_folder
 from safemerge_callback.errors import ConfigError, nearest
 from safemerge_callback.evaluation import (
     Judge,
@@ -166,7 +167,7 @@ def load(arguments: EvaluateArguments) -> tuple[PreTrainedModel, PreTrainedToken
 
         # PEFT would fall back to a pickled file: this refuses it, and whatever else cannot be evaluated as a LoRA.
         load_adapter(arguments.adapter)
-        model = PeftModel.from_pretrained(model, arguments.adapter)
+        model = PeftModel.from_pretrained(model, str(adapter_folder(arguments.adapter)))
     return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu"), tokenizer
 
 

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safemerge_callback.addresses import address_of
 from safemerge_callback.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -81,16 +82,24 @@ def checkpoint(name_or_path: str, cache: Path | None = None) -> str:
     return str(PACKAGED[name_or_path](cache)) if name_or_path in PACKAGED else name_or_path
 
 
+def placed(name_or_path: str, revision: str | None = None) -> tuple[str, dict[str, str]]:
+    """Return what `from_pretrained` takes for a packaged name, a folder or `org/name[@revision]`, and its revision."""
+    if name_or_path in PACKAGED:
+        return checkpoint(name_or_path), {}
+    address = address_of(name_or_path, "model", error=ConfigError, revision=revision)
+    place = address.repo if address.path is None else str(address.path)
+    return place, {"revision": address.revision} if address.revision else {}
+
+
 def load_model(name_or_path: str, *, revision: str | None = None, dtype: Any = "float32", **kwargs: Any) -> Loaded:
     """Load a causal language model and its tokenizer: `embedded`, `embedded-aligned`, a folder or a Hub id.
 
-    `dtype` is a torch dtype or its name ("auto": the checkpoint's); `kwargs` go to AutoModelForCausalLM. A tokenizer
-    without a padding token of its own is given one other than the end of a turn. Code in a checkpoint is never run.
+    A Hub id is `org/name[@revision]`. `dtype` is a torch dtype or its name ("auto": the checkpoint's); `kwargs` go to
+    AutoModelForCausalLM. A tokenizer without a padding token of its own is given one other than the end of a turn. Code in a checkpoint is never run.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = checkpoint(name_or_path)
-    pinned = {"revision": revision} if revision and name_or_path not in PACKAGED else {}
+    source, pinned = placed(name_or_path, revision)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **pinned, **kwargs)
     tokenizer = AutoTokenizer.from_pretrained(source, **pinned)
     if tokenizer.pad_token_id is None:

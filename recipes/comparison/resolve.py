@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from recipes.finetune import PREFIX, parse_finetune
-from recipes.models import checkpoint
+from recipes.models import placed
 from safemerge_callback.adapters import load_adapter
 from safemerge_callback.decision import KNOBS, as_gate, check_merge
 from safemerge_callback.errors import ConfigError, SafeMergeError, nearest
@@ -159,7 +159,8 @@ def _read_config(model: str) -> None:
     from transformers import AutoConfig
 
     try:
-        AutoConfig.from_pretrained(checkpoint(model))
+        place, pinned = placed(model)
+        AutoConfig.from_pretrained(place, **pinned)
     except OSError as error:
         first = str(error).splitlines()[0]
         raise ConfigError(

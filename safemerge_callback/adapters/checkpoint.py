@@ -54,7 +54,7 @@ class Adapter:
 
 @full_precision()
 def load_adapter(source: str | Path, *, revision: str | None = None, moved_base: bool = False) -> Adapter:
-    """Return the adapter of a folder, or of a Hub id at `revision`; scaling as PEFT would set it.
+    """Return the adapter of a folder, or of a Hub id, `org/name[@revision]`; scaling as PEFT would set it.
 
     `moved_base` accepts factors that began as a part of the base weight (PiSSA, OLoRA): good to copy and to compare,
     but their s·B·A is not what training changed.

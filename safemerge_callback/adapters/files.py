@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -14,23 +13,21 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..addresses import address_of, fetched
 from ..errors import AdapterError
 from ..file_faults import reading_fault
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def adapter_folder(source: str | Path, revision: str | None = None) -> Path:
-    """Return a folder that holds both adapter files: `source` itself, or what the Hub has under that id.
+    """Return a folder that holds both adapter files: `source` itself, or what the Hub has, `org/name[@revision]`.
 
     An existing path wins over a Hub id of the same spelling. Raises AdapterError when a file is missing or pickled.
     """
-    path = Path(source).expanduser()
-    if not path.exists() and not _HUB_ID.fullmatch(str(source)):
-        raise AdapterError(f"adapter {str(source)!r}: no such folder, and not a Hub id such as 'org/name'.")
-    folder = path if path.exists() else _download(str(source), revision)
+    address = address_of(source, "adapter", error=AdapterError, revision=revision)
+    folder = fetched(address, (CONFIG, WEIGHTS), "adapter", error=AdapterError)
     _require_files(folder, f"adapter {str(source)!r}")
     return folder
 
@@ -82,19 +79,6 @@ def _move_into_place(aside: Path, folder: Path) -> None:
     (folder / CONFIG).unlink(missing_ok=True)
     (aside / WEIGHTS).replace(folder / WEIGHTS)
     (aside / CONFIG).replace(folder / CONFIG)
-
-
-def _download(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=[CONFIG, WEIGHTS]))
-    except (OSError, ValueError) as error:  # every error of the Hub's client is one of the two
-        at = f" at revision {revision!r}" if revision else ""
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise AdapterError(
-            f"adapter {repo!r} is no folder here and could not be fetched from the Hub{at}: {reason}"
-        ) from error
 
 
 def _require_files(folder: Path, where: str) -> None:

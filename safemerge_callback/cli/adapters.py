@@ -40,7 +40,7 @@ from .options import (
 
 @app.command()
 def measure(
-    finetuned: Annotated[str, typer.Argument(help="LoRA adapter: folder or Hub id.")],
+    finetuned: Annotated[str, typer.Argument(help="LoRA adapter: folder or Hub id, org/name[@revision].")],
     subspace: SubspaceFile,
     threshold: Annotated[float | None, typer.Option(help="Also list the modules whose cosine is below it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
@@ -61,7 +61,9 @@ def measure(
 
 @app.command(cls=WithWeights)
 def merge(
-    finetuned: Annotated[str | None, typer.Argument(help="Fine-tuned LoRA adapter: folder or Hub id.")] = None,
+    finetuned: Annotated[
+        str | None, typer.Argument(help="Fine-tuned LoRA adapter: folder or Hub id, org/name[@revision].")
+    ] = None,
     safety: Annotated[
         list[str] | None, typer.Argument(help="Safety LoRA adapters, one or more; method project needs none.")
     ] = None,
@@ -133,7 +135,7 @@ def _settings(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
 
 @app.command()
 def sweep(
-    finetuned: Annotated[str, typer.Argument(help="Fine-tuned LoRA adapter: folder or Hub id.")],
+    finetuned: Annotated[str, typer.Argument(help="Fine-tuned LoRA adapter: folder or Hub id, org/name[@revision].")],
     subspace: SubspaceFile,
     safety: Annotated[list[str] | None, typer.Argument(help="Safety LoRA adapters, one or more.")] = None,
     thresholds: Annotated[

@@ -25,7 +25,7 @@ _KEPT = ("set", "judge", "prompt", "response", "verdict")
 
 @app.command(name="eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="LoRA adapter or model: folder or Hub id.")],
+    model: Annotated[str, typer.Argument(help="LoRA adapter or model: folder or Hub id, org/name[@revision].")],
     base: Annotated[str | None, typer.Option(help="The adapter's base model; left out: what its config names.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of the base on the Hub.")] = None,
     probes: Annotated[

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..addresses import address_of
 from ..errors import ConfigError
 
 # What pads where a tokenizer names nothing: a token that text does not hold, else the end of a turn.
@@ -24,14 +25,14 @@ def load_pretrained(
 ) -> tuple[Any, Any]:
     """Return model (an Auto class of transformers, by its name) and tokenizer, on the CPU, in evaluation mode.
 
-    Only safetensors are read, and code in the checkpoint is refused. Raises ConfigError that begins with `who` where
-    it cannot be loaded, with what to do about it.
+    `source` is a folder, or `org/name[@revision]` on the Hub. Only safetensors are read, and code in the checkpoint is
+    refused. Raises ConfigError that begins with `who` where it cannot be loaded, with what to do about it.
     """
     import transformers
 
-    options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
+    place, options = _options(source, who, revision)
     try:
-        model = getattr(transformers, kind).from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+        model = getattr(transformers, kind).from_pretrained(place, dtype=dtype, use_safetensors=True, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _refused(who, source, error) from error
     return model.eval(), load_tokenizer(source, who=who, revision=revision)
@@ -41,12 +42,20 @@ def load_tokenizer(source: str | Path, *, who: str, revision: str | None = None)
     """Load a tokenizer, with a token that pads; raises as `load_pretrained`."""
     from transformers import AutoTokenizer
 
+    place, options = _options(source, who, revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _refused(who, source, error) from error
     _pad(tokenizer)
     return tokenizer
+
+
+def _options(source: str | Path, who: str, revision: str | None) -> tuple[str, dict[str, Any]]:
+    """What transformers calls the place that `source` names, and the options that it takes for it."""
+    address = address_of(source, f"{who}:", error=ConfigError, revision=revision)
+    place = address.repo if address.path is None else str(address.path)
+    return place, {"revision": address.revision or "main", "trust_remote_code": False}
 
 
 def accelerator(device: str | None = None) -> Any:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..adapters import load_adapter
 from ..adapters.files import CONFIG, adapter_folder
+from ..addresses import address_of
 from ..errors import ConfigError
 from .loading import accelerator, load_pretrained
 
@@ -22,15 +22,14 @@ class Subject(NamedTuple):
 
 def is_adapter(source: str) -> bool:
     """Whether a folder, or a repository of the Hub, holds a PEFT adapter; False where that cannot be found out."""
-    path = Path(source).expanduser()
-    if path.exists():
-        return (path / CONFIG).is_file()
+    address = address_of(source, "model", error=ConfigError)
+    if address.path is not None:
+        return (address.path / CONFIG).is_file()
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError
 
     try:
-        hf_hub_download(source, CONFIG)
-    except (OSError, ValueError, HFValidationError):
+        hf_hub_download(address.repo, CONFIG, revision=address.revision)
+    except (OSError, ValueError):
         # No such file, or the Hub is out of reach: loading it as a model says which.
         return False
     return True

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..adapters import Adapter, LoraFactors, canonical_name, open_adapter
 from ..adapters.tensor_file import DTYPES, Spec, TensorFile
+from ..addresses import address_of, fetched
 from ..errors import AdapterError, SubspaceError
 from ..ops import full_precision
 from ..subspace.checkpoints.locate import INDEX, locate
@@ -110,20 +111,11 @@ class BaseModel:
 
 
 def _folder(source: str | Path) -> Path:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path.resolve()
-    if path.exists():
+    address = address_of(source, "base model", error=SubspaceError)
+    if address.path is not None and address.path.is_file():
         raise SubspaceError(f"base model {str(source)!r} is a file: give the folder that holds it and its config.json.")
-    from huggingface_hub import snapshot_download
-
-    repo, _, revision = str(source).partition("@")
     patterns = ["*.safetensors", INDEX, *(f"*{suffix}" for suffix in _COPIED), *(f"{name}*" for name in _LICENCES)]
-    try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
-    except (OSError, ValueError) as error:  # every error of the Hub's client is one of the two
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SubspaceError(f"base model {repo!r} is no folder here and could not be fetched: {reason}") from error
+    return fetched(address, patterns, "base model", error=SubspaceError).resolve()
 
 
 def _read(path: Path, key: str) -> Tensor:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..adapters import Adapter, LoraFactors, load_adapter
+from ..addresses import source_name
 from ..errors import SubspaceError
 from ..ops import Factored, LowRank, squared_norm
-from .checkpoints.locate import source_name
 from .checkpoints.pairing import num_bytes, require_same_modules, stamps_of
 from .checkpoints.shards import CheckpointShards
 from .checkpoints.targets import select_targets

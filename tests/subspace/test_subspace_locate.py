@@ -4,9 +4,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from safemerge_callback.addresses import source_name
 from safemerge_callback.errors import SubspaceError
 from safemerge_callback.subspace import CheckpointShards
-from safemerge_callback.subspace.checkpoints.locate import locate, source_name
+from safemerge_callback.subspace.checkpoints.locate import locate
 
 
 def test_a_snapshot_in_the_hub_cache_is_named_after_its_model(tmp_path):

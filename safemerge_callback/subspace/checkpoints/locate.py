@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from ...addresses import address_of, identity
 from ...errors import SubspaceError
 from .shard_files import Folder, LocalFile, LocalFolder, ShardFile
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _REFUSED = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack"}
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
-_CACHE_FOLDER = re.compile(r"models--(.+)")
 
 
 class Located(NamedTuple):
@@ -38,26 +36,14 @@ def locate(source: str | Path, revision: str | None = None) -> Located:
     An existing path always wins over a Hub id of the same spelling. Pickle and GGUF files are never read. Raises
     SubspaceError when nothing is there, when only refused formats are, or when a listed shard is missing.
     """
-    path, text = Path(source).expanduser(), str(source)
+    address = address_of(source, "checkpoint", error=SubspaceError, revision=revision, kind="folder or file")
+    path = address.path
+    if path is None:
+        return _on_hub(address.repo, address.revision)
     if path.is_file():
         files = (LocalFile(_one_file(path)),)
         return Located(path.name, revision, files, architecture=_architecture(LocalFolder(path.parent)))
-    if path.is_dir():
-        return _located(*_identity(path, revision), LocalFolder(path), text)
-    match = _HUB_ID.fullmatch(text)
-    if not match:
-        raise SubspaceError(f"checkpoint {text!r}: no such folder or file, and not a Hub id such as 'org/name'.")
-    if revision and match["revision"] and revision != match["revision"]:
-        raise SubspaceError(f"checkpoint {text!r}: revision={revision!r} is given too; leave one of them out.")
-    return _on_hub(match["repo"], revision or match["revision"])
-
-
-def source_name(source: str | Path) -> str:
-    """Return a name for `source` that holds no machine path: a Hub id as it is, a path's last part."""
-    text = str(source)
-    if Path(text).expanduser().exists():
-        return _identity(Path(text).expanduser(), None)[0]
-    return text if _HUB_ID.fullmatch(text) else Path(text).name
+    return _located(*identity(path, revision), LocalFolder(path), str(source))
 
 
 def _on_hub(repo: str, revision: str | None) -> Located:
@@ -97,16 +83,6 @@ def _architecture(folder: Folder, there: list[str] | None = None) -> str | None:
     except (ValueError, KeyError, TypeError):
         return None
     return found if isinstance(found, str) else None
-
-
-def _identity(folder: Path, revision: str | None) -> tuple[str, str | None]:
-    """Name and revision of a folder; those of the model where the folder is a snapshot in the Hub's cache."""
-    folder = folder.resolve()
-    for parent in folder.parents[1:2]:
-        match = _CACHE_FOLDER.fullmatch(parent.name)
-        if match and folder.parent.name == "snapshots":
-            return match[1].replace("--", "/", 1), folder.name
-    return folder.name, revision
 
 
 def _one_file(path: Path) -> Path:
