@@ -95,7 +95,8 @@ def load_model(name_or_path: str, *, revision: str | None = None, dtype: Any = "
     """Load a causal language model and its tokenizer: `embedded`, `embedded-aligned`, a folder or a Hub id.
 
     A Hub id is `org/name[@revision]`. `dtype` is a torch dtype or its name ("auto": the checkpoint's); `kwargs` go to
-    AutoModelForCausalLM. A tokenizer without a padding token of its own is given one other than the end of a turn. Code in a checkpoint is never run.
+    AutoModelForCausalLM. A tokenizer without a padding token of its own is given one other than the end of a turn. Code
+    in a checkpoint is never run.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
