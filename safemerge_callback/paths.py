@@ -36,3 +36,12 @@ def as_path(given: Any, what: str, *, error: type[SafeMergeError] = ConfigError)
         if problem.errno not in _ABSENT:
             raise error(f"{what} {shown(text)} cannot be used: {problem.strerror}") from problem
     return path
+
+
+def existing(given: Any) -> Path | None:
+    """Return the path at which `given` is found; None where nothing is there, or where it could be no path at all."""
+    try:
+        path = as_path(given, "path")
+        return path if path.exists() else None
+    except (ConfigError, OSError):
+        return None

@@ -158,9 +158,13 @@ def sweep(
 ) -> None:
     """Tell what merges would do, for gates x weights x methods, without making one; no model is loaded."""
     from ..offline import sweep_adapters
+    from ..offline.cells import TABLE
     from ..offline.sweep_plot import check_picture, write_plot
+    from ..outputs import free_output
 
     asked = gates_named(thresholds, gates)
+    if output is not None:
+        free_output(output, "table", TABLE)
     if plot is not None:
         check_picture(plot)
     with working(f"sweeping {finetuned}", progress):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import __version__
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
+from ..outputs import Kind, free_output, new_output
 from .app import app
 from .options import device_named
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from ..evaluation.prompts import PromptSet
 
 _KEPT = ("set", "judge", "prompt", "response", "verdict")
+_FIGURES = Kind("a file of figures of ours", lambda head: head.split()[:2] == [b"{", b'"settings":'])
+_LINES = Kind("a file of responses of ours", lambda head: head.startswith(b'{"set":'))
 
 
 @app.command(name="eval")
@@ -61,8 +65,8 @@ def evaluate(
     given: dict[str, Any] = {"base": base, "revision": revision, "dtype": _dtype(dtype)}
     found = _evaluated(model, given, where, asked, drift)
     settings = {"model": model, **given, "n": n, "seed": seed, "limit": limit, "tasks": wanted, **sizes}
-    _write(output, json.dumps({"settings": settings, **found.written}, indent=2) + "\n")
-    _write(responses, "".join(json.dumps(dict(zip(_KEPT, row, strict=True))) + "\n" for row in found.kept))
+    _write(output, _FIGURES, json.dumps({"settings": settings, **found.written}, indent=2) + "\n")
+    _write(responses, _LINES, "".join(json.dumps(dict(zip(_KEPT, row, strict=True))) + "\n" for row in found.kept))
     if found.refused:
         raise found.refused
 
@@ -109,9 +113,8 @@ def _prepared(
 
     if not probes and not tasks:
         raise ConfigError("there is nothing to evaluate: give --probes or --tasks")
-    for file in files:
-        if file is not None and file.is_dir():
-            raise ConfigError(f"output {str(file)!r} is a folder: give a file")
+    output, responses = files
+    _check_outputs(output, responses)
     for name in probes:
         check_prompt_set(name)
     manager = None
@@ -219,12 +222,16 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _write(path: Path | None, text: str) -> None:
+def _check_outputs(output: Path | None, responses: Path | None) -> None:
+    asked = [(path, kind) for path, kind in ((output, _FIGURES), (responses, _LINES)) if path is not None]
+    places = [free_output(path, "output", kind) for path, kind in asked]
+    if len({os.path.realpath(place) for place in places}) < len(places):
+        raise ConfigError(f"output {shown(output)} is asked for figures and for responses: give two files")
+
+
+def _write(path: Path | None, kind: Kind, text: str) -> None:
     if path is None:
         return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"output {str(path)!r} cannot be written: {error}") from error
+    with new_output(path, "output", kind) as part:
+        part.write_text(text, encoding="utf-8")
     typer.echo(f"{path}: written", err=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -10,7 +11,11 @@ from typing import Any
 
 from ..decision import Readings
 from ..decision.tables import Table, html_table, render
-from ..errors import ConfigError
+from ..outputs import Kind, new_output
+from ..paths import as_path
+
+# Lines of text with commas between; no other text of ours or of JSON or markup.
+TABLE = Kind("a CSV table", lambda head: b"\0" not in head and re.match(rb"[^\n{[<]*,", head) is not None)
 
 
 @dataclass(frozen=True)
@@ -65,16 +70,12 @@ class Sweep(Sequence[Cell]):
         return self._title(), columns, [_shown(cell) for cell in self], columns[3:]
 
     def write_csv(self, path: str | Path) -> Path:
-        """Write one row a cell, numbers unrounded; ConfigError where the file cannot be written."""
-        target = Path(path).expanduser()
-        try:
-            with target.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, [field.name for field in fields(Cell)])
-                writer.writeheader()
-                writer.writerows({**asdict(cell), "weights": joined(cell.weights)} for cell in self)
-        except OSError as error:
-            raise ConfigError(f"table {str(path)!r} cannot be written: {error.strerror}. Give another path.") from error
-        return target
+        """Write one row a cell, numbers unrounded; ConfigError where the file cannot be written, or is no table now."""
+        with new_output(path, "table", TABLE) as part, part.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(Cell)])
+            writer.writeheader()
+            writer.writerows({**asdict(cell), "weights": joined(cell.weights)} for cell in self)
+        return as_path(path, "table")
 
 
 def _shown(cell: Cell) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..outputs import PICTURE, free_output, new_output
 from .cells import Sweep, joined
 
 _FORMATS = (".png", ".pdf", ".svg")
@@ -13,8 +14,9 @@ _PANELS = (("merged", "modules merged"), ("moved", "‖new − old‖ / ‖old�
 
 
 def check_picture(path: str | Path) -> Path:
-    """Return the path of a picture; ConfigError for another ending, or where matplotlib is not installed."""
-    target = Path(path).expanduser()
+    """Return the path of a picture; ConfigError for another ending, for what is there
+    and is no picture, or where matplotlib is not installed."""
+    target = free_output(path, "plot", PICTURE)
     if target.suffix.lower() not in _FORMATS:
         raise ConfigError(f"plot {str(path)!r}: the name must end in one of {', '.join(_FORMATS)}.")
     _matplotlib()
@@ -22,7 +24,7 @@ def check_picture(path: str | Path) -> Path:
 
 
 def write_plot(sweep: Sweep, path: str | Path) -> Path:
-    """Draw three panels over the gates, a line for each method with its weights; return the path, overwritten.
+    """Draw three panels over the gates, a line for each method with its weights; return the path.
 
     Raises ConfigError as `check_picture`, and where the file cannot be written.
     """
@@ -36,10 +38,8 @@ def write_plot(sweep: Sweep, path: str | Path) -> Path:
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize="small")
-    try:
-        figure.savefig(target, dpi=160, facecolor="white")
-    except OSError as error:
-        raise ConfigError(f"plot {str(path)!r} cannot be written: {error.strerror or error}.") from error
+    with new_output(path, "plot", PICTURE) as part:
+        figure.savefig(part, dpi=160, facecolor="white", format=target.suffix[1:].lower())
     return target
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from ..choices import one_of
 from ..decision import JOURNAL_FILE
 from ..errors import ConfigError
+from ..paths import as_path
 from .heatmap import draw_heat_map
 from .history import LOSS, History
 from .page import PAGE_FILE, write_page
@@ -27,7 +28,7 @@ def write_report(history: History, output: str | Path, plot: str | None = None) 
     `plot`: heatmap (the default), trajectories, weights or probe. Raises ConfigError for another ending, plot or
     nothing to plot, for `plot` with a page, where the file cannot be written, or where matplotlib is missing.
     """
-    path = _beside(Path(output).expanduser())
+    path = _beside(as_path(output, "report"))
     if path.suffix.lower() not in (".html", ".htm", *FORMATS):
         raise ConfigError(f"report {str(output)!r}: the name must end in one of .html, {', '.join(FORMATS)}.")
     if path.suffix.lower() in FORMATS:

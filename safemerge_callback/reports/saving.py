@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import uuid
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..outputs import PICTURE, new_output
+from ..paths import as_path
 
 FORMATS = (".png", ".pdf", ".svg")
 
@@ -22,27 +22,19 @@ def figure_module() -> Any:
 
 
 def save_figure(figure: Any, output: str | Path) -> Path:
-    """Write a figure as .png, .pdf or .svg; return the path. A file of that name is replaced.
+    """Write a figure as .png, .pdf or .svg; return the path. A picture of that name is replaced.
 
-    Raises ConfigError for another ending, or a folder that cannot be written.
+    Raises ConfigError for another ending, for what is there and is no picture, or a folder that cannot be written.
     """
     path = checked_name(output)
-    partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(partial, dpi=160, facecolor="white")
-        partial.replace(path)
-    except OSError as error:
-        raise ConfigError(f"report {str(output)!r} cannot be written: {error.strerror or error}.") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
+    with new_output(path, "report", PICTURE) as part:
+        figure.savefig(part, dpi=160, facecolor="white", format=path.suffix[1:].lower())
     return path
 
 
 def checked_name(output: str | Path) -> Path:
     """Return `output` as a path; ConfigError where its ending is none that a figure can be written as."""
-    path = Path(output).expanduser()
+    path = as_path(output, "report")
     if path.suffix.lower() not in FORMATS:
         raise ConfigError(f"report {str(output)!r}: the name must end in one of {', '.join(FORMATS)}.")
     return path

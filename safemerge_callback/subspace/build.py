@@ -68,7 +68,8 @@ def build_subspace(
     """
     device = torch.device(device) if device is not None else _accelerator()
     source = _open_source(aligned, unaligned, alignment_adapter, target_modules, common_rows)
-    with SafetensorsStream(output, _reserve(source), key=_key(source, device, common_rows)) as stream:
+    inputs = (aligned, unaligned, alignment_adapter)
+    with SafetensorsStream(output, _reserve(source), key=_key(source, device, common_rows), inputs=inputs) as stream:
         done = [_Module(**record) for record in stream.records]
         modules = list(_read_modules(source, device, stream, done, progress))
         header = _header(source, modules)

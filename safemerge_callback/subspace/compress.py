@@ -41,14 +41,15 @@ def compress_subspace(
     rank: of `truncated`, 64 by default. device: where the arithmetic is done, in float64.
     A module of which the compressed form would take no fewer bytes, such as one stored as factors, stays as it is.
     One module is in memory at a time, and for the proof twice n² float64, n the smaller side of V.
-    Raises ConfigError for a kind or rank that cannot be, SubspaceError for a source that is compressed itself.
+    Raises ConfigError for a kind or rank that cannot be, SubspaceError for a source that is compressed
+    itself, or an output that may not be replaced.
     """
     _check(kind, rank)
     exact = source if isinstance(source, Subspace) else Subspace.load(source)
-    header = _header(exact, Path(output).expanduser())
+    header = _header(exact)
     total = sum(module.bytes(name) for name, module in exact.modules.items())
     with (
-        SafetensorsStream(output, _reserve(header, exact)) as stream,
+        SafetensorsStream(output, _reserve(header, exact), inputs=[exact.path]) as stream,
         byte_bar("compressing", total, 0, shown=progress) as advance,
     ):
         for name, before in exact.modules.items():
@@ -71,14 +72,12 @@ def _check(kind: str, rank: int | None) -> None:
         )
 
 
-def _header(exact: Subspace, output: Path) -> FileHeader:
+def _header(exact: Subspace) -> FileHeader:
     """The header of the file to write, still without modules."""
     if exact.compressed:
         raise SubspaceError(
             f"subspace {str(exact.path)!r} is compressed already: give the exact file it was made from."
         )
-    if output.resolve() == exact.path.resolve():
-        raise ConfigError(f"output {str(output)!r} is the source itself, which stays needed: give another name.")
     origin = {"file": exact.path.name, "sha256": exact.fingerprint}
     return replace(exact.header, modules={}, checksums={}, exact=origin)
 

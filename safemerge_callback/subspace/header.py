@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from ..errors import SubspaceError
+from ..outputs import Kind
 
 FORMAT = "safemerge.subspace"
+SUBSPACE = Kind("a safety subspace", lambda head: FORMAT.encode() in head)
 VERSION = "2"
 # The dtypes that V is computed from and stored in, by safetensors name.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from ..errors import SubspaceError
+from ..outputs import free_output
 from .blocks import row_blocks
 from .digests import TensorDigest, stored_bytes
+from .header import SUBSPACE
 from .resume import Step, StepLog, sole_writer
 
 _log = logging.getLogger(__name__)
@@ -54,15 +56,23 @@ class SafetensorsStream:
 
     The header comes first in the format but is known last, so `reserve` bytes are left for it and filled up with
     spaces, which the format allows. Bytes go to `.<name>.partial` beside `output`, which takes the name `output` in
-    `finish`; a file already at `output` stays as it was until then. A second writer of one output is refused.
+    `finish`; a file already at `output` stays as it was until then. A second writer of one output is refused, and so is
+    an `output` that is one of the `inputs`, or anything else than a subspace file.
 
     Without `key` an exception removes the partial file. With one, it can be gone on with: `commit` ends a step, and
     the next stream with an equal key (anything that JSON holds) has the finished steps' records in `records` and
     writes behind them. Then only a SubspaceError removes the partial file, and not one raised in `keeping`.
     """
 
-    def __init__(self, output: str | Path, reserve: int, *, key: Mapping[str, Any] | None = None) -> None:
-        self.output = Path(output).expanduser()
+    def __init__(
+        self,
+        output: str | Path,
+        reserve: int,
+        *,
+        key: Mapping[str, Any] | None = None,
+        inputs: Iterable[Any] = (),
+    ) -> None:
+        self.output = free_output(output, "output", SUBSPACE, inputs, error=SubspaceError)
         self.records: list[dict[str, Any]] = []
         self._partial = self.output.with_name(f".{self.output.name}.partial")
         self._log: StepLog | None = None
@@ -77,8 +87,6 @@ class SafetensorsStream:
         self._exit = ExitStack()
 
     def __enter__(self) -> SafetensorsStream:
-        if self.output.is_dir():
-            raise SubspaceError(f"output {str(self.output)!r} is a folder; give the path of a file.")
         try:
             with ExitStack() as opened:
                 self.output.parent.mkdir(parents=True, exist_ok=True)

@@ -113,7 +113,7 @@ def test_the_table_and_the_csv_say_the_same(world):
     assert rows[0]["weights"] == "0.8/0.2"
     assert {row["method"] for row in rows} == {"linear", "cat"}
     with pytest.raises(ConfigError, match="cannot be written"):
-        cells.write_csv(world / "nowhere" / "sweep.csv")
+        cells.write_csv(world / "sweep.csv" / "below.csv")
 
 
 def test_the_plot_is_a_picture(world):

@@ -135,7 +135,7 @@ def test_what_is_compressed_already_and_the_source_itself_are_refused(exact, tmp
     small = compress_subspace(exact, tmp_path / "small.safetensors", progress=False)
     with pytest.raises(SubspaceError, match="compressed already"):
         compress_subspace(small, tmp_path / "smaller.safetensors", progress=False)
-    with pytest.raises(ConfigError, match="the source itself"):
+    with pytest.raises(SubspaceError, match="is one of the inputs"):
         compress_subspace(exact, exact.path, progress=False)
 
 

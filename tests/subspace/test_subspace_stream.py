@@ -51,11 +51,11 @@ def test_a_cast_is_done_on_the_way(tmp_path):
 
 def test_an_exception_leaves_nothing_and_the_old_file_as_it_was(tmp_path, tensors):
     path = tmp_path / "x.safetensors"
-    path.write_text("old")
+    path.write_text("old safemerge.subspace")
     with pytest.raises(KeyboardInterrupt):
         write(path, tensors, {}, interrupt=True)
     assert list(tmp_path.iterdir()) == [path]
-    assert path.read_text() == "old"
+    assert path.read_text() == "old safemerge.subspace"
 
 
 def test_a_header_that_outgrows_its_space_is_an_error_not_a_broken_file(tmp_path, tensors):

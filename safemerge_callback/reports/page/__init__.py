@@ -5,40 +5,33 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import uuid
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
+from ...outputs import Kind, new_output
+from ...paths import as_path
 from ..history import History
 from ..payload import page_data
 from .shown import shown
 
 PAGE_FILE = "safemerge_report.html"
+_PAGE = Kind("a page of ours", lambda head: b"<!doctype html>" in head and b"require-trusted-types-for" in head)
 _HERE = Path(__file__).parent
 # In this order: what is above uses nothing of what is below.
 _SCRIPTS = ("data.js", "chart.js", "heatmap.js", "curves.js", "table.js", "start.js")
 
 
 def write_page(history: History, output: str | Path) -> Path:
-    """Write the page of `history` to `output` (.html) and return the path. A file of that name is replaced.
+    """Write the page of `history` to `output` (.html) and return the path. A page of ours of that name is replaced.
 
-    Raises ConfigError for another ending, or where the file cannot be written.
+    Raises ConfigError for another ending, for what is there and is no page of ours, or where it cannot be written.
     """
-    path = Path(output).expanduser()
+    path = as_path(output, "report")
     if path.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"report {str(output)!r}: the name of a page must end in .html.")
-    partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(render_page(history), encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise ConfigError(f"report {str(output)!r} cannot be written: {error.strerror or error}.") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
+    with new_output(path, "report", _PAGE) as part:
+        part.write_text(render_page(history), encoding="utf-8", errors="backslashreplace")
     return path
 
 
