@@ -28,7 +28,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     place = _place(path)
     if place.exists() and not place.is_file():
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
-    _clear(place)
+    settle(place, clean=True)
     part = _beside(place, "part")
     try:
         yield part
@@ -51,8 +51,7 @@ def whole_folder(path: Path, *, into: bool = False) -> Iterator[Path]:
     there, or `settle`, puts that right. Raises OSError where the disk refuses.
     """
     place = _place(path)
-    settle(place)
-    _clear(place)
+    settle(place, clean=True)
     part = _beside(place, "part")
     try:
         yield part
@@ -69,15 +68,21 @@ def whole_folder(path: Path, *, into: bool = False) -> Iterator[Path]:
         _remove(part)
 
 
-def settle(path: Path) -> None:
-    """Finish what a killed process began to put in the place of the folder `path`. Raises OSError."""
+def settle(path: Path, *, clean: bool = False) -> None:
+    """Finish what a killed process began to put in the place of `path`; `clean` is for who will write there.
+
+    Then what it was still writing is removed as well. Raises OSError.
+    """
     place = _place(path)
     for left, kind in _left(place):
-        if kind == "into" and place.is_dir():
+        if kind == "part":
+            if clean:
+                _remove(left)
+        elif kind == "into" and place.is_dir():
             _move_into(left, place)
         elif kind == "old" and not place.exists():
             left.rename(place)
-        elif kind != "part":
+        else:
             _remove(left)
 
 
@@ -114,12 +119,6 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         pass
     return True
-
-
-def _clear(place: Path) -> None:
-    for left, kind in _left(place):
-        if kind == "part":
-            _remove(left)
 
 
 def _take_place(part: Path, place: Path) -> None:

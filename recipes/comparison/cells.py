@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from safemerge_callback.whole_file import whole_file
 
 from .grid import Cell, Grid
 from .measures import evaluate_cell, load_merged
@@ -125,10 +126,6 @@ def _train(grid: Grid, file: Path, log: Path) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON beside `path` and rename it, so that the file is whole or absent whatever stops us."""
-    aside = path.with_name(f".{path.name}.partial")
-    with aside.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    """Write JSON so that the file is whole or absent whatever stops us."""
+    with whole_file(path) as part:
+        part.write_text(json.dumps(content, indent=1), encoding="utf-8")

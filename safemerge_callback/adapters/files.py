@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..addresses import address_of, fetched
 from ..errors import AdapterError
 from ..file_faults import reading_fault
+from ..paths import as_path
+from ..whole_file import settle, whole_file, whole_folder
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -26,6 +27,8 @@ def adapter_folder(source: str | Path, revision: str | None = None) -> Path:
 
     An existing path wins over a Hub id of the same spelling. Raises AdapterError when a file is missing or pickled.
     """
+    with suppress(OSError):
+        settle(as_path(source, "adapter", error=AdapterError))
     address = address_of(source, "adapter", error=AdapterError, revision=revision)
     folder = fetched(address, (CONFIG, WEIGHTS), "adapter", error=AdapterError)
     _require_files(folder, f"adapter {str(source)!r}")
@@ -44,41 +47,35 @@ def read_config(path: Path, where: str) -> dict[str, Any]:
 
 
 def write_folder(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Path:
-    """Write both files aside, then move them into place; return `folder`.
+    """Write both files, whole, and return `folder`; in a folder that is there already the others stay.
 
-    A crash leaves a new folder absent, and an existing one without a config, which no loader takes for an adapter.
-    Raises AdapterError when `folder` is a file or cannot be written.
+    At no moment does a loader find one of the old and one of the new: a folder whose config stays as it is has its
+    weights replaced, and nothing else. Raises AdapterError when `folder` is a file or cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise AdapterError(f"adapter folder {str(folder)!r} is a file; give another folder.")
-    aside = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
     try:
-        aside.mkdir(parents=True)
-        _write_files(aside, tensors, config)
-        _move_into_place(aside, folder)
-    except OSError as error:
+        settle(folder, clean=True)
+        if _configured(folder, config):
+            with whole_file(folder / WEIGHTS) as part:
+                save_file(dict(tensors), part, metadata={"format": "pt"})
+            return folder
+        with whole_folder(folder, into=True) as aside:
+            aside.mkdir(parents=True)
+            save_file(dict(tensors), aside / WEIGHTS, metadata={"format": "pt"})
+            text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+            (aside / CONFIG).write_text(text, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
         raise AdapterError(f"adapter folder {str(folder)!r} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return folder
 
 
-def _write_files(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    save_file(dict(tensors), folder / WEIGHTS, metadata={"format": "pt"})
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (folder / CONFIG).write_text(text, encoding="utf-8")
-    for name in (WEIGHTS, CONFIG):
-        with (folder / name).open("rb") as file:
-            os.fsync(file.fileno())
-
-
-def _move_into_place(aside: Path, folder: Path) -> None:
-    if not folder.exists():
-        aside.rename(folder)
-        return
-    (folder / CONFIG).unlink(missing_ok=True)
-    (aside / WEIGHTS).replace(folder / WEIGHTS)
-    (aside / CONFIG).replace(folder / CONFIG)
+def _configured(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Whether the folder holds this very config."""
+    try:
+        return bool(json.loads((folder / CONFIG).read_text(encoding="utf-8")) == json.loads(json.dumps(config)))
+    except (OSError, ValueError):
+        return False
 
 
 def _require_files(folder: Path, where: str) -> None:

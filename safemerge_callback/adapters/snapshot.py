@@ -15,7 +15,10 @@ from ..ops import LowRank, full_precision
 from .factors import LoraFactors
 from .pairs import read_pairs, write_pairs
 
-SNAPSHOT_FOLDER = "pre_merge"
+# `push_to_hub` of transformers uploads no folder of such a name.
+SNAPSHOT_FOLDER = "_pre_merge"
+# What earlier releases called it.
+_EARLIER = "pre_merge"
 SNAPSHOT_FILE = "factors.safetensors"
 _KEYS = ("step", "norms")
 
@@ -49,7 +52,7 @@ def norms_of_pairs(pairs: Mapping[str, LowRank]) -> dict[str, tuple[float, float
 
 
 def save_snapshot(run: Path, snapshot: Snapshot) -> Path:
-    """Write `snapshot` into the folder `pre_merge` of `run`, whole or not at all; return the file. Raises OSError."""
+    """Write `snapshot` into the folder `_pre_merge` of `run`, whole or not at all; return the file. Raises OSError."""
     folder = run / SNAPSHOT_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     about = {"step": json.dumps(snapshot.step), "norms": json.dumps(dict(snapshot.norms))}
@@ -59,16 +62,22 @@ def save_snapshot(run: Path, snapshot: Snapshot) -> Path:
 
 def set_aside_snapshot(run: Path) -> None:
     """Give the snapshot of an earlier run in `run` the next free number, so that no later merge is undone with it."""
-    folder = run / SNAPSHOT_FOLDER
-    if folder.is_dir():
-        numbers = range(1, len(list(run.iterdir())) + 2)
-        folder.rename(next(p for n in numbers if not (p := run / f"{SNAPSHOT_FOLDER}.{n}").exists()))
+    for folder in (run / _EARLIER, run / SNAPSHOT_FOLDER):
+        if folder.is_dir():
+            numbers = range(1, len(list(run.iterdir())) + 2)
+            folder.rename(next(p for n in numbers if not (p := run / f"{SNAPSHOT_FOLDER}.{n}").exists()))
+
+
+def snapshot_in(run: Path) -> Path | None:
+    """Return the snapshot's file in `run`, that of an earlier release too; None where there is none."""
+    places = (run / name / SNAPSHOT_FILE for name in (SNAPSHOT_FOLDER, _EARLIER))
+    return next((path for path in places if path.is_file()), None)
 
 
 def load_snapshot(run: Path) -> Snapshot:
     """Read the snapshot of `run`; AdapterError where there is none, or one that cannot be read."""
-    path = run / SNAPSHOT_FOLDER / SNAPSHOT_FILE
-    if not path.is_file():
+    path = snapshot_in(run)
+    if path is None:
         raise AdapterError(
             f"{str(run)!r} holds no {SNAPSHOT_FOLDER}/{SNAPSHOT_FILE}: no training there ended with a merge."
         )

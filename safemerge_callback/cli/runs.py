@@ -17,10 +17,10 @@ def undo(
     run: Annotated[Path, typer.Argument(help="Output folder of a training, or a checkpoint in it.")],
 ) -> None:
     """Give an adapter the factors it had before its final merge; the merged one is kept in RUN/merged."""
-    from ..offline import undo_merge
+    from ..offline.undo import take_back
 
-    names = undo_merge(run)
-    typer.echo(f"{run}: {len(names)} modules are as before the final merge; the merged adapter is in {run / 'merged'}")
+    names, kept = take_back(run)
+    typer.echo(f"{run}: {len(names)} modules are as before the final merge; the merged adapter is in {kept}")
 
 
 @app.command()

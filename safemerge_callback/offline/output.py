@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ..adapters.files import CONFIG, WEIGHTS
 from ..decision import JOURNAL_FILE, Journal
 from ..errors import AdapterError, ConfigError
+from ..whole_file import settle, whole_folder
 
 CARD = "README.md"
 RECIPE = "safemerge.yaml"
@@ -24,6 +23,8 @@ def free_output(output: str | Path, inputs: Iterable[object], overwrite: bool, m
     `more` names files that the output will hold beside an adapter's own, which `overwrite` may replace too.
     """
     target = Path(output).expanduser().resolve()
+    with suppress(OSError):
+        settle(target)
     for given in inputs:
         source = getattr(given, "source", None) or getattr(given, "path", None) or given
         if source is not None and Path(str(source)).expanduser().resolve() == target:
@@ -47,14 +48,11 @@ def new_folder(target: Path) -> Iterator[Path]:
 
     Raises AdapterError where the disk refuses; an existing `target` is then as it was.
     """
-    aside = target.parent / f".{target.name}.{uuid.uuid4().hex}"
     try:
-        yield aside
-        _take_place(aside, target)
+        with whole_folder(target) as aside:
+            yield aside
     except OSError as error:
         raise AdapterError(f"output {str(target)!r} cannot be written: {error}. Nothing was left there.") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_journal(folder: Path, entries: Iterable[Mapping[str, Any]]) -> None:
@@ -62,17 +60,3 @@ def write_journal(folder: Path, entries: Iterable[Mapping[str, Any]]) -> None:
     journal = Journal(folder / JOURNAL_FILE)
     for entry in entries:
         journal.append(entry)
-
-
-def _take_place(aside: Path, target: Path) -> None:
-    if not target.exists():
-        aside.rename(target)
-        return
-    old = aside.with_name(f"{aside.name}.old")
-    target.rename(old)
-    try:
-        aside.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old)

@@ -63,7 +63,7 @@ def test_undo_refuses_what_it_cannot_undo(world, runs, tmp_path):
     with pytest.raises(ConfigError, match="undone already"):
         undo_merge(tmp_path)
     assert equal(runs.saved_weights(tmp_path), undone)
-    with pytest.raises(ConfigError, match="holds no folder pre_merge"):
+    with pytest.raises(ConfigError, match="holds no folder _pre_merge"):
         undo_merge(tmp_path / "merged" / "x" / "y")
 
 
@@ -71,14 +71,14 @@ def test_a_new_run_sets_the_snapshot_of_an_earlier_one_aside(world, tmp_path):
     world.trainer(tmp_path, world.guard(every=0)).train()
     first = load_snapshot(tmp_path)
     world.trainer(tmp_path, world.guard(gate="watch", every=0, safety_adapter=None)).train()
-    assert not (tmp_path / "pre_merge").exists()
-    (tmp_path / "pre_merge.1").rename(tmp_path / "pre_merge")
+    assert not (tmp_path / "_pre_merge").exists()
+    (tmp_path / "_pre_merge.1").rename(tmp_path / "_pre_merge")
     assert load_snapshot(tmp_path).norms == first.norms
 
 
 def test_a_run_whose_end_merges_nothing_keeps_no_snapshot(world, tmp_path):
     world.trainer(tmp_path, world.guard(every=2, at_train_end=False)).train()
-    assert not (tmp_path / "pre_merge").exists()
+    assert not (tmp_path / "_pre_merge").exists()
 
 
 def test_a_stop_that_nothing_announced_leaves_a_merged_checkpoint(world, runs, tmp_path):

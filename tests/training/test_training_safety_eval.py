@@ -146,7 +146,7 @@ def test_a_merge_that_costs_too_much_is_taken_back(world, runs, tmp_path, probe)
     assert weights == pytest.approx([0.8 * 0.8] * 4)
     assert guard.session.progress.merged_steps == [2, 6]
     assert runs.entries(tmp_path, "end")[0]["merges"] == 2
-    assert (tmp_path / "pre_merge").is_dir()
+    assert (tmp_path / "_pre_merge").is_dir()
 
 
 def test_a_rise_of_the_evaluation_loss_takes_a_merge_back(world, runs, tmp_path, probe, chat_tokenizer):

@@ -145,4 +145,4 @@ def test_mlflow_artifacts_land_in_the_run_that_the_trainer_has_ended(world, runs
 
 def test_nothing_is_tracked_where_the_trainer_does_not_report(world, tmp_path):
     world.trainer(tmp_path, world.guard()).train()
-    assert {p.name for p in Path(tmp_path).iterdir()} == {"pre_merge", "safemerge.jsonl"}
+    assert {p.name for p in Path(tmp_path).iterdir()} == {"_pre_merge", "safemerge.jsonl"}

@@ -1,0 +1,86 @@
+"""Outputs appear whole, whatever stops their writing, and nothing hidden stays."""
+
+import shutil
+
+import pytest
+
+from safemerge_callback import merge_adapters
+from safemerge_callback.adapters import load_adapter, save_adapter
+from safemerge_callback.adapters.pairs import write_pairs
+from safemerge_callback.decision import Readings
+from safemerge_callback.errors import ConfigError, SafeMergeError
+from safemerge_callback.offline.cells import Cell, Sweep
+from safemerge_callback.ops import LowRank
+from safemerge_callback.reports import write_page
+from safemerge_callback.reports.history import Cell as Drift
+from safemerge_callback.reports.history import History
+from safemerge_callback.reports.saving import save_figure
+from safemerge_callback.subspace import compress_subspace
+from safemerge_callback.training.progress import Progress
+
+
+def files(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def weights(folder):
+    return {path: data for path, data in files(folder).items() if path.suffix == ".safetensors"}
+
+
+@pytest.mark.parametrize("bake", [None, "aligned"])
+def test_a_forced_merge_killed_at_any_point_is_finished_by_a_rerun_and_kept_by_a_refusal(world, tmp_path, kills, bake):
+    base = None if bake is None else world / bake
+
+    def merge(output, share, overwrite=True):
+        parts = (world / "task", world / "safety", world / "s.safetensors")
+        merge_adapters(*parts, output, gate="all", weights=(1 - share, share), bake=base, overwrite=overwrite)
+
+    first, second = world / "first", world / "second"
+    merge(first, 0.2)
+    merge(second, 0.5)
+    old, new, points = files(first), weights(second), 0
+    for place in kills(lambda k: shutil.copytree(first, world / str(k) / "out"), lambda place: merge(place, 0.5)):
+        points += 1
+        kept = shutil.copytree(place.parent, world / "kept" / str(points)) / "out"
+        with pytest.raises(ConfigError, match="is not empty"):
+            merge(kept, 0.5, overwrite=False)
+        assert files(kept) == old or weights(kept) == new
+        merge(place, 0.5)
+        assert weights(place) == new
+        assert [*place.parent.rglob(".*")] == []
+    assert points >= 8
+
+
+class Figure:
+    """What matplotlib's does, as far as a file is concerned."""
+
+    def savefig(self, path, **how):
+        path.write_bytes(b"x" * 1000)
+
+
+def writers(world):
+    """Name of a file -> what writes it."""
+    task = load_adapter(world / "task")
+    cell = Cell("all", None, "linear", "delta", (0.8, 0.2), 1, 1, 0.1, 0.9, 0.0)
+    pairs = {name: LowRank(f.A, f.B) for name, f in task.factors.items()}
+    return {
+        "task/adapter_model.safetensors": lambda path: save_adapter(path.parent, task),
+        "factors.safetensors": lambda path: write_pairs(path, pairs),
+        "report.html": lambda path: write_page(History("run", cells={("a", 1): Drift(0.5, 0.7, "measured")}), path),
+        "plot.png": lambda path: save_figure(Figure(), path),
+        "sweep.csv": lambda path: Sweep([cell] * 50, Readings(())).write_csv(path),
+        "safemerge_state.json": lambda path: Progress(config={"x": "y" * 500}).save(path.parent),
+        "s.int8.safetensors": lambda path: compress_subspace(world / "s.safetensors", path, progress=False),
+    }
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_beside_it(world, full_disk):
+    for name, write in writers(world).items():
+        path = world / name
+        write(path)
+        old, beside = path.read_bytes(), sorted(path.parent.iterdir())
+        with full_disk(300), pytest.raises((OSError, SafeMergeError), match=r"File too large|os error 27"):
+            write(path)
+        assert path.read_bytes() == old, name
+        assert sorted(path.parent.iterdir()) == beside, name
+        write(path)
