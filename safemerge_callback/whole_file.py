@@ -10,7 +10,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -60,6 +60,7 @@ def whole_folder(path: Path, *, into: bool = False) -> Iterator[Path]:
                 _sync(Path(folder, name))
             _sync_folder(Path(folder))
         if into and place.exists():
+            _require_files(place, [path.name for path in part.iterdir()])
             _move_into(part.rename(_beside(place, "into")), place)
         else:
             _take_place(part, place)
@@ -132,6 +133,12 @@ def _take_place(part: Path, place: Path) -> None:
             old.rename(place)
         raise
     _remove(old)
+
+
+def _require_files(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        if (folder / name).is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder", str(folder / name))
 
 
 def _move_into(whole: Path, place: Path) -> None:

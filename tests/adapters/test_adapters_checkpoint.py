@@ -201,16 +201,19 @@ def test_a_save_that_fails_leaves_the_old_adapter(saved, tmp_path):
         save_adapter(folder / CONFIG / "below", adapter)
 
 
-def test_a_move_that_fails_leaves_nothing_that_passes_for_an_adapter(saved, tmp_path):
+def test_a_save_over_what_is_no_file_changes_nothing(saved, tmp_path):
     """New weights beside an old config, or the reverse, would load with a wrong scaling."""
     _, folder = saved()
     adapter = load_adapter(folder)
+    other = replace(adapter, factors={n: replace(f, scaling=2 * f.scaling) for n, f in adapter.factors.items()})
     (folder / WEIGHTS).unlink()
     (folder / WEIGHTS / "in the way").mkdir(parents=True)
-    with pytest.raises(AdapterError, match="cannot be written"):
-        save_adapter(folder, adapter)
-    assert not (folder / CONFIG).exists()
-    assert [p.name for p in tmp_path.iterdir()] == ["peft"]
+    config = (folder / CONFIG).read_bytes()
+    for one in (adapter, other):
+        with pytest.raises(AdapterError, match="cannot be written"):
+            save_adapter(folder, one)
+        assert (folder / CONFIG).read_bytes() == config
+        assert [p.name for p in tmp_path.iterdir()] == ["peft"]
 
 
 def test_what_cannot_be_saved_is_refused(saved, tmp_path):
