@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 # Of the columns that a narrow terminal has, what the name of a module may take; its end tells the modules apart.
-_NAME = 24
+_NAME = 18
 
 
 @contextmanager
@@ -15,7 +15,7 @@ def byte_bar(
 ) -> Iterator[Callable[[str, int], None]]:
     """Yield `advance(what, bytes)`, which shows what is worked on and counts bytes; silent unless `shown`.
 
-    `description` is a word, and `note` stands where the first module's name will.
+    `note` stands where the first module's name will.
     """
     if not shown:
         yield _silent

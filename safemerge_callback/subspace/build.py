@@ -128,7 +128,7 @@ def _read_modules(
     total, left = sum(sizes.values()), sum(sizes[name] for name in names)
     with (
         ReadAhead(names, source.fetch) as ahead,
-        byte_bar("building", total, total - left, shown=progress, note=kept) as advance,
+        byte_bar("building subspace", total, total - left, shown=progress, note=kept) as advance,
     ):
         for name in names:
             # Nothing here may hold the weights: their pages are given back as soon as V is made.

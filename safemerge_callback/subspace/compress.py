@@ -50,7 +50,7 @@ def compress_subspace(
     total = sum(module.bytes(name) for name, module in exact.modules.items())
     with (
         SafetensorsStream(output, _reserve(header, exact), inputs=[exact.path]) as stream,
-        byte_bar("compressing", total, 0, shown=progress) as advance,
+        byte_bar("compressing subspace", total, 0, shown=progress) as advance,
     ):
         for name, before in exact.modules.items():
             after, tensors = _compressed(exact, name, kind, rank or DEFAULT_RANK, torch.device(device))
