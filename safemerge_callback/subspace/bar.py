@@ -26,7 +26,8 @@ def byte_bar(
 
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
+        # what the other columns leave
+        BarColumn(bar_width=None, table_column=Column(ratio=1)),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
