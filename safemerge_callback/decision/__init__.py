@@ -3,6 +3,7 @@
 from .apply import Edit, apply, merged_factors
 from .average import AVERAGE_FILE, Average
 from .certify import undecided
+from .empty import nothing_selected
 from .fit import check_safety_adapter
 from .gates import GATES, KNOB, KNOBS, Gate, Verdict, as_gate, gate_of
 from .holding import above, held_back, not_rearmed, under_floor, without
@@ -22,7 +23,7 @@ from .operators import check_operator
 from .own import own_cosines
 from .plan import MergePlan
 from .reading import Reading, Readings
-from .strength import attenuated, check_soft, check_spread, spread
+from .strength import attenuated, check_soft, check_spread, share_left, spread
 from .weights import DEFAULT_WEIGHTS, check_merge, check_module_weights, merge_weights
 
 __all__ = [
@@ -59,10 +60,12 @@ __all__ = [
     "merge_weights",
     "merged_factors",
     "not_rearmed",
+    "nothing_selected",
     "own_cosines",
     "numbered_entries",
     "parse_lines",
     "read_journal",
+    "share_left",
     "tell_torn",
     "spread",
     "under_floor",

@@ -8,9 +8,7 @@ from dataclasses import replace
 
 from .gates import Verdict, excluded
 from .plan import MergePlan
-
-# Products of weights are rounded: 0.8 three times over is not under a floor of 0.512.
-_ROUNDING = 1e-9
+from .strength import under
 
 
 def held_back(verdicts: Mapping[str, Verdict], reasons: Mapping[str, str]) -> dict[str, Verdict]:
@@ -35,7 +33,7 @@ def under_floor(plan: MergePlan, task_weights: Mapping[str, float], floor: float
     return {
         name: f"held back: {share:.4f} of the task's update would be left, under min_task_weight {floor:g}"
         for name, share in left.items()
-        if share < floor - _ROUNDING
+        if under(share, floor)
     }
 
 

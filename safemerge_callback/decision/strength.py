@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from ..errors import ConfigError
 from ..methods import get_method
 
+_ROUNDING = 1e-9
+
 
 def attenuated(weights: Sequence[float], cosine: float, limit: float) -> tuple[float, ...]:
     """Return (w_live, w_safety, ...) at `cosine`: (1, 0, ...) from `limit` up, linear down to the `weights` at 0.
@@ -35,6 +37,25 @@ def spread(weights: Sequence[float], events: int) -> tuple[float, ...]:
     root = float(live ** (1.0 / events))
     total = sum(root**i for i in range(events))
     return (root, *(w / total for w in safety))
+
+
+def share_left(task_weight: float, merges: int, floor: float = 0.0, before: float = 1.0) -> float:
+    """Return the share of an update that is left after `merges` merges that each leave `task_weight` of it.
+
+    `before`: the share that earlier ones have left. A merge that would leave less than `floor` is held back, as in
+    `under_floor`. Exact for a sum of updates but for what its rank loses.
+    """
+    left = before
+    for _ in range(merges):
+        if under(left * task_weight, floor):
+            break
+        left *= task_weight
+    return left
+
+
+def under(share: float, floor: float) -> bool:
+    """Whether `share`, a product of rounded weights, lies under `floor`; 0.8 three times over is not under 0.512."""
+    return share < floor - _ROUNDING
 
 
 def check_soft(soft: bool, method: str, space: str) -> None:

@@ -168,6 +168,9 @@ class SafeMergeConfig:
     journal: str | None = field(
         default=None, metadata={"help": "Path of the journal; by default safemerge.jsonl in the output folder."}
     )
+    quiet: bool = field(
+        default=False, metadata={"help": "Whether to keep the lines off the terminal; warnings are shown all the same."}
+    )
     wandb_chart: str | None = field(
         default=None, metadata={"help": "Saved W&B chart, as ENTITY/NAME, that the heat map is shown with."}
     )

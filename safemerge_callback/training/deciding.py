@@ -37,7 +37,12 @@ def plan_knobs(config: SafeMergeConfig, step: int = 0, max_steps: int | None = N
 
 def events_of(config: SafeMergeConfig, max_steps: int) -> int:
     """Return how often a run of `max_steps` may merge a module by its schedule, 1 at least."""
-    found = merge_events(
+    return max(1, len(merge_steps(config, max_steps)))
+
+
+def merge_steps(config: SafeMergeConfig, max_steps: int) -> list[int]:
+    """Return the optimizer steps at which a run of `max_steps` merges a module that every check selects."""
+    return merge_events(
         max_steps,
         every=config.every,
         from_step=config.from_step,
@@ -46,7 +51,6 @@ def events_of(config: SafeMergeConfig, max_steps: int) -> int:
         at_train_end=config.at_train_end,
         asynchronous=config.asynchronous,
     )
-    return max(1, len(found))
 
 
 class Decision(NamedTuple):

@@ -20,6 +20,7 @@ from ..adapters.processes import from_first
 from .averaging import rewind_average
 from .entries import end_entry
 from .faults import Fault, attempt
+from .lines import closing_line, nothing_merged
 from .metrics import BEST_METRICS
 from .outcome import Outcome
 from .progress import Progress
@@ -52,8 +53,20 @@ def after_training(
         session.witness.closing()
     session.progress.training_seconds, session.begun = session.training_seconds, None
     session.note(end_entry(state.global_step, session.progress, session.seconds))
+    _say_the_end(session)
     session.trackers.finish(state.global_step, _outcome(session, model).write)
     session.trackers.close()
+
+
+def _say_the_end(session: Session) -> None:
+    """A run that could have merged and did not is warned of, before the line that ends every run.
+
+    Where a check or a merge failed, that was warned of already.
+    """
+    if session.config.merges and not session.progress.merges and not session.log.warned & {"measure", "merge"}:
+        session.warn("nothing merged", nothing_merged(session.progress, session.plan))
+    line = closing_line(session.config, session.progress, session.seconds, session.share, session.journal.path)
+    session.log.say(line)
 
 
 def _outcome(session: Session, model: nn.Module | None) -> Outcome:

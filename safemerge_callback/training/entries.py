@@ -11,6 +11,7 @@ from ..decision import MergePlan
 from ..subspace import Subspace
 from ..subspace.choice import Choice
 from .config import SafeMergeConfig
+from .forecast import Forecast
 from .metrics import limit_of, z_of
 from .progress import Progress
 from .trackers import Row, finite
@@ -55,7 +56,13 @@ def decision_rows(step: int, plan: MergePlan, task_weights: Mapping[str, float])
 
 
 def start_entry(
-    step: int, config: SafeMergeConfig, subspace: Subspace, num_modules: int, world_size: int, choice: Choice
+    step: int,
+    config: SafeMergeConfig,
+    subspace: Subspace,
+    num_modules: int,
+    world_size: int,
+    choice: Choice,
+    plan: Forecast,
 ) -> dict[str, Any]:
     """Return the entry that opens a journal, or marks where a resumed run goes on."""
     names = ("torch", "transformers", "peft", "safemerge-callback")
@@ -69,6 +76,7 @@ def start_entry(
         "placement": choice.to_dict(),
         "num_modules": num_modules,
         "world_size": world_size,
+        "planned": plan.to_dict(),
     }
 
 

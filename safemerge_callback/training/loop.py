@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -10,6 +9,8 @@ from typing import Any
 
 from ..decision import JOURNAL_FILE, Edit, Journal, MergePlan, check_entry, merge_entry
 from .entries import decision_rows, unwritten
+from .lines import nothing_merged
+from .log import Log
 from .metrics import check_metrics
 from .outcome import Outcome
 from .progress import Progress
@@ -38,7 +39,7 @@ class LoopLog:
         self.plan: MergePlan | None = None
         self.journal = Journal(journal or self.folder / JOURNAL_FILE, enabled=enabled)
         self.progress, self.trackers = Progress(), Trackers()
-        self.warned = False
+        self.log = Log()
         self.trackers.attach(self.names, Run(self.folder, settings or {}), self.note)
 
     def check(
@@ -62,7 +63,12 @@ class LoopLog:
         self.trackers.scalars(self.names, step, metrics)
 
     def finish(self, model: Any = None) -> None:
-        """Hand journal, last plan, card and, with `model` (a PeftModel), its adapter to W&B and MLflow."""
+        """Hand journal, last plan, card and, with `model` (a PeftModel), its adapter to W&B and MLflow.
+
+        Warns where the loop has checked and no check merged, though its gate is not `watch`.
+        """
+        if self.plan and self.plan.gate != "watch" and not self.progress.merges:
+            self.log.warn("nothing merged", nothing_merged(self.progress, self.plan))
         self.trackers.finish(self.step, Outcome(self.journal.path, self.plan, self.progress, {}, model).write)
 
     def note(self, entry: Mapping[str, Any]) -> None:
@@ -70,9 +76,7 @@ class LoopLog:
         try:
             self.journal.append(entry)
         except OSError as error:
-            if not self.warned:
-                warnings.warn(f"safemerge: {unwritten(entry, error)}", stacklevel=2)
-            self.warned = True
+            self.log.warn("journal", unwritten(entry, error))
 
     def __enter__(self) -> LoopLog:
         return self

@@ -16,6 +16,7 @@ from ..decision import Edit, MergePlan, apply, merge_entry
 from ..ops import LowRank
 from .averaging import about, sources
 from .faults import Fault, attempt
+from .lines import rollback_line
 from .moments import edit_moments
 from .seal import digest
 
@@ -113,6 +114,7 @@ def _taken_back(session: Session, step: int, before: Before, reason: str) -> boo
     for name, value in before.progress.items():
         setattr(session.progress, name, value)
     session.note({"kind": "rollback", "step": step, "modules": list(before.factors), "reason": reason})
+    session.log.say(rollback_line(step, reason))
     return True
 
 

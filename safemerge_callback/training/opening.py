@@ -26,6 +26,9 @@ from .averaging import load_average
 from .config import SafeMergeConfig
 from .deciding import plan_knobs
 from .entries import start_entry
+from .forecast import forecast, too_strong
+from .lines import opening_line
+from .log import Log
 from .placing import Part, measure_together, own_part, place
 from .progress import Progress, changed_settings, continue_journal, find_progress
 from .session import Session
@@ -87,12 +90,16 @@ def open_session(
     average = _average(config, args, state)
     _rehearse(config, factors, subspace, (average.adapter(factors),) if average else safety, part, reference)
     progress, journal, restored = _records(config, args, state)
-    start = start_entry(state.global_step, config, subspace, len(factors), args.world_size, choice)
+    plan = forecast(config, list(factors), state.max_steps, state.global_step, progress.task_weights)
+    start = start_entry(state.global_step, config, subspace, len(factors), args.world_size, choice, plan)
     progress.journal_entries += journal.append({**start, "restored": restored})
     session = Session(config, writer, subspace, safety, journal, progress, optimizer, part, reference, begun=began)
-    session.average = average
+    session.average, session.log = average, Log(config.quiet, state.is_world_process_zero)
     session.seal_weights(state.global_step)
-    session.trackers.open(args, state, config.to_dict(), session.note)
+    session.trackers.open(args, state, config.to_dict(), session.note, session.log)
+    session.log.say(opening_line(config, plan, len(factors), state.max_steps, state.global_step))
+    if words := too_strong(config, plan, state.max_steps):
+        session.warn("strength", words)
     progress.seconds += time.perf_counter() - began
     pending, progress.pending = progress.pending, None
     if pending == state.global_step:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -14,10 +13,12 @@ from ..decision import Journal
 from ..evaluation.probe import Answers, Asking, Measured, Questions, ask
 from .entries import unwritten
 from .faults import Fault, attempt
+from .log import Log
 from .rules import Rollback, Standing, Stop, Trigger, costs_too_much, stops, triggers
 from .session import Session
 from .trackers import Trackers
 
+WHO = "safemerge probe, "
 When = Literal["begin", "every", "before", "after", "end"]
 
 
@@ -46,10 +47,9 @@ class Probing:
     trackers: Trackers = field(default_factory=Trackers)
     standing: Standing = field(default_factory=Standing)
     seconds: float = 0.0
-    say: Callable[[str], None] | None = None
+    log: Log = field(default_factory=Log)
     fresh: tuple[int, Answers] | None = None
     before: Answers | None = None
-    warned: set[str] = field(default_factory=set)
 
     def look(self, when: When) -> Answers | None:
         """Probe, unless these very weights were probed at this step already; tell what was found. None after a fault.
@@ -85,6 +85,7 @@ class Probing:
             reason, self.standing = stops(self.rules.stop, self.standing, latest)
             if reason:
                 self.note({"kind": "stop", "step": self.state.global_step, "reason": reason})
+                self.log.say(f"step {self.state.global_step:,}: training ends, {reason}", who=WHO)
                 control.should_training_stop = True
 
     def before_merge(self, step: int) -> None:
@@ -95,6 +96,8 @@ class Probing:
         """Probe what was merged; return why it must be taken back, if it must."""
         before, self.fresh = self.before, None
         after = self.look("after")
+        if before and after:
+            self.log.say(change_line(step, before, after), who=WHO)
         if not (self.rules.rollback and before and after):
             return None
         reason = costs_too_much(self.rules.rollback, before, after)
@@ -121,9 +124,7 @@ class Probing:
 
     def warn(self, kind: str, message: str) -> None:
         """Warn once a run for each `kind`."""
-        if kind not in self.warned:
-            self.warned.add(kind)
-            warnings.warn(f"safemerge: {message}", stacklevel=3)
+        self.log.warn(kind, message, stacklevel=3)
 
     def _merge_now(self, reason: str) -> None:
         """Let the guard check and merge at this step, which its own schedule does not ask for."""
@@ -132,6 +133,7 @@ class Probing:
             return
         step = self.state.global_step
         self.note({"kind": "trigger", "step": step, "reason": reason})
+        self.log.say(f"step {step:,}: asks for a merge, {reason}", who=WHO)
         with guard.timed():
             guard.settle(self.args, self.state, hold="the safety probe asks for a check of this step")
             guard.check(self.args, self.state, final=False)
@@ -143,9 +145,9 @@ class Probing:
         entry = {"kind": "probe", "step": step, "when": when, "seconds": answers.seconds}
         self.note({**entry, "measures": list(answers.measures), "mean_tokens": answers.mean_tokens, **settings})
         self.trackers.numbers(self.args, self.state, numbers(answers, when, self.seconds + answers.seconds))
-        # What costs no time was said a moment ago.
-        if self.say and answers.seconds and self.state.is_world_process_zero:
-            self.say(line(step, when, answers))
+        # What costs no time was said a moment ago; before and after a merge stand on one line.
+        if answers.seconds and when not in ("before", "after"):
+            self.log.say(line(step, when, answers), who=WHO)
 
     def settings(self) -> dict[str, Any]:
         """What a reader of the journal must know of how it was asked."""
@@ -178,7 +180,24 @@ def line(step: int, when: When, answers: Answers) -> str:
     if not any(m["kind"] == "task" for m in answers.measures):
         parts.append("task not measured")
     tail = f"{answers.mean_tokens:.1f} tokens a response, {answers.seconds:.1f} s"
-    return f"safemerge probe, step {step} ({when}): {'; '.join([*parts, tail])}"
+    return f"step {step} ({when}): {'; '.join([*parts, tail])}"
+
+
+def change_line(step: int, before: Answers, after: Answers) -> str:
+    """Return what a merge did to every measure, in one line: its value before and after, and their n."""
+    past = {m["measure"]: m for m in before.measures}
+    parts = [f"{m['measure']} {_value(past.get(m['measure']))} to {_value(m)}" for m in after.measures]
+    sizes = sorted({m["n"] for m in after.measures if m["n"]})
+    count = f"n {'-'.join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))}, " if sizes else ""
+    return (
+        f"step {step}, before and after the merge: {'; '.join(parts)} ({count}{before.seconds + after.seconds:.1f} s)"
+    )
+
+
+def _value(m: Measured | None) -> str:
+    if m is None or m["value"] is None:
+        return "not known"
+    return f"{m['value']:.4g}" if m["low"] is None or m["high"] is None else f"{m['value']:.1%}"
 
 
 def _words(m: Measured) -> str:

@@ -52,7 +52,7 @@ def _check_types(config: SafeMergeConfig) -> None:
         optional = value is None and name in ("until_step", "num_layers")
         if not optional and not is_whole(value, 0):
             raise ConfigError(f"{name} is {shown(value)}: give a whole number of 0 or more")
-    for name in ("at_train_end", "asynchronous", "soft", "spread_weights"):
+    for name in ("at_train_end", "asynchronous", "soft", "spread_weights", "quiet"):
         if not isinstance(getattr(config, name), bool):
             raise ConfigError(f"{name} is {getattr(config, name)!r}: give true or false")
     check_placement(config.placement)

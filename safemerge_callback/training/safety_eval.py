@@ -11,6 +11,7 @@ from ..errors import ConfigError
 from ..evaluation.judges import KeywordJudge, decides, load_judge, measure_name
 from ..evaluation.neutral import left_as_found
 from ..evaluation.probe import Asking, Questions
+from .log import Log
 from .opening import checkpoint_folder, guard_of
 from .probe_opening import (
     EvalLoss,
@@ -105,7 +106,7 @@ class SafetyEvalCallback(TrainerCallback):
         tokenizer = text_tokenizer(self.tokenizer, kwargs.get("processing_class"))
         questions = Questions.of(tokenizer, *self.asked, template=self.template)
         self.probing = Probing(model, tokenizer, args, state, questions, self.asking, self.rules)
-        self.probing.say = None if self.quiet else _say
+        self.probing.log = Log(self.quiet, state.is_world_process_zero)
         self.begun = False
 
     def on_epoch_begin(
@@ -147,10 +148,3 @@ def _judges(judge: Any, benign_judge: Any) -> tuple[Any, Any]:
     if benign_judge is not None:
         return first, load_judge(benign_judge)
     return first, first if decides(first) == "refusal" else KeywordJudge()
-
-
-def _say(text: str) -> None:
-    from tqdm import tqdm
-
-    # a progress bar goes on beneath it
-    tqdm.write(text)

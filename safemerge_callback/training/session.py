@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,8 @@ from .config import SafeMergeConfig
 from .deciding import Moment, agreed_plan, decided, still_disarmed
 from .entries import broken_modules, decision_rows, unwritten
 from .faults import Fault, attempt
+from .lines import merge_line
+from .log import Log
 from .merging import Witness, merge
 from .metrics import check_metrics
 from .placing import Part, join, measure_own
@@ -53,7 +54,7 @@ class Session:
     seal: tuple[int, str] | None = None
     begun: float | None = field(default_factory=time.perf_counter)
     since: float | None = None
-    warned: set[str] = field(default_factory=set)
+    log: Log = field(default_factory=Log)
     witness: Witness | None = None
     left_out: float = 0.0
 
@@ -159,6 +160,8 @@ class Session:
             self.warn("broken", words)
         left_out = self.left_out
         edits = merge(self, step, plan, Path(args.output_dir) if final else None) if plan.selected else ()
+        if edits:
+            self.log.say(merge_line(step, plan, edits, self.progress))
         took = time.perf_counter() - began - (self.left_out - left_out)
         numbers = check_metrics(plan, edits, replace(self.progress, seconds=self.seconds), took)
         rows = decision_rows(step, plan, self.progress.task_weights)
@@ -209,9 +212,7 @@ class Session:
 
     def warn(self, kind: str, message: str) -> None:
         """Warn once a run for each `kind`."""
-        if kind not in self.warned:
-            self.warned.add(kind)
-            warnings.warn(f"safemerge: {message}", stacklevel=3)
+        self.log.warn(kind, message, stacklevel=3)
 
     def report_fault(self, step: int, fault: Fault) -> None:
         """Record a fault and warn of it once."""
@@ -219,4 +220,6 @@ class Session:
         self.warn(
             fault.where, f"{fault.where} failed at step {step}, nothing was merged, training goes on: {fault.error}"
         )
-        self.trackers.alert(step, "fault", "safemerge: a check failed", f"{fault.where}, step {step}: {fault.error}")
+        self.trackers.alert(
+            step, "fault", "safemerge: a check failed", f"{fault.where}, step {step}: {fault.error}", said=True
+        )

@@ -49,4 +49,5 @@ class Settings(TypedDict, total=False):
     placement: str
     asynchronous: bool
     journal: str | PathLike[str] | None
+    quiet: bool
     wandb_chart: str | None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ...errors import SubspaceError
 from ..reading import Reading, Readings
 from .checks import check_z_threshold
@@ -20,6 +22,11 @@ def opposed(readings: Readings, *, z_threshold: float) -> dict[str, Verdict]:
     """
     check_z_threshold(z_threshold)
     return {name: excluded(reading) or _compared(reading, z_threshold) for name, reading in readings.items()}
+
+
+def distance(reading: Reading, z_threshold: float) -> float:
+    """Return how many standard deviations the signed cosine lies above `z_threshold`; infinite where there is none."""
+    return math.inf if reading.signed_z is None else reading.signed_z - z_threshold
 
 
 def _compared(reading: Reading, z_threshold: float) -> Verdict:

@@ -39,6 +39,8 @@ LIMITS: dict[str, Callable[[Reading, float], float]] = {
     "calibrated": calibrated.limit,
     "reference": reference.limit,
 }
+# Gates that merge below something else than a cosine, and how far a module lies above it.
+DISTANCES: dict[str, Callable[[Reading, float], float]] = {"opposed": opposed.distance}
 # Gates that compare modules with each other, so that one module's verdict needs the readings of all.
 RANKED = ("num_layers", "quantile", "gap")
 # Knobs without a default that means anything, and the gates that read them.
@@ -132,6 +134,15 @@ class Gate:
         if self.name not in LIMITS or excluded(reading):
             return None
         return LIMITS[self.name](reading, getattr(self, KNOB[self.name]) + margin)
+
+    def distance(self, reading: Reading) -> float:
+        """Return how far the module lies above what the gate merges below; for a gate without such a limit its cosine.
+
+        To be compared within one gate only. Not for modules that no cosine decides.
+        """
+        if self.name in DISTANCES:
+            return DISTANCES[self.name](reading, getattr(self, KNOB[self.name]))
+        return reading.cosine - (self.limit(reading) or 0.0)
 
     @property
     def asks_cosines(self) -> bool:

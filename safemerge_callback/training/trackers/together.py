@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
 from ...choices import one_of
+from ..log import Log
 from .drift import Drift
 from .protocol import Report, Run, Tracker
 
@@ -30,10 +31,12 @@ TRACKERS = {
 class Trackers:
     """The trackers of one run: those open, and which part of which has failed.
 
-    `note` takes the journal's entry of a failure. `run` is set by `open`, or by the first that is sent.
+    `note` takes the journal's entry of a failure, `log` what the terminal is told.
+    `run` is set by `open`, or by the first that is sent.
     """
 
     note: Callable[[Mapping[str, Any]], None] | None = None
+    log: Log | None = None
     run: Run | None = None
     opened: dict[str, Tracker] = field(default_factory=dict)
     failed: set[tuple[str, str]] = field(default_factory=set)
@@ -42,9 +45,15 @@ class Trackers:
     last: int = 0
 
     def open(
-        self, args: TrainingArguments, state: TrainerState, settings: Mapping[str, Any], note: Callable[..., None]
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        settings: Mapping[str, Any],
+        note: Callable[..., None],
+        log: Log | None = None,
     ) -> None:
-        """Attach to what the trainer reports to, and show the settings there."""
+        """Attach to what the trainer reports to, and show the settings there; alerts are said in `log` too."""
+        self.log = log
         self.attach(_names(args, state), Run(Path(args.output_dir), settings), note, state.global_step)
 
     def send(self, args: TrainingArguments, state: TrainerState, report: Report) -> None:
@@ -87,10 +96,15 @@ class Trackers:
         """Send scalars to the trackers of these names."""
         self._each(names, step, "numbers", lambda tracker: tracker.numbers(step, metrics))
 
-    def alert(self, step: int, about: str, title: str, text: str) -> None:
-        """Tell a person through every open tracker that can; once a run for each `about`."""
+    def alert(self, step: int, about: str, title: str, text: str, *, said: bool = False) -> None:
+        """Tell a person through every open tracker that can, and in the terminal; once a run for each `about`.
+
+        `said`: whether the terminal has it already.
+        """
         if about not in self.told:
             self.told.add(about)
+            if self.log and not said:
+                self.log.say(f"step {step:,}: {title.removeprefix('safemerge: ')}: {text}")
             self._each(list(self.opened), step, "alerts", lambda tracker: tracker.alert(step, title, text))
 
     def finish(self, step: int, fill: Callable[[Path], None]) -> None:

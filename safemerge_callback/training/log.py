@@ -1,0 +1,40 @@
+"""What a run says to the person at the terminal: a line for what was done, a warning once for what went wrong."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Log:
+    """Handed to whoever must speak. Only the first rank has lines; `quiet` silences them, and no warning.
+
+    Lines go to stdout, as the trainer's own do, above a progress bar where there is one.
+    """
+
+    quiet: bool = False
+    first_rank: bool = True
+    warned: set[str] = field(default_factory=set)
+
+    def say(self, text: str, who: str = "safemerge: ") -> None:
+        """Print one line; a terminal that is closed or full costs the line, never the training."""
+        if self.quiet or not self.first_rank:
+            return
+        from tqdm import tqdm
+
+        try:
+            tqdm.write(printable(who + text))
+        except (OSError, ValueError):
+            self.quiet = True
+
+    def warn(self, kind: str, message: str, stacklevel: int = 2) -> None:
+        """Warn once a run for each `kind`, on every rank; `stacklevel` as `warnings.warn` has it, from the caller."""
+        if kind not in self.warned:
+            self.warned.add(kind)
+            warnings.warn(f"safemerge: {message}", stacklevel=stacklevel + 1)
+
+
+def printable(text: str) -> str:
+    """Return `text` with whatever would move a terminal's cursor or colour it written out, such as `\\x1b`."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
