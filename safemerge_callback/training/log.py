@@ -29,10 +29,10 @@ class Log:
             self.quiet = True
 
     def warn(self, kind: str, message: str, stacklevel: int = 2) -> None:
-        """Warn once a run for each `kind`, on every rank; `stacklevel` as `warnings.warn` has it, from the caller."""
+        """Warn once a run for each `kind`, on every rank; the warning is the caller's with the default `stacklevel`."""
         if kind not in self.warned:
             self.warned.add(kind)
-            warnings.warn(f"safemerge: {message}", stacklevel=stacklevel + 1)
+            warnings.warn(f"safemerge: {message}", stacklevel=stacklevel)
 
 
 def printable(text: str) -> str:
