@@ -4,7 +4,8 @@
 
 Reads the adapters and results that `recipes.compare` left in the grid's output_dir, and writes drift.md, drift.csv and
 drift.svg beside the grid's page. Nothing is trained or asked again. `--take-published` keeps the runs that drift.csv
-holds, and measures the others: adapters are not published.
+holds, and measures the others: adapters are not published. So a clone writes the page anew, and in it the edge of
+`moved` below which refusals were lost, which the callback warns by.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def main(args: Sequence[str] | None = None) -> None:
     given = parser.parse_args(args)
     grid = load_grid(given.config)
     published = published_drifts(grid) if given.take_published else {}
-    found = drifts(grid, cells_of(grid), published) if grid.subspace.is_file() else []
+    found = drifts(grid, cells_of(grid), published) if published or grid.subspace.is_file() else []
     if not found:
         raise ConfigError(f"{grid.output_dir!r} holds no adapter with a result: run `python -m recipes.compare` first")
     print(f"{len(found)} adapters; page: {write_drift(grid, given.config, found, given.since)}")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, get_type_hints
 import numpy as np
 
 from safemerge_callback.adapters import load_adapter
-from safemerge_callback.decision import Gate, Readings, measure
+from safemerge_callback.decision import Band, Gate, Readings, measure
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.subspace import Subspace
 
@@ -25,6 +25,8 @@ from .results import Result, result_of
 # A module counts as opposed where the gate of that name would merge it by default.
 OPPOSED = Gate.z_threshold
 TABLE = "drift.csv"
+# A run that refuses fewer harmful prompts than this has lost its refusals.
+LOST = 0.5
 
 
 class Drift(NamedTuple):
@@ -58,16 +60,17 @@ class Drift(NamedTuple):
 def drifts(grid: Grid, cells: Sequence[Cell], published: Mapping[str, Drift] = MappingProxyType({})) -> list[Drift]:
     """Measure the adapter of every cell that has one and a result, against the grid's two subspaces.
 
-    Cells that are `published` are not measured again: their adapters need not be here. Of runs that are one and the
-    same, as one with a probe is the one without, the first counts.
+    Cells that are `published` are not measured again: neither their adapters nor the subspaces need be here. Of runs
+    that are one and the same, as one with a probe is the one without, the first counts.
     """
-    subspaces = [Subspace.load(path) for path in (grid.subspace, grid.random_subspace)]
+    there = grid.subspace.is_file()
+    subspaces = [Subspace.load(path) for path in (grid.subspace, grid.random_subspace)] if there else []
     found = []
     for cell in cells:
         adapter, result = adapter_of(grid, cell), result_of(grid, cell)
         if cell.name in published:
             found.append(published[cell.name])
-        elif adapter is not None and adapter.is_dir() and result is not None and not result["error"]:
+        elif there and adapter is not None and adapter.is_dir() and result is not None and not result["error"]:
             factors = load_adapter(str(adapter)).factors
             readings, control = (measure(factors, subspace) for subspace in subspaces)
             found.append(_drift(cell, readings, control, result))
@@ -107,7 +110,7 @@ def _drift(cell: Cell, readings: Readings, control: Readings, result: Result) ->
         sum(z < OPPOSED for z in signed),
         float(np.mean(_signed(control))),
         sum(reading.update_norm**2 for reading in readings.values()) ** 0.5,
-        float(np.mean([reading.moved for reading in readings.values() if reading.moved is not None])),
+        math.nan if readings.moved_mean is None else readings.moved_mean,
         sum(shares[name] for name in HARMFUL) / len(HARMFUL),
         shares["task"],
     )
@@ -121,6 +124,32 @@ def _merges_adapter(settings: Mapping[str, Any]) -> bool:
 
 def _signed(readings: Readings) -> list[float]:
     return [reading.signed_z for reading in readings.values() if reading.signed_z is not None]
+
+
+def band_of(runs: Sequence[Drift]) -> Band | None:
+    """Return the `moved` that parts runs that lost their refusals from those that did not, and the runs on its sides.
+
+    Lost is fewer than half refused. The edge is where the fewest runs stand on the wrong side (lost above it, not lost
+    below), the lowest of several: the middle between its two neighbours, to a twentieth. None for fewer than two runs.
+    """
+    order = sorted(runs, key=lambda run: run.moved)
+    if len(order) < 2:
+        return None
+    lost = [run.harm < LOST for run in order]
+    wrong = [at - sum(lost[:at]) + sum(lost[at:]) for at in range(1, len(order))]
+    at = wrong.index(min(wrong)) + 1
+    return _parted(round(10 * (order[at - 1].moved + order[at].moved)) / 20, runs)
+
+
+def _parted(edge: float, runs: Sequence[Drift]) -> Band:
+    below, above = _sides(edge, runs)
+    return Band(edge, len(below), sum(h < LOST for h in below), len(above), sum(h < LOST for h in above))
+
+
+def _sides(edge: float, runs: Iterable[Drift]) -> tuple[list[float], list[float]]:
+    """The refusals of the runs below the edge, and of the others."""
+    sides = [(run.moved < edge, run.harm) for run in runs]
+    return [harm for below, harm in sides if below], [harm for below, harm in sides if not below]
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
@@ -169,6 +198,7 @@ def write_drift(grid: Grid, config: str | Path, found: Sequence[Drift], since: s
         _head(f"{config} --since {since}" if since else str(config), results.name, found, since),
         f"![Cosines and refusals]({plot.relative_to(page.parent).as_posix()})",
         f"## Rank correlation with the harm refused\n\n{_correlations(found, since)}",
+        *_bands(found, since),
         f"## Runs without a safety adapter\n\n{_runs(unmerged)}",
         f"## All runs\n\n{_runs(found)}",
     ]
@@ -180,7 +210,7 @@ def _head(call: str, results: str, found: Sequence[Drift], since: str) -> str:
     tried = f", those before {since}; the later ones are its test" if since else ""
     return "\n".join(
         [
-            "# Which cosine tells that refusals are lost?",
+            "# What tells that refusals are lost?",
             f"Written by `python -m recipes.drift --config {call}`; edit the recipe, not this page.",
             "",
             f"{len(found)} adapters of the [comparison]({results}), measured against its safety subspace when they "
@@ -226,6 +256,45 @@ def _correlations(found: Sequence[Drift], since: str) -> str:
         values = (rank_correlation([of(one) for one in runs], harm) for of in measures.values())
         rows.append([name, str(len(runs)), *(_with_interval(value, len(runs)) for value in values)])
     return table(["runs", "n", *measures], rows)
+
+
+def _bands(found: Sequence[Drift], since: str) -> list[str]:
+    """The section on the edge below which refusals are lost; nothing where too few runs were left as they were."""
+    left = [one for one in found if not one.guarded]
+    band = band_of(left)
+    if band is None:
+        return []
+    sets = {
+        "update left as it was": (band.edge, left),
+        "changed, no safety adapter merged in": (band.edge, [o for o in found if o.guarded and not o.merged]),
+        "safety adapter merged in": (band.edge, [one for one in found if one.merged]),
+    }
+    earlier = band_of([one for one in left if one.date < since])
+    if earlier:
+        sets["left as it was, since then, by an edge from those before"] = (
+            earlier.edge,
+            [one for one in left if one.date >= since],
+        )
+    known = ["runs", "edge", "below", "lost", "refused, %", "not below", "lost", "refused, %"]
+    rows = [
+        [name, f"{edge:g}", *(word for side in _sides(edge, runs) for word in _side(side))]
+        for name, (edge, runs) in sets.items()
+    ]
+    about = (
+        f"Lost is fewer than {100 * LOST:.0f} % refused. The edge leaves the fewest runs of the first row on the wrong "
+        "side of it (`band_of` in `recipes/comparison/drift.py`), to a twentieth; refusals are medians, with the least "
+        "and the most. The first row is `BAND` in `safemerge_callback/decision/moved.py`. It is of updates that were "
+        "left as they were, on one model: another may have another scale. A safety adapter that was merged in lies "
+        "along V itself, so that not to be below the edge then says nothing."
+    )
+    return [f"## Where refusals are lost\n\n{about}\n\n{table(known, rows)}"]
+
+
+def _side(harm: Sequence[float]) -> tuple[str, str, str]:
+    if not harm:
+        return "0", "", ""
+    low, middle, high = (100 * float(value) for value in (min(harm), np.median(harm), max(harm)))
+    return str(len(harm)), str(sum(one < LOST for one in harm)), f"{middle:.1f} ({low:.1f} to {high:.1f})"
 
 
 def _with_interval(rho: float, n: int) -> str:

@@ -19,6 +19,7 @@ from .journal import (
     tell_torn,
 )
 from .measure import measure
+from .moved import BAND, Band, mean_moved
 from .operators import check_operator
 from .own import own_cosines
 from .plan import MergePlan
@@ -28,6 +29,7 @@ from .weights import DEFAULT_WEIGHTS, check_merge, check_module_weights, merge_w
 
 __all__ = [
     "AVERAGE_FILE",
+    "BAND",
     "DEFAULT_WEIGHTS",
     "GATES",
     "JOURNAL_FILE",
@@ -35,6 +37,7 @@ __all__ = [
     "KNOBS",
     "VERSION",
     "Average",
+    "Band",
     "Edit",
     "Gate",
     "Journal",
@@ -55,6 +58,7 @@ __all__ = [
     "check_soft",
     "check_spread",
     "held_back",
+    "mean_moved",
     "measure",
     "merge_entry",
     "merge_weights",

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from .moved import BAND, mean_moved
 from .tables import Table, html_table, render
 
 
@@ -76,6 +77,11 @@ class Reading:
         return math.isfinite(self.cosine) and math.isfinite(self.update_norm)
 
     @property
+    def measured(self) -> bool:
+        """Whether there is something to measure: a finite update that is not zero, and a V."""
+        return self.finite and self.comparable and self.update_norm != 0
+
+    @property
     def drift(self) -> float:
         """1 - cosine, for display."""
         return 1.0 - self.cosine
@@ -101,6 +107,11 @@ class Readings(Mapping[str, Reading]):
         return [name for name, reading in self.items() if reading.cosine < threshold]
 
     @property
+    def moved_mean(self) -> float | None:
+        """The mean of `moved` over the modules that have moved; None where none has, or one's is not known."""
+        return mean_moved(reading.moved for reading in self.values() if reading.measured)
+
+    @property
     def approximate(self) -> bool:
         """Whether any of them came from a compressed V, or would have but for a decision that it left open."""
         return any(reading.interval or reading.reread for reading in self.values())
@@ -113,12 +124,17 @@ class Readings(Mapping[str, Reading]):
         return html_table(*self._table())
 
     def _table(self) -> Table:
-        columns = ["module", "shape", "rank", "cosine", "null", "signed z", "‖update‖"]
+        columns = ["module", "shape", "rank", "moved", "signed z", "cosine", "null", "‖update‖"]
         rows = [[*_row(reading)] for reading in self.values()]
         if self.approximate:
             columns.append("known as")
             rows = [[*row, reading.proof] for row, reading in zip(rows, self.values(), strict=True)]
-        return f"{len(self)} modules measured", columns, rows, columns[1:]
+        return self._title(), columns, rows, columns[1:]
+
+    def _title(self) -> str:
+        mean = self.moved_mean
+        told = "" if mean is None else f"; moved {mean:+.2f} on average, {BAND.words(mean)}"
+        return f"{len(self)} modules measured{told}"
 
     def __repr__(self) -> str:
         return f"Readings({len(self)} modules)"
@@ -126,6 +142,7 @@ class Readings(Mapping[str, Reading]):
 
 def _row(reading: Reading) -> tuple[str, ...]:
     shape = f"{reading.shape[0]} x {reading.shape[1]}"
+    moved = "" if reading.moved is None else f"{reading.moved:+.2f}"
     signed = "" if reading.signed_z is None else f"{reading.signed_z:+.1f}"
-    numbers = (f"{reading.cosine:.4f}", f"{reading.null_cosine:.4f}", signed, f"{reading.update_norm:.4g}")
+    numbers = (moved, signed, f"{reading.cosine:.4f}", f"{reading.null_cosine:.4f}", f"{reading.update_norm:.4g}")
     return (reading.name, shape, str(reading.rank), *numbers)

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..decision import Edit, Gate, MergePlan, Reading
+from ..decision import BAND, Edit, Gate, MergePlan, Reading
 from .progress import Progress
 
 
@@ -46,15 +46,16 @@ _CHECK = {
     "moved_mean": Metric(
         "standard deviations · norm",
         "min",
-        "Mean over the modules of how far the update goes along V: its signed cosine in those, times its norm.",
+        "Mean over the modules of how far the update goes along V: its signed cosine in those, times its norm. What "
+        f"warns of lost refusals, below {BAND.edge:g} in the runs seen; absent where V is compressed.",
     ),
     "modules_opposed": Metric("modules", "max", "Number of modules whose signed cosine lies below -2 of those."),
     "modules": Metric("modules", "last", "Number of modules measured."),
     "modules_below": Metric(
         "modules",
         "max",
-        "Number of modules whose cosine is below the gate: below their own where the gate has one, else below "
-        "`threshold`.",
+        "Number of modules whose cosine is below the one that the gate merges them below; absent for a gate that has "
+        "no such cosine.",
     ),
     "modules_merged": Metric("modules", "max", "Number of modules merged at this check."),
     "modules_merged_total": Metric("modules", "last", "Number of module merges since training began."),
@@ -89,14 +90,15 @@ def check_metrics(plan: MergePlan, edits: Sequence[Edit], progress: Progress, se
     """
     readings = list(plan.readings.values())
     weights = [progress.task_weights.get(name, 1.0) for name in plan.readings]
+    moved = plan.readings.moved_mean
     values = {
         **_spread([r.cosine for r in readings if math.isfinite(r.cosine)]),
         "null_cosine_mean": _mean([r.null_cosine for r in readings]),
         **_distances([z for z in map(z_of, readings) if z is not None]),
-        **_signs([r.signed_z for r in readings if r.signed_z is not None]),
-        "moved_mean": _mean([r.moved for r in readings if r.moved is not None]),
+        # Where a part of the modules alone was read exactly, the others' signs are not known.
+        **({} if moved is None else _signs([r.signed_z for r in readings if r.signed_z is not None], moved)),
         "modules": float(len(readings)),
-        "modules_below": float(sum(r.cosine < _or(limit_of(plan, r), plan.threshold) for r in readings)),
+        "modules_below": _below(plan) if plan.rule.limits else math.nan,
         "modules_merged": float(len(edits)),
         "modules_merged_total": float(progress.modules_merged),
         "task_weight_min": min(weights, default=1.0),
@@ -109,8 +111,8 @@ def check_metrics(plan: MergePlan, edits: Sequence[Edit], progress: Progress, se
 
 
 def limit_of(plan: MergePlan, reading: Reading) -> float | None:
-    """Return the cosine below which the plan's gate merges this module, for gate `watch` the threshold; else None."""
-    limit = plan.threshold if plan.gate == "watch" else plan.rule.limit(reading)
+    """Return the cosine below which the plan's gate merges this module; None for a gate that has none."""
+    limit = plan.rule.limit(reading)
     return limit if limit is not None and math.isfinite(limit) else None
 
 
@@ -121,8 +123,9 @@ def z_of(reading: Reading) -> float | None:
     return (reading.cosine - reading.null_cosine) / reading.null_std
 
 
-def _or(limit: float | None, other: float) -> float:
-    return other if limit is None else limit
+def _below(plan: MergePlan) -> float:
+    limits = {name: limit_of(plan, reading) for name, reading in plan.readings.items()}
+    return float(sum(limit is not None and plan.readings[name].cosine < limit for name, limit in limits.items()))
 
 
 def _spread(cosines: Sequence[float]) -> dict[str, float]:
@@ -142,11 +145,10 @@ def _distances(distances: Sequence[float]) -> dict[str, float]:
     return {"z_min": min(distances), "z_mean": _mean(distances)} if distances else {}
 
 
-def _signs(distances: Sequence[float]) -> dict[str, float]:
-    if not distances:
-        return {}
+def _signs(distances: Sequence[float], moved: float) -> dict[str, float]:
     opposed = sum(z < Gate.z_threshold for z in distances)
-    return {"signed_z_min": min(distances), "signed_z_mean": _mean(distances), "modules_opposed": float(opposed)}
+    means = {"signed_z_mean": _mean(distances), "moved_mean": moved}
+    return {"signed_z_min": min(distances), **means, "modules_opposed": float(opposed)}
 
 
 def _mean(values: Sequence[float]) -> float:

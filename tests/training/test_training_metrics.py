@@ -72,21 +72,41 @@ def test_how_far_is_not_in_which_direction():
     assert (found["signed_z_mean"], found["moved_mean"]) == (0.0, (-4.0 * 3.0 + 4.0) / 2)
 
 
+def test_the_mean_is_of_all_modules_or_of_none():
+    """Those that a compressed V left open are a few chosen ones."""
+    exact = Reading("a", 0.5, 0.4, 3.0, 4, (8, 8), signed_cosine=-0.5)
+    still, broken = Reading("b", 1.0, 0.4, 0.0, 4, (8, 8)), Reading("c", math.nan, 0.4, math.nan, 4, (8, 8))
+    open_one = Reading("d", 0.5, 0.4, 3.0, 4, (8, 8), interval=(0.4, 0.6))
+    assert Readings([exact, still, broken]).moved_mean == -12.0
+    assert Readings([exact, open_one]).moved_mean is None
+    assert Readings([still]).moved_mean is None
+    signs = {"signed_z_min", "signed_z_mean", "moved_mean", "modules_opposed"}
+    assert not signs & numbers(MergePlan.decide(Readings([exact, open_one]), gate="all")).keys()
+
+
 @pytest.mark.parametrize(
     ("gate", "limit", "below"),
     [
         ({"gate": "threshold", "threshold": 0.35}, 0.35, 2),
-        ({"gate": "watch", "threshold": 0.35}, 0.35, 2),
+        ({"gate": "watch", "threshold": 0.35}, None, None),
         ({"gate": "calibrated", "z_threshold": -2.0}, 0.2, 1),
-        ({"gate": "num_layers", "num_layers": 1}, None, 2),
-        ({"gate": "all"}, None, 2),
+        ({"gate": "reference"}, 0.3, 1),
+        ({"gate": "num_layers", "num_layers": 1}, None, None),
+        ({"gate": "all"}, None, None),
     ],
 )
 def test_below_the_gate_is_by_the_gates_own_cosine(gate, limit, below):
-    plan = MergePlan.decide(readings([0.1, 0.3, 0.5]), **gate)
+    plan = MergePlan.decide(readings([0.1, 0.3, 0.5], reference=0.6), **gate)
     found = limit_of(plan, plan.readings["layers.0.q_proj"])
     assert found == (None if limit is None else pytest.approx(limit))
-    assert numbers(plan)["modules_below"] == below
+    # absent, not 0, for a gate that has none
+    assert numbers(plan).get("modules_below") == below
+
+
+def test_a_gate_with_a_limit_that_no_module_is_below_counts_none():
+    still = [Reading("a", 1.0, 0.4, 0.0, 4, (8, 8))]
+    assert numbers(MergePlan.decide(Readings(still), gate="threshold"))["modules_below"] == 0
+    assert numbers(MergePlan.decide(readings([0.6]), gate="threshold"))["modules_below"] == 0
 
 
 def test_an_update_that_is_not_finite_spoils_no_number():
@@ -120,7 +140,7 @@ def test_the_page_names_all_else_that_any_tracker_is_sent():
     for path in sources.glob("*.py"):
         sent |= set(re.findall(r'"(safemerge[/.][a-z_.]+)"', path.read_text()))
     listed = page_table("| key | W&B | TensorBoard | MLflow | trackio | what it is |").keys()
-    sent = {name.removesuffix(".json") for name in sent} - {"safemerge/step"}
+    sent = {name.removesuffix(".json") for name in sent} - {"safemerge/step"} - KEYS.keys()
     assert sent <= listed
     assert {key for key in listed if "<" not in key} <= sent | {"safemerge/heat_map_table"} | {"safemerge-<run id>"}
 

@@ -10,7 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from safemerge_callback.decision import BAND
 from safemerge_callback.training import METRICS
+from safemerge_callback.training.trackers import Report, Run, Trackers
+
+# What gate all sends: it merges below no cosine.
+SENT = METRICS.keys() - {"safemerge/modules_below"}
 
 
 def read_events(folder):
@@ -37,7 +42,7 @@ def test_tensorboard_scalars_read_back(world, runs, tmp_path):
     (run,) = (tmp_path / "runs").iterdir()
     assert [step for step, _ in scalars(run)["train/loss"]] == [1, 2, 3, 4, 5, 6]
     ours = scalars(run / "safemerge")
-    assert ours.keys() == METRICS.keys()
+    assert ours.keys() == SENT
     lowest = [(e["step"], min(m["cosine"] for m in e["modules"])) for e in runs.entries(tmp_path, "check")]
     assert ours["safemerge/cosine_min"] == [(step, pytest.approx(value)) for step, value in lowest]
 
@@ -58,6 +63,20 @@ def test_tensorboard_histogram_picture_alert_and_config_read_back(world, runs, t
     texts = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
     assert "4 of 4 modules at step 1" in texts["safemerge/alert/text_summary"]
     assert '"threshold": 1.0' in texts["safemerge/config/text_summary"]
+
+
+def test_a_run_that_goes_back_along_the_alignment_alerts_at_each_crossing(tmp_path):
+    trackers = Trackers()
+    trackers.attach(["tensorboard"], Run(tmp_path, {}), None)
+    # the mean, and whether a person is told: not again before it has come half way back
+    heard = [(-0.1, 0), (BAND.edge, 0), (-0.6, 1), (-0.9, 0), (-0.4, 0), (-0.7, 0), (-0.2, 0), (None, 0), (-0.8, 1)]
+    for step, (moved, _) in enumerate(heard, 1):
+        trackers.check(["tensorboard"], Report(step, {} if moved is None else {"safemerge/moved_mean": moved}))
+    trackers.close()
+    events = read_events(tmp_path / "runs" / "safemerge")
+    told = [(e.step, e.tensor_proto.string_val[0].decode()) for e in events.Tensors("safemerge/alert/text_summary")]
+    assert [step for step, _ in told] == [step for step, (_, due) in enumerate(heard, 1) if due]
+    assert "moved_mean is -0.60 at step 3, below -0.55, where 19 of 21 runs of a 135M model refused less" in told[0][1]
 
 
 @pytest.fixture
@@ -113,7 +132,7 @@ def test_mlflow_metrics_read_back(world, tmp_path, mlflow):
     with mlflow.start_run() as run:
         world.trainer(tmp_path / "out", world.guard(every=3), report_to=["mlflow"]).train()
     client = mlflow.MlflowClient()
-    for key in METRICS:
+    for key in SENT:
         assert [m.step for m in client.get_metric_history(run.info.run_id, key)] == [3, 6], key
     total = client.get_metric_history(run.info.run_id, "safemerge/modules_merged_total")
     assert [m.value for m in total] == [4, 8]

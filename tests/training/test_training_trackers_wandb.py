@@ -12,6 +12,9 @@ from safemerge_callback.training import METRICS
 from safemerge_callback.training.metrics import KEYS
 from safemerge_callback.training.trackers import COLUMNS
 
+# What gate all sends: it merges below no cosine.
+SENT = METRICS.keys() - {"safemerge/modules_below"}
+
 
 def records(path):
     """The protobuf records of a .wandb file: a 7-byte header, then a LevelDB log in blocks of 32 KiB."""
@@ -98,12 +101,12 @@ def test_numbers_axis_and_summaries_of_an_offline_run(world, runs, tmp_path, hom
     assert [row["train/global_step"] for row in ours] == [2, 4, 6]
     assert [row["safemerge/modules_merged_total"] for row in ours] == [4, 8, 12]
     for row in ours:
-        assert {name for name in row if name in METRICS} == METRICS.keys()
+        assert {name for name in row if name in METRICS} == SENT
     # no row was dropped: the trainer's own six losses are all there, in order
     assert [row["train/global_step"] for row in run.history if "train/loss" in row] == [1, 2, 3, 4, 5, 6]
     for name in ["safemerge/*", *(key for key, metric in KEYS.items() if metric.summary != "last")]:
         assert run.metrics[name].step_metric == "train/global_step"
-    for key in METRICS:
+    for key in SENT:
         kept, logged = KEYS[key].summary, [row[key] for row in ours]
         last = run.summary[key]
         assert last == (logged[-1] if kept == "last" else {kept: {"min": min, "max": max}[kept](logged)}), key
@@ -163,7 +166,8 @@ def test_the_heat_map_is_one_table_of_all_checks_and_takes_the_saved_chart(world
     drawn = tables(run, "safemerge/heat_map_table")
     assert [max(row["step"] for row in rows) for rows in drawn] == [1, 2, 4, 6]
     assert [len(rows) for rows in drawn] == [4, 8, 16, 24]
-    assert {row["limit"] for row in drawn[-1]} == {0.5}
+    # watch merges below none
+    assert {row["limit"] for row in drawn[-1]} == {None}
     # where W&B keeps how a chart is drawn
     panel = run.config["_wandb.visualize.safemerge/heat_map"]
     assert panel["panel_config"]["panelDefId"] == "team/safemerge_heat_map"

@@ -145,6 +145,11 @@ class Gate:
         return reading.cosine - (self.limit(reading) or 0.0)
 
     @property
+    def limits(self) -> bool:
+        """Whether the gate merges below a cosine of each module's own."""
+        return self.name in LIMITS
+
+    @property
     def asks_cosines(self) -> bool:
         """Whether any verdict depends on a cosine."""
         return self.name not in ("all", "watch") and not (self.name == "random" and self.num_layers is not None)

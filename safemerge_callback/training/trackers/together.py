@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
 from ...choices import one_of
+from ...decision import BAND
 from ..log import Log
 from .drift import Drift
 from .protocol import Report, Run, Tracker
@@ -87,17 +88,28 @@ class Trackers:
         self._each(names, report.step, "numbers", lambda tracker: tracker.check(report))
         if report.rows and (self.drift.due or report.final):
             self._picture(names, report.step)
+        self._warn_of_moved(report)
         below = [row.module for row in report.rows if row.below]
         if below:
             text = f"{len(below)} of {len(report.rows)} modules at step {report.step}, first {below[0]!r}"
             self.alert(report.step, "below", "safemerge: a module fell below the gate", text)
+
+    def _warn_of_moved(self, report: Report) -> None:
+        """Tell a person of a run as far back along V as those that lost their refusals; anew once it has recovered."""
+        moved = report.metrics.get("safemerge/moved_mean")
+        if moved is not None and moved < BAND.edge:
+            text = f"moved_mean is {moved:.2f} at step {report.step}, {BAND.words(moved)}: ask the model (a probe)"
+            self.alert(report.step, "moved", "safemerge: the run goes back along the alignment", text)
+        elif moved is not None and moved >= BAND.rearm:
+            self.told.discard("moved")
 
     def scalars(self, names: Sequence[str], step: int, metrics: Mapping[str, float]) -> None:
         """Send scalars to the trackers of these names."""
         self._each(names, step, "numbers", lambda tracker: tracker.numbers(step, metrics))
 
     def alert(self, step: int, about: str, title: str, text: str, *, said: bool = False) -> None:
-        """Tell a person through every open tracker that can, and in the terminal; once a run for each `about`.
+        """Tell a person through every open tracker that can, and in the terminal; once for each `about`,
+        until it is told anew.
 
         `said`: whether the terminal has it already.
         """
