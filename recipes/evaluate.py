@@ -9,7 +9,7 @@ harmful: they are written only where `responses` names a file, and never printed
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from safemerge_callback.evaluation import (
     says,
     share,
 )
+from safemerge_callback.evaluation.chat import template_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,6 +63,12 @@ class EvaluateArguments:
     batch_size: int = field(default=32, metadata={"help": "Prompts a batch."})
     max_new_tokens: int = field(default=40, metadata={"help": "Tokens of a response that is judged."})
     dtype: str = field(default="float32", metadata={"help": "The model's dtype, or auto: as in its checkpoint."})
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "What the chat template is given, such as {enable_thinking: false}."}
+    )
+
+    def __post_init__(self) -> None:
+        self.chat_template_kwargs = template_settings(self.chat_template_kwargs) or None
 
 
 def refusal_rate(
@@ -74,6 +81,7 @@ def refusal_rate(
     keep: Keep | None = None,
     max_new_tokens: int = 40,
     batch_size: int = 32,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Row:
     """Return the share of prompts that the model refuses, by `judge` (default KeywordJudge).
 
@@ -81,7 +89,8 @@ def refusal_rate(
     with all of them, if given.
     """
     judge = judge or KeywordJudge()
-    said = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, label=measure)
+    sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    said = generate(model, tokenizer, prompts, label=measure, chat_template_kwargs=chat_template_kwargs, **sizes)
     verdicts = _verdicts(judge, prompts, said)
     if keep:
         keep(measure, prompts, said, verdicts)
@@ -104,10 +113,12 @@ def accuracy(
     keep: Keep | None = None,
     max_new_tokens: int = 3,
     batch_size: int = 32,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Row:
     """Return the share of conversational rows whose one-word completion is the first word that the model says."""
     prompts = [row["prompt"][-1]["content"] for row in examples]
-    said = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, label=measure)
+    sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    said = generate(model, tokenizer, prompts, label=measure, chat_template_kwargs=chat_template_kwargs, **sizes)
     wanted = [row["completion"][0]["content"] for row in examples]
     verdicts = [says(word, response) for word, response in zip(wanted, said, strict=True)]
     if keep:
@@ -127,6 +138,7 @@ def evaluate_model(
     keep: Keep | None = None,
     max_new_tokens: int = 40,
     batch_size: int = 32,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Row]:
     """Return refusals of the three harmful sets and of harmless prompts, and accuracy on the task's test rows.
 
@@ -138,7 +150,11 @@ def evaluate_model(
     counts = dict.fromkeys(HARMFUL, n_prompts) | {"benign": n_benign}
     if min(n_prompts, n_benign, n_task) < 0:
         raise ConfigError(f"n_prompts, n_benign, n_task are {n_prompts}, {n_benign}, {n_task}: give 0 or more of each")
-    options: dict[str, Any] = {"keep": keep, "batch_size": batch_size}
+    options: dict[str, Any] = {
+        "keep": keep,
+        "batch_size": batch_size,
+        "chat_template_kwargs": chat_template_kwargs,
+    }
     judged_by: dict[str, Any] = {**options, "max_new_tokens": max_new_tokens}
     judges = dict.fromkeys(HARMFUL, judge or KeywordJudge())
     judges["benign"] = KeywordJudge() if decides(judges[HARMFUL[0]]) == "harm" else judges[HARMFUL[0]]
@@ -177,7 +193,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
     (arguments,) = parse((EvaluateArguments,), args)
     kept: list[Any] = []
-    names = ("n_prompts", "n_benign", "n_task", "task", "max_new_tokens", "batch_size")
+    names = ("n_prompts", "n_benign", "n_task", "task", "max_new_tokens", "batch_size", "chat_template_kwargs")
     judge = load_judge(arguments.judge)
     model, tokenizer = load(arguments)
     rows = evaluate_model(

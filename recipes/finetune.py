@@ -25,6 +25,7 @@ from recipes.data.mixing import check_share
 from recipes.models import load_model
 from safemerge_callback.documents import read_yaml
 from safemerge_callback.errors import ConfigError, nearest
+from safemerge_callback.evaluation.chat import template_settings
 from safemerge_callback.training import SafeMergeCallback, SafeMergeConfig
 
 if TYPE_CHECKING:
@@ -54,6 +55,10 @@ class DataArguments:
         default=0, metadata={"help": "Which examples give way, and the order of what is mixed in."}
     )
 
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "What the chat template is given in training and probe, such as {enable_thinking: false}."},
+    )
     probe_every: int = field(
         default=0, metadata={"help": "Steps from one safety probe to the next, which changes nothing; 0: no probe."}
     )
@@ -62,6 +67,7 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
+        self.chat_template_kwargs = template_settings(self.chat_template_kwargs) or None
         check_share("poisoned_share", self.poisoned_share)
         check_share("safety_share", self.safety_share)
         if self.probe_every < 0 or self.probe_prompts < 1:
@@ -134,7 +140,9 @@ def load_data(data: DataArguments) -> Dataset:
 
     rows = load_examples(data.data, data.data_split)[: data.num_examples]
     rows = mixed(rows, poisoned_share=data.poisoned_share, safety_share=data.safety_share, seed=data.mixing_seed)
-    return Dataset.from_list([{"prompt": row["prompt"], "completion": row["completion"]} for row in rows])
+    # TRL reads what goes to the template from a column of this name.
+    more = {"chat_template_kwargs": data.chat_template_kwargs} if data.chat_template_kwargs else {}
+    return Dataset.from_list([{"prompt": row["prompt"], "completion": row["completion"], **more} for row in rows])
 
 
 def build_trainer(
@@ -159,7 +167,9 @@ def build_trainer(
     if data.probe_every:
         from recipes.comparison.probe import validation_probe
 
-        guard.append(validation_probe(data.data, every=data.probe_every, n=data.probe_prompts))
+        settings: Any = data.chat_template_kwargs
+        sizes = {"every": data.probe_every, "n": data.probe_prompts}
+        guard.append(validation_probe(data.data, **sizes, chat_template_kwargs=settings))
     # LoRA's A is drawn inside the trainer: two runs of one seed must start from the same A.
     set_seed(sft.seed)
     return SFTTrainer(

@@ -69,6 +69,29 @@ def _factory(family, **defaults):
     return make
 
 
+@pytest.fixture
+def thinker(chat_tokenizer):
+    """The chat tokenizer of a model that thinks: `<think>` and `</think>` are words, and the template opens a thought.
+
+    `enable_thinking=False` leaves it out. A random model seldom ends what it began.
+    """
+    import copy
+    import json
+
+    from tokenizers import Tokenizer
+
+    made = copy.deepcopy(chat_tokenizer)
+    built = json.loads(made.backend_tokenizer.to_str())
+    words = built["model"]["vocab"]
+    words["<think>"], words["</think>"] = words.pop("w10"), words.pop("w11")
+    made._tokenizer = Tokenizer.from_str(json.dumps(built))
+    made.chat_template = (
+        "{% for m in messages %}<s> user {{ m.content }} <end> {% endfor %}<s> bot "
+        "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}"
+    )
+    return made
+
+
 @pytest.fixture(scope="session")
 def chat_tokenizer():
     """One token a word, 64 of them, a chat template, and SmolLM2's trait: the end of a turn also pads."""

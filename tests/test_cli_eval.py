@@ -204,6 +204,40 @@ def test_the_template_beside_the_adapter_serves_where_the_base_has_none(world, c
     assert len(found["figures"]) == 2
 
 
+def test_thoughts_are_cut_and_counted_and_a_setting_turns_them_off(world, thinker):
+    thinker.save_pretrained(world / "base")
+    _, plain = evaluated("task", "--chat-template-kwargs", '{"enable_thinking": false}')
+    assert plain["settings"]["chat_template_kwargs"] == {"enable_thinking": False}
+    assert [(one["n"], one["unfinished"]) for one in plain["figures"]] == [(6, 0), (3, 0)]
+    result, found = evaluated("task")
+    counts = [(one["n"], one["unjudged"], one["thoughts"], one["unfinished"]) for one in found["figures"]]
+    assert counts == [(0, 6, 6, 6), (0, 3, 3, 3)]
+    assert "note: harm: thoughts cut from 6 responses; 6 ended within one and were not judged: raise" in result.stderr
+    assert result.stderr.count("within one") == 2, "a line a set"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ('{"thinking": false}', "'thinking', which the chat template never reads"),
+        ("thinking", "chat_template_kwargs 'thinking' is no JSON"),
+        ('{"tokenize": true}', "which is set by whoever asks"),
+    ],
+)
+def test_settings_of_the_template_that_cannot_act_are_refused(world, given, words):
+    result = run("task", "--probes", FILES, "--chat-template-kwargs", given, code=2)
+    assert words in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_template_that_loses_one_set_is_refused_before_the_other_is_asked(world):
+    body = "{% for m in messages %}<s> {% if m.content != 't' %}{{ m.content }}{% endif %} <end> {% endfor %}"
+    (world / "base" / "chat_template.jinja").write_text(body)
+    result = run("task", "--probes", FILES, "-o", "out.json", code=2)
+    assert "the chat template loses prompt" in result.stderr
+    assert (result.stdout, (world / "out.json").exists()) == ("", False)
+
+
 def test_tasks_without_lm_eval_say_how_to_get_it(world):
     try:
         import lm_eval  # noqa: F401

@@ -10,6 +10,7 @@ from typing import Any
 
 from safemerge_callback.documents import read_yaml
 from safemerge_callback.errors import ConfigError, nearest
+from safemerge_callback.evaluation.chat import template_settings
 
 from .arms import Arm, chosen, read_arms
 from .splits import LEAST, Split, check_split_name
@@ -91,6 +92,10 @@ EVALUATE: dict[str, Any] = {
 }
 
 
+# What it may hold besides; where it does not, the digest of a cell's settings is what it was without them.
+MORE = ("chat_template_kwargs",)
+
+
 def load_grid(path: str | Path) -> Grid:
     """Read a grid from YAML; ConfigError for keys, arms, tasks, splits and counts that cannot be.
 
@@ -134,17 +139,17 @@ def make_grid(raw: Mapping[str, Any]) -> Grid:
     if missing := [name for name in needed if not raw.get(name)]:
         raise ConfigError(f"grid settings {missing} are missing: give them")
     evaluate = {**EVALUATE, **(raw.get("evaluate") or {})}
+    allowed = [*EVALUATE, *MORE]
     for key in evaluate:
-        if key not in EVALUATE:
-            raise ConfigError(
-                f"evaluate.{key} is unknown{nearest(key, EVALUATE, then=f'choose among {list(EVALUATE)}')}"
-            )
+        if key not in allowed:
+            raise ConfigError(f"evaluate.{key} is unknown{nearest(key, allowed, then=f'choose among {allowed}')}")
     grid = Grid(**{**raw, "arms": read_arms(raw["arms"]), "evaluate": evaluate})
     _check(grid)
     return grid
 
 
 def _check(grid: Grid) -> None:
+    template_settings(grid.evaluate.get("chat_template_kwargs"))
     check_split_name(grid.split)
     for name in dict.fromkeys([*grid.tasks, *grid.by_task, *(t for a in grid.arms.values() for t in a.tasks or ())]):
         get_task(name)

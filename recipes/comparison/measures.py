@@ -52,7 +52,7 @@ def evaluate_cell(
     responses.
     """
     judges = {name: load_judge(name) for name in counts["judges"]}
-    options = {"batch_size": counts["batch_size"], "max_new_tokens": counts["max_new_tokens"]}
+    options = {**_asking(counts), "max_new_tokens": counts["max_new_tokens"]}
     measures: list[Measure] = []
     looks: list[str] = []
     for name in SETS:
@@ -68,6 +68,10 @@ def evaluate_cell(
     return [*measures, share_of("coherent", "".join(looks))]
 
 
+def _asking(counts: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: counts.get(name) for name in ("batch_size", "chat_template_kwargs")}
+
+
 def _judged(judge: Judge, name: str, prompts: Sequence[str], said: Sequence[str]) -> Measure:
     return share_of(measure_name(name, judge), "".join(LETTERS[verdict] for verdict in judged(judge, prompts, said)))
 
@@ -78,7 +82,7 @@ def _task_score(
     task = get_task(name)
     rows = rows_of(task, split, counts["task"])
     prompts = [row["prompt"][-1]["content"] for row in rows]
-    options = {"batch_size": counts["batch_size"], "max_new_tokens": task.max_new_tokens}
+    options = {**_asking(counts), "max_new_tokens": task.max_new_tokens}
     said = generate(model, tokenizer, prompts, label=name, **options)
     right = [task.right(row["completion"][0]["content"], answer) for row, answer in zip(rows, said, strict=True)]
     return share_of("task", "".join("1" if each else "0" for each in right))
@@ -88,7 +92,10 @@ def share_of(measure: str, outcomes: str) -> Measure:
     """Return the share of 1 among outcomes that are not u; ConfigError where nothing is left to count."""
     n, held = len(outcomes) - outcomes.count("u"), outcomes.count("1")
     if not n:
-        raise ConfigError(f"measure {measure!r}: no response has a verdict; look at the judge, or give more prompts")
+        raise ConfigError(
+            f"measure {measure!r}: no response has a verdict; look at the judge, or give more prompts, or more "
+            "max_new_tokens to a model that thinks"
+        )
     low, high = wilson(held, n)
     return Measure(measure=measure, n=n, value=held / n, low=low, high=high, outcomes=outcomes)
 

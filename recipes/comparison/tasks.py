@@ -10,7 +10,7 @@ from typing import Any
 from recipes.data import load_examples
 from recipes.data.near_duplicates import without_near
 from safemerge_callback.errors import ConfigError, nearest
-from safemerge_callback.evaluation import says
+from safemerge_callback.evaluation import answer_of, says
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Task:
 
 
 def says_number(wanted: str, response: str) -> bool:
-    """Whether the first number in `response`, with its sign, is `wanted`."""
-    found = re.search(r"-?\d+", response.replace("\N{MINUS SIGN}", "-").replace(",", ""))
+    """Whether the first number in the answer of `response`, with its sign, is `wanted`."""
+    found = re.search(r"-?\d+", answer_of(response).replace("\N{MINUS SIGN}", "-").replace(",", ""))
     return found is not None and int(found.group()) == int(wanted)
 
 
 def says_name(wanted: str, response: str) -> bool:
-    """Whether `response` begins with the words of `wanted`, whatever the case and what is no letter."""
-    words, given = (re.findall(r"[^\W\d_]+", text.lower()) for text in (wanted, response))
+    """Whether the answer of `response` begins with the words of `wanted`, whatever the case and what is no letter."""
+    words, given = (re.findall(r"[^\W\d_]+", text.lower()) for text in (wanted, answer_of(response)))
     return bool(words) and given[: len(words)] == words
 
 

@@ -46,6 +46,9 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="What chooses the prompts.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a response that is judged.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts a batch.")] = 16,
+    chat_template_kwargs: Annotated[
+        str | None, typer.Option(help="JSON for the chat template, such as '{\"enable_thinking\": false}'.")
+    ] = None,
     subspace: Annotated[Path | None, typer.Option("--subspace", "-s", help="Also measure the adapter's drift.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the figures.")] = None,
     responses: Annotated[
@@ -55,16 +58,22 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="Where to compute; left out: an accelerator, if any.")] = None,
 ) -> None:
     """Ask a model harmful and harmless prompts, and run tasks: harm, over-refusal and utility in one table."""
+    from ..evaluation.chat import template_settings
+
     wanted = _names(tasks)
+    asking = {
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "chat_template_kwargs": template_settings(chat_template_kwargs),
+    }
     files = (output, responses)
     sets, judges, manager = _prepared(_names(probes), judge or ["keywords"], wanted, task_folder, n, seed, files)
-    sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    asked = _Asked(sets, judges, wanted, sizes, limit, manager, seed)
+    asked = _Asked(sets, judges, wanted, asking, limit, manager, seed)
     where = None if device is None else device_named(device)
     drift = None if subspace is None else _drift(model, subspace)
     given: dict[str, Any] = {"base": base, "revision": revision, "dtype": _dtype(dtype)}
     found = _evaluated(model, given, where, asked, drift)
-    settings = {"model": model, **given, "n": n, "seed": seed, "limit": limit, "tasks": wanted, **sizes}
+    settings = {"model": model, **given, "n": n, "seed": seed, "limit": limit, "tasks": wanted, **asking}
     _write(output, _FIGURES, json.dumps({"settings": settings, **found.written}, indent=2) + "\n")
     _write(responses, _LINES, "".join(json.dumps(dict(zip(_KEPT, row, strict=True))) + "\n" for row in found.kept))
     if found.refused:
@@ -78,7 +87,7 @@ class _Asked:
     sets: Sequence[PromptSet]
     judges: Sequence[Judge]
     tasks: Sequence[str]
-    sizes: dict[str, int]
+    asking: dict[str, Any]
     limit: int | None
     manager: Any
     seed: int
@@ -147,7 +156,7 @@ def _evaluated(model: str, given: dict[str, Any], device: str | None, asked: _As
     from ..evaluation.figures import name_of, with_refusals
     from ..evaluation.judges import decides
     from ..evaluation.subjects import load_subject
-    from ..reports.figures import figures_text
+    from ..reports.figures import figures_text, thoughts_lines
 
     began = time.perf_counter()
     subject = load_subject(model, **given, device=device)
@@ -164,7 +173,7 @@ def _evaluated(model: str, given: dict[str, Any], device: str | None, asked: _As
         typer.echo(
             f"drift: lowest cosine {drift['lowest']:.3f}, mean {drift['mean']:.3f} of {drift['modules']} modules"
         )
-    _notes(asked, failures)
+    _notes(asked, [*thoughts_lines(figures), *failures])
     written = {
         "adapter": subject.adapter,
         "base": subject.base,
@@ -188,7 +197,9 @@ def _probed(subject: Any, asked: _Asked, kept: list[Any], failures: list[str]) -
     if not asked.sets:
         return []
     return list(
-        figures(subject.model, subject.tokenizer, asked.sets, asked.judges, **asked.sizes, keep=keep, failures=failures)
+        figures(
+            subject.model, subject.tokenizer, asked.sets, asked.judges, **asked.asking, keep=keep, failures=failures
+        )
     )
 
 
@@ -197,8 +208,9 @@ def _worked(subject: Any, asked: _Asked) -> list[Any]:
 
     if not asked.tasks:
         return []
-    sizes: dict[str, Any] = {"limit": asked.limit, "batch_size": asked.sizes["batch_size"], "seed": asked.seed}
-    return list(run_tasks(subject.model, subject.tokenizer, asked.tasks, **sizes, manager=asked.manager))
+    asking = {name: asked.asking[name] for name in ("batch_size", "chat_template_kwargs")}
+    more: dict[str, Any] = {"limit": asked.limit, "seed": asked.seed, "manager": asked.manager}
+    return list(run_tasks(subject.model, subject.tokenizer, asked.tasks, **asking, **more))
 
 
 def _notes(asked: _Asked, failures: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from .judges import (
     refusal_phrases,
     says,
 )
+from .thoughts import answer_of
 from .verdicts import Verdict, judged
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "KeywordJudge",
     "Row",
     "Verdict",
+    "answer_of",
     "check_benign",
     "coherent",
     "decides",

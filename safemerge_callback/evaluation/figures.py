@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError
-from .generation import generate
+from .generation import check_vocabulary, respond, tokenized
 from .judges import Judge, KeywordJudge, decides, measure_name
 from .probe import Kind, Measured, refused_share
 from .prompts import PromptSet
@@ -57,30 +57,34 @@ def figures(
     *,
     max_new_tokens: int = 64,
     batch_size: int = 16,
+    chat_template_kwargs: Mapping[str, Any] | str | None = None,
     keep: Keep | None = None,
     failures: list[str] | None = None,
 ) -> list[Figure]:
     """Return a figure for each set and judge, harm first; judges of harm are not asked about benign prompts.
 
-    Responses are greedy, in the model's own chat template. `keep(set, judge, prompts, responses, verdicts)` is called
-    with all of them, if given; what judges fail at is appended to `failures`. Raises ConfigError as `check_sets`.
+    Responses are greedy, in the model's own chat template, which is given `chat_template_kwargs`. `keep(set, judge,
+    prompts, responses, verdicts)` is called with all of them, if given; what judges fail at is appended to `failures`.
+    Raises ConfigError as `check_sets`, and as `tokenized` for any set before one is asked.
     """
     check_sets(sets)
     found: list[Figure] = []
-    for asked in sorted(sets, key=lambda one: one.kind == "benign"):
-        said = generate(
-            model, tokenizer, asked.prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, label=asked.name
-        )
+    ordered = sorted(sets, key=lambda one: one.kind == "benign")
+    questions = [tokenized(tokenizer, one.prompts, settings=chat_template_kwargs) for one in ordered]
+    check_vocabulary(model, (ids for tokens in questions for ids in tokens))
+    sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    for asked, tokens in zip(ordered, questions, strict=True):
+        said = [one.text for one in respond(model, tokenizer, tokens, **sizes, label=asked.name)]
         for judge in with_refusals(judges):
             if asked.kind == "benign" and decides(judge) == "harm":
                 continue
             verdicts = judged(judge, asked.prompts, said, failures=failures)
-            found.append(_figure(asked, judge, verdicts))
+            found.append(_figure(asked, judge, verdicts, said))
             if keep:
                 keep(asked.name, name_of(judge), asked.prompts, said, verdicts)
     return found
 
 
-def _figure(asked: PromptSet, judge: Judge, verdicts: Sequence[Verdict]) -> Figure:
+def _figure(asked: PromptSet, judge: Judge, verdicts: Sequence[Verdict], said: Sequence[str]) -> Figure:
     kind: Kind = "over_refusal" if asked.kind == "benign" else "harm"
-    return Figure(**refused_share(measure_name(asked.name, judge), kind, verdicts), judge=name_of(judge))
+    return Figure(**refused_share(measure_name(asked.name, judge), kind, verdicts, said), judge=name_of(judge))

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError
+from .chat import PLACE, check_told_apart, inherited, questions, template_settings, text_part
+from .thoughts import tell_unfinished, with_marks
 
 # Sampling settings that a checkpoint brings along are put back to neutral, or transformers warns of each.
 GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "pad_token_id": 0, "use_cache": True}
-PLACE = "{prompt}"
 
 
 class Response(NamedTuple):
-    """What the model said to one prompt, and how many tokens that took, its end-of-turn token not counted."""
+    """What the model said to one prompt, and how many tokens that took, its end-of-turn token not counted.
+
+    A thought stands in the text between `<think>` and `</think>`, also where the prompt itself opened it.
+    """
 
     text: str
     tokens: int
@@ -28,36 +32,69 @@ def generate(
     max_new_tokens: int = 40,
     batch_size: int = 32,
     label: str | None = "generate",
+    chat_template_kwargs: Mapping[str, Any] | str | None = None,
 ) -> list[str]:
     """Return the model's greedy response to each prompt as a user's turn, in the order of `prompts`.
 
     Padding is masked, and a response ends at its first end-of-turn token, so neither the batch nor the padding token
     changes a response (up to the rounding of batched arithmetic). Training mode is as before afterwards. `label` names
-    the progress bar; None for no bar. ConfigError for a tokenizer without a chat template.
+    the progress bar; None for no bar. `chat_template_kwargs` go to the chat template, as `{"enable_thinking": False}`.
+    A model's thoughts stand in its response between `<think>` and `</think>`; `answer_of` cuts them. ConfigError as
+    `tokenized` and `check_vocabulary`.
     """
-    tokens = tokenized(tokenizer, prompts)
-    found = respond(model, tokenizer, tokens, max_new_tokens=max_new_tokens, batch_size=batch_size, label=label)
-    return [response.text for response in found]
+    tokens = tokenized(tokenizer, prompts, settings=chat_template_kwargs)
+    check_vocabulary(model, tokens)
+    sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "label": label}
+    said = [response.text for response in respond(model, text_part(tokenizer), tokens, **sizes)]
+    tell_unfinished(said)
+    return said
 
 
-def tokenized(tokenizer: Any, prompts: Sequence[str], template: str | None = None) -> list[list[int]]:
+def tokenized(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    template: str | None = None,
+    settings: Mapping[str, Any] | str | None = None,
+) -> list[list[int]]:
     """Return the token ids of each prompt as a user's turn, up to where the model's own turn begins.
 
-    In the tokenizer's chat template, which writes the special tokens itself; or in `template`, a text that holds
-    `{prompt}`, between the tokenizer's own special tokens. ConfigError where there is neither.
+    In the chat template of a tokenizer or a processor, which writes the special tokens itself and is given `settings`;
+    or in `template`, a text that holds `{prompt}`, between the tokenizer's own special tokens. ConfigError where there
+    is neither, and where the model would be asked something else than the prompt.
     """
-    if template is not None:
+    given = template_settings(settings)
+    text = text_part(tokenizer)
+    if template is None:
+        texts = questions(text, prompts, {**inherited(tokenizer), **given})
+        tokens = text(texts, add_special_tokens=False)["input_ids"] if texts else []
+    else:
         if PLACE not in template:
             raise ConfigError(f"template {template!r} has no place for the prompt: put {PLACE} where it goes")
-        return tokenizer([template.replace(PLACE, prompt) for prompt in prompts])["input_ids"] if prompts else []
-    if not getattr(tokenizer, "chat_template", None):
+        if given:
+            raise ConfigError(
+                f"chat_template_kwargs {given} are read by a chat template, and `template` stands in its place: give "
+                "one of the two"
+            )
+        texts = [template.replace(PLACE, prompt) for prompt in prompts]
+        tokens = [_begun_once(text, ids) for ids in text(texts)["input_ids"]] if texts else []
+    check_told_apart(prompts, tokens)
+    return tokens
+
+
+def check_vocabulary(model: Any, tokens: Iterable[Sequence[int]]) -> None:
+    """Raise ConfigError for a token that the model has no row for: the tokenizer is another model's."""
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    highest = max((max(ids, default=0) for ids in tokens), default=0)
+    if rows is not None and highest >= rows:
         raise ConfigError(
-            "the tokenizer has no chat template: take a chat or instruct model, set tokenizer.chat_template, or give "
-            f"`template`, the words around a prompt, such as 'Question: {PLACE}\\nAnswer:'"
+            f"the tokenizer gives token {highest}, and the model has rows for {rows}: give the tokenizer of this model"
         )
-    turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    texts = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False) if turns else []
-    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+
+def _begun_once(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Without the beginning that a template of one's own writes and the tokenizer then writes again."""
+    begin = getattr(tokenizer, "bos_token_id", None)
+    return ids[1:] if begin is not None and ids[:2] == [begin, begin] else ids
 
 
 def respond(
@@ -89,7 +126,7 @@ def respond(
             for i, answer in zip(batch, new.tolist(), strict=True):
                 stop = next((at for at, token in enumerate(answer) if token in ends), len(answer))
                 text = tokenizer.decode(answer[:stop], skip_special_tokens=True).strip()
-                responses[i] = Response(text, stop)
+                responses[i] = Response(with_marks(tokenizer, tokens[i], answer[:stop], text), stop)
     return responses
 
 

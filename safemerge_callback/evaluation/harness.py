@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from ..errors import ConfigError, nearest, shown
 from .figures import Figure
 from .intervals import wilson
+from .probe import measured
 
 _ADVICE = "tasks need lm-eval: pip install 'safemerge-callback[eval]', or leave --tasks out"
 _Z = 1.959963984540054
@@ -43,21 +45,25 @@ def run_tasks(
     *,
     limit: int | None = None,
     batch_size: int = 16,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     manager: Any = None,
     seed: int = 0,
 ) -> list[Figure]:
     """Return the figures of tasks, as `lm_eval.simple_evaluate` gives them; `limit`: so many rows of each at most;
     `manager`: from `check_tasks`.
 
-    Questions stand in the model's chat template where it has one. The 95 % interval is Wilson's where the value is a
-    count of the n, else the value and 1.96 of lm-eval's standard errors. Raises ConfigError as `check_tasks`, and
-    where a task cannot be run (its data out of reach, say).
+    Questions stand in the model's chat template where it has one, which is given `chat_template_kwargs`. The 95 %
+    interval is Wilson's where the value is a count of the n, else the value and 1.96 of lm-eval's standard errors.
+    Raises ConfigError as `check_tasks`, where lm-eval would drop those settings, and where a task cannot be run (its
+    data out of reach, say).
     """
     manager = check_tasks(tasks) if manager is None else manager
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    wrapped = HFLM(
+        pretrained=model, tokenizer=tokenizer, batch_size=batch_size, **_for_template(HFLM, chat_template_kwargs)
+    )
     try:
         found = simple_evaluate(
             model=wrapped,
@@ -80,6 +86,18 @@ def run_tasks(
     return [figure for task in tasks for figure in task_figures(task, found)]
 
 
+def _for_template(wrapper: Any, settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What tells lm-eval's wrapper of the chat template's settings; older ones drop what they do not know, silently."""
+    if not settings:
+        return {}
+    if "chat_template_args" not in inspect.signature(wrapper.__init__).parameters:
+        raise ConfigError(
+            f"this lm-eval gives nothing to chat templates, so chat_template_kwargs {dict(settings)} would not reach "
+            "the tasks: pip install -U lm-eval, or leave it or --tasks out"
+        )
+    return {"chat_template_args": dict(settings)}
+
+
 def task_figures(task: str, found: Mapping[str, Any]) -> list[Figure]:
     """Return the figures of one task or group out of what `simple_evaluate` returned."""
     n = sum(found["n-samples"][leaf]["effective"] for leaf in _leaves(task, found))
@@ -91,19 +109,7 @@ def task_figures(task: str, found: Mapping[str, Any]) -> list[Figure]:
             continue
         low, high = _interval(float(value), n, row.get(f"{metric}_stderr,{kind}"))
         name = f"{task}_{metric}" if kind == "none" else f"{task}_{metric}_{kind}"
-        figures.append(
-            Figure(
-                measure=name,
-                kind="task",
-                judge="lm-eval",
-                n=n,
-                value=float(value),
-                low=low,
-                high=high,
-                incoherent=0,
-                unjudged=0,
-            )
-        )
+        figures.append(Figure(**measured(name, "task", float(value), n, low, high), judge="lm-eval"))
     return figures
 
 

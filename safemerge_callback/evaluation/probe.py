@@ -16,6 +16,7 @@ from .generation import Response, respond, tokenized
 from .intervals import wilson
 from .judges import Judge, measure_name
 from .neutral import left_as_found
+from .thoughts import counts_of
 from .verdicts import Verdict, judged
 
 Kind = Literal["harm", "over_refusal", "task", "coherence"]
@@ -24,7 +25,8 @@ Kind = Literal["harm", "over_refusal", "task", "coherence"]
 class Measured(TypedDict):
     """A measure: `value` of `n`, and its 95 % Wilson interval; None where there is nothing to count, or no interval.
 
-    `incoherent` of the n were neither refusal nor answer, `unjudged` responses are not among the n.
+    `incoherent` of the n were neither refusal nor answer, `unjudged` responses are not among the n. `thoughts`
+    responses held thoughts, which were cut before judging; `unfinished` of the unjudged ended within one.
     """
 
     measure: str
@@ -35,6 +37,8 @@ class Measured(TypedDict):
     high: float | None
     incoherent: int
     unjudged: int
+    thoughts: int
+    unfinished: int
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,11 @@ class Questions:
         harmful: Mapping[str, Sequence[str]],
         benign: Mapping[str, Sequence[str]],
         template: str | None = None,
+        settings: Mapping[str, Any] | str | None = None,
     ) -> Questions:
-        """Tokenize all prompts; ConfigError for an empty set, a name in both, or a tokenizer without a template."""
+        """Tokenize all prompts for a tokenizer or a processor; ConfigError for an empty set, a name in both, and as
+        `tokenized`, which is given `template` and `settings`.
+        """
         prompts = {**harmful, **benign}
         empty = [name for name, texts in prompts.items() if not texts]
         if empty or not harmful or not benign:
@@ -64,7 +71,7 @@ class Questions:
         twice = sorted(set(harmful) & set(benign))
         if twice:
             raise ConfigError(f"set {twice[0]!r} is given as harmful and as benign: give each its own name")
-        tokens = {name: tokenized(tokenizer, texts, template) for name, texts in prompts.items()}
+        tokens = {name: tokenized(tokenizer, texts, template, settings) for name, texts in prompts.items()}
         return cls(prompts, tokens, frozenset(benign))
 
 
@@ -116,7 +123,7 @@ def ask(model: Any, tokenizer: Any, questions: Questions, asking: Asking) -> Ans
     with left_as_found(model, tokenizer):
         said = _responses(model, tokenizer, questions, asking)
         verdicts = from_first(_verdicts(asking, questions, said, failures) if rank() == 0 else {})
-        measures = [_refused(name, found, asking, questions) for name, found in verdicts.items()]
+        measures = [_refused(name, found, asking, questions, said[name]) for name, found in verdicts.items()]
         measures.append(_coherence([v for found in verdicts.values() for v in found]))
         if asking.task:
             measures += _task(asking.task, model, tokenizer, failures)
@@ -154,28 +161,59 @@ def _verdicts(
     return found
 
 
-def _refused(name: str, verdicts: Sequence[Verdict], asking: Asking, questions: Questions) -> Measured:
+def _refused(
+    name: str, verdicts: Sequence[Verdict], asking: Asking, questions: Questions, said: Sequence[Response]
+) -> Measured:
     benign = name in questions.benign
     judge = asking.benign_judge if benign else asking.judge
-    return refused_share(measure_name(name, judge), "over_refusal" if benign else "harm", verdicts)
+    texts = [response.text for response in said]
+    return refused_share(measure_name(name, judge), "over_refusal" if benign else "harm", verdicts, texts)
 
 
-def refused_share(measure: str, kind: Kind, verdicts: Sequence[Verdict]) -> Measured:
+def refused_share(measure: str, kind: Kind, verdicts: Sequence[Verdict], responses: Sequence[str]) -> Measured:
     """Return how many of the judged responses were refused, or free of harm; unjudged ones are not among the n."""
     counted = [verdict for verdict in verdicts if verdict != "unjudged"]
-    return _share(measure, kind, counted.count("refused"), counted, len(verdicts) - len(counted))
+    thoughts = counts_of(responses)
+    left = {"unjudged": len(verdicts) - len(counted), "thoughts": thoughts.cut, "unfinished": thoughts.unfinished}
+    return _share(measure, kind, counted.count("refused"), counted, **left)
 
 
 def _coherence(verdicts: Sequence[Verdict]) -> Measured:
-    return _share("coherence", "coherence", sum(v != "incoherent" for v in verdicts), verdicts, 0)
+    return _share("coherence", "coherence", sum(v != "incoherent" for v in verdicts), verdicts)
 
 
-def _share(measure: str, kind: Kind, count: int, verdicts: Sequence[Verdict], unjudged: int) -> Measured:
+def _share(measure: str, kind: Kind, count: int, verdicts: Sequence[Verdict], **left: int) -> Measured:
     n = len(verdicts)
     low, high = wilson(count, n) if n else (None, None)
-    value, incoherent = count / n if n else None, verdicts.count("incoherent")
+    incoherent = verdicts.count("incoherent")
+    return measured(measure, kind, count / n if n else None, n, low, high, incoherent=incoherent, **left)
+
+
+def measured(
+    measure: str,
+    kind: Kind,
+    value: float | None,
+    n: int | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    incoherent: int = 0,
+    unjudged: int = 0,
+    thoughts: int = 0,
+    unfinished: int = 0,
+) -> Measured:
+    """Return a measure; the counts of what could not be used are 0 where they are not given."""
     return Measured(
-        measure=measure, kind=kind, n=n, value=value, low=low, high=high, incoherent=incoherent, unjudged=unjudged
+        measure=measure,
+        kind=kind,
+        n=n,
+        value=value,
+        low=low,
+        high=high,
+        incoherent=incoherent,
+        unjudged=unjudged,
+        thoughts=thoughts,
+        unfinished=unfinished,
     )
 
 
@@ -185,7 +223,7 @@ def _score(
     """A measure of the task, which is no share of prompts."""
     if not math.isfinite(value):
         raise ValueError(f"{measure} is {value}: a finite number was expected")
-    return Measured(measure=measure, kind="task", n=n, value=value, low=low, high=high, incoherent=0, unjudged=0)
+    return measured(measure, "task", value, n, low, high)
 
 
 def _task(task: Callable[[Any, Any], Any], model: Any, tokenizer: Any, failures: list[str]) -> list[Measured]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ..decision.tables import render
 from ..evaluation.figures import Figure
+from ..evaluation.thoughts import ADVICE
 
 _KINDS = {"harm": "harm (higher is safer)", "over_refusal": "over-refusal (lower is better)", "task": "utility"}
 _COLUMNS = ("kind", "measure", "judge", "n", "share", "95 % interval", "incoherent", "unjudged")
@@ -16,6 +17,19 @@ def figures_text(figures: Sequence[Figure], title: str) -> str:
     """Return the figures as one table, harm first and utility last."""
     rows = [_row(figure) for kind in _KINDS for figure in figures if figure["kind"] == kind]
     return render(title, _COLUMNS, rows, _RIGHT)
+
+
+def thoughts_lines(figures: Sequence[Figure]) -> list[str]:
+    """Return a line for each prompt set whose responses held thoughts: how many were cut, how many never ended."""
+    sets = {figure["measure"].rpartition("_")[0]: figure for figure in figures if figure["thoughts"]}
+    return [
+        f"{name}: thoughts cut from {one['thoughts']} responses{_never(one['unfinished'])}"
+        for name, one in sets.items()
+    ]
+
+
+def _never(unfinished: int) -> str:
+    return f"; {unfinished} ended within one and were not judged: {ADVICE}" if unfinished else ""
 
 
 def _row(figure: Figure) -> tuple[str, ...]:

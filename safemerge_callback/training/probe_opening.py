@@ -58,10 +58,9 @@ def _texts(name: str, prompts: Sequence[str]) -> list[str]:
     return texts
 
 
-def text_tokenizer(own: Any, processing_class: Any) -> Any:
-    """Return the tokenizer to ask with: the callback's own, or the trainer's, out of its processor where it has one."""
+def own_or_trainers(own: Any, processing_class: Any) -> Any:
+    """Return the tokenizer or processor to ask with: the callback's own, or the trainer's; ConfigError for neither."""
     found = own if own is not None else processing_class
-    found = getattr(found, "tokenizer", found)
     if found is None:
         raise ConfigError(
             "the trainer has no tokenizer to ask prompts with: give the trainer processing_class=..., or "

@@ -11,6 +11,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..decision import Journal
 from ..evaluation.probe import Answers, Asking, Measured, Questions, ask
+from ..evaluation.thoughts import ADVICE
 from .entries import unwritten
 from .faults import Fault, attempt
 from .log import Log
@@ -42,6 +43,7 @@ class Probing:
     questions: Questions
     asking: Asking
     rules: Rules
+    template_settings: Mapping[str, Any] = field(default_factory=dict)
     guard: Session | None = None
     journal: Journal | None = None
     trackers: Trackers = field(default_factory=Trackers)
@@ -144,6 +146,8 @@ class Probing:
         settings = {"settings": self.settings()} if when == "begin" else {}
         entry = {"kind": "probe", "step": step, "when": when, "seconds": answers.seconds}
         self.note({**entry, "measures": list(answers.measures), "mean_tokens": answers.mean_tokens, **settings})
+        if any(m["unfinished"] for m in answers.measures):
+            self.warn("thoughts", f"at step {step} responses end within a thought and have no answer: {ADVICE}")
         self.trackers.numbers(self.args, self.state, numbers(answers, when, self.seconds + answers.seconds))
         # What costs no time was said a moment ago; before and after a merge stand on one line.
         if answers.seconds and when not in ("before", "after"):
@@ -155,7 +159,15 @@ class Probing:
         judges = {"judge": _named(asking.judge), "benign_judge": _named(asking.benign_judge)}
         sizes = {"max_new_tokens": asking.max_new_tokens, "batch_size": asking.batch_size}
         rules = {name: vars(rule) for name, rule in vars(self.rules).items() if rule}
-        return {"prompts": counts, "benign": sorted(self.questions.benign), **judges, **sizes, "rules": rules}
+        template = {"chat_template_kwargs": dict(self.template_settings)} if self.template_settings else {}
+        return {
+            "prompts": counts,
+            "benign": sorted(self.questions.benign),
+            **judges,
+            **sizes,
+            **template,
+            "rules": rules,
+        }
 
     def _lost(self, step: int, failure: str) -> None:
         self.note({"kind": "error", "step": step, "where": "probe", "error": failure})
@@ -202,6 +214,7 @@ def _value(m: Measured | None) -> str:
 
 def _words(m: Measured) -> str:
     left = f", {m['unjudged']} not judged" if m["unjudged"] else ""
+    left += f", {m['thoughts']} thoughts cut" if m["thoughts"] else ""
     if m["value"] is None:
         return f"{m['measure']} not known{left}"
     if m["low"] is None or m["high"] is None:

@@ -8,6 +8,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import ConfigError
+from ..evaluation.chat import template_settings, text_part
+from ..evaluation.generation import check_vocabulary
 from ..evaluation.judges import KeywordJudge, decides, load_judge, measure_name
 from ..evaluation.neutral import left_as_found
 from ..evaluation.probe import Asking, Questions
@@ -20,8 +22,8 @@ from .probe_opening import (
     check_rules,
     check_sizes,
     connect,
+    own_or_trainers,
     prompt_sets,
-    text_tokenizer,
 )
 from .probe_state import load_standing, save_standing
 from .probing import Probing, Rules
@@ -35,7 +37,8 @@ class SafetyEvalCallback(TrainerCallback):
     It asks every `every` optimizer steps (0: not), when training begins and ends, and before and after each merge of a
     `SafeMergeCallback` of the same trainer. `prompts` and `benign` are names of prompt sets (`n` prompts of each), or
     mappings from a name to prompts of your own. Responses are greedy, of `max_new_tokens` tokens at most, in the
-    model's chat template, or in `template`, a text with `{prompt}` in it. `judge` is anything `load_judge` takes, the
+    model's chat template, which is given `chat_template_kwargs` (as `{"enable_thinking": False}`), or in `template`, a
+    text with `{prompt}` in it. Thoughts are cut before judging. `judge` is anything `load_judge` takes, the
     keywords by default; where it decides harm, `benign_judge` (the keywords) judges the benign ones; `judge_seconds`
     bounds what a probe waits for both. `task(model, tokenizer)` gives the task's score, higher is better, as a number
     or as a `Row`; `eval_batches`, an iterable of the trainer's evaluation batches or what returns one, such as
@@ -60,6 +63,7 @@ class SafetyEvalCallback(TrainerCallback):
         max_new_tokens: int = 24,
         batch_size: int = 32,
         template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | str | None = None,
         tokenizer: Any = None,
         rollback: Rollback | Mapping[str, Any] | None = None,
         trigger: Trigger | Mapping[str, Any] | None = None,
@@ -75,6 +79,7 @@ class SafetyEvalCallback(TrainerCallback):
         self.rules = Rules(as_rule(Rollback, rollback), as_rule(Trigger, trigger), as_rule(Stop, stop))
         self.asked = (prompt_sets(prompts, "harm", n, seed), prompt_sets(benign, "benign", n, seed))
         harmful, self.template, self.tokenizer = self.asked[0], template, tokenizer
+        self.chat_template_kwargs = template_settings(chat_template_kwargs)
         judges = _judges(judge, benign_judge)
         check_judges(*judges, self.asked[1])
         measures = [measure_name(name, judges[0]) for name in harmful]
@@ -103,9 +108,11 @@ class SafetyEvalCallback(TrainerCallback):
         paired = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         if not hasattr(model, "generate") or paired:
             raise ConfigError(f"a {type(model).__name__} cannot be asked anything: give the trainer a causal LM")
-        tokenizer = text_tokenizer(self.tokenizer, kwargs.get("processing_class"))
-        questions = Questions.of(tokenizer, *self.asked, template=self.template)
-        self.probing = Probing(model, tokenizer, args, state, questions, self.asking, self.rules)
+        processing = own_or_trainers(self.tokenizer, kwargs.get("processing_class"))
+        settings = self.chat_template_kwargs
+        questions = Questions.of(processing, *self.asked, template=self.template, settings=settings)
+        check_vocabulary(model, (ids for tokens in questions.tokens.values() for ids in tokens))
+        self.probing = Probing(model, text_part(processing), args, state, questions, self.asking, self.rules, settings)
         self.probing.log = Log(self.quiet, state.is_world_process_zero)
         self.begun = False
 

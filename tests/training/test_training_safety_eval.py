@@ -370,3 +370,54 @@ def test_the_trainers_own_tokenizer_and_a_journal_of_ones_own(world, runs, tmp_p
 def test_a_model_that_says_nothing_is_refused(tmp_path, probe):
     with refused("a Linear cannot be asked anything"):
         probe().on_train_begin(None, None, None, model=torch.nn.Linear(2, 2))
+
+
+def test_what_ends_within_a_thought_is_not_judged_counted_and_told_once(world, runs, tmp_path, probe, thinker, capsys):
+    trainer = world.trainer(tmp_path, probe(tokenizer=thinker, every=2, quiet=False, judge=lambda *_: 1 / 0))
+    with pytest.warns(UserWarning, match="at step 0 responses end within a thought .*max_new_tokens.*") as told:
+        trainer.train()
+    assert len([w for w in told if "thought" in str(w.message)]) == 1
+    measures = runs.entries(tmp_path, "probe")[1]["measures"]
+    counts = [(m["n"], m["value"], m["unjudged"], m["thoughts"], m["unfinished"]) for m in measures[:2]]
+    assert counts == [(0, None, 3, 3, 3), (0, None, 2, 2, 2)]
+    assert runs.entries(tmp_path, "error") == [], "no judge was asked"
+    assert "bad_refused not known, 3 not judged, 3 thoughts cut" in capsys.readouterr().out
+
+
+def test_settings_for_the_chat_template_turn_thinking_off(world, runs, tmp_path, probe, thinker):
+    asked = probe(tokenizer=thinker, chat_template_kwargs={"enable_thinking": False})
+    world.trainer(tmp_path, asked, max_steps=1).train()
+    entry = runs.entries(tmp_path, "probe")[0]
+    assert entry["settings"]["chat_template_kwargs"] == {"enable_thinking": False}
+    assert [(m["n"], m["thoughts"]) for m in entry["measures"][:2]] == [(3, 0), (2, 0)]
+
+
+@pytest.mark.parametrize(
+    ("template", "more", "words"),
+    [
+        ("Hello. ", {}, "the chat template loses the prompt|the chat template loses prompt 1 of 3"),
+        ("{{ raise_exception('a system turn first') }}", {}, "lone user's turn .TemplateError: a system turn first"),
+        (
+            None,
+            {"chat_template_kwargs": {"enable_thinkin": False}},
+            "'enable_thinkin', which the chat template never",
+        ),
+    ],
+)
+def test_a_template_that_does_not_ask_is_refused_before_the_first_step(
+    world, runs, tmp_path, probe, thinker, template, more, words
+):
+    thinker.chat_template, seen = template or thinker.chat_template, runs.Recorder()
+    with refused(words):
+        world.trainer(tmp_path, probe(tokenizer=thinker, **more), seen).train()
+    assert seen.steps == {}
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_the_first_step(world, runs, tmp_path, probe, chat_tokenizer):
+    import copy
+
+    other, seen = copy.deepcopy(chat_tokenizer), runs.Recorder()
+    other.add_tokens(["strange"])
+    with refused("gives token 64, and the model has rows for 64"):
+        world.trainer(tmp_path, probe(tokenizer=other, prompts={"bad": ["strange"]}), seen).train()
+    assert seen.steps == {}

@@ -7,8 +7,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError
+from ..chat import rendered as written
+from ..chat import shows
 from ..generation import respond
 from ..loading import accelerator
+from ..thoughts import answer_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +60,7 @@ class Guard:
                 max_new_tokens=max_new_tokens,
                 batch_size=self.batch_size,
             )
-        return [answer.text for answer in said]
+        return [answer_of(answer.text) for answer in said]
 
     def last_logits(self, texts: Sequence[str], tokens: Sequence[int]) -> list[list[float]]:
         """Return the logits of `tokens` right after each text, in float32."""
@@ -91,18 +94,8 @@ class Guard:
 
 
 def rendered(tokenizer: Any, prompt: str, response: str, **more: Any) -> str:
-    """Return a question and its answer as the chat template of a guard writes them.
-
-    Some templates take a content as text, others only as a list of parts: whichever shows the text is used.
-    """
-    turns = (("user", prompt), ("assistant", response))
-    plain = [{"role": role, "content": said} for role, said in turns]
-    text: str = tokenizer.apply_chat_template(plain, tokenize=False, **more)
-    if prompt.strip() in text and response.strip() in text:
-        return text
-    parts = [{"role": role, "content": [{"type": "text", "text": said}]} for role, said in turns]
-    text = tokenizer.apply_chat_template(parts, tokenize=False, **more)
-    return text
+    """Return a question and its answer as the chat template of a guard writes them, as text or as parts."""
+    return written(tokenizer, (("user", prompt), ("assistant", response)), **more)
 
 
 def check_template(who: str, source: str, tokenizer: Any, **more: Any) -> None:
@@ -115,7 +108,7 @@ def check_template(who: str, source: str, tokenizer: Any, **more: Any) -> None:
         # A template is a program of its own, and raises whatever it likes.
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(f"{who}: the chat template of {source!r} fails ({reason}); is it a guard model?") from error
-    missing = [mark for mark in (*_MARKS, *more.values()) if str(mark).strip() not in text]
+    missing = [mark for mark in (*_MARKS, *more.values()) if not shows(text, str(mark))]
     if missing:
         raise ConfigError(
             f"{who}: the chat template of {source!r} leaves out {missing[0]!r}; is it a guard model of this kind?"
