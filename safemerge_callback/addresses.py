@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .errors import SafeMergeError, shown
-from .paths import as_path
+from .paths import as_path, existing
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./+-]+))?")
 _CACHE_FOLDER = re.compile(r"models--(.+)")
@@ -64,10 +64,10 @@ def fetched(address: Address, patterns: Sequence[str], what: str, *, error: type
 
 def source_name(source: str | Path) -> str:
     """Return a name for `source` that holds no machine path: a Hub id as it is, a path's last part."""
-    path = Path(source).expanduser()
-    if path.exists():
+    path = existing(source)
+    if path is not None:
         return identity(path)[0]
-    return str(source) if _HUB_ID.fullmatch(str(source)) else path.name
+    return str(source) if _HUB_ID.fullmatch(str(source)) else Path(source).name
 
 
 def identity(folder: Path, revision: str | None = None) -> tuple[str, str | None]:

@@ -10,11 +10,13 @@ import stat
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from .errors import ConfigError, SafeMergeError
+from .file_faults import reading_fault
 from .numbers import is_number
 from .paths import as_path
 
@@ -75,7 +77,7 @@ def _refusing(who: str, kind: type[SafeMergeError], advice: str) -> Iterator[Non
         form = "YAML" if isinstance(error, yaml.YAMLError) else "JSON"
         raise kind(f"{who} is no {form}: {' '.join(str(error).split())}{then}") from error
     except OSError as error:
-        raise kind(f"{who} cannot be read: {error.strerror or error}{then}") from error
+        raise kind(f"{who} {reading_fault(Path(), error, advice)}") from error
     except UNREADABLE as error:
         raise kind(f"{who} cannot be read: {' '.join(str(error).split())}{then}") from error
 

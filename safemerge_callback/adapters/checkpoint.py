@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import AdapterError
 from ..file_faults import reading_fault
 from ..ops import full_precision
+from ..paths import as_path
 from .factors import LoraFactors
 from .files import CONFIG, WEIGHTS, adapter_folder, read_config, write_folder
 from .names import canonical_name
@@ -72,7 +73,7 @@ def load_adapter(source: str | Path, *, revision: str | None = None, moved_base:
     factors = {name: _factors_of(name, pair, tensors, config, where) for name, pair in keys.items()}
     used = {key for pair in keys.values() for key in pair}
     extra = {key: tensor for key, tensor in tensors.items() if key not in used}
-    return Adapter(str(source), config.get("base_model_name_or_path"), config, factors, keys, extra)
+    return Adapter(str(source), _base_model(config), config, factors, keys, extra)
 
 
 @full_precision()
@@ -102,10 +103,15 @@ def open_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:
         factors[name]
     for key in extra:
         require_finite(read(key), where)
-    return Adapter(str(source), config.get("base_model_name_or_path"), config, factors, keys, extra)
+    return Adapter(str(source), _base_model(config), config, factors, keys, extra)
 
 
 @full_precision()
+def _base_model(config: Mapping[str, Any]) -> str | None:
+    name = config.get("base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
+
+
 def save_adapter(folder: str | Path, adapter: Adapter) -> Path:
     """Write `adapter` as a plain PEFT folder, which PeftModel.from_pretrained loads with the same updates.
 
@@ -127,7 +133,9 @@ def save_adapter(folder: str | Path, adapter: Adapter) -> Path:
     plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     require_finite(plain, f"adapter {adapter.source!r}, to be saved,")
     wanted = {module_path(adapter.keys[name].A): factors for name, factors in adapter.factors.items()}
-    return write_folder(Path(folder).expanduser(), plain, config_with(adapter.config, wanted))
+    return write_folder(
+        as_path(folder, "adapter folder", error=AdapterError), plain, config_with(adapter.config, wanted)
+    )
 
 
 def _read_tensors(path: Path, where: str) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..addresses import address_of, fetched
+from ..documents import read_json
 from ..errors import AdapterError
 from ..file_faults import reading_fault
 from ..paths import as_path
@@ -37,10 +38,7 @@ def adapter_folder(source: str | Path, revision: str | None = None) -> Path:
 
 def read_config(path: Path, where: str) -> dict[str, Any]:
     """Return adapter_config.json; raises AdapterError when it is not a JSON object."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{where}: {CONFIG} {reading_fault(path, error)}") from error
+    config = read_json(path, f"{where}: {CONFIG}", error=AdapterError, advice="Fetch or save it again.")
     if not isinstance(config, dict):
         raise AdapterError(f"{where}: {CONFIG} holds a {type(config).__name__}, not a PEFT config.")
     return config

@@ -8,7 +8,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import AdapterError
+from ..errors import AdapterError, shown
+from ..numbers import is_number, is_whole
+from ..patterns import as_pattern
 from .factors import LoraFactors
 
 
@@ -18,12 +20,16 @@ def rank_and_scaling(config: Mapping[str, Any], path: str, where: str) -> tuple[
     scaling = alpha/r, or alpha/√r with use_rslora (rsLoRA, arXiv:2312.03732). Raises AdapterError when the config
     holds no usable rank or alpha.
     """
-    rank = _resolved(config.get("rank_pattern"), path, config.get("r"))
-    alpha = _resolved(config.get("alpha_pattern"), path, config.get("lora_alpha"))
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
-        raise AdapterError(f"{where}: module {path!r} has rank {rank!r} in its config; it must be a positive integer.")
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise AdapterError(f"{where}: module {path!r} has lora_alpha {alpha!r} in its config; it must be a number.")
+    rank = _resolved(config, "rank_pattern", path, "r", where)
+    alpha = _resolved(config, "alpha_pattern", path, "lora_alpha", where)
+    if not is_whole(rank, 1):
+        raise AdapterError(
+            f"{where}: module {path!r} has rank {shown(rank)} in its config; it must be a positive integer."
+        )
+    if not is_number(alpha):
+        raise AdapterError(
+            f"{where}: module {path!r} has lora_alpha {shown(alpha)} in its config; it must be a number."
+        )
     return rank, float(alpha / math.sqrt(rank)) if config.get("use_rslora") else float(alpha / rank)
 
 
@@ -40,13 +46,18 @@ def config_with(config: Mapping[str, Any], wanted: Mapping[str, LoraFactors]) ->
     return {**new, "use_rslora": False, "r": rank, "lora_alpha": alpha, **patterns}
 
 
-def _resolved(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+def _resolved(config: Mapping[str, Any], key: str, path: str, default: str, where: str) -> Any:
     """The value of the first pattern that matches; the rule of matching is PEFT's own."""
+    patterns = config.get(key)
     if not patterns:
-        return default
+        return config.get(default)
+    if not isinstance(patterns, Mapping):
+        raise AdapterError(f"{where}: {key} is {shown(patterns)} in its config; it must map patterns to values.")
+    for pattern in patterns:
+        as_pattern(pattern, f"{where}: {key}", within=(r"(.*\.)?(", ")$"), error=AdapterError)
     from peft.utils.other import get_pattern_key
 
-    return patterns.get(get_pattern_key(list(patterns), path), default)
+    return patterns.get(get_pattern_key(list(patterns), path), config.get(default))
 
 
 def _alpha(factors: LoraFactors) -> int | float:

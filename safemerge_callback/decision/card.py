@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
+
+from ..paths import existing
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -16,7 +17,7 @@ CAVEAT = (
 def front_matter(base_model: str | None, baked: bool = False) -> str:
     """Return the head of an adapter's card, or of a model's that one was `baked` into; a base that is a Hub id."""
     # A JSON string is a YAML string. A local path is no model id, which the Hub would refuse.
-    known = base_model is not None and _HUB_ID.fullmatch(base_model) and not Path(base_model).exists()
+    known = base_model is not None and _HUB_ID.fullmatch(base_model) and existing(base_model) is None
     base = f"base_model: {json.dumps(base_model)}\n" if known else ""
     library, tags = ("transformers", "") if baked else ("peft", "- lora\n")
     return f"---\n{base}library_name: {library}\ntags:\n{tags}- safemerge\n---\n"

@@ -11,6 +11,7 @@ from ..choices import one_of
 from ..errors import ConfigError, shown
 from ..methods import METHODS, Method, get_method
 from ..numbers import is_number
+from ..patterns import as_pattern
 
 LARGEST_WEIGHT = 2.0
 DEFAULT_WEIGHTS = (0.8, 0.2)
@@ -113,10 +114,7 @@ def check_patterns(patterns: Iterable[str], names: Sequence[str]) -> None:
 
 
 def _compiled(pattern: Any) -> re.Pattern[str]:
-    try:
-        return re.compile(rf"(?:.*\.)?(?:{pattern})")
-    except re.error as error:
-        raise ConfigError(f"module_weights: {shown(pattern)} is no regular expression ({error}): write one") from error
+    return as_pattern(pattern, "module_weights:", within=(r"(?:.*\.)?(?:", ")"))
 
 
 def _wanted(adapters: int) -> str:

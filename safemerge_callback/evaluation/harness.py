@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, nearest, shown
+from ..paths import as_path
 from .figures import Figure
 from .intervals import wilson
 from .probe import measured
@@ -26,7 +27,7 @@ def check_tasks(tasks: Sequence[str], folder: str | Path | None = None) -> Any:
     except ImportError as error:
         missing = getattr(error, "name", None) or str(error)
         raise ConfigError(f"{_ADVICE} ({missing!r} is missing)") from None
-    if folder is not None and not Path(folder).is_dir():
+    if folder is not None and not as_path(folder, "task folder").is_dir():
         raise ConfigError(f"task folder {str(folder)!r} is no folder: give one that holds lm-eval's YAML files")
     manager = TaskManager(include_path=None if folder is None else str(folder))
     known = list(manager.all_tasks)

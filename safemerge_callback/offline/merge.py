@@ -46,6 +46,7 @@ from .parts import (
     adapters_of,
     check_merges,
     chunks,
+    listed,
     named_parts,
     subspace_of,
     warn_of_other_bases,
@@ -114,7 +115,7 @@ def merge_adapters(
         "density": density,
         "majority_sign_method": majority_sign_method,
     }
-    given = [] if safety is None else [safety] if isinstance(safety, str | Path | Adapter) else list(safety)
+    given = listed(safety)
     _check_knobs(rule, how, module_weights, len(given))
     base = None if bake is None else BaseModel.find(bake)
     target = free_output(output, [finetuned, *given, subspace], overwrite, base.file_names if base else ())

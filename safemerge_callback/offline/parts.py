@@ -12,7 +12,7 @@ from ..adapters import Adapter, open_adapter
 from ..adapters.on_access import OnAccess
 from ..addresses import source_name
 from ..decision import Gate
-from ..errors import ConfigError, PlanError
+from ..errors import ConfigError, PlanError, shown
 from ..methods import get_method
 from ..subspace import Subspace
 
@@ -31,9 +31,18 @@ def adapter_of(given: Given) -> Adapter:
 
 def adapters_of(given: Given | Sequence[Given] | None) -> tuple[Adapter, ...]:
     """Return one adapter, several, or none, opened."""
+    return tuple(map(adapter_of, listed(given)))
+
+
+def listed(given: Given | Sequence[Given] | None) -> list[Given]:
+    """Return one adapter, several, or none as a list; ConfigError for anything else."""
     if given is None:
-        return ()
-    return tuple(map(adapter_of, [given] if isinstance(given, str | Path | Adapter) else given))
+        return []
+    if isinstance(given, str | Path | Adapter):
+        return [given]
+    if not isinstance(given, Sequence):
+        raise ConfigError(f"safety adapters are {shown(given)}: give a folder or Hub id, or a list of them")
+    return list(given)
 
 
 def subspace_of(given: str | Path | Subspace) -> Subspace:

@@ -14,7 +14,7 @@ from ..documents import read_yaml
 from ..errors import ConfigError, nearest, shown
 from ..methods import get_method
 from ..methods.aliases import without_alias
-from ..paths import as_path
+from ..paths import as_path, existing
 from ..subspace import Subspace
 
 # What a file may say: the parts, and the knobs of `merge_adapters`.
@@ -56,17 +56,18 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         hint = nearest(str(unknown[0]), KEYS, then=f"choose among {KEYS}")
         raise ConfigError(f"config {str(path)!r} has the key {unknown[0]!r}, which is unknown{hint}")
     for part in set(PARTS) & found.keys():
-        found[part] = _resolved(found[part], file.parent, new=part == "output")
+        found[part] = _resolved(part, found[part], file.parent)
     return without_alias(found)
 
 
-def _resolved(given: Any, folder: Path, new: bool) -> Any:
-    if isinstance(given, list):
-        return [_resolved(one, folder, new) for one in given]
-    if not isinstance(given, str):
-        return given
-    there = folder / Path(given).expanduser()
-    return str(there) if new or there.exists() else given
+def _resolved(key: str, given: Any, folder: Path) -> Any:
+    if isinstance(given, list) and key == "safety":
+        return [_resolved(key, one, folder) for one in given]
+    if given is None:
+        return None
+    new = key == "output"
+    there = folder / as_path(given, f"config: {key}")
+    return str(there) if new or existing(there) else given
 
 
 def write_recipe(path: Path, target: Path, parts: Sequence[Any], plan: MergePlan) -> None:
@@ -111,5 +112,5 @@ def _told(given: Any, target: Path) -> str:
     text = (
         given.source if isinstance(given, Adapter) else str(given.path) if isinstance(given, Subspace) else str(given)
     )
-    there = Path(text).expanduser()
-    return os.path.relpath(there.resolve(), target) if there.exists() else text
+    there = existing(text)
+    return text if there is None else os.path.relpath(there.resolve(), target)

@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..documents import read_json
 from ..errors import AdapterError
-from ..file_faults import reading_fault
 
 HEAD = "lm_head"
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
@@ -31,12 +31,9 @@ def head_of(folder: Path, keys: Mapping[str, object], touched: Collection[str]) 
 
 
 def _config(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"base model's {str(path)!r} {reading_fault(path, error)}") from error
+    found = read_json(path, f"base model's {str(path)!r}", error=AdapterError, advice="Fetch or save it again.")
     return found if isinstance(found, dict) else {}
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from ..decision import JOURNAL_FILE
 from ..errors import JournalError
+from ..paths import as_path
 
 # The one measure that is no share of prompts.
 LOSS = "eval_loss"
@@ -177,7 +178,7 @@ def title_of(path: Path) -> str:
 
 def journal_in(source: str | Path) -> Path:
     """Return the journal of a run's folder, or the path that was given; JournalError for a folder without one."""
-    path = Path(source).expanduser()
+    path = as_path(source, "journal", error=JournalError)
     if not path.is_dir():
         return path
     if (path / JOURNAL_FILE).is_file():

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from ..decision import JOURNAL_FILE, parse_lines, tell_torn
 from ..errors import JournalError
+from ..paths import as_path
 from .entries import add_entry
 from .history import LOSS, Cell, History, counted, title_of
 from .layout import OUTSIDE, panels
@@ -31,7 +32,7 @@ class Tail:
     """
 
     def __init__(self, source: str | Path) -> None:
-        path = Path(source).expanduser()
+        path = as_path(source, "journal", error=JournalError)
         self.path = path if path.suffix == ".jsonl" or path.is_file() else path / JOURNAL_FILE
         self._start_over()
 

@@ -16,6 +16,7 @@ from ..adapters import LoraFactors
 from ..errors import SubspaceError, nearest
 from ..file_faults import reading_fault
 from ..ops import AlignmentMatrix, full_precision, turned
+from ..paths import as_path
 from .check import check_base, check_modules, require_tensors
 from .digests import digest_of
 from .header import PROBE_POSITIONS, PROBES, VERSION, FileHeader, ModuleHeader
@@ -42,7 +43,7 @@ class Subspace:
 
         Raises SubspaceError for a file that is absent, corrupt, cut short, of another version, or something else.
         """
-        path = Path(path).expanduser()
+        path = as_path(path, "subspace", error=SubspaceError)
         where = f"subspace {str(path)!r}"
         if not path.is_file():
             raise SubspaceError(f"{where}: no such file. Write one with build_subspace, or `safemerge build`.")

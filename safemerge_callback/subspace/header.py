@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..documents import parse_json
 from ..errors import SubspaceError
 from ..outputs import Kind
 
@@ -118,8 +119,8 @@ class FileHeader:
         try:
             if metadata["sha256"] != _sha256(metadata["header"]):
                 raise ValueError("it is not the one whose sha256 is given")
-            return cls._from_json(json.loads(metadata["header"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            return cls._from_json(parse_json(metadata["header"], "the header"))
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise SubspaceError(f"{where} has a corrupt header ({error!r}). Build the subspace again.") from error
 
     @classmethod

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from ..errors import SubspaceError
+from ..documents import UNREADABLE, read_text
+from ..errors import ConfigError, SubspaceError
 from .digests import TensorDigest
 
 try:
@@ -80,8 +81,8 @@ class StepLog:
     def kept(self, partial: Path, start: int) -> list[Step] | None:
         """Return the steps whose bytes stand whole in `partial` from byte `start` on; None where another key's are."""
         try:
-            lines = self.path.read_text(encoding="utf-8").split("\n")
-        except OSError:
+            lines = read_text(self.path, "the log").split("\n")
+        except ConfigError:
             return []
         # What follows the last line feed is a line that was being written.
         if len(lines) < 2 or not partial.is_file():
@@ -114,7 +115,7 @@ class StepLog:
 def _parsed(line: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except UNREADABLE:
         return None
 
 
@@ -126,7 +127,10 @@ def _intact(lines: list[str], partial: Path, start: int) -> Iterator[Step]:
             if not isinstance(raw, dict) or set(raw) != {"record", "tensors", "digests", "end"}:
                 return
             step = Step(**raw)
-            offsets = {name: step.tensors[name]["data_offsets"] for name in step.digests}
+            try:
+                offsets = {name: step.tensors[name]["data_offsets"] for name in step.digests}
+            except (KeyError, TypeError):
+                return
             if any(_digest(file, start + a, b - a) != step.digests[name] for name, (a, b) in offsets.items()):
                 return
             yield step

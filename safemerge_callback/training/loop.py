@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from ..decision import JOURNAL_FILE, Edit, Journal, MergePlan, check_entry, merge_entry
+from ..paths import as_path
 from .entries import decision_rows, unwritten
 from .lines import nothing_merged
 from .log import Log
@@ -35,7 +36,7 @@ class LoopLog:
         enabled: bool = True,
     ) -> None:
         self.names = known([report_to] if isinstance(report_to, str) else report_to) if enabled else []
-        self.folder, self.step = Path(folder).expanduser(), 0
+        self.folder, self.step = as_path(folder, "folder"), 0
         self.plan: MergePlan | None = None
         self.journal = Journal(journal or self.folder / JOURNAL_FILE, enabled=enabled)
         self.progress, self.trackers = Progress(), Trackers()

@@ -21,6 +21,7 @@ from ..adapters.snapshot import set_aside_snapshot
 from ..decision import JOURNAL_FILE, Average, Journal, MergePlan, check_safety_adapter, merged_factors, own_cosines
 from ..errors import ConfigError, JournalError
 from ..ops import LowRank
+from ..paths import as_path
 from ..subspace import Subspace
 from .averaging import load_average
 from .config import SafeMergeConfig
@@ -181,7 +182,7 @@ def _records(config: SafeMergeConfig, args: TrainingArguments, state: TrainerSta
     if found:
         _tell_changes(found.config, config.to_dict())
     progress.config = config.to_dict()
-    path = Path(config.journal).expanduser() if config.journal else Path(args.output_dir) / JOURNAL_FILE
+    path = as_path(config.journal or Path(args.output_dir) / JOURNAL_FILE, "journal", error=JournalError)
     if state.is_world_process_zero:
         if state.global_step == 0:
             set_aside_snapshot(Path(args.output_dir))

@@ -14,6 +14,7 @@ from ..decision import JOURNAL_FILE, Journal
 from ..errors import ConfigError, JournalError, shown
 from ..evaluation.judges import Judge, check_benign, measure_name
 from ..numbers import is_whole
+from ..paths import as_path
 from .ending import COMPARED_BATCHES, mean_loss
 from .probing import Probing, Rules
 from .progress import continue_journal
@@ -121,7 +122,7 @@ def connect(probing: Probing, guard: Session | None, journal: str | None) -> Non
 
 
 def _opened(journal: str | None, args: TrainingArguments, state: TrainerState) -> Journal:
-    path = Path(journal).expanduser() if journal else Path(args.output_dir) / JOURNAL_FILE
+    path = as_path(journal or Path(args.output_dir) / JOURNAL_FILE, "journal", error=JournalError)
     try:
         if state.is_world_process_zero:
             continue_journal(path, state.global_step, None)

@@ -169,7 +169,7 @@ def rewrite(path, change):
         (lambda m, h, t: m.update(version="3"), "format version '3'; this release reads version '2'"),
         (lambda m, h, t: m.update(version="1"), "format version '1'.*Build the subspace again"),
         (lambda m, h, t: m.update(format="pt"), "not a safety-subspace file: format is 'pt'"),
-        (lambda m, h, t: m.update(broken="{"), "corrupt header .*JSONDecodeError"),
+        (lambda m, h, t: m.update(broken="{"), "corrupt header .*no JSON"),
         (lambda m, h, t: m.update(wrong="0" * 64), "corrupt header .*not the one whose sha256"),
         (lambda m, h, t: h.pop("modules"), "corrupt header .*modules"),
         (lambda m, h, t: h["modules"]["a"].pop("norm"), "corrupt header .*norm"),

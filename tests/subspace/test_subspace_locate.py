@@ -33,7 +33,7 @@ def test_a_folder_wins_over_a_hub_id_of_the_same_spelling(tmp_path, monkeypatch)
     assert (locate("org/name").name, locate("org/name@main").name) == ("name", "name@main")
 
 
-@pytest.mark.parametrize("config", ['{"model_type": "phimoe"}', '{"model_type": 3}', "[]", "{", None])
+@pytest.mark.parametrize("config", ['{"model_type": "phimoe"}', '{"model_type": 3}', "[]", None])
 def test_the_architecture_is_what_config_json_says_if_it_says_one(tmp_path, config):
     save_file({"layers.0.q_proj.weight": torch.zeros(2, 3)}, tmp_path / "some.safetensors")
     if config is not None:
@@ -41,6 +41,15 @@ def test_the_architecture_is_what_config_json_says_if_it_says_one(tmp_path, conf
     expected = "phimoe" if config and "phimoe" in config else None
     assert locate(tmp_path).architecture == expected
     assert locate(tmp_path / "some.safetensors").architecture == expected
+
+
+@pytest.mark.parametrize(("config", "words"), [("{", "is no JSON"), ("[" * 100_000, "too deep")])
+def test_a_config_json_that_cannot_be_read_is_refused(tmp_path, config, words):
+    save_file({"layers.0.q_proj.weight": torch.zeros(2, 3)}, tmp_path / "some.safetensors")
+    (tmp_path / "config.json").write_text(config)
+    for source in (tmp_path, tmp_path / "some.safetensors"):
+        with pytest.raises(SubspaceError, match=f"config.json .*{words}.*Download it again"):
+            locate(source)
 
 
 @pytest.mark.parametrize("listed", [["model.safetensors"], {"a.weight": 3}, {"a.weight": "a.bin"}, {}])

@@ -197,7 +197,7 @@ def test_the_lock_of_a_killed_writer_is_void(folder):
 def test_a_full_disk_leaves_the_old_file_and_the_next_build_goes_on(folder, limit):
     """RLIMIT_FSIZE makes a write fail as a full disk does: by an OSError, after a part of it was written."""
     build(folder, "unbroken")
-    (folder / "v").write_text("old")
+    (folder / "v").write_text("old safemerge.subspace")
     call = [sys.executable, "-c", BUILD_WITH_LIMIT, str(folder), str(limit), str(folder / "v")]
     done = subprocess.run(call, capture_output=True, text=True)
     assert done.returncode == 1
@@ -205,7 +205,7 @@ def test_a_full_disk_leaves_the_old_file_and_the_next_build_goes_on(folder, limi
     kept = limit > 300_000
     assert ("finished steps are kept" if kept else "Nothing was left there") in done.stderr
     assert hidden(folder) == ([".v.partial", ".v.partial.steps"] if kept else [])
-    assert (folder / "v").read_text() == "old"
+    assert (folder / "v").read_text() == "old safemerge.subspace"
     build(folder)
     assert (folder / "v").read_bytes() == (folder / "unbroken").read_bytes()
 

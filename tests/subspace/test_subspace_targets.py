@@ -60,7 +60,7 @@ def test_layers_come_in_numeric_order():
     [
         (["q_proj", "up_porj"], r"'up_porj' matches none of 18 modules; did you mean 'up_proj'"),
         ("q_proj", "'q_proj' matches none of 18 modules as a regular expression"),
-        ("(", "not a regular expression"),
+        ("(", "no regular expression"),
         ([], "empty list"),
     ],
 )

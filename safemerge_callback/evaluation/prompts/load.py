@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from ...errors import ConfigError, nearest
+from ...errors import ConfigError, nearest, shown
+from ...numbers import is_whole
+from ...paths import as_path, existing
 from .places import downloaded, installed
 from .sets import PROMPT_SETS, Kind, SetCard, Where
 from .tables import ENDINGS, read_rows, texts_of
@@ -39,8 +41,9 @@ def load_prompts(name_or_path: str, n: int | None = None, seed: int = 0) -> Prom
     None takes all in the file's order. Raises ConfigError where a name, file or column does not exist, or a set cannot
     be had, with what to do about it.
     """
-    if n is not None and n < 1:
-        raise ConfigError(f"prompts {name_or_path!r}: n is {n}; give 1 or more, or leave it out for all")
+    check_prompt_set(name_or_path)
+    if n is not None and not is_whole(n, 1):
+        raise ConfigError(f"prompts {name_or_path!r}: n is {shown(n)}; give 1 or more, or leave it out for all")
     found = _named(PROMPT_SETS[name_or_path]) if name_or_path in PROMPT_SETS else _own(name_or_path)
     return found if n is None else replace(found, prompts=chosen(found.prompts, n, seed))
 
@@ -54,6 +57,8 @@ def chosen(prompts: Sequence[str], n: int, seed: int) -> tuple[str, ...]:
 
 def check_prompt_set(name_or_path: str) -> Kind:
     """Return the kind of a set or file by its spelling alone; ConfigError where it can be neither."""
+    if not isinstance(name_or_path, str):
+        raise ConfigError(f"prompts {shown(name_or_path)}: give the name of a set, or harm:FILE or benign:FILE")
     if name_or_path in PROMPT_SETS:
         return PROMPT_SETS[name_or_path].kind
     kind, path, _ = _parts(name_or_path)
@@ -74,10 +79,10 @@ def _parts(text: str) -> tuple[Kind | None, Path, str | None]:
     before, colon, after = text.partition(":")
     kind = next((known for known in KINDS if colon and before == known), None)
     rest = after if kind else text
-    if not Path(rest).exists() and "#" in rest:
+    if existing(rest) is None and "#" in rest:
         rest, _, column = rest.rpartition("#")
-        return kind, Path(rest).expanduser(), column
-    return kind, Path(rest).expanduser(), None
+        return kind, as_path(rest, "prompt file"), column
+    return kind, as_path(rest, "prompt file"), None
 
 
 def _own(text: str) -> PromptSet:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...documents import parse_json
 from ...errors import SubspaceError
 from ..header import DTYPES
-from .shard_files import ShardFile, unreadable
+from .shard_files import _AGAIN, ShardFile, unreadable
 
 # One request fetches at most this much, so that a fault costs little and a tensor needs little more than itself.
 CHUNK = 32 * 2**20
@@ -42,7 +42,10 @@ class HubFolder(NamedTuple):
 
     def text(self, name: str) -> str:
         """Return the content of a small file."""
-        return _get(self.repo, self._url(name)).decode("utf-8")
+        try:
+            return _get(self.repo, self._url(name)).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise SubspaceError(f"checkpoint {self.repo!r}: {name} is no text ({error}). {_AGAIN}") from error
 
     def shard(self, name: str) -> ShardFile:
         """Return one of its safetensors files; nothing is fetched yet."""
@@ -110,7 +113,7 @@ class HubFile:
         """Key -> shape, dtype, and where the values begin behind the header."""
         header, size = self._start
         try:
-            listed = {k: v for k, v in json.loads(header[8:]).items() if k != "__metadata__"}
+            listed = {k: v for k, v in parse_json(header[8:], "the header").items() if k != "__metadata__"}
             entries = {k: (tuple(v["shape"]), v["dtype"], *v["data_offsets"]) for k, v in listed.items()}
             for key, (shape, dtype, begin, end) in entries.items():
                 known = dtype not in DTYPES or end - begin == prod(shape) * DTYPES[dtype].itemsize

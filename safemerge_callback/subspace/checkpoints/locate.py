@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from ...addresses import address_of, identity
+from ...documents import parse_json
 from ...errors import SubspaceError
 from .shard_files import Folder, LocalFile, LocalFolder, ShardFile
 
@@ -42,7 +42,7 @@ def locate(source: str | Path, revision: str | None = None) -> Located:
         return _on_hub(address.repo, address.revision)
     if path.is_file():
         files = (LocalFile(_one_file(path)),)
-        return Located(path.name, revision, files, architecture=_architecture(LocalFolder(path.parent)))
+        return Located(path.name, revision, files, architecture=_architecture(LocalFolder(path.parent), str(source)))
     return _located(*identity(path, revision), LocalFolder(path), str(source))
 
 
@@ -71,17 +71,17 @@ def _located(name: str, revision: str | None, folder: Folder, source: str) -> Lo
     there = folder.names()
     listed = _listed(folder, source) if INDEX in there else {}
     chosen = _shards(listed, there, source) if INDEX in there else (_only_file(there, source),)
-    return Located(name, revision, tuple(folder.shard(file) for file in chosen), listed, _architecture(folder, there))
+    return Located(
+        name, revision, tuple(folder.shard(file) for file in chosen), listed, _architecture(folder, source, there)
+    )
 
 
-def _architecture(folder: Folder, there: list[str] | None = None) -> str | None:
+def _architecture(folder: Folder, source: str, there: list[str] | None = None) -> str | None:
     if "config.json" not in (folder.names() if there is None else there):
         return None
     text = folder.text("config.json")
-    try:
-        found = json.loads(text)["model_type"]
-    except (ValueError, KeyError, TypeError):
-        return None
+    config = parse_json(text, f"checkpoint {source!r}: config.json", error=SubspaceError, advice="Download it again.")
+    found = config.get("model_type") if isinstance(config, dict) else None
     return found if isinstance(found, str) else None
 
 
@@ -121,7 +121,7 @@ def _listed(folder: Folder, source: str) -> dict[str, str]:
     """The index's map from tensor to file."""
     text = folder.text(INDEX)
     try:
-        listed = json.loads(text)["weight_map"]
+        listed = parse_json(text, INDEX)["weight_map"]
         files = sorted(set(listed.values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise SubspaceError(f"checkpoint {source!r}: {INDEX} is corrupt ({error}).") from error

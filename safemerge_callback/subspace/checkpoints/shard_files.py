@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ...documents import read_text
 from ...errors import SubspaceError
 from ...file_faults import reading_fault
 
@@ -93,8 +94,7 @@ class LocalFolder(NamedTuple):
 
     def text(self, name: str) -> str:
         """Return the content of a small file."""
-        with _reading(self.path / name, "is corrupt"):
-            return (self.path / name).read_text(encoding="utf-8")
+        return read_text(self.path / name, repr(str(self.path / name)), error=SubspaceError, advice=_AGAIN)
 
     def shard(self, name: str) -> ShardFile:
         """Return one of its safetensors files."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from ...errors import SubspaceError, nearest
+from ...errors import SubspaceError, nearest, shown
+from ...patterns import as_pattern
 
 ALL_LINEAR = "all-linear"
 _HEADS_AND_EMBEDDINGS = {"lm_head", "wte", "wpe", "shared", "embeddings"}
@@ -39,16 +40,15 @@ def select_targets(names: Mapping[str, str], target_modules: Sequence[str] | str
             raise SubspaceError("the checkpoint has no linear layer besides embeddings, output head and experts.")
     elif isinstance(target_modules, str):
         chosen = _by_regex(names, target_modules)
+    elif isinstance(target_modules, Iterable) and all(isinstance(name, str) for name in target_modules):
+        chosen = _by_suffix(names, list(target_modules))
     else:
-        chosen = _by_suffix(names, target_modules)
+        raise SubspaceError(f"target_modules is {shown(target_modules)}: give names, a regular expression, or nothing.")
     return sorted(chosen, key=_layer_order)
 
 
 def _by_regex(names: Mapping[str, str], pattern: str) -> list[str]:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise SubspaceError(f"target_modules {pattern!r} is not a regular expression: {error}.") from error
+    compiled = as_pattern(pattern, "target_modules", error=SubspaceError)
     chosen = [
         name
         for name, key in names.items()

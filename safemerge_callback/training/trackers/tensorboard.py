@@ -10,6 +10,8 @@ from typing import ClassVar
 
 from torch.utils.tensorboard import SummaryWriter
 
+from ...errors import TrackerError
+from ...paths import as_path
 from .drift import Drift
 from .picture import heat_map
 from .protocol import Report, Run
@@ -68,7 +70,7 @@ def _run_folder(output_dir: Path) -> Path:
     """The folder of the trainer's own event file, known by the process id in its name."""
     chosen = os.environ.get("TENSORBOARD_LOGGING_DIR")
     if chosen:
-        return Path(chosen).expanduser()
+        return as_path(chosen, "TENSORBOARD_LOGGING_DIR", error=TrackerError)
     runs = output_dir / "runs"
     ours = [p for p in runs.rglob(f"events.out.tfevents.*.{os.getpid()}.*") if p.parent.name != "safemerge"]
     return max(ours, key=lambda p: p.stat().st_mtime).parent if ours else runs
