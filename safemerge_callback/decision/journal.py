@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import JournalError
+from ..paths import as_path
 from .apply import Edit
 from .gates import KNOB
 from .plan import MergePlan
@@ -23,6 +24,8 @@ VERSION = 1
 JOURNAL_FILE = "safemerge.jsonl"
 # Bytes looked through at a time for the end of the last whole line.
 _BLOCK = 1 << 16
+# Bytes of a journal: what its entries take once they are read is several times that.
+_LARGEST = 4 << 30
 
 
 class Journal:
@@ -33,7 +36,7 @@ class Journal:
     """
 
     def __init__(self, path: str | Path, enabled: bool = True) -> None:
-        self.path = Path(path).expanduser()
+        self.path = as_path(path, "journal", error=JournalError)
         self.enabled = enabled
         self._waiting: list[bytes] = []
         if enabled:
@@ -52,7 +55,7 @@ class Journal:
             line = json.dumps(_plain(stamped), allow_nan=False, ensure_ascii=False) + "\n"
         except TypeError as error:
             raise JournalError(f"journal entry {entry.get('kind')!r} cannot be written as JSON: {error}") from error
-        self._waiting.append(line.encode())
+        self._waiting.append(line.encode(errors="backslashreplace"))
         try:
             _append(self.path, b"".join(self._waiting))
         except OSError as error:
@@ -93,6 +96,7 @@ def _end_of_lines(file: io.FileIO) -> int:
 
 
 def _open(path: Path) -> None:
+    require_journal_file(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("ab").close()
@@ -118,11 +122,21 @@ def read_journal(path: str | Path) -> list[dict[str, Any]]:
 
 def numbered_entries(path: str | Path) -> dict[int, dict[str, Any]]:
     """Return what `read_journal` does, by the numbers of the lines, from 1."""
-    place = Path(path).expanduser()
+    place = as_path(path, "journal", error=JournalError)
     *lines, tail = _read(place)
     entries, torn = _parsed(lines, tail, place)
     tell_torn(torn, place)
     return entries
+
+
+def require_journal_file(path: Path) -> None:
+    """Raise JournalError for what is there and is no regular file, or larger than a journal ever is."""
+    if path.is_dir() or (path.exists() and not path.is_file()):
+        what = "a folder" if path.is_dir() else "no regular file"
+        raise JournalError(f"journal {str(path)!r} is {what}: give a journal ({JOURNAL_FILE}).")
+    if path.exists() and path.stat().st_size > _LARGEST:
+        size = f"{path.stat().st_size:,} bytes, more than the {_LARGEST:,}"
+        raise JournalError(f"journal {str(path)!r} has {size} that are read: set it aside.")
 
 
 def parse_lines(lines: Iterable[bytes], path: Path, first: int = 1) -> tuple[dict[int, dict[str, Any]], list[int]]:
@@ -150,6 +164,7 @@ def tell_torn(torn: Sequence[int], path: Path) -> None:
 
 def _read(path: Path) -> list[bytes]:
     """What stands between line feeds; the last is what follows them all."""
+    require_journal_file(path)
     try:
         return path.read_bytes().split(b"\n")
     except OSError as error:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, nearest, shown
 from ..evaluation.probe import Answers
+from ..numbers import is_number, is_whole
 
 Rule = TypeVar("Rule")
 LOSS = "eval_loss"
@@ -27,8 +28,8 @@ class Rollback:
             )
         for name in ("task", "eval_loss"):
             value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ConfigError(f"rollback {name} is {value}: give a number of at least 0")
+            if value is not None and not (is_number(value) and value >= 0):
+                raise ConfigError(f"rollback {name} is {shown(value)}: give a number of at least 0")
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,11 @@ class Trigger:
 
     def __post_init__(self) -> None:
         _check_share("trigger", self.below)
-        if self.rearm is not None and not self.below <= self.rearm <= 1:
-            raise ConfigError(f"trigger rearm is {self.rearm}: give a share from below ({self.below}) to 1")
-        if self.cooldown < 0:
-            raise ConfigError(f"trigger cooldown is {self.cooldown}: give 0 or more optimizer steps")
+        if self.rearm is not None and not (is_number(self.rearm) and self.below <= self.rearm <= 1):
+            raise ConfigError(f"trigger rearm is {shown(self.rearm)}: give a share from below ({self.below}) to 1")
+        if not is_whole(self.cooldown, 0):
+            raise ConfigError(f"trigger cooldown is {shown(self.cooldown)}: give 0 or more optimizer steps")
+        _check_measure("trigger", self.measure)
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,9 @@ class Stop:
 
     def __post_init__(self) -> None:
         _check_share("stop", self.below)
-        if self.patience < 1:
-            raise ConfigError(f"stop patience is {self.patience}: give 1 probe or more")
+        if not is_whole(self.patience, 1):
+            raise ConfigError(f"stop patience is {shown(self.patience)}: give 1 probe or more")
+        _check_measure("stop", self.measure)
 
 
 @dataclass(frozen=True)
@@ -140,5 +143,10 @@ def _task(answers: Answers) -> float | None:
 
 
 def _check_share(name: str, below: float) -> None:
-    if not 0 < below <= 1:
-        raise ConfigError(f"{name} below is {below}: give a share above 0, up to 1")
+    if not is_number(below) or not 0 < below <= 1:
+        raise ConfigError(f"{name} below is {shown(below)}: give a share above 0, up to 1")
+
+
+def _check_measure(name: str, measure: Any) -> None:
+    if measure is not None and not isinstance(measure, str):
+        raise ConfigError(f"{name} measure is {shown(measure)}: give the name of one measure, or leave it out")
