@@ -36,6 +36,11 @@ def adapter_folder(source: str | Path, revision: str | None = None) -> Path:
     return folder
 
 
+def saved_adapter(folder: Path, adapter: str) -> Path:
+    """Return where PEFT saves the adapter of this name in `folder`: there for `default`, else in a folder named so."""
+    return folder if adapter == "default" else folder / adapter
+
+
 def read_config(path: Path, where: str) -> dict[str, Any]:
     """Return adapter_config.json; raises AdapterError when it is not a JSON object."""
     config = read_json(path, f"{where}: {CONFIG}", error=AdapterError, advice="Fetch or save it again.")

@@ -38,21 +38,22 @@ def since(factors: Mapping[str, LoraFactors], initial: Mapping[str, LowRank]) ->
     return {name: replace(now, initial=initial[name]) for name, now in factors.items()}
 
 
-def save_initial(folder: Path, initial: Mapping[str, LowRank]) -> Path:
-    """Write the initial factors into `folder`, whole or not at all; return the file. Raises OSError."""
-    write_pairs(folder / INITIAL_FILE, initial)
+def save_initial(folder: Path, initial: Mapping[str, LowRank], save: str = "") -> Path:
+    """Write the initial factors into `folder`, whole or not at all, as part of `save`; return the file. OSError."""
+    write_pairs(folder / INITIAL_FILE, initial, {"save": save})
     return folder / INITIAL_FILE
 
 
-def load_initial(folder: str | Path) -> dict[str, LowRank]:
-    """Read what `save_initial` wrote; AdapterError where there is none, or one that cannot be read."""
+def load_initial(folder: str | Path, save: str | None = None) -> dict[str, LowRank]:
+    """Read what `save_initial` wrote; AdapterError where there is none of this `save`, or one that cannot be read."""
     path = Path(folder) / INITIAL_FILE
-    if not path.is_file():
-        raise AdapterError(
-            f"{str(folder)!r} holds no {INITIAL_FILE}, and the factors began as a part of the base weight, so what "
-            "training changed is not known. Resume from a checkpoint that this callback wrote, or start anew."
-        )
     try:
-        return read_pairs(path)[0]
+        pairs, about = read_pairs(path) if path.is_file() else ({}, {})
     except (OSError, ValueError) as error:
         raise AdapterError(f"{str(path)!r} {reading_fault(path, error, 'Take another checkpoint.')}") from error
+    if not pairs or (save is not None and about.get("save") != save):
+        raise AdapterError(
+            f"{str(folder)!r} holds no {INITIAL_FILE} of its own, and the factors began as a part of the base weight, "
+            "so what training changed is not known. Resume from a checkpoint that this callback wrote, or start anew."
+        )
+    return pairs

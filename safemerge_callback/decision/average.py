@@ -66,15 +66,15 @@ class Average:
             kept[name] = LoraFactors(name, A, B, module.scaling, module.transposed)
         return Adapter("the run's own average", None, {}, kept)
 
-    def save(self, folder: Path) -> Path:
-        """Write the average into `folder`, whole or not at all; return the file. Raises OSError."""
+    def save(self, folder: Path, save: str = "") -> Path:
+        """Write the average into `folder`, whole or not at all, as part of `save`; return the file. Raises OSError."""
         about = {key: json.dumps(getattr(self, key)) for key in ("decay", "followed", "residual")}
-        write_pairs(folder / AVERAGE_FILE, self.pairs, about)
+        write_pairs(folder / AVERAGE_FILE, self.pairs, {**about, "save": save})
         return folder / AVERAGE_FILE
 
     @classmethod
-    def load(cls, folder: Path, decay: float) -> Average | None:
-        """Read what `save` wrote, to go on with this decay; None where there is none.
+    def load(cls, folder: Path, decay: float, save: str | None = None) -> Average | None:
+        """Read what `save` wrote, to go on with this decay; None where there is none, or only that of another `save`.
 
         AdapterError for one that cannot be read.
         """
@@ -83,6 +83,8 @@ class Average:
             return None
         try:
             pairs, about = read_pairs(path)
+            if save is not None and about.get("save") != save:
+                return None
             return cls(decay, pairs, json.loads(about["followed"]), json.loads(about["residual"]))
         except (OSError, ValueError, KeyError) as error:
             advice = "The run's average is lost with it: take another checkpoint."

@@ -13,6 +13,7 @@ from .config import SafeMergeConfig
 from .faults import Fault, attempt
 
 if TYPE_CHECKING:
+    from .run_state import Past
     from .session import Session
 
 
@@ -47,23 +48,26 @@ def about(average: Average | None) -> dict[str, Any]:
     return {"average": told}
 
 
-def save_average(average: Average | None, folder: Path) -> None:
-    """Put the average, if there is one, beside the weights of a checkpoint. Raises OSError."""
+def save_average(average: Average | None, folder: Path, save: str = "") -> None:
+    """Put the average, if there is one, beside the weights of a checkpoint, as part of `save`. Raises OSError."""
     if average is not None:
-        average.save(folder)
+        average.save(folder, save)
 
 
-def load_average(config: SafeMergeConfig, folders: Sequence[Path]) -> Average | None:
-    """Return the average of the first of these checkpoints that holds one; AdapterError where it cannot be read."""
-    found = (Average.load(folder, float(config.ema_decay or 0.0)) for folder in folders)
+def load_average(config: SafeMergeConfig, folders: Sequence[Path], save: str | None = None) -> Average | None:
+    """Return the average that `save` (None: any) put into the first of these folders that has one.
+
+    AdapterError where it cannot be read.
+    """
+    found = (Average.load(folder, float(config.ema_decay or 0.0), save) for folder in folders)
     return next((average for average in found if average is not None), None)
 
 
-def rewind_average(session: Session, checkpoint: Path) -> None:
+def rewind_average(session: Session, past: Past) -> None:
     """Take over the average of the checkpoint that the weights were reloaded from; without one it stays."""
     if session.average is None:
         return
-    found = attempt("average", lambda: load_average(session.config, [checkpoint]))
+    found = attempt("average", lambda: past.average(session.config))
     if isinstance(found, Average):
         session.average = found
     session.average = from_first(session.average)

@@ -9,9 +9,11 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..decision.tables import html_table
+from .checkpoints import at_each_save, no_more_saves
 from .config import SafeMergeConfig, resolve_config
 from .ending import after_training
-from .opening import alone, checkpoint_folder, open_session
+from .opening import alone, dismissed, open_session
+from .progress import Progress
 from .session import Session
 from .settings import Settings
 
@@ -30,7 +32,13 @@ class SafeMergeCallback(TrainerCallback):
 
     def __init__(self, config: SafeMergeConfig | str | PathLike[str] | None = None, **knobs: Unpack[Settings]) -> None:
         self.config = resolve_config(config, knobs)
+        # What a training needs lives in the session, as long as the training. The counts stay, and are plain values.
         self.session: Session | None = None
+        self.progress = Progress()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle the settings and the counts; a training that goes on stays with the original."""
+        return {**vars(self), "session": None}
 
     def __repr__(self) -> str:
         return f"SafeMergeCallback({repr(self.config).partition('(')[2]}"
@@ -43,12 +51,12 @@ class SafeMergeCallback(TrainerCallback):
     @property
     def seconds(self) -> float:
         """Seconds spent in this callback since training began, over all resumes."""
-        return self.session.seconds if self.session else 0.0
+        return self.session.seconds if self.session else self.progress.seconds
 
     @property
     def share(self) -> float:
         """Share of the training time, from 0 to 1, that this callback took."""
-        return self.session.share if self.session else 0.0
+        return self.session.share if self.session else self.progress.share
 
     def on_train_begin(
         self,
@@ -59,9 +67,11 @@ class SafeMergeCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Load and check everything; on a resume, go on from the checkpoint's state."""
-        self.session = None
         alone(self, model, state)
-        self.session = open_session(self.config, model, args, state, kwargs.get("optimizer"))
+        self.session, self.progress = None, Progress()
+        self.session = session = open_session(self.config, model, args, state, kwargs.get("optimizer"))
+        self.progress = session.progress
+        at_each_save(state, lambda folder: session.save(state, folder))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check, and perhaps merge, before this step is evaluated and saved."""
@@ -70,10 +80,9 @@ class SafeMergeCallback(TrainerCallback):
                 self.session.after_step(args, state, stopping=control.should_training_stop)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Put the state beside the weights just saved."""
+        """Remember which checkpoint it is that was just saved."""
         if self.session:
-            with self.session.timed():
-                self.session.save(checkpoint_folder(args, state))
+            self.session.checkpoint = self.session.saved
 
     def on_train_end(
         self,
@@ -88,3 +97,6 @@ class SafeMergeCallback(TrainerCallback):
             with self.session.timed():
                 self.session.settle(args, state, hold="training ended before this check could be applied")
                 after_training(self.session, args, state, model, kwargs.get("eval_dataloader"))
+        self.session = None
+        no_more_saves(state)
+        dismissed(model)

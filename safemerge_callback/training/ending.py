@@ -15,7 +15,7 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 
 from ..adapters import load_adapter, save_adapter
-from ..adapters.files import WEIGHTS
+from ..adapters.files import saved_adapter
 from ..adapters.processes import from_first
 from .averaging import rewind_average
 from .entries import end_entry
@@ -23,7 +23,7 @@ from .faults import Fault, attempt
 from .lines import closing_line, nothing_merged
 from .metrics import BEST_METRICS
 from .outcome import Outcome
-from .progress import Progress
+from .run_state import past_of, save_run_again
 from .session import Session
 from .trackers import finite
 
@@ -94,7 +94,7 @@ def _last_check(
     if isinstance(before, float):
         _note_best(session, args, state, before, _loss(model, batches))
     if not reloaded:
-        _save_again(session, args, state)
+        _save_again(session, state)
     _log_model_again(session, args, state, model)
 
 
@@ -103,10 +103,13 @@ def _provenance(session: Session, state: TrainerState, reloaded: bool) -> int:
     sealed_here = session.seal is not None and session.seal[0] == state.global_step
     if not reloaded and not sealed_here:
         return state.global_step
-    history = Progress.load(Path(str(state.best_model_checkpoint))) if reloaded else None
-    session.progress.rewind(from_first(history))
-    if reloaded:
-        rewind_average(session, Path(str(state.best_model_checkpoint)))
+    past = past_of(Path(str(state.best_model_checkpoint))) if reloaded else None
+    history = from_first(past.progress if past else None)
+    session.progress.rewind(history)
+    if past:
+        if history is None and session.progress.merges:
+            session.warn("best", f"the best checkpoint {past.reason}: what was merged into it before is not known")
+        rewind_average(session, past)
     return state.best_global_step if reloaded and state.best_global_step is not None else state.global_step
 
 
@@ -142,24 +145,26 @@ def _note_best(
     session.trackers.numbers(args, state, numbers)
 
 
-def _save_again(session: Session, args: TrainingArguments, state: TrainerState) -> None:
+def _save_again(session: Session, state: TrainerState) -> None:
     """Put the merged factors into the checkpoint of this step, which was written before this merge.
 
     Left alone where an engine keeps its own copy of the weights there, which a resume would read instead.
     """
-    folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-    factors = session.writer.gather()
-    engine = (folder / "latest").exists() or any(folder.glob("pytorch_model_fsdp*"))
-    if not session.journal.enabled or engine or not (folder / WEIGHTS).is_file():
+    factors, checkpoint = session.writer.gather(), session.checkpoint
+    if checkpoint is None or checkpoint.step != state.global_step or not checkpoint.folder.is_dir():
+        return
+    folder = checkpoint.folder
+    if (folder / "latest").exists() or any(folder.glob("pytorch_model_fsdp*")):
         return
     try:
-        saved = load_adapter(folder, moved_base=True)
+        place = saved_adapter(folder, session.writer.adapter_name)
+        saved = load_adapter(place, moved_base=True)
         merged = {
             name: replace(old, A=factors[name].A.to(old.A.dtype), B=factors[name].B.to(old.B.dtype))
             for name, old in saved.factors.items()
         }
-        save_adapter(folder, replace(saved, factors=merged))
-        session.save(folder)
+        save_adapter(place, replace(saved, factors=merged))
+        save_run_again(session, checkpoint)
     except (OSError, ValueError, KeyError) as error:
         session.warn("checkpoint", f"{folder.name} holds the weights before the final merge ({error})")
 

@@ -14,7 +14,6 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 
 from ..adapters import Adapter, LoraFactors, base_moved, base_weights, load_adapter, writer_for
-from ..adapters.initial import INITIAL_FILE, load_initial
 from ..adapters.optimizer import check_optimizer
 from ..adapters.processes import from_first, together
 from ..adapters.snapshot import set_aside_snapshot
@@ -23,7 +22,6 @@ from ..errors import ConfigError, JournalError
 from ..ops import LowRank
 from ..paths import as_path
 from ..subspace import Subspace
-from .averaging import load_average
 from .config import SafeMergeConfig
 from .deciding import plan_knobs
 from .entries import start_entry
@@ -31,7 +29,8 @@ from .forecast import forecast, too_strong
 from .lines import opening_line
 from .log import Log
 from .placing import Part, measure_together, own_part, place
-from .progress import Progress, changed_settings, continue_journal, find_progress
+from .progress import Progress, changed_settings, continue_journal, rebuilt
+from .run_state import Past, resumed
 from .session import Session
 
 # The callback and the run that hold a model, while both live.
@@ -41,13 +40,26 @@ WORTH_TELLING = 0.5
 
 
 def alone(callback: object, model: nn.Module | None, state: TrainerState) -> None:
-    """Raise ConfigError where another callback of this kind serves the same run: each would undo the other's counts."""
+    """Raise ConfigError where this run is served already, by another callback of this kind or by this very one.
+
+    Each would undo the other's counts.
+    """
     if model is None:
         return
-    holder, run = _HELD.get(model, (lambda: None, lambda: None))
-    if run() is state and holder() not in (None, callback):
+    other = guard_of(model, state)
+    if other is callback:
+        raise ConfigError(
+            "this trainer has its SafeMergeCallback twice: give it once, in callbacks= or to add_callback"
+        )
+    if other is not None:
         raise ConfigError("this trainer has two SafeMergeCallbacks: keep one, and give it the settings of both")
     _HELD[model] = (ref(callback), ref(state))
+
+
+def dismissed(model: nn.Module | None) -> None:
+    """Forget who serves this model: its run has ended."""
+    if model is not None:
+        _HELD.pop(model, None)
 
 
 def guard_of(model: nn.Module | None, state: TrainerState) -> Any:
@@ -72,7 +84,8 @@ def open_session(
     began = time.perf_counter()
     if config.merges:
         check_optimizer(optimizer, config.optimizer_state)
-    initial = _initial(config, model, args, state)
+    past = resumed(args, state)
+    initial = _initial(config, model, past, state)
     writer = writer_for(model, adapter_name=config.adapter_name, optimizer=optimizer, initial=initial)
     factors = writer.gather()
     if config.merges and config.optimizer_state != "keep":
@@ -88,9 +101,9 @@ def open_session(
     reference = own_cosines(safety[0], factors, subspace) if safety and config.gate == "reference" else None
     choice = place(config, subspace, factors)
     part = own_part(choice, factors, subspace)
-    average = _average(config, args, state)
+    average = _average(config, past, state)
     _rehearse(config, factors, subspace, (average.adapter(factors),) if average else safety, part, reference)
-    progress, journal, restored = _records(config, args, state)
+    progress, journal, restored = _records(config, past, args, state)
     plan = forecast(config, list(factors), state.max_steps, state.global_step, progress.task_weights)
     start = start_entry(state.global_step, config, subspace, len(factors), args.world_size, choice, plan)
     progress.journal_entries += journal.append({**start, "restored": restored})
@@ -112,14 +125,12 @@ def open_session(
 
 
 def _initial(
-    config: SafeMergeConfig, model: nn.Module, args: TrainingArguments, state: TrainerState
+    config: SafeMergeConfig, model: nn.Module, past: Past, state: TrainerState
 ) -> Mapping[str, LowRank] | Literal["now"] | None:
     """What factors that began as a part of the base weight began with: the present ones, or the checkpoint's."""
     if state.global_step == 0 or not base_moved(model, config.adapter_name):
         return "now"
-    folders = checkpoint_folders(args, state)
-    folder = next((f for f in folders if (f / INITIAL_FILE).is_file()), folders[-1])
-    return from_first(together(lambda: load_initial(folder) if state.is_world_process_zero else {}))
+    return from_first(together(lambda: past.initial() if state.is_world_process_zero else {}))
 
 
 def _safety_adapters(config: SafeMergeConfig, factors: Mapping[str, LoraFactors]) -> tuple[Adapter, ...]:
@@ -133,13 +144,13 @@ def _safety_adapters(config: SafeMergeConfig, factors: Mapping[str, LoraFactors]
     return found
 
 
-def _average(config: SafeMergeConfig, args: TrainingArguments, state: TrainerState) -> Average | None:
+def _average(config: SafeMergeConfig, past: Past, state: TrainerState) -> Average | None:
     """The average of the checkpoint that the run goes on from, or a new one; None for methods that need none."""
     if not config.merges or "average" not in config.rule.needs:
         return None
-    folders = checkpoint_folders(args, state) if state.global_step > 0 else []
-    found = from_first(together(lambda: load_average(config, folders) if state.is_world_process_zero else None))
-    if found is None and folders:
+    found = from_first(together(lambda: past.average(config) if state.is_world_process_zero else None))
+    # Without any state there is one warning for all of it.
+    if found is None and past.progress is not None:
         warnings.warn(
             "safemerge: the checkpoint holds no average of the run's updates, so it starts anew", stacklevel=4
         )
@@ -175,35 +186,33 @@ def _tell_losses(residuals: Sequence[float]) -> None:
         )
 
 
-def _records(config: SafeMergeConfig, args: TrainingArguments, state: TrainerState) -> tuple[Progress, Journal, bool]:
+def _records(
+    config: SafeMergeConfig, past: Past, args: TrainingArguments, state: TrainerState
+) -> tuple[Progress, Journal, bool]:
     """The progress of the resumed checkpoint and the journal cut back to it, or new ones; whether it was found."""
-    found = from_first(find_progress(state.global_step, checkpoint_folders(args, state)))
-    progress = found or Progress()
+    found, first = past.progress, state.is_world_process_zero
     if found:
         _tell_changes(found.config, config.to_dict())
-    progress.config = config.to_dict()
     path = as_path(config.journal or Path(args.output_dir) / JOURNAL_FILE, "journal", error=JournalError)
-    if state.is_world_process_zero:
-        if state.global_step == 0:
-            set_aside_snapshot(Path(args.output_dir))
-        count = found.journal_entries if found else None
-        progress.journal_entries = _continued(path, state.global_step, count)
-    return progress, Journal(path, enabled=state.is_world_process_zero), found is not None
+    count = found.journal_entries if found else None
+    entries = _continued(path, state.global_step, count) if first else []
+    if first and state.global_step == 0:
+        set_aside_snapshot(Path(args.output_dir))
+    if found is None and state.global_step > 0:
+        found = from_first(rebuilt(entries))
+        _tell_loss(past.reason, state.global_step, found)
+    progress = found or Progress()
+    progress.config, progress.journal_entries = config.to_dict(), len(entries)
+    return progress, Journal(path, enabled=first), found is not None
 
 
-def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    """Where the trainer keeps the checkpoint of the present step."""
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+def _tell_loss(reason: str, step: int, found: Progress | None) -> None:
+    """Warn that a resume goes on from a checkpoint without our state, and what holds instead."""
+    instead = f"counts are the journal's ({found.merges} merges until then)" if found else "all counts begin anew"
+    warnings.warn(f"safemerge: the checkpoint of step {step} {reason}: {instead}", stacklevel=5)
 
 
-def checkpoint_folders(args: TrainingArguments, state: TrainerState) -> list[Path]:
-    """Where the checkpoint of the present step may be: the folder to resume from, if it is of this step, and ours."""
-    given = [args.resume_from_checkpoint] if isinstance(args.resume_from_checkpoint, str) else []
-    here = checkpoint_folder(args, state)
-    return [*(Path(g) for g in given if Path(g).name == here.name), here]
-
-
-def _continued(path: Path, step: int, count: int | None) -> int:
+def _continued(path: Path, step: int, count: int | None) -> list[Mapping[str, Any]]:
     try:
         return continue_journal(path, step, count)
     except JournalError:

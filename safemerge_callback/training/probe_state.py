@@ -4,44 +4,61 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerState, TrainingArguments
 
 from ..adapters.processes import from_first
-from ..whole_file import whole_file
-from .opening import checkpoint_folders
+from .checkpoints import put_values, resumed_folders, values_in
+from .faults import Fault, attempt
 from .probing import Probing
 from .rules import Standing
 
-STATE_FILE = "safety_eval_state.json"
+PART = "probe"
+# Where the state was before it was a part of the trainer's own file.
+OLDER_FILE = "safety_eval_state.json"
 
 
 def save_standing(probing: Probing, folder: Path) -> None:
-    """Write the state file into a checkpoint's folder, if there is one; a full disk is told once."""
-    if not folder.is_dir():
-        return
-    try:
-        with whole_file(folder / STATE_FILE) as part:
-            text = json.dumps({"seconds": probing.seconds, **vars(probing.standing)})
-            part.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        probing.warn("state", f"the probe's state of {folder.name} could not be saved ({error}): its rules start anew")
+    """Let the checkpoint that the trainer is writing into `folder` hold where the rules stand; a fault is told once."""
+    values = {"seconds": probing.spent.seconds, **vars(probing.standing)}
+    done = attempt("state", lambda: put_values(probing.state, PART, values))
+    if isinstance(done, Fault):
+        words = f"the probe's state of {folder.name} could not be saved ({done.error}): its rules start anew"
+        probing.warn("state", words)
 
 
-def load_standing(args: TrainingArguments, state: TrainerState) -> tuple[Standing, float]:
-    """Return where the rules stood and the seconds spent, from the checkpoint of the present step; or as at the start.
+def load_standing(probing: Probing, args: TrainingArguments, state: TrainerState) -> None:
+    """Go on where the rules stood and with the seconds spent, as the checkpoint of the present step has them.
 
-    Collective: the first rank reads.
+    Warns where it has none and a rule would go on from it. Collective: the first rank reads.
     """
-    found = _read(args, state) if state.is_world_process_zero and state.global_step > 0 else None
-    return from_first(found or (Standing(), 0.0))
+    if state.global_step == 0:
+        return
+    found = from_first(_read(args, state) if state.is_world_process_zero else None)
+    if found is not None:
+        probing.standing, probing.spent.seconds = found
+    elif probing.rules.trigger or probing.rules.stop:
+        words = f"the checkpoint of step {state.global_step} holds no state of SafetyEvalCallback: its rules begin anew"
+        probing.warn("state", words)
 
 
 def _read(args: TrainingArguments, state: TrainerState) -> tuple[Standing, float] | None:
-    for folder in checkpoint_folders(args, state):
-        try:
-            values = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-            return Standing(**{k: v for k, v in values.items() if k != "seconds"}), float(values["seconds"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return None
+    ours = values_in(state, PART)
+    if ours is not None:
+        return _standing(ours)
+    return next((found for found in map(_older, resumed_folders(args, state)) if found is not None), None)
+
+
+def _standing(values: Any) -> tuple[Standing, float] | None:
+    try:
+        return Standing(**{k: v for k, v in values.items() if k not in ("seconds", "step")}), float(values["seconds"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def _older(folder: Path) -> tuple[Standing, float] | None:
+    try:
+        return _standing(json.loads((folder / OLDER_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None

@@ -33,6 +33,13 @@ class Rules:
 
 
 @dataclass
+class Spent:
+    """The seconds that probing has taken; what remains of it after a training."""
+
+    seconds: float = 0.0
+
+
+@dataclass
 class Probing:
     """What one call of `trainer.train()` needs: made once every check has passed. It is the `Witness` of a session."""
 
@@ -48,7 +55,7 @@ class Probing:
     journal: Journal | None = None
     trackers: Trackers = field(default_factory=Trackers)
     standing: Standing = field(default_factory=Standing)
-    seconds: float = 0.0
+    spent: Spent = field(default_factory=Spent)
     log: Log = field(default_factory=Log)
     fresh: tuple[int, Answers] | None = None
     before: Answers | None = None
@@ -70,7 +77,7 @@ class Probing:
         if answers:
             self._tell(step, when, answers)
         took = time.perf_counter() - began
-        self.seconds += took
+        self.spent.seconds += took
         if self.guard:
             self.guard.leave_out(took)
         return answers
@@ -148,7 +155,7 @@ class Probing:
         self.note({**entry, "measures": list(answers.measures), "mean_tokens": answers.mean_tokens, **settings})
         if any(m["unfinished"] for m in answers.measures):
             self.warn("thoughts", f"at step {step} responses end within a thought and have no answer: {ADVICE}")
-        self.trackers.numbers(self.args, self.state, numbers(answers, when, self.seconds + answers.seconds))
+        self.trackers.numbers(self.args, self.state, numbers(answers, when, self.spent.seconds + answers.seconds))
         # What costs no time was said a moment ago; before and after a merge stand on one line.
         if answers.seconds and when not in ("before", "after"):
             self.log.say(line(step, when, answers), who=WHO)

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from ..decision import read_journal
 from ..whole_file import whole_file
 
-STATE_FILE = "safemerge_state.json"
-# Fields that an older state file may lack.
+# Where the state was before it was a part of the trainer's own file.
+OLDER_FILE = "safemerge_state.json"
+# Fields that an older state may lack.
 _LATER = ("config", "pending", "disarmed")
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("last_merge", "final_step", "pending"), (int, NoneType)),
+    **dict.fromkeys(("seconds", "training_seconds"), (int, float)),
+}
 
 
 @dataclass
@@ -41,6 +48,11 @@ class Progress:
     config: dict[str, Any] = field(default_factory=dict)
     disarmed: list[str] = field(default_factory=list)
 
+    @property
+    def share(self) -> float:
+        """Share of the training time, from 0 to 1, that the hooks took."""
+        return min(self.seconds / max(self.training_seconds, 1e-9), 1.0)
+
     def record_merge(self, step: int, shares: Mapping[str, float]) -> None:
         """Count a merge at `step`; `shares`: module -> the share of its own update that it keeps."""
         self.merges += 1
@@ -57,25 +69,23 @@ class Progress:
         self.last_merge = checkpoint.last_merge if checkpoint else None
         self.disarmed = list(checkpoint.disarmed) if checkpoint else []
 
-    def save(self, folder: Path) -> None:
-        """Write the state file into `folder`, whole or not at all; OSError if that fails."""
-        with whole_file(folder / STATE_FILE) as part:
-            part.write_text(json.dumps({"version": 1, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
-
     @classmethod
-    def load(cls, folder: Path) -> Progress | None:
-        """Read the state file of a checkpoint folder; None where it has none, or one that cannot be read."""
+    def of(cls, values: Any) -> Progress:
+        """Make one of what `asdict` gave. Raises ValueError for anything else."""
         try:
-            values = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-            return cls(**{f.name: values[f.name] for f in fields(cls) if f.name not in _LATER or f.name in values})
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-
-def find_progress(step: int, folders: Iterable[Path]) -> Progress | None:
-    """Return the progress of the checkpoint of `step`, from the first folder that holds one; None at step 0."""
-    found = (Progress.load(folder) for folder in folders if step > 0)
-    return next((progress for progress in found if progress is not None), None)
+            known = {f.name: values[f.name] for f in fields(cls) if f.name not in _LATER or f.name in values}
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"it lacks {error}" if isinstance(error, KeyError) else "it is no mapping") from error
+        blank = cls()
+        for name, value in known.items():
+            kinds = _KINDS.get(name, type(getattr(blank, name)))
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}")
+        if not all(isinstance(share, int | float) for share in known["task_weights"].values()):
+            raise ValueError(f"task_weights is {known['task_weights']!r}")
+        if not all(isinstance(step, int) for step in known["merged_steps"]):
+            raise ValueError(f"merged_steps is {known['merged_steps']!r}")
+        return cls(**known)
 
 
 def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
@@ -93,23 +103,45 @@ def cut(entries: Sequence[Mapping[str, Any]], step: int, count: int | None) -> l
     return [e for e in entries[:count] if e.get("step", math.inf) <= step and e.get("kind") != "end"]
 
 
-def continue_journal(path: Path, step: int, count: int | None) -> int:
-    """Ready the journal at `path` for a run from `step` on; return how many entries it has.
+def rebuilt(entries: Sequence[Mapping[str, Any]]) -> Progress | None:
+    """Return the counts that a journal tells of, for a checkpoint that lacks its own; None where it tells of no check.
+
+    What a journal does not tell is missing: seconds, and which modules were seen above the gate since their merge.
+    """
+    progress, before = Progress(), Progress()
+    try:
+        for entry in entries:
+            if entry["kind"] == "check":
+                progress.checks += 1
+            elif entry["kind"] == "merge":
+                before = deepcopy(progress)
+                left = {module["name"]: float(module["task_weight"]) for module in entry["modules"]}
+                progress.record_merge(int(entry["step"]), dict.fromkeys(left, 1.0))
+                progress.task_weights |= left
+            elif entry["kind"] == "rollback":
+                progress = replace(before, checks=progress.checks)
+    except (KeyError, TypeError, ValueError):
+        return None
+    return progress if progress.checks else None
+
+
+def continue_journal(path: Path, step: int, count: int | None) -> list[Mapping[str, Any]]:
+    """Ready the journal at `path` for a run from `step` on; return the entries it has.
 
     At step 0 an older journal is set aside under the next free number; later it is cut back to the checkpoint.
     Raises JournalError for a file that is no journal, and OSError.
     """
     if not path.exists():
-        return 0
+        return []
     entries = read_journal(path)
     if step == 0:
         if entries:
             path.rename(_free_name(path))
-        return 0
+        return []
     kept = cut(entries, step, count)
     with whole_file(path) as part:
         part.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-    return len(kept)
+    return kept
 
 
 def _free_name(path: Path) -> Path:

@@ -13,8 +13,9 @@ from ..evaluation.generation import check_vocabulary
 from ..evaluation.judges import KeywordJudge, decides, load_judge, measure_name
 from ..evaluation.neutral import left_as_found
 from ..evaluation.probe import Asking, Questions
+from .checkpoints import at_each_save, no_more_saves
 from .log import Log
-from .opening import checkpoint_folder, guard_of
+from .opening import guard_of
 from .probe_opening import (
     EvalLoss,
     Prompts,
@@ -26,7 +27,7 @@ from .probe_opening import (
     prompt_sets,
 )
 from .probe_state import load_standing, save_standing
-from .probing import Probing, Rules
+from .probing import Probing, Rules, Spent
 from .rules import Rollback, Stop, Trigger, as_rule
 from .schedule import due
 
@@ -93,18 +94,28 @@ class SafetyEvalCallback(TrainerCallback):
             judge_seconds=judge_seconds,
             loss=None if eval_batches is None else EvalLoss(eval_batches),
         )
+        # What a training needs lives in `probing`, as long as the training.
         self.probing: Probing | None = None
+        self.spent = Spent()
         self.begun = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle the settings and the clock; a training that goes on stays with the original."""
+        return {**vars(self), "probing": None, "begun": False}
 
     @property
     def seconds(self) -> float:
         """Seconds that probing has taken since training began, over all resumes; in no other callback's count."""
-        return self.probing.seconds if self.probing else 0.0
+        return self.spent.seconds
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Check what can be checked without the other callbacks."""
+        if self.probing is not None and self.probing.state is state:
+            raise ConfigError(
+                "this trainer has its SafetyEvalCallback twice: give it once, in callbacks= or to add_callback"
+            )
         paired = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         if not hasattr(model, "generate") or paired:
             raise ConfigError(f"a {type(model).__name__} cannot be asked anything: give the trainer a causal LM")
@@ -114,7 +125,7 @@ class SafetyEvalCallback(TrainerCallback):
         check_vocabulary(model, (ids for tokens in questions.tokens.values() for ids in tokens))
         self.probing = Probing(model, text_part(processing), args, state, questions, self.asking, self.rules, settings)
         self.probing.log = Log(self.quiet, state.is_world_process_zero)
-        self.begun = False
+        self.begun, self.spent = False, self.probing.spent
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -128,18 +139,15 @@ class SafetyEvalCallback(TrainerCallback):
         if isinstance(self.asking.loss, EvalLoss):
             with left_as_found(probing.model):
                 self.asking.loss.load()
-        probing.standing, probing.seconds = load_standing(args, state)
+        load_standing(probing, args, state)
+        if state.is_world_process_zero:
+            at_each_save(state, lambda folder: save_standing(probing, folder))
         probing.look("begin")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Probe where it is due, and follow the rules."""
         if self.probing and due(state.global_step, every=self.every):
             self.probing.after_step(control)
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Put where the rules stand beside the weights just saved."""
-        if self.probing and state.is_world_process_zero:
-            save_standing(self.probing, checkpoint_folder(args, state))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -148,6 +156,8 @@ class SafetyEvalCallback(TrainerCallback):
         if self.probing and self.begun and self.probing.guard is None:
             self.probing.closing()
             self.probing.trackers.close()
+        self.probing = None
+        no_more_saves(state)
 
 
 def _judges(judge: Any, benign_judge: Any) -> tuple[Any, Any]:

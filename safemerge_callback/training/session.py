@@ -13,11 +13,10 @@ import torch
 from transformers import TrainerState, TrainingArguments
 
 from ..adapters import Adapter, Writer
-from ..adapters.initial import save_initial
 from ..adapters.processes import from_first
 from ..decision import Average, Edit, Journal, MergePlan, Readings, check_entry
 from ..subspace import Subspace
-from .averaging import follow, save_average
+from .averaging import follow
 from .background import Pending, begin, undisturbed
 from .config import SafeMergeConfig
 from .deciding import Moment, agreed_plan, decided, still_disarmed
@@ -29,6 +28,7 @@ from .merging import Witness, merge
 from .metrics import check_metrics
 from .placing import Part, join, measure_own
 from .progress import Progress
+from .run_state import Saved, save_run
 from .schedule import due, final_due, interval
 from .seal import digest
 from .trackers import Report, Trackers
@@ -57,6 +57,8 @@ class Session:
     log: Log = field(default_factory=Log)
     witness: Witness | None = None
     left_out: float = 0.0
+    saved: Saved | None = None
+    checkpoint: Saved | None = None
 
     @contextmanager
     def timed(self) -> Iterator[None]:
@@ -87,7 +89,7 @@ class Session:
     @property
     def share(self) -> float:
         """Share of the training time, from 0 to 1, that the hooks took."""
-        return min(self.seconds / max(self.training_seconds, 1e-9), 1.0)
+        return replace(self.progress, seconds=self.seconds, training_seconds=self.training_seconds).share
 
     def after_step(self, args: TrainingArguments, state: TrainerState, *, stopping: bool) -> None:
         """Apply what was measured beside this step; check if it is due, or the last: its checkpoint holds the merge."""
@@ -174,20 +176,13 @@ class Session:
         """What `measure` needs of the gate."""
         return {"gate": self.config.gate_at(), "reference": self.reference}
 
-    def save(self, folder: Path) -> None:
-        """Put the progress beside the weights of a checkpoint, where this process writes and the folder exists."""
-        if not self.journal.enabled or not folder.is_dir():
-            return
-        try:
-            replace(self.progress, seconds=self.seconds, training_seconds=self.training_seconds).save(folder)
-            if self.writer.initial:
-                save_initial(folder, self.writer.initial)
-            save_average(self.average, folder)
-        except OSError as error:
-            self.warn(
-                "state",
-                f"the state of {folder.name} could not be saved ({error}): a resume from it starts counting anew",
-            )
+    def save(self, state: TrainerState, folder: Path) -> None:
+        """Let the checkpoint that the trainer is writing into `folder` hold the state, where this process writes."""
+        with self.timed():
+            done = attempt("state", lambda: save_run(self, state, folder) if self.journal.enabled else None)
+        if isinstance(done, Fault):
+            words = f"the state of {folder.name} could not be saved ({done.error}): a resume from it starts anew"
+            self.warn("state", words)
 
     def seal_weights(self, step: int) -> None:
         """Remember what the factors are at `step`, to see later whether they are still those."""

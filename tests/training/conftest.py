@@ -122,6 +122,21 @@ def entries(output, kind=None, name="safemerge.jsonl"):
     return [e for e in found if kind is None or e["kind"] == kind]
 
 
+def stored(folder, part="run"):
+    """What a checkpoint holds of ours: a run's counts, or where a probe's rules stand."""
+    values = json.loads((Path(folder) / "trainer_state.json").read_text())["stateful_callbacks"]["safemerge"][part]
+    return values["progress"] if part == "run" else values
+
+
+def as_older(folder, **changed):
+    """Turn a checkpoint into one of before the state was in the trainer's file: a file of its own, and no id."""
+    path = Path(folder) / "trainer_state.json"
+    whole = json.loads(path.read_text())
+    progress = whole["stateful_callbacks"].pop("safemerge")["run"]["progress"]
+    path.write_text(json.dumps(whole))
+    (Path(folder) / "safemerge_state.json").write_text(json.dumps({"version": 1, **progress, **changed}))
+
+
 def leave():
     """End one of a test's several processes, whose work is done and written, without the interpreter's own end.
 
@@ -199,5 +214,5 @@ def runs():
     """The functions of this file, for test files: they cannot import a conftest."""
     import types
 
-    verbs = (defaults, distance, entries, lora_weights, merged, saved_weights, tokens, updates)
+    verbs = (as_older, defaults, distance, entries, lora_weights, merged, saved_weights, stored, tokens, updates)
     return types.SimpleNamespace(Recorder=Recorder, **{verb.__name__: verb for verb in verbs})

@@ -414,17 +414,20 @@ def test_a_journal_that_fails_later_costs_neither_training_nor_merges(world, run
     assert changed == [2, 4, 6]
 
 
-def test_a_state_file_that_cannot_be_saved_costs_nothing_else(world, runs, tmp_path):
+def test_a_state_that_cannot_be_saved_costs_nothing_else(world, runs, tmp_path):
     from transformers import TrainerCallback
 
     class InTheWay(TrainerCallback):
-        def on_save(self, args, state, control, **kwargs):
-            (tmp_path / f"checkpoint-{state.global_step}" / "safemerge_state.json").mkdir()
+        def on_step_end(self, args, state, control, **kwargs):
+            place = tmp_path / f"checkpoint-{state.global_step}" / "safemerge_average.safetensors"
+            place.mkdir(parents=True, exist_ok=True)
 
-    trainer = world.trainer(tmp_path, InTheWay(), world.guard(), save_strategy="steps", save_steps=3)
+    guard = world.guard(safety_adapter=None, method="ema", ema_every=1)
+    trainer = world.trainer(tmp_path, InTheWay(), guard, save_strategy="steps", save_steps=3)
     with pytest.warns(UserWarning, match="state of checkpoint-3 could not be saved"):
         trainer.train()
     assert trainer.state.global_step == 6
+    assert runs.stored(tmp_path / "checkpoint-3")["merged_steps"] == [2]
 
 
 def test_an_adapter_that_is_gone_before_our_last_hook_costs_nothing(world, runs, tmp_path):

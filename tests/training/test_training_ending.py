@@ -1,6 +1,5 @@
 """What is left at the end: a snapshot to undo with, merged checkpoints, losses of the best model, the artifact."""
 
-import json
 import warnings
 
 import pytest
@@ -86,7 +85,7 @@ def test_a_stop_that_nothing_announced_leaves_a_merged_checkpoint(world, runs, t
     trainer.train()
     assert trainer.state.global_step == 3
     assert equal(runs.saved_weights(tmp_path / "checkpoint-3"), tensors(trainer.model))
-    state = json.loads((tmp_path / "checkpoint-3" / "safemerge_state.json").read_text())
+    state = runs.stored(tmp_path / "checkpoint-3")
     assert (state["final_step"], state["merged_steps"]) == (3, [3])
 
 

@@ -265,7 +265,7 @@ def test_a_compressed_subspace_without_its_exact_file_only_watches(world, tmp_pa
         world.trainer(tmp_path, world.guard(subspace=alone, gate="gap")).train()
     watching = world.guard(subspace=alone, gate="watch", safety_adapter=None)
     world.trainer(tmp_path, watching).train()
-    assert watching.session.progress.checks == 3
+    assert watching.progress.checks == 3
 
 
 @pytest.mark.parametrize("knobs", [{"gate": "num_layers", "num_layers": 2}, {"gate": Gate("gap")}])

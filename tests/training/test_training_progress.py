@@ -1,9 +1,10 @@
 import json
+from dataclasses import asdict
 
 import pytest
 
 from safemerge_callback.errors import JournalError
-from safemerge_callback.training.progress import Progress, continue_journal, cut, find_progress
+from safemerge_callback.training.progress import Progress, continue_journal, cut, rebuilt
 
 
 def journal(path, *entries):
@@ -14,12 +15,11 @@ START, CHECK, MERGE = ({"kind": kind, "step": step} for kind, step in [("start",
 LATER, END = {"kind": "check", "step": 20}, {"kind": "end", "step": 20}
 
 
-def test_progress_round_trips_whole(tmp_path):
+def test_progress_round_trips_whole():
     progress = Progress(checks=3, seconds=1.25, journal_entries=7)
     progress.record_merge(10, {"a": 0.8, "b": 0.8})
     progress.record_merge(20, {"b": 0.8})
-    progress.save(tmp_path)
-    assert Progress.load(tmp_path) == progress
+    assert Progress.of(json.loads(json.dumps(asdict(progress)))) == progress
     assert progress.task_weights == {"a": 0.8, "b": pytest.approx(0.64)}
     assert progress.disarmed == ["a", "b"]
     assert (progress.merges, progress.modules_merged, progress.merged_steps, progress.last_merge) == (
@@ -28,22 +28,31 @@ def test_progress_round_trips_whole(tmp_path):
         [10, 20],
         20,
     )
-    assert [p.name for p in tmp_path.iterdir()] == ["safemerge_state.json"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"checks": 1}', "\x00"])
-def test_an_unreadable_state_counts_as_none(tmp_path, text):
-    (tmp_path / "safemerge_state.json").write_text(text)
-    assert Progress.load(tmp_path) is None
-    assert Progress.load(tmp_path / "absent") is None
+WRONG = [{"checks": "3"}, {"merges": None}, {"merges": True}, {"task_weights": {"a": "0.8"}}, {"merged_steps": [1.5]}]
 
 
-def test_find_progress_takes_the_first_folder_that_has_one_and_nothing_at_step_zero(tmp_path):
-    (tmp_path / "b").mkdir()
-    Progress(checks=5).save(tmp_path / "b")
-    assert find_progress(10, [tmp_path / "a", tmp_path / "b"]) == Progress(checks=5)
-    assert find_progress(0, [tmp_path / "b"]) is None
-    assert find_progress(10, []) is None
+@pytest.mark.parametrize("values", [None, [], {}, {"checks": 1}, *({**asdict(Progress()), **one} for one in WRONG)])
+def test_values_that_are_no_state_are_refused(values):
+    with pytest.raises(ValueError, match=r"it lacks|no mapping| is "):
+        Progress.of(values)
+
+
+def merged(step, **left):
+    return {"kind": "merge", "step": step, "modules": [{"name": n, "task_weight": w} for n, w in left.items()]}
+
+
+def test_counts_are_rebuilt_from_a_journal_without_what_was_taken_back():
+    taken_back = {"kind": "rollback", "step": 20, "modules": ["b"], "reason": "it fell"}
+    entries = [START, CHECK, merged(10, a=0.8, b=0.8), CHECK, merged(20, b=0.64), taken_back, CHECK, merged(30, a=0.64)]
+    expected = Progress(checks=3)
+    expected.record_merge(10, {"a": 0.8, "b": 0.8})
+    expected.record_merge(30, {"a": 1.0})
+    expected.task_weights["a"] = 0.64
+    assert rebuilt(entries) == expected
+    assert rebuilt([START]) is None
+    assert rebuilt([CHECK, {"kind": "merge", "step": 10}]) is None
 
 
 def test_rewind_takes_the_weights_history_and_leaves_the_counts():
@@ -59,12 +68,10 @@ def test_rewind_takes_the_weights_history_and_leaves_the_counts():
     assert (progress.merges, progress.last_merge, progress.task_weights, progress.disarmed) == (4, None, {}, [])
 
 
-def test_a_state_of_before_there_was_rearming_is_read(tmp_path):
-    Progress(checks=2).save(tmp_path)
-    older = json.loads((tmp_path / "safemerge_state.json").read_text())
+def test_a_state_of_before_there_was_rearming_is_read():
+    older = asdict(Progress(checks=2))
     del older["disarmed"]
-    (tmp_path / "safemerge_state.json").write_text(json.dumps(older))
-    assert Progress.load(tmp_path) == Progress(checks=2)
+    assert Progress.of(older) == Progress(checks=2)
 
 
 def test_a_resumed_run_keeps_what_its_checkpoint_knew():
@@ -76,12 +83,12 @@ def test_a_resumed_run_keeps_what_its_checkpoint_knew():
 
 def test_journal_cut_back_on_resume_and_set_aside_on_a_new_start(tmp_path):
     path = tmp_path / "run" / "safemerge.jsonl"
-    assert continue_journal(path, 0, None) == 0
+    assert continue_journal(path, 0, None) == []
     path.parent.mkdir()
     journal(path, START, CHECK, MERGE, LATER, END)
-    assert continue_journal(path, 10, 3) == 3
+    assert continue_journal(path, 10, 3) == [START, CHECK, MERGE]
     assert [json.loads(line) for line in path.read_text().splitlines()] == [START, CHECK, MERGE]
-    assert continue_journal(path, 0, None) == 0
+    assert continue_journal(path, 0, None) == []
     assert not path.exists()
     journal(path, START)
     continue_journal(path, 0, None)

@@ -1,4 +1,3 @@
-import json
 import warnings
 
 import pytest
@@ -144,7 +143,7 @@ def test_a_merge_that_costs_too_much_is_taken_back(world, runs, tmp_path, probe)
     assert len(undone["modules"]) == 4
     weights = [m["task_weight"] for m in runs.entries(tmp_path, "merge")[-1]["modules"]]
     assert weights == pytest.approx([0.8 * 0.8] * 4)
-    assert guard.session.progress.merged_steps == [2, 6]
+    assert guard.progress.merged_steps == [2, 6]
     assert runs.entries(tmp_path, "end")[0]["merges"] == 2
     assert (tmp_path / "_pre_merge").is_dir()
 
@@ -178,7 +177,7 @@ def test_a_trigger_merges_when_refusals_fall_and_not_before(world, runs, tmp_pat
     assert runs.entries(tmp_path, "trigger")[0]["reason"] == (
         "the share of harmful prompts refused is 33.3%, below 70.0%"
     )
-    assert guard.session.progress.merged_steps == [2, 4]
+    assert guard.progress.merged_steps == [2, 4]
 
 
 def test_a_triggered_merge_and_a_due_one_at_the_same_step_are_one(world, runs, tmp_path, probe):
@@ -204,7 +203,7 @@ def test_where_the_rules_stand_survives_a_resume(world, runs, tmp_path, probe):
     rule = {"stop": Stop(0.5, patience=3), "every": 1}
     first = probe(judge=Says(0), **rule)
     world.trainer(tmp_path, first, max_steps=2, **saving).train()
-    state = json.loads((tmp_path / "checkpoint-2" / "safety_eval_state.json").read_text())
+    state = runs.stored(tmp_path / "checkpoint-2", "probe")
     assert state["low"] == 2
     again = probe(judge=Says(0), **rule)
     trainer = world.trainer(tmp_path, again, max_steps=6, **saving)
@@ -272,7 +271,7 @@ def test_a_rollback_that_cannot_be_written_is_told_and_the_merge_stands(world, r
     with pytest.warns(UserWarning, match=r"merge at step 1 could not be taken back and stands: RuntimeError: disk"):
         trainer.train()
     assert [e["where"] for e in runs.entries(tmp_path, "error")] == ["rollback"]
-    assert guard.session.progress.merged_steps == [1]
+    assert guard.progress.merged_steps == [1]
 
 
 def refused(words):

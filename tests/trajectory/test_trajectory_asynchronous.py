@@ -1,6 +1,5 @@
 """Asynchronous checks: watching is absence, a merge comes one step later, and a resume is the unbroken run."""
 
-import json
 import shutil
 
 import pytest
@@ -79,7 +78,7 @@ def test_resumed_at_every_step_equals_unbroken(world, runs, tmp_path, every):
         folder = tmp_path / f"from-{step}"
         shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
         shutil.copy(tmp_path / "whole" / "safemerge.jsonl", folder)
-        state = json.loads((folder / f"checkpoint-{step}" / "safemerge_state.json").read_text())
+        state = runs.stored(folder / f"checkpoint-{step}")
         assert state["pending"] == (step if step % every == 0 else None)
         trainer = world.trainer(folder, world.guard(**knobs), **{**SAVING, "save_strategy": "no"})
         trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
@@ -92,8 +91,7 @@ def test_a_check_that_was_begun_is_finished_by_a_run_that_is_not_asynchronous(wo
     world.trainer(tmp_path, world.guard(every=2, asynchronous=True), **{**SAVING, "max_steps": 2}).train()
     trainer = world.trainer(tmp_path, world.guard(every=4), **SAVING)
     # the checkpoint of step 1 lacks a pending check, that of step 2 was the end of a run: make one that has it
-    path = tmp_path / "checkpoint-1" / "safemerge_state.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "pending": 1}))
+    runs.as_older(tmp_path / "checkpoint-1", pending=1)
     with pytest.warns(UserWarning, match="asynchronous True -> False"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     checks = [(e.get("measured_at"), e["step"]) for e in runs.entries(tmp_path, "check")]

@@ -75,7 +75,7 @@ def test_two_processes_end_equal_with_one_journal(world, runs, tmp_path):
     assert left == right
     assert len(set(left["steps"].values())) == 4
     assert [e["kind"] for e in runs.entries(tmp_path / "run")] == ["start", *["check", "merge"] * 2, "end"]
-    assert (tmp_path / "run" / "checkpoint-4" / "safemerge_state.json").exists()
+    assert runs.stored(tmp_path / "run" / "checkpoint-4")["merged_steps"] == [2, 4]
 
 
 @pytest.mark.parametrize(

@@ -104,8 +104,8 @@ def test_merges_that_are_taken_back_equal_absence_bit_for_bit(world, runs, tmp_p
         assert_equal(absent, undone)
         kinds = [e["kind"] for e in runs.entries(tmp_path / policy)]
         assert kinds.count("merge") == kinds.count("rollback") == 3
-        assert guard.session.progress.task_weights == {}
-        assert guard.session.progress.merged_steps == []
+        assert guard.progress.task_weights == {}
+        assert guard.progress.merged_steps == []
         assert not (tmp_path / policy / "_pre_merge").exists()
         totals = [e["safemerge/modules_merged_total"] for e in undone.state.log_history if "safemerge/modules" in e]
         assert totals == [0.0] * 3

@@ -23,6 +23,10 @@ class Writer(Protocol):
         """The factors that updates are measured against, where they began as a part of the base weight; else empty."""
 
     @property
+    def adapter_name(self) -> str:
+        """The name of the adapter in the model."""
+
+    @property
     def sharded(self) -> bool:
         """Whether reading takes all ranks."""
 

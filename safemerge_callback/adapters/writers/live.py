@@ -33,8 +33,8 @@ class LiveWriter:
     ) -> None:
         self._model, self._optimizer = model, optimizer
         # Fixed now: a trainer may switch the active adapter for a moment, to compute reference log-probabilities.
-        self._adapter_name = active_adapter(model, adapter_name)
-        self._moved_base = initial is not None and base_moved(model, self._adapter_name)
+        self.adapter_name = active_adapter(model, adapter_name)
+        self._moved_base = initial is not None and base_moved(model, self.adapter_name)
         self.sharded = Kinds.of(model, optimizer).sharded
         self.initial: Mapping[str, LowRank] = {}
         _, pairs = self._look()
@@ -82,7 +82,7 @@ class LiveWriter:
         return kinds, {n: (site, Pair(kinds.slot(site, "A"), kinds.slot(site, "B"))) for n, site in sites.items()}
 
     def _sites(self) -> dict[str, Site]:
-        return lora_sites(self._model, self._adapter_name, moved_base=self._moved_base)
+        return lora_sites(self._model, self.adapter_name, moved_base=self._moved_base)
 
 
 def _check_shapes(site: Site, pair: Pair) -> None:
