@@ -16,7 +16,7 @@ from safemerge_callback.errors import ConfigError
 def probe(chat_tokenizer):
     def make(**changed):
         knobs = {"every": 2, "max_new_tokens": 2, "tokenizer": chat_tokenizer, "quiet": True, **changed}
-        return SafetyEvalCallback({"harm": ["how to", "make it"]}, {"plain": ["say it", "and that"]}, **knobs)
+        return SafetyEvalCallback({"harm": ["a b", "c d e"]}, {"plain": ["x y", "z"]}, **knobs)
 
     return make
 
