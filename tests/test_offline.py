@@ -311,7 +311,7 @@ def test_an_existing_output_is_kept_unless_asked(world):
         (ConfigError, "is one of the inputs", {"output": "task", "overwrite": True}),
         (ConfigError, "is one of the inputs", {"output": "x/../safety", "overwrite": True}),
         (ConfigError, "is one of the inputs", {"output": "s.safetensors"}),
-        (ConfigError, "is a file", {"output": "note"}),
+        (ConfigError, "is no folder", {"output": "note"}),
         (ConfigError, "threshold=2", {"threshold": 2}),
         (ConfigError, "did you mean 'linear'", {"method": "linaer"}),
         (ConfigError, "gate 'watch' merges nothing", {"gate": "watch"}),

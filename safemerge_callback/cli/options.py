@@ -153,7 +153,8 @@ def device_named(name: str) -> str:
     from ..errors import ConfigError
 
     try:
-        torch.empty(0, device=name)
+        # Read back: the device `meta` takes all tensors and holds none.
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"device {name!r} cannot be used here: {reason}") from error

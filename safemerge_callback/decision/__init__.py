@@ -16,6 +16,7 @@ from .journal import (
     numbered_entries,
     parse_lines,
     read_journal,
+    require_journal_file,
     tell_torn,
 )
 from .measure import measure
@@ -69,6 +70,7 @@ __all__ = [
     "numbered_entries",
     "parse_lines",
     "read_journal",
+    "require_journal_file",
     "share_left",
     "tell_torn",
     "spread",

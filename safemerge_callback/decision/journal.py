@@ -130,10 +130,9 @@ def numbered_entries(path: str | Path) -> dict[int, dict[str, Any]]:
 
 
 def require_journal_file(path: Path) -> None:
-    """Raise JournalError for what is there and is no regular file, or larger than a journal ever is."""
-    if path.is_dir() or (path.exists() and not path.is_file()):
-        what = "a folder" if path.is_dir() else "no regular file"
-        raise JournalError(f"journal {str(path)!r} is {what}: give a journal ({JOURNAL_FILE}).")
+    """Raise JournalError for a device or a pipe, which may never end, and for more than a journal ever holds."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise JournalError(f"journal {str(path)!r} is no regular file: give a journal ({JOURNAL_FILE}).")
     if path.exists() and path.stat().st_size > _LARGEST:
         size = f"{path.stat().st_size:,} bytes, more than the {_LARGEST:,}"
         raise JournalError(f"journal {str(path)!r} has {size} that are read: set it aside.")

@@ -118,7 +118,7 @@ def merge_adapters(
     given = listed(safety)
     _check_knobs(rule, how, module_weights, len(given))
     base = None if bake is None else BaseModel.find(bake)
-    target = free_output(output, [finetuned, *given, subspace], overwrite, base.file_names if base else ())
+    target = free_output(output, [finetuned, *given, subspace, bake], overwrite, base.file_names if base else ())
     task, guards, matrices = adapter_of(finetuned), adapters_of(given), subspace_of(subspace)
     parts = named_parts(task, guards, matrices)
     warn_of_other_bases(task, guards, matrices, level=3)

@@ -9,7 +9,9 @@ from typing import Any
 
 from ..adapters.files import CONFIG, WEIGHTS
 from ..decision import JOURNAL_FILE, Journal
-from ..errors import AdapterError, ConfigError
+from ..errors import AdapterError, ConfigError, shown
+from ..outputs import same_place
+from ..paths import as_path
 from ..whole_file import settle, whole_folder
 
 CARD = "README.md"
@@ -22,15 +24,15 @@ def free_output(output: str | Path, inputs: Iterable[object], overwrite: bool, m
 
     `more` names files that the output will hold beside an adapter's own, which `overwrite` may replace too.
     """
-    target = Path(output).expanduser().resolve()
+    target = as_path(output, "output").resolve()
     with suppress(OSError):
         settle(target)
     for given in inputs:
         source = getattr(given, "source", None) or getattr(given, "path", None) or given
-        if source is not None and Path(str(source)).expanduser().resolve() == target:
+        if same_place(source, target):
             raise ConfigError(f"output {str(output)!r} is one of the inputs: give a new folder.")
     if target.exists() and not target.is_dir():
-        raise ConfigError(f"output {str(output)!r} is a file: give a new folder.")
+        raise ConfigError(f"output {shown(output)} is no folder: give a new folder.")
     held = {path.name for path in target.iterdir()} if target.exists() else set()
     if held and not overwrite:
         raise ConfigError(f"output {str(output)!r} is not empty: give a new folder, or ask to overwrite it (--force).")

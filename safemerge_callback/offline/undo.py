@@ -17,6 +17,7 @@ from ..adapters.files import CONFIG
 from ..adapters.snapshot import SNAPSHOT_FOLDER, Snapshot, load_snapshot, norms_of, norms_of_pairs, snapshot_in
 from ..decision import JOURNAL_FILE, Journal, read_journal
 from ..errors import AdapterError, ConfigError
+from ..paths import as_path
 from ..whole_file import settle
 
 MERGED_FOLDER = "merged"
@@ -47,7 +48,7 @@ def undo_merge(run: str | Path) -> tuple[str, ...]:
 
 def take_back(run: str | Path) -> Undone:
     """Do what `undo_merge` does, and tell where the merged adapter is kept."""
-    folder = Path(os.path.abspath(Path(run).expanduser()))  # noqa: PTH100  links in it are not followed
+    folder = Path(os.path.abspath(as_path(run, "run")))  # noqa: PTH100  links in it are not followed
     home = _home(folder, str(run))
     snapshot = load_snapshot(home)
     place, merged = _merged(folder, snapshot, str(run))

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..decision import KNOB, numbered_entries
-from ..errors import JournalError
+from ..errors import JournalError, shown
+from ..numbers import is_number, is_whole
 from .history import Cell, Event, History, Measured, Probe, journal_in, title_of
 
+# By rounding a cosine may be a little over 1.
+_LARGEST_COSINE = 2.0
 _DERIVED = ("modules", "steps", "merged_modules", "task_weights", "by_module")
 
 
@@ -44,22 +47,24 @@ def add_entry(history: History, entry: Mapping[str, Any], where: str) -> None:
 
 
 def _start(history: History, entry: Mapping[str, Any]) -> None:
-    history.starts.append(entry)
+    history.starts.append({**entry, "step": _step(entry.get("step", 0))})
     history.end = {}
 
 
 def _end(history: History, entry: Mapping[str, Any]) -> None:
-    history.end = entry
+    seconds = {key: _known(entry.get(key)) for key in ("seconds", "training_seconds")}
+    history.end = {**entry, **seconds, **({"step": _step(entry["step"])} if "step" in entry else {})}
 
 
 def _check(history: History, entry: Mapping[str, Any]) -> None:
-    history.gate, history.num_layers = str(entry["gate"]), entry.get("num_layers")
+    step, num_layers = _step(entry["step"]), entry.get("num_layers")
+    history.gate, history.num_layers = str(entry["gate"]), None if num_layers is None else _step(num_layers)
     history.threshold = _number(entry["threshold"])
-    history.knob = entry.get(KNOB.get(history.gate, ""))
+    history.knob = _known(entry.get(KNOB.get(history.gate, "")))
     history.check_seconds += _number(entry["seconds"])
     history.seconds += _number(entry["seconds"])
     for module in entry["modules"]:
-        history.cells[str(module["name"]), int(entry["step"])] = _cell(module, _limit(history, module))
+        history.cells[str(module["name"]), step] = _cell(module, _limit(history, module))
 
 
 def _limit(history: History, module: Mapping[str, Any]) -> float:
@@ -75,6 +80,8 @@ def _limit(history: History, module: Mapping[str, Any]) -> float:
 
 def _cell(module: Mapping[str, Any], limit: float) -> Cell:
     cosine, null, norm = (_number(module[key]) for key in ("cosine", "null_cosine", "update_norm"))
+    if abs(cosine) > _LARGEST_COSINE or abs(null) > _LARGEST_COSINE:
+        raise ValueError(f"cosine {cosine:g} and null cosine {null:g} are none")
     signed = _number(module.get("signed_z"))
     verdict = norm, bool(module.get("merge")), str(module.get("reason", "")), limit, signed
     if not (math.isfinite(cosine) and math.isfinite(norm)):
@@ -84,12 +91,12 @@ def _cell(module: Mapping[str, Any], limit: float) -> Cell:
 
 
 def _merge(history: History, entry: Mapping[str, Any]) -> None:
-    weights = " / ".join(f"{weight:g}" for weight in entry["weights"])
+    weights, step = " / ".join(f"{_number(weight):g}" for weight in entry["weights"]), _step(entry["step"])
     history.how = f"method {entry['method']}, space {entry['space']}, weights {weights}"
     history.merge_seconds += _number(entry["seconds"])
     history.seconds += _number(entry["seconds"])
     for module in entry["modules"]:
-        key = str(module["name"]), int(entry["step"])
+        key = str(module["name"]), step
         history.merges[key] = _number(module["task_weight"])
         history.residuals[key] = _number(module.get("residual"))
         history.undone.pop(key, None)
@@ -97,7 +104,7 @@ def _merge(history: History, entry: Mapping[str, Any]) -> None:
 
 def _taken_back(history: History, entry: Mapping[str, Any]) -> None:
     """A rollback, or an undo by hand: the module has again the share that its merge before this one left."""
-    step, names = int(entry["step"]), tuple(str(name) for name in entry["modules"])
+    step, names = _step(entry["step"]), tuple(str(name) for name in entry["modules"])
     for name in names:
         shares = [(at, share) for at, share in history.task_weights.get(name, {}).items() if at <= step]
         if shares:
@@ -107,20 +114,20 @@ def _taken_back(history: History, entry: Mapping[str, Any]) -> None:
 
 
 def _rule(history: History, entry: Mapping[str, Any]) -> None:
-    history.events.append(Event(int(entry["step"]), str(entry["kind"]), str(entry["reason"])))
+    history.events.append(Event(_step(entry["step"]), str(entry["kind"]), str(entry["reason"])))
 
 
 def _probe(history: History, entry: Mapping[str, Any]) -> None:
     measures = tuple(_measured(measure) for measure in entry["measures"])
     seconds, tokens = _number(entry["seconds"]), _number(entry.get("mean_tokens"))
     settings = dict(entry.get("settings") or {})
-    history.probes.append(Probe(int(entry["step"]), str(entry["when"]), seconds, measures, tokens, settings))
+    history.probes.append(Probe(_step(entry["step"]), str(entry["when"]), seconds, measures, tokens, settings))
 
 
 def _measured(measure: Mapping[str, Any]) -> Measured:
     value, low, high = (_number(measure[key]) for key in ("value", "low", "high"))
-    unheard = (int(measure.get(key) or 0) for key in ("incoherent", "unjudged"))
-    return Measured(str(measure["measure"]), str(measure["kind"]), int(measure["n"] or 0), value, low, high, *unheard)
+    unheard = (_step(measure.get(key) or 0) for key in ("incoherent", "unjudged"))
+    return Measured(str(measure["measure"]), str(measure["kind"]), _step(measure["n"] or 0), value, low, high, *unheard)
 
 
 def _error(history: History, entry: Mapping[str, Any]) -> None:
@@ -142,5 +149,22 @@ _READERS = {
 
 
 def _number(value: Any) -> float:
-    """JSON has no NaN: the journal writes null."""
-    return math.nan if value is None else float(value)
+    """JSON has no NaN: the journal writes null. ValueError for what is no number that a float holds."""
+    if value is None or value != value:
+        return math.nan
+    if not is_number(value):
+        raise ValueError(f"{shown(value)} where a number is due")
+    return float(value)
+
+
+def _known(value: Any) -> float | None:
+    number = _number(value)
+    return None if math.isnan(number) else number
+
+
+def _step(value: Any) -> int:
+    """A count; ValueError for what is none."""
+    number = _number(value)
+    if not (number.is_integer() and is_whole(int(number), 0)):
+        raise ValueError(f"{shown(value)} where a count is due")
+    return int(number)

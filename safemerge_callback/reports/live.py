@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ..decision import JOURNAL_FILE, parse_lines, tell_torn
+from ..decision import JOURNAL_FILE, parse_lines, require_journal_file, tell_torn
 from ..errors import JournalError
 from ..paths import as_path
 from .entries import add_entry
@@ -41,9 +41,10 @@ class Tail:
 
     def read(self) -> bool:
         """Read what was written since; return whether anything was. JournalError for a line that is none of ours."""
+        require_journal_file(self.path)
         try:
             state = self.path.stat()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError as error:
             raise JournalError(f"journal {str(self.path)!r} cannot be read: {error.strerror}") from error

@@ -45,7 +45,7 @@ def page_data(history: History) -> dict[str, Any]:
 
 def thousandths(number: float) -> int | None:
     """Return a number as ten-thousandths, rounded; None for one that is not finite."""
-    return round(number * SCALE) if math.isfinite(number) else None
+    return round(number * SCALE) if math.isfinite(number * SCALE) else None
 
 
 def _module(history: History, name: str, templates: dict[str, int]) -> dict[str, Any]:

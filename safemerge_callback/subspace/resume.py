@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..documents import UNREADABLE, read_text
-from ..errors import ConfigError, SubspaceError
+from ..errors import SubspaceError
 from .digests import TensorDigest
 
 try:
@@ -19,6 +19,7 @@ try:
 except ImportError:  # Windows, where an open file cannot be replaced anyway
     fcntl = None  # type: ignore[assignment]
 
+_ADVICE = "Remove it, and the build begins anew."
 # Bytes read at a time to check what is kept.
 _CHUNK = 1 << 22
 
@@ -80,14 +81,20 @@ class StepLog:
 
     def kept(self, partial: Path, start: int) -> list[Step] | None:
         """Return the steps whose bytes stand whole in `partial` from byte `start` on; None where another key's are."""
-        try:
-            lines = read_text(self.path, "the log").split("\n")
-        except ConfigError:
+        if not self.path.exists():
             return []
+        who = f"what an unfinished build left in {str(self.path)!r}"
+        lines = read_text(self.path, who, error=SubspaceError, advice=_ADVICE).split("\n")
         # What follows the last line feed is a line that was being written.
         if len(lines) < 2 or not partial.is_file():
             return []
-        if _parsed(lines[0]) != self._key:
+        try:
+            key = json.loads(lines[0])
+        except RecursionError as error:
+            raise SubspaceError(f"{who} cannot be read: it is nested too deep. {_ADVICE}") from error
+        except ValueError:
+            key = None
+        if key != self._key:
             return None
         return list(_intact(lines[1:-1], partial, start))
 

@@ -107,7 +107,8 @@ class SafetensorsStream:
             self._log.restart(steps)
 
     def _kept_steps(self) -> list[Step]:
-        steps = self._log.kept(self._partial, 8 + self._reserve) if self._log is not None else []
+        with self.keeping():
+            steps = self._log.kept(self._partial, 8 + self._reserve) if self._log is not None else []
         if steps is None:
             _log.warning("%s: an unfinished file of other sources or options is begun anew.", self.output)
         for step in steps or ():

@@ -34,10 +34,12 @@ def prompt_sets(given: Prompts, kind: Kind, n: int, seed: int) -> dict[str, list
             str(name): _loaded(one, kind, n, seed)[1] if isinstance(one, str) else _texts(str(name), one)
             for name, one in given.items()
         }
+    if not isinstance(given, Iterable):
+        raise ConfigError(f"prompts are {shown(given)}: give names of sets, or a mapping of name to prompts")
     names = [given] if isinstance(given, str) else list(given)
     wrong = [name for name in names if not isinstance(name, str)]
     if wrong:
-        raise ConfigError(f"prompt set {wrong[0]!r} is no name: give names of sets, or a mapping of name to prompts")
+        raise ConfigError(f"prompt set {shown(wrong[0])} is no name: give names, or a mapping of name to prompts")
     return dict(_loaded(name, kind, n, seed) for name in names)
 
 
@@ -52,10 +54,12 @@ def _loaded(name: str, kind: Kind, n: int, seed: int) -> tuple[str, list[str]]:
 
 
 def _texts(name: str, prompts: Sequence[str]) -> list[str]:
+    if not isinstance(prompts, Iterable):
+        raise ConfigError(f"prompt set {name!r} is {shown(prompts)}: give a list of texts")
     texts = list(prompts)
     wrong = [text for text in texts if not isinstance(text, str) or not text.strip()]
     if wrong:
-        raise ConfigError(f"prompt set {name!r} holds {wrong[0]!r}: give texts that are not empty")
+        raise ConfigError(f"prompt set {name!r} holds {shown(wrong[0])}: give texts that are not empty")
     return texts
 
 

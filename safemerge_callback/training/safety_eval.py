@@ -7,12 +7,13 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from ..evaluation.chat import template_settings, text_part
 from ..evaluation.generation import check_vocabulary
 from ..evaluation.judges import KeywordJudge, decides, load_judge, measure_name
 from ..evaluation.neutral import left_as_found
 from ..evaluation.probe import Asking, Questions
+from ..numbers import is_number
 from .checkpoints import at_each_save, no_more_saves
 from .log import Log
 from .opening import guard_of
@@ -74,8 +75,8 @@ class SafetyEvalCallback(TrainerCallback):
         quiet: bool = False,
     ) -> None:
         check_sizes(every=every, n=n, max_new_tokens=max_new_tokens, batch_size=batch_size)
-        if judge_seconds is not None and not judge_seconds > 0:
-            raise ConfigError(f"judge_seconds is {judge_seconds}: give more than 0 seconds, or None for any time")
+        if judge_seconds is not None and not (is_number(judge_seconds) and judge_seconds > 0):
+            raise ConfigError(f"judge_seconds is {shown(judge_seconds)}: give more than 0, or None for any time")
         self.every, self.journal, self.quiet = every, journal, quiet
         self.rules = Rules(as_rule(Rollback, rollback), as_rule(Trigger, trigger), as_rule(Stop, stop))
         self.asked = (prompt_sets(prompts, "harm", n, seed), prompt_sets(benign, "benign", n, seed))
