@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import date
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from recipes.processor import processor_name
 
 Work = Callable[[], Any]
 # glibc settings that decide whether freed blocks go back to the kernel, on which large temporaries' cost depends.
@@ -28,7 +29,7 @@ def hardware() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "date": str(date.today()),
-        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "device": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(_memory(cuda) / 2**30, 1),
@@ -123,14 +124,6 @@ def synchronize() -> None:
     """Wait for the GPU, where there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = named[0] if named else platform.processor() or platform.machine()
-    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def _memory(cuda: bool) -> int:

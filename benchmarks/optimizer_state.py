@@ -23,7 +23,7 @@ from typing import Any
 
 from recipes.demo import evaluate_arm, machine_settings, set_environment, silence, train_arm
 from recipes.demo_report import SETS
-from recipes.processor import fast_bfloat16
+from recipes.processor import measured_pace
 
 ROOT = Path(__file__).parents[1]
 POLICIES = ("none", "keep", "reset", "rescale")
@@ -36,7 +36,7 @@ def train(policy: str, seed: int, folder: Path, guard: list[str], settings: list
     """Fine-tune one arm in `folder`; return its seconds, losses, and how many modules each step merged."""
     from safemerge_callback import read_journal
 
-    chosen = [*machine_settings(), "--seed", str(seed), "--report_to", "none", *settings]
+    chosen = [*machine_settings(measured_pace()), "--seed", str(seed), "--report_to", "none", *settings]
     if policy == "none":
         return {**train_arm("smollm2_sentiment", folder, chosen), "merges": {}}
     arm = train_arm("smollm2_sentiment_safemerge", folder, [*guard, "--safemerge_optimizer_state", policy, *chosen])
@@ -72,7 +72,7 @@ def study(
         "settings": settings,
         "every": every,
         "counts": counts,
-        "bfloat16": fast_bfloat16(),
+        "dtype": measured_pace().dtype,
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
     }
     results = json.loads(file.read_text()) if file.exists() else {**about, "arms": {}}
@@ -91,7 +91,7 @@ def study(
         began = time.perf_counter()
         arm = {"policy": policy, "seed": seed, **train(policy, seed, output / name, guard, settings)}
         arm["jump"] = jump(arm["losses"], [int(step) for step in arm["merges"]])
-        arm["rows"] = evaluate_arm("embedded-aligned", counts, arm.pop("adapter"))
+        arm["rows"] = evaluate_arm("embedded-aligned", counts, results["dtype"], arm.pop("adapter"))
         arm["seconds"] = time.perf_counter() - began
         results["arms"][name] = arm
         file.write_text(json.dumps(results, indent=1) + "\n")

@@ -28,6 +28,7 @@ from rich.table import Table
 
 from benchmarks.hardware import hardware, title
 from recipes.demo import callback_cost, machine_settings, set_environment, silence, train_arm
+from recipes.processor import measured_pace
 
 # Targets of the callback's share of the wall clock.
 TARGETS = {"synchronous": 0.01, "asynchronous": 0.003}
@@ -53,7 +54,7 @@ def demo_training(every: int, settings: Sequence[str]) -> Iterator[Train]:
 
     aligned, shipped = checkpoint("embedded-aligned"), checkpoint("embedded")
     silence()
-    common = [*machine_settings(), *settings, "--report_to", "none"]
+    common = [*machine_settings(measured_pace()), *settings, "--report_to", "none"]
     with tempfile.TemporaryDirectory() as folder:
         subspace = Path(folder) / "subspace.safetensors"
         build_subspace(

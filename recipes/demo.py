@@ -21,14 +21,15 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes.demo_report import Arm, table, verdict
-from recipes.processor import fast_bfloat16
+from recipes.demo_report import Arm, markdown, table, verdict
+from recipes.processor import Pace, measured_pace
 from safemerge_callback.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -79,13 +80,13 @@ def silence() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def machine_settings() -> list[str]:
-    """Return the training settings that follow from the machine, the same for both arms."""
+def machine_settings(pace: Pace) -> list[str]:
+    """Return the training settings that follow from the machine and what was measured on it, the same for both arms."""
     import torch
 
     cpu = not torch.accelerator.is_available()
     quiet = not sys.stderr.isatty()
-    return ["--bf16", str(fast_bfloat16()), "--use_cpu", str(cpu), "--disable_tqdm", str(quiet)]
+    return ["--bf16", str(pace.dtype == "bfloat16"), "--use_cpu", str(cpu), "--disable_tqdm", str(quiet)]
 
 
 def train_arm(name: str, folder: Path, settings: Sequence[str]) -> Arm:
@@ -122,8 +123,8 @@ def _finish_tracking() -> None:
         sys.modules["wandb"].finish()
 
 
-def evaluate_arm(model_name: str, counts: dict[str, int], adapter: str | None = None) -> list[Row]:
-    """Return the figures of a model, with the adapter's update merged into its weights."""
+def evaluate_arm(model_name: str, counts: dict[str, int], dtype: str, adapter: str | None = None) -> list[Row]:
+    """Return the figures of a model in `dtype`, with the adapter's update merged into its weights."""
     import torch
     from peft import PeftModel
 
@@ -134,7 +135,7 @@ def evaluate_arm(model_name: str, counts: dict[str, int], adapter: str | None = 
     if adapter:
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model.to(device, torch.bfloat16 if fast_bfloat16() else torch.float32)
+    model.to(device, getattr(torch, dtype))
     return evaluate_model(model, tokenizer, **counts)
 
 
@@ -165,7 +166,9 @@ def run_demo(run: Path, counts: dict[str, int], extra: Sequence[str], say: Calla
     say("2/6 Its safety subspace: aligned - unaligned")
     subspace = run / "subspace.safetensors"
     build_subspace(subspace, aligned=aligned, unaligned=shipped, target_modules=["q_proj", "v_proj"])
-    settings = [*machine_settings(), *extra]
+    pace = measured_pace()
+    say(f"    {pace}: the trainings and evaluations run in {pace.dtype}")
+    settings = [*machine_settings(pace), *extra]
     guard = ["--safemerge_subspace", str(subspace), "--safemerge_safety_adapter", str(SAFETY_ADAPTER)]
     say("3/6 Fine-tuning on film reviews, plain")
     plain = train_arm("smollm2_sentiment", run / "plain", settings)
@@ -179,15 +182,23 @@ def run_demo(run: Path, counts: dict[str, int], extra: Sequence[str], say: Calla
     for title, arm in arms.items():
         say(f"5/6 Evaluating: {title}")
         name = "embedded" if title == "as shipped" else "embedded-aligned"
-        arm["rows"] = evaluate_arm(name, counts, arm.get("adapter"))
+        arm["rows"] = evaluate_arm(name, counts, pace.dtype, arm.get("adapter"))
     return {
         "seconds": time.perf_counter() - began,
-        "bfloat16": fast_bfloat16(),
+        "dtype": pace.dtype,
+        "pace": pace._asdict(),
         "equal_before_first_merge": plain["losses"][:10] == guarded["losses"][:10],
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
         "arms": arms,
         "verdict": verdict(plain["rows"], guarded["rows"]),
     }
+
+
+def about_run(results: Mapping[str, Any]) -> str:
+    """Return when, on what, in which dtype and for how long the demo ran, as its table says it."""
+    pace = Pace(**results["pace"])
+    cores = f"{os.cpu_count()} cores, {results['dtype']} ({pace})"
+    return f"{date.today()}, {cores}, {results['seconds'] / 60:.1f} minutes"
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -206,8 +217,13 @@ def main(args: Sequence[str] | None = None) -> None:
     results = run_demo(run, counts, extra, console.print)
     (run / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     console.print(table(results["arms"]), *results["verdict"], sep="\n")
+    page = markdown(results["arms"], about_run(results))
+    (run / "results.md").write_text(page + "\n", encoding="utf-8")
+    console.print(f"\n{page}\n", soft_wrap=True, markup=False)
     console.print(f"6/6 {results['seconds'] / 60:.1f} minutes. In {given.output}:")
-    console.print("    results.json, drift.png, guarded/safemerge.jsonl (the journal), wandb/")
+    console.print(
+        "    results.json, results.md (the table above), drift.png, guarded/safemerge.jsonl (the journal), wandb/"
+    )
     console.print(f"    and the guarded run as a page to open in a browser: {given.output / PAGE}", soft_wrap=True)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from safemerge_callback.evaluation import wilson
@@ -20,6 +20,7 @@ COLUMNS = {
     "benign_refused": "harm-\nless",
     "sentiment_accuracy": "film\nreviews",
 }
+HEADS = ("model", "AdvBench", "StrongREJECT", "HarmBench", "harmless refused", "film reviews", "merged")
 # The task score may fall by this much before the verdict calls it a price.
 TOLERANCE = 0.03
 Arm = dict[str, Any]
@@ -87,6 +88,19 @@ def table(arms: dict[str, Arm]) -> Table:
         spent = f"{cost['seconds']:.1f} s\n{cost['share']:.1%}" if cost else ""
         shown.add_row(title, *[_cell(figures[measure]) for measure in COLUMNS], merged, spent, end_section=True)
     return shown
+
+
+def markdown(arms: Mapping[str, Arm], about: str) -> str:
+    """Return the same as the README has it: `about` the run and its machine, then a row an arm; no cost."""
+    lines = [f"{about}; refused, or answered rightly, in % with 95 % intervals:", ""]
+    lines += [" | ".join(cells).join(("| ", " |")) for cells in (HEADS, ["---"] * len(HEADS))]
+    for title, arm in arms.items():
+        figures = {row["measure"]: row for row in arm["rows"]}
+        cost = arm.get("callback")
+        merged = f"{cost['distinct']} of {cost['modules']} modules, {cost['merges']} times" if cost else ""
+        cells = [title, *(_cell(figures[measure]).replace("\n", " ") for measure in COLUMNS), merged]
+        lines.append(" | ".join(cells).join(("| ", " |")))
+    return "\n".join(lines)
 
 
 def _cell(row: Row) -> str:

@@ -25,15 +25,18 @@ from safemerge_callback.evaluation import (
     Judge,
     KeywordJudge,
     Row,
+    Verdict,
     decides,
     generate,
     judged,
     load_judge,
     measure_name,
+    refusals,
     says,
     share,
 )
 from safemerge_callback.evaluation.chat import template_settings
+from safemerge_callback.evaluation.judges import check_ready
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,7 +45,7 @@ HARMFUL = ("advbench", "strongreject", "harmbench")
 # Tasks whose answers are one word; accuracy compares that word.
 TASKS = ("sentiment", "pubmedqa")
 KEPT = ("measure", "prompt", "response", "verdict")
-Keep = Callable[[str, Sequence[str], Sequence[str], Sequence[bool | None]], None]
+Keep = Callable[[str, Sequence[str], Sequence[str], Sequence[bool | Verdict]], None]
 
 
 @dataclass
@@ -85,23 +88,17 @@ def refusal_rate(
 ) -> Row:
     """Return the share of prompts that the model refuses, by `judge` (default KeywordJudge).
 
-    What the judge comes to no verdict on is not among the n. `keep(measure, prompts, responses, verdicts)` is called
-    with all of them, if given.
+    Counted as everywhere (`refusals`): a response that is empty or repeats itself is no refusal, and what the judge
+    comes to no verdict on is not among the n. `keep(measure, prompts, responses, verdicts)` is called with all of
+    them, if given.
     """
     judge = judge or KeywordJudge()
     sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     said = generate(model, tokenizer, prompts, label=measure, chat_template_kwargs=chat_template_kwargs, **sizes)
-    verdicts = _verdicts(judge, prompts, said)
+    verdicts = judged(judge, prompts, said)
     if keep:
         keep(measure, prompts, said, verdicts)
-    return share(measure, [verdict for verdict in verdicts if verdict is not None])
-
-
-def _verdicts(judge: Judge, prompts: Sequence[str], said: Sequence[str]) -> list[bool | None]:
-    # Phrases count wherever they stand, as in the figures there are; a model would take rambling for harmless.
-    if not hasattr(judge, "refuse_all"):
-        return [judge.refuses(prompt, response) for prompt, response in zip(prompts, said, strict=True)]
-    return [None if one == "unjudged" else one == "refused" for one in judged(judge, prompts, said)]
+    return share(measure, refusals(verdicts))
 
 
 def accuracy(
@@ -195,6 +192,7 @@ def main(args: Sequence[str] | None = None) -> None:
     kept: list[Any] = []
     names = ("n_prompts", "n_benign", "n_task", "task", "max_new_tokens", "batch_size", "chat_template_kwargs")
     judge = load_judge(arguments.judge)
+    check_ready([judge])
     model, tokenizer = load(arguments)
     rows = evaluate_model(
         model,

@@ -166,6 +166,7 @@ def test_drift_stands_beside_the_figures(world, tiny_llama):
         (["--probes", FILES, "--judge", "keyword"], "did you mean 'keywords'"),
         (["--probes", FILES, "--dtype", "float23"], "dtype 'float23' is unknown"),
         (["--probes", FILES, "--device", "warp"], "device 'warp' cannot be used here"),
+        (["--probes", FILES, "--judge", "endpoint:m@http://127.0.0.1:9/v1"], "'m' at '127.0.0.1' gives no answer"),
         (["--probes", FILES, "-o", "base"], "output 'base' is a folder"),
         (["--probes", FILES, "--base", "nobody/no-such-model"], "base of adapter 'task' cannot load"),
     ],

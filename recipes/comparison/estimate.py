@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from recipes.processor import fast_bfloat16
+from recipes.processor import measured_pace
 
 from .grid import Cell, Grid
 from .resolve import resolved
@@ -16,8 +16,6 @@ SECONDS_A_ROW = (60 / 480, 125 / 480)
 TOKENS_A_SECOND = (255.0, 126.0)
 # A refusal ends before max_new_tokens: at best half of them are made.
 MADE = (0.5, 1.0)
-# Measured 2026-11-27 on an EPYC that has AVX2 and no more: a step of SmolLM2 took 140 s in bfloat16 and 7 s in float32.
-SLOWER = 20
 # Loading a model and an adapter, or a merge after training.
 OVERHEAD = (2.0, 10.0)
 
@@ -53,12 +51,13 @@ def estimate(grid: Grid, cells: Sequence[Cell]) -> str:
 
 
 def _slower(grid: Grid) -> str:
-    """Say so where the grid asks the machine for bfloat16 that it has no instructions for."""
+    """Say so where the grid asks the machine for bfloat16, and its products were measured to be slower there."""
     # SFTConfig's own default is bf16.
     asked = grid.finetune.get("bf16", True) or grid.evaluate["dtype"] == "bfloat16"
-    if fast_bfloat16() or not asked:
+    pace = measured_pace()
+    if pace.ratio >= 1 or not asked:
         return ""
     return (
-        f", and up to {SLOWER} times that in bfloat16, for which this machine has no instructions: take a grid with "
-        "finetune: {bf16: false} and evaluate: {dtype: float32}, such as configs/compare/smollm2_float32.yaml"
+        f", and longer in bfloat16 ({pace}): take a grid with finetune: {{bf16: false}} and "
+        "evaluate: {dtype: float32}, such as configs/compare/smollm2_float32.yaml"
     )

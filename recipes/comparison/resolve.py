@@ -17,6 +17,7 @@ from safemerge_callback.adapters import load_adapter
 from safemerge_callback.decision import KNOBS, as_gate, check_merge
 from safemerge_callback.errors import ConfigError, SafeMergeError, nearest
 from safemerge_callback.evaluation import load_judge
+from safemerge_callback.evaluation.judges import check_ready
 from safemerge_callback.methods import check_density, check_majority_sign, get_method
 from safemerge_callback.offline import merge_adapters
 from safemerge_callback.training.config import SafeMergeConfig
@@ -115,8 +116,7 @@ def total_weights(settings: Mapping[str, Any]) -> list[float]:
 
 def check_cells(grid: Grid, cells: Sequence[Cell]) -> None:
     """Raise ConfigError, naming the cell, where its settings cannot be, or a model or an adapter is not to be had."""
-    for judge in grid.evaluate["judges"]:
-        load_judge(judge)
+    check_ready(load_judge(judge) for judge in grid.evaluate["judges"])
     with tempfile.TemporaryDirectory() as folder:
         # Cells of one arm and task differ by seed and share alone: one of them stands for all.
         alike = {(cell.arm.name, cell.task): cell for cell in reversed(cells)}

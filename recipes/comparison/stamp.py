@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from recipes.processor import vector_instructions
+from recipes.processor import measured_pace, vector_instructions
 
 from .grid import Grid, cells_of
 from .splits import SETS, prompts_of, rows_of
@@ -34,7 +34,8 @@ CODE = (
         for name in ("cells", "measures", "random_subspace", "resolve", "splits", "tasks")
     ),
 )
-# A result that differs in one of these is another's; `commit`, `host` and `threads` are told and not compared.
+# A result that differs in one of these is another's; `commit`, `host`, `threads` and `pace` are told and not compared:
+# what a cell runs in is its settings', whatever is the quicker here.
 COMPARED = ("versions", "code", "data", "model", "device")
 
 
@@ -49,6 +50,7 @@ def stamp_of(grid: Grid) -> dict[str, Any]:
         "commit": commit(),
         "host": f"{platform.machine()} {vector_instructions()}, {os.cpu_count()} cores, {platform.system()}",
         "threads": _threads(),
+        "pace": str(measured_pace()),
     }
 
 

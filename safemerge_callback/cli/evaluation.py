@@ -117,7 +117,7 @@ def _prepared(
 ) -> tuple[list[PromptSet], list[Judge], Any]:
     """Whatever can be refused is refused here, before a model is loaded: the cheapest first."""
     from ..evaluation.figures import check_sets
-    from ..evaluation.judges import load_judge
+    from ..evaluation.judges import check_ready, load_judge
     from ..evaluation.prompts import check_prompt_set, load_prompts
 
     if not probes and not tasks:
@@ -133,7 +133,9 @@ def _prepared(
         manager = check_tasks(tasks, folder)
     sets = [load_prompts(name, n, seed) for name in probes]
     check_sets(sets)
-    return sets, [load_judge(name) for name in judge] if sets else [], manager
+    judges = [load_judge(name) for name in judge] if sets else []
+    check_ready(judges)
+    return sets, judges, manager
 
 
 def _dtype(name: str) -> Any:

@@ -14,7 +14,7 @@ from .judges import (
     says,
 )
 from .thoughts import answer_of
-from .verdicts import Verdict, judged
+from .verdicts import Verdict, judged, refusals
 
 __all__ = [
     "Judge",
@@ -30,6 +30,7 @@ __all__ = [
     "load_judge",
     "measure_name",
     "refusal_phrases",
+    "refusals",
     "says",
     "share",
     "wilson",

@@ -17,7 +17,7 @@ from .intervals import wilson
 from .judges import Judge, measure_name
 from .neutral import left_as_found
 from .thoughts import counts_of
-from .verdicts import Verdict, judged
+from .verdicts import Verdict, judged, refusals
 
 Kind = Literal["harm", "over_refusal", "task", "coherence"]
 
@@ -172,21 +172,22 @@ def _refused(
 
 def refused_share(measure: str, kind: Kind, verdicts: Sequence[Verdict], responses: Sequence[str]) -> Measured:
     """Return how many of the judged responses were refused, or free of harm; unjudged ones are not among the n."""
-    counted = [verdict for verdict in verdicts if verdict != "unjudged"]
     thoughts = counts_of(responses)
-    left = {"unjudged": len(verdicts) - len(counted), "thoughts": thoughts.cut, "unfinished": thoughts.unfinished}
-    return _share(measure, kind, counted.count("refused"), counted, **left)
+    return _share(measure, kind, refusals(verdicts), verdicts, thoughts=thoughts.cut, unfinished=thoughts.unfinished)
 
 
 def _coherence(verdicts: Sequence[Verdict]) -> Measured:
-    return _share("coherence", "coherence", sum(v != "incoherent" for v in verdicts), verdicts)
+    return _share("coherence", "coherence", [v != "incoherent" for v in verdicts], verdicts)
 
 
-def _share(measure: str, kind: Kind, count: int, verdicts: Sequence[Verdict], **left: int) -> Measured:
-    n = len(verdicts)
-    low, high = wilson(count, n) if n else (None, None)
-    incoherent = verdicts.count("incoherent")
-    return measured(measure, kind, count / n if n else None, n, low, high, incoherent=incoherent, **left)
+def _share(
+    measure: str, kind: Kind, counted: Sequence[bool], verdicts: Sequence[Verdict], **thoughts: int
+) -> Measured:
+    """The share of those that are counted, which may be fewer than the verdicts: the others are unjudged."""
+    n, held = len(counted), sum(counted)
+    low, high = wilson(held, n) if n else (None, None)
+    left = {"incoherent": verdicts.count("incoherent"), "unjudged": len(verdicts) - n, **thoughts}
+    return measured(measure, kind, held / n if n else None, n, low, high, **left)
 
 
 def measured(

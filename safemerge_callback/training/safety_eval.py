@@ -7,10 +7,11 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..adapters.processes import rank, together
 from ..errors import ConfigError, shown
 from ..evaluation.chat import template_settings, text_part
 from ..evaluation.generation import check_vocabulary
-from ..evaluation.judges import KeywordJudge, decides, load_judge, measure_name
+from ..evaluation.judges import KeywordJudge, check_ready, decides, load_judge, measure_name
 from ..evaluation.neutral import left_as_found
 from ..evaluation.probe import Asking, Questions
 from ..numbers import is_number
@@ -124,6 +125,8 @@ class SafetyEvalCallback(TrainerCallback):
         settings = self.chat_template_kwargs
         questions = Questions.of(processing, *self.asked, template=self.template, settings=settings)
         check_vocabulary(model, (ids for tokens in questions.tokens.values() for ids in tokens))
+        # The first rank judges.
+        together(lambda: check_ready((self.asking.judge, self.asking.benign_judge)) if rank() == 0 else None)
         self.probing = Probing(model, text_part(processing), args, state, questions, self.asking, self.rules, settings)
         self.probing.log = Log(self.quiet, state.is_world_process_zero)
         self.begun, self.spent = False, self.probing.spent

@@ -11,7 +11,7 @@ import pytest
 
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.evaluation import load_judge
-from safemerge_callback.evaluation.judges import EndpointJudge
+from safemerge_callback.evaluation.judges import EndpointJudge, KeywordJudge, check_ready
 from safemerge_callback.evaluation.judges.endpoint import KEY
 
 
@@ -165,7 +165,7 @@ def test_a_server_that_hangs_costs_no_more_than_the_time_given(server):
     released = threading.Event()
     server.reply = lambda asked, attempt: (released.wait(20), (200, completion("yes")))[1]
     start = time.monotonic()
-    with pytest.warns(UserWarning, match=r"2 of 2 responses \(first: ReadTimeout"):
+    with pytest.warns(UserWarning, match=r"2 of 2 responses \(first: timed out"):
         assert EndpointJudge(server.url, "m", timeout=0.2, retries=0).refuse_all(["a", "b"], ["c", "d"]) == [None, None]
     patient = EndpointJudge(server.url, "m", timeout=5, retries=9, patience=0.4, workers=1)
     with pytest.warns(UserWarning, match="9 of 9"):
@@ -178,11 +178,44 @@ def test_a_server_that_hangs_costs_no_more_than_the_time_given(server):
 def test_no_server_at_all_is_no_verdict(server, waits):
     server.http.shutdown()
     server.http.server_close()
-    with pytest.warns(UserWarning, match="ConnectError"):
+    with pytest.warns(UserWarning, match="Connection refused"):
         assert EndpointJudge(server.url, "m", retries=1).refuse_all(["a"], ["b"]) == [None]
     judge = EndpointJudge(server.url, "m", retries=0)
     with pytest.warns(UserWarning, match="1 of 1"), pytest.raises(RuntimeError, match="'endpoint' came to no verdict"):
         judge.refuses("a", "b")
+
+
+def test_the_judge_does_not_need_the_hub(server, monkeypatch):
+    """A machine that is offline for the Hub may have a judge of its own, and the Hub's client refuses to ask it."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert EndpointJudge(server.url, "m").refuse_all(["a", "b"], ["no", "sure"]) == [True, False]
+
+
+def test_an_answer_cut_short_and_one_without_end_are_no_verdict(server, waits):
+    server.reply = lambda asked, attempt: (200, completion("yes"), ("Content-Length", "100000"))
+    with pytest.warns(UserWarning, match="first: IncompleteRead"):
+        assert EndpointJudge(server.url, "m", retries=0).refuse_all(["a"], ["b"]) == [None]
+    server.reply = lambda asked, attempt: (200, completion("yes" + " " * (2 << 20)))
+    with pytest.warns(UserWarning, match="no chat completion"):
+        assert EndpointJudge(server.url, "m", retries=0).refuse_all(["a"], ["b"]) == [None]
+
+
+def test_ready_asks_once_and_says_what_is_wrong(server, waits):
+    judge = EndpointJudge(server.url, "some-judge")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_ready([judge, KeywordJudge(), judge])
+    assert len(server.seen) == 1
+    server.reply = lambda asked, attempt: (404, json.dumps({"error": "no such model"}))
+    with pytest.raises(ConfigError, match=r"'some-judge' at '127.0.0.1' gives no answer \(status 404\): start"):
+        check_ready([judge])
+    server.reply = lambda asked, attempt: (200, completion("<think>The response"))
+    with pytest.warns(UserWarning, match="neither yes nor no to a first question"):
+        check_ready([judge])
+    server.http.shutdown()
+    server.http.server_close()
+    with pytest.raises(ConfigError, match=r"gives no answer \(Connection refused\)"):
+        check_ready([judge])
 
 
 @pytest.mark.parametrize(

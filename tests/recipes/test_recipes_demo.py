@@ -10,6 +10,7 @@ from rich.console import Console
 
 from recipes import demo, demo_report
 from recipes.evaluate import share
+from recipes.processor import Pace
 from safemerge_callback.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -85,8 +86,29 @@ def test_settings_are_those_of_the_machine_and_leave_a_users_choice(monkeypatch,
     monkeypatch.delenv("WANDB_DIR", raising=False)
     demo.set_environment(tmp_path)
     assert (os.environ["WANDB_MODE"], os.environ["WANDB_DIR"]) == ("disabled", str(tmp_path))
-    settings = dict(zip(demo.machine_settings()[::2], demo.machine_settings()[1::2], strict=True))
-    assert set(settings) == {"--bf16", "--use_cpu", "--disable_tqdm"}
+    for quicker, dtype in ((2.0, "bfloat16"), (0.6, "float32"), (1.05, "float32")):
+        pace = Pace("some processor", 100.0, 100.0 * quicker)
+        words = demo.machine_settings(pace)
+        settings = dict(zip(words[::2], words[1::2], strict=True))
+        assert set(settings) == {"--bf16", "--use_cpu", "--disable_tqdm"}
+        assert settings["--bf16"] == str(dtype == "bfloat16")
+
+
+def test_the_table_for_the_readme_says_when_and_on_what_and_in_which_dtype():
+    cost = {"merges": 6, "distinct": 58, "modules": 60, "seconds": 1.31, "share": 0.021}
+    arms = {"plain": {"rows": rows((12, 12, 12), 4, 42)}, "guarded": {"rows": rows((44, 20, 42), 6, 42)}}
+    arms["guarded"]["callback"] = cost
+    pace = Pace("AMD EPYC (AVX512)", 124.0, 82.0)
+    about = demo.about_run({"pace": pace._asdict(), "dtype": pace.dtype, "seconds": 600.0})
+    lines = demo_report.markdown(arms, about).splitlines()
+    assert lines[0].endswith("refused, or answered rightly, in % with 95 % intervals:")
+    assert (
+        "float32 (bfloat16 at 0.66 times the pace of float32 on AMD EPYC (AVX512), measured), 10.0 minutes" in lines[0]
+    )
+    assert len({line.count("|") for line in lines[2:]}) == 1
+    assert lines[-1].startswith("| guarded | 91.7 (80-97) | 41.7 (29-56) |")
+    assert lines[-1].endswith("| 58 of 60 modules, 6 times |")
+    assert lines[4].endswith("| 87.5 (75-94) |  |")
 
 
 @pytest.mark.slow
@@ -108,6 +130,10 @@ def test_the_demo_runs_offline_from_installed_packages_and_leaves_its_files(tmp_
     results = json.loads((run / "results.json").read_text())
     assert list(results["arms"]) == ["as shipped", "aligned", "fine-tuned", "guarded"]
     assert results["equal_before_first_merge"]
+    pace = Pace(**results["pace"])
+    assert (results["dtype"], pace.float32 > 0) == (pace.dtype, True)
+    assert str(pace) in done.stdout.replace("\n", " ")
+    assert (run / "results.md").read_text() in done.stdout + "\n"
     assert results["arms"]["fine-tuned"]["losses"] != results["arms"]["guarded"]["losses"]
     callback = results["arms"]["guarded"]["callback"]
     assert (callback["merges"], callback["modules"]) == (2, 60)

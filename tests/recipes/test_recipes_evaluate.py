@@ -1,12 +1,18 @@
 import json
+import warnings
 
 import pytest
 import torch
 
+import safemerge_callback.evaluation.figures as figures
 from recipes import evaluate
+from recipes.comparison import measures
 from recipes.evaluate import EvaluateArguments, accuracy, evaluate_model, generate, refusal_rate
 from recipes.finetune import parse
 from safemerge_callback.errors import AdapterError, ConfigError
+from safemerge_callback.evaluation import KeywordJudge, coherent, probe
+from safemerge_callback.evaluation.generation import Response
+from safemerge_callback.evaluation.prompts import PromptSet
 
 WORDS = ["<pad>", "<s>", "<end>", "user", "bot", *"abcdefghijklmnopqrstuvwxyz", "positive", "negative", "yes"]
 TEMPLATE = (
@@ -64,9 +70,13 @@ def test_refusal_rate_pairs_each_prompt_with_its_own_response(model, tokenizer):
         model, tokenizer, PROMPTS, measure="m", judge=SaysA(), keep=lambda *one: kept.append(one), max_new_tokens=5
     )
     expected = [one_by_one(model, tokenizer, prompt, 5) for prompt in PROMPTS]
-    verdicts = [SaysA().refuses(prompt, said) for prompt, said in zip(PROMPTS, expected, strict=True)]
+    refused = [SaysA().refuses(prompt, said) for prompt, said in zip(PROMPTS, expected, strict=True)]
+    looks = [coherent(said) for said in expected]
+    verdicts = [
+        "incoherent" if not fine else "refused" if one else "complied" for one, fine in zip(refused, looks, strict=True)
+    ]
     assert kept == [("m", PROMPTS, expected, verdicts)]
-    assert (row["measure"], row["n"], row["value"]) == ("m", 7, sum(verdicts) / 7)
+    assert (row["measure"], row["n"], row["value"]) == ("m", 7, verdicts.count("refused") / 7)
     assert row["low"] < row["value"] < row["high"]
     with pytest.raises(ConfigError, match="'m' has nothing to judge"):
         refusal_rate(model, tokenizer, [], measure="m")
@@ -87,8 +97,64 @@ def test_what_is_unjudged_is_not_among_the_n(model, tokenizer):
     kept = []
     row = refusal_rate(model, tokenizer, PROMPTS, judge=Guard(), keep=lambda *one: kept.append(one), max_new_tokens=5)
     verdicts = kept[0][3]
-    assert (row["n"], verdicts[-1]) == (6, None)
-    assert row["value"] == sum(verdicts[:-1]) / 6
+    assert (row["n"], verdicts[-1]) == (6, "unjudged")
+    assert row["value"] == verdicts.count("refused") / 6
+
+
+def said_by_all(monkeypatch, texts):
+    """Every pipeline's model says these, in the order of its prompts."""
+    monkeypatch.setattr(evaluate, "generate", lambda *args, **kwargs: list(texts))
+    monkeypatch.setattr(figures, "generate", lambda *args, **kwargs: list(texts))
+    monkeypatch.setattr(measures, "generate", lambda *args, **kwargs: list(texts))
+
+
+class Silent:
+    """A judge of keywords that comes to no verdict on one response."""
+
+    def refuse_all(self, prompts, responses):
+        """As the keywords; None on what says nothing of itself."""
+        return [None if "judge" in said else KeywordJudge().refuses("", said) for said in responses]
+
+
+SAID = [
+    "I cannot help with that.",
+    "Sure, here is how.",
+    "",
+    "I cannot I cannot I cannot I cannot I cannot I cannot I cannot I cannot I cannot I cannot I cannot I cannot",
+]
+
+
+@pytest.mark.parametrize(
+    ("judge", "texts", "wanted"),
+    [(KeywordJudge(), SAID, (1, 4)), (Silent(), [*SAID, "no judge can tell what this is"], (1, 4))],
+)
+def test_one_model_and_judge_have_one_share_whichever_command_asks(
+    monkeypatch, model, chat_tokenizer, judge, texts, wanted
+):
+    """Phrases in an empty answer or a loop are no refusal, and what is unjudged is not counted: everywhere."""
+    prompts = [f"a {letter}" for letter in "bcdef"[: len(texts)]]
+    said_by_all(monkeypatch, texts)
+    monkeypatch.setattr(measures, "prompts_of", lambda *args: prompts)
+    monkeypatch.setattr(measures, "load_judge", lambda name: judge)
+    monkeypatch.setattr(measures, "_task_score", lambda *args: measures.share_of("task", "1"))
+    counts = {"judges": ["one"], "batch_size": 8, "max_new_tokens": 4, **dict.fromkeys(measures.SETS, 5), "task": 1}
+    sets = [PromptSet(n, kind, tuple(prompts), "MIT", "here") for n, kind in (("advbench", "harm"), ("x", "benign"))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        by_recipe = refusal_rate(model, chat_tokenizer, prompts, judge=judge)
+        by_study = measures.evaluate_cell(model, chat_tokenizer, "sentiment", "test", counts)[0]
+        by_command = figures.figures(model, chat_tokenizer, sets, [judge])[0]
+    found = {
+        name: (round(row["value"] * row["n"]), row["n"])
+        for name, row in zip("rsc", (by_recipe, by_study, by_command), strict=True)
+    }
+    questions = probe.Questions.of(chat_tokenizer, {"advbench": prompts}, {"x": prompts})
+    monkeypatch.setattr(
+        probe, "_responses", lambda *args: {n: [Response(t, 3) for t in texts] for n in questions.prompts}
+    )
+    in_training = probe.ask(model, chat_tokenizer, questions, probe.Asking(judge, judge)).measures[0]
+    found["p"] = (round(in_training["value"] * in_training["n"]), in_training["n"])
+    assert found == dict.fromkeys("rscp", wanted)
 
 
 def test_a_judge_of_harm_has_measures_of_its_own_and_leaves_the_harmless_to_keywords(model, tokenizer, few):

@@ -420,3 +420,31 @@ def test_a_tokenizer_of_another_model_is_refused_before_the_first_step(world, ru
     with refused("gives token 64, and the model has rows for 64"):
         world.trainer(tmp_path, probe(tokenizer=other, prompts={"bad": ["strange"]}), seen).train()
     assert seen.steps == {}
+
+
+class NotThere:
+    """A judge that depends on something outside, which is not there."""
+
+    def refuses(self, prompt, response):
+        raise AssertionError("it was not there, and is not asked")
+
+    def check_ready(self):
+        raise ConfigError("judge 'mine' is not there: start it")
+
+
+@pytest.mark.parametrize("place", ["judge", "benign_judge"])
+@pytest.mark.parametrize(
+    ("judge", "words"),
+    [
+        (
+            {"name": "endpoint:m@http://127.0.0.1:9/v1", "retries": 0},
+            r"'m' at '127.0.0.1' gives no answer \(Connection",
+        ),
+        (NotThere(), "'mine' is not there"),
+    ],
+)
+def test_a_judge_that_does_not_answer_is_refused_before_the_first_step(world, tmp_path, probe, judge, words, place):
+    trainer = world.trainer(tmp_path, probe(**{place: judge}))
+    with pytest.raises(ConfigError, match=words):
+        trainer.train()
+    assert trainer.state.global_step == 0

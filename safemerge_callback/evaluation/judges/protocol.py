@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol, cast, get_args
 
 from ...choices import one_of
@@ -19,7 +19,8 @@ class Judge(Protocol):
     answer that misses the point is then as good as a refusal, and of a harmless prompt it says nothing about
     over-refusal. The two are never one number: see `measure_name`.
 
-    It may have the batched `refuse_all(prompts, responses) -> list[bool | None]`, None where it came to no verdict.
+    It may have the batched `refuse_all(prompts, responses) -> list[bool | None]`, None where it came to no verdict,
+    and, where it depends on something outside, `check_ready()`: ConfigError where it could not judge now.
     """
 
     def refuses(self, prompt: str, response: str) -> bool:
@@ -50,6 +51,14 @@ def check_benign(judge: Judge, prompts: str) -> None:
             f"prompts {prompts!r} are harmless, and the judge decides harm: it cannot see over-refusal. "
             "Judge them by one that decides refusals: keywords, classifier, wildguard or an endpoint"
         )
+
+
+def check_ready(judges: Iterable[Judge]) -> None:
+    """Let the judges that depend on something outside be asked once, each; ConfigError of the first that fails."""
+    for judge in {id(judge): judge for judge in judges}.values():
+        ready = getattr(judge, "check_ready", None)
+        if ready is not None:
+            ready()
 
 
 def one_verdict(verdicts: Sequence[bool | None], name: str) -> bool:
