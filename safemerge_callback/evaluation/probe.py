@@ -180,9 +180,7 @@ def _coherence(verdicts: Sequence[Verdict]) -> Measured:
     return _share("coherence", "coherence", [v != "incoherent" for v in verdicts], verdicts)
 
 
-def _share(
-    measure: str, kind: Kind, counted: Sequence[bool], verdicts: Sequence[Verdict], **thoughts: int
-) -> Measured:
+def _share(measure: str, kind: Kind, counted: Sequence[bool], verdicts: Sequence[Verdict], **thoughts: int) -> Measured:
     """The share of those that are counted, which may be fewer than the verdicts: the others are unjudged."""
     n, held = len(counted), sum(counted)
     low, high = wilson(held, n) if n else (None, None)

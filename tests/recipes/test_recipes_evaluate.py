@@ -1,16 +1,14 @@
 import json
-import warnings
 
 import pytest
 import torch
 
-import safemerge_callback.evaluation.figures as figures
 from recipes import evaluate
 from recipes.comparison import measures
 from recipes.evaluate import EvaluateArguments, accuracy, evaluate_model, generate, refusal_rate
 from recipes.finetune import parse
 from safemerge_callback.errors import AdapterError, ConfigError
-from safemerge_callback.evaluation import KeywordJudge, coherent, probe
+from safemerge_callback.evaluation import KeywordJudge, coherent, figures, generation, probe
 from safemerge_callback.evaluation.generation import Response
 from safemerge_callback.evaluation.prompts import PromptSet
 
@@ -101,11 +99,14 @@ def test_what_is_unjudged_is_not_among_the_n(model, tokenizer):
     assert row["value"] == verdicts.count("refused") / 6
 
 
-def said_by_all(monkeypatch, texts):
-    """Every pipeline's model says these, in the order of its prompts."""
-    monkeypatch.setattr(evaluate, "generate", lambda *args, **kwargs: list(texts))
-    monkeypatch.setattr(figures, "generate", lambda *args, **kwargs: list(texts))
-    monkeypatch.setattr(measures, "generate", lambda *args, **kwargs: list(texts))
+def say(monkeypatch, texts):
+    """Let every pipeline's model say these, over and over, to whatever it is asked."""
+
+    def said(model, tokenizer, tokens, **_):
+        return [Response(texts[i % len(texts)], 3) for i in range(len(tokens))]
+
+    for module in (generation, figures, probe):
+        monkeypatch.setattr(module, "respond", said)
 
 
 class Silent:
@@ -128,33 +129,24 @@ SAID = [
     ("judge", "texts", "wanted"),
     [(KeywordJudge(), SAID, (1, 4)), (Silent(), [*SAID, "no judge can tell what this is"], (1, 4))],
 )
-def test_one_model_and_judge_have_one_share_whichever_command_asks(
-    monkeypatch, model, chat_tokenizer, judge, texts, wanted
-):
+def test_one_model_and_judge_have_one_share_whichever_command_asks(monkeypatch, model, tokenizer, judge, texts, wanted):
     """Phrases in an empty answer or a loop are no refusal, and what is unjudged is not counted: everywhere."""
     prompts = [f"a {letter}" for letter in "bcdef"[: len(texts)]]
-    said_by_all(monkeypatch, texts)
+    say(monkeypatch, texts)
     monkeypatch.setattr(measures, "prompts_of", lambda *args: prompts)
     monkeypatch.setattr(measures, "load_judge", lambda name: judge)
     monkeypatch.setattr(measures, "_task_score", lambda *args: measures.share_of("task", "1"))
     counts = {"judges": ["one"], "batch_size": 8, "max_new_tokens": 4, **dict.fromkeys(measures.SETS, 5), "task": 1}
     sets = [PromptSet(n, kind, tuple(prompts), "MIT", "here") for n, kind in (("advbench", "harm"), ("x", "benign"))]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        by_recipe = refusal_rate(model, chat_tokenizer, prompts, judge=judge)
-        by_study = measures.evaluate_cell(model, chat_tokenizer, "sentiment", "test", counts)[0]
-        by_command = figures.figures(model, chat_tokenizer, sets, [judge])[0]
-    found = {
-        name: (round(row["value"] * row["n"]), row["n"])
-        for name, row in zip("rsc", (by_recipe, by_study, by_command), strict=True)
+    questions = probe.Questions.of(tokenizer, {"advbench": prompts}, {"x": prompts})
+    rows = {
+        "recipe": refusal_rate(model, tokenizer, prompts, judge=judge),
+        "study": measures.evaluate_cell(model, tokenizer, "sentiment", "test", counts)[0],
+        "command": figures.figures(model, tokenizer, sets, [judge])[0],
+        "probe": probe.ask(model, tokenizer, questions, probe.Asking(judge, judge)).measures[0],
     }
-    questions = probe.Questions.of(chat_tokenizer, {"advbench": prompts}, {"x": prompts})
-    monkeypatch.setattr(
-        probe, "_responses", lambda *args: {n: [Response(t, 3) for t in texts] for n in questions.prompts}
-    )
-    in_training = probe.ask(model, chat_tokenizer, questions, probe.Asking(judge, judge)).measures[0]
-    found["p"] = (round(in_training["value"] * in_training["n"]), in_training["n"])
-    assert found == dict.fromkeys("rscp", wanted)
+    found = {who: (round(row["value"] * row["n"]), row["n"]) for who, row in rows.items()}
+    assert found == dict.fromkeys(rows, wanted)
 
 
 def test_a_judge_of_harm_has_measures_of_its_own_and_leaves_the_harmless_to_keywords(model, tokenizer, few):
