@@ -15,7 +15,7 @@ from ..adapters import Adapter, LoraFactors, load_adapter
 from ..addresses import source_name
 from ..errors import SubspaceError
 from ..ops import Factored, LowRank, squared_norm
-from .checkpoints.pairing import num_bytes, require_same_modules, stamps_of
+from .checkpoints.pairing import common_targets, num_bytes, require_same_modules, stamps_of
 from .checkpoints.shards import CheckpointShards
 from .checkpoints.targets import select_targets
 from .difference import difference, norm_of, require_finite, storage_dtype
@@ -83,7 +83,7 @@ class CheckpointPair:
         self._unaligned = CheckpointShards.open(unaligned).named_as(self._aligned)
         self.aligned, self.unaligned = self._aligned.fingerprint(), self._unaligned.fingerprint()
         self.stamps = [*stamps_of(self._aligned), *stamps_of(self._unaligned)]
-        self.names = select_targets({**self._unaligned.names, **self._aligned.names}, target_modules)
+        self.names = common_targets(self._aligned, self._unaligned, target_modules)
         require_same_modules(self._aligned, self._unaligned, self.names, common_rows=common_rows)
 
     def shape(self, name: str) -> tuple[int, int]:
@@ -171,6 +171,7 @@ class AlignmentAdapter:
         return Material(matrix, torch.float32, spectrum, positions, values_at(weights[0], positions))
 
     def _require_checkpoint_shapes(self, checkpoint: CheckpointShards) -> None:
+        checkpoint.require_plain(self.names)
         for name in self.names:
             if checkpoint.shape(name) != self.shape(name):
                 raise SubspaceError(

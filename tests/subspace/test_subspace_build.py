@@ -229,7 +229,11 @@ W = torch.arange(48.0).reshape(8, 6).sin()
         ({"a": W, "z": W}, {"a": -W, "z": W / 0}, r"checkpoint 'unaligned': module 'layers\.0\.z' has 48 values"),
         ({"a": W * 3e38}, {"a": -W * 3e38}, "overflows"),
         ({"a": W, "b": W}, {"a": W, "b": W}, r"equal at all 2 modules, first 'layers\.0\.a'"),
-        ({"a": W.to(torch.int8)}, {"a": W.to(torch.int8)}, "stored as I8 in checkpoint 'aligned', a quantised"),
+        (
+            {"a": W.to(torch.int8)},
+            {"a": W.to(torch.int8)},
+            r"checkpoint 'aligned' is quantised \(int8\): use the unquantised",
+        ),
     ],
 )
 def test_unusable_pairs_are_refused_by_name_and_leave_no_file(tmp_path, aligned, unaligned, says):

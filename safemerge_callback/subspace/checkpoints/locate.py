@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ...addresses import address_of, identity
 from ...documents import parse_json
@@ -19,15 +19,20 @@ _REFUSED = {".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack"}
 class Located(NamedTuple):
     """A checkpoint's files: `name` and `revision` say which model without saying where it lies on this machine.
 
-    `listed` is the index's map from tensor to file, empty without one; `architecture` the `model_type` of
-    config.json, None where there is none.
+    `listed` is the index's map from tensor to file, and `config` what config.json holds; both are empty without one.
     """
 
     name: str
     revision: str | None
     files: tuple[ShardFile, ...]
     listed: Mapping[str, str] = {}
-    architecture: str | None = None
+    config: Mapping[str, Any] = {}
+
+    @property
+    def architecture(self) -> str | None:
+        """The `model_type` of config.json; None where there is none."""
+        found = self.config.get("model_type")
+        return found if isinstance(found, str) else None
 
 
 def locate(source: str | Path, revision: str | None = None) -> Located:
@@ -42,7 +47,7 @@ def locate(source: str | Path, revision: str | None = None) -> Located:
         return _on_hub(address.repo, address.revision)
     if path.is_file():
         files = (LocalFile(_one_file(path)),)
-        return Located(path.name, revision, files, architecture=_architecture(LocalFolder(path.parent), str(source)))
+        return Located(path.name, revision, files, config=_config(LocalFolder(path.parent), str(source)))
     return _located(*identity(path, revision), LocalFolder(path), str(source))
 
 
@@ -71,18 +76,15 @@ def _located(name: str, revision: str | None, folder: Folder, source: str) -> Lo
     there = folder.names()
     listed = _listed(folder, source) if INDEX in there else {}
     chosen = _shards(listed, there, source) if INDEX in there else (_only_file(there, source),)
-    return Located(
-        name, revision, tuple(folder.shard(file) for file in chosen), listed, _architecture(folder, source, there)
-    )
+    return Located(name, revision, tuple(folder.shard(file) for file in chosen), listed, _config(folder, source, there))
 
 
-def _architecture(folder: Folder, source: str, there: list[str] | None = None) -> str | None:
+def _config(folder: Folder, source: str, there: list[str] | None = None) -> dict[str, Any]:
     if "config.json" not in (folder.names() if there is None else there):
-        return None
+        return {}
     text = folder.text("config.json")
     config = parse_json(text, f"checkpoint {source!r}: config.json", error=SubspaceError, advice="Download it again.")
-    found = config.get("model_type") if isinstance(config, dict) else None
-    return found if isinstance(found, str) else None
+    return config if isinstance(config, dict) else {}
 
 
 def _one_file(path: Path) -> Path:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from ...errors import SubspaceError
 from ..header import DTYPES
+from .quantised import format_of, quantised
 from .shards import CheckpointShards
+from .targets import select_targets
 
 # Modules with one row a token.
 _VOCABULARY = re.compile(
@@ -19,12 +21,17 @@ _VOCABULARY = re.compile(
 def require_same_modules(
     aligned: CheckpointShards, unaligned: CheckpointShards, names: Sequence[str], *, common_rows: bool = False
 ) -> None:
-    """Raise SubspaceError unless both hold `names` in equal shapes and in dtypes that V can be computed from.
+    """Raise SubspaceError unless both hold `names` in equal shapes and as plain floats that V can be computed from.
 
     With `common_rows`, embeddings and output heads may differ in height.
     """
+    # First: what is packed has another name or shape too, and those would be told instead.
+    for checkpoint in (aligned, unaligned):
+        checkpoint.require_plain(names)
     for one, other in ((aligned, unaligned), (unaligned, aligned)):
         missing = [name for name in names if name not in one.names]
+        if missing and (how := format_of(one.located.config)):
+            raise quantised(f"checkpoint {one.located.name!r}", how, missing, len(names))
         if missing:
             raise SubspaceError(
                 f"{len(missing)} of {len(names)} modules are missing in checkpoint {one.located.name!r} but present in "
@@ -32,8 +39,6 @@ def require_same_modules(
             )
     for name in names:
         _require_same_shape(aligned, unaligned, name, common_rows)
-        for checkpoint in (aligned, unaligned):
-            _require_plain_dtype(checkpoint, name)
 
 
 def _require_same_shape(aligned: CheckpointShards, unaligned: CheckpointShards, name: str, common_rows: bool) -> None:
@@ -51,12 +56,22 @@ def _require_same_shape(aligned: CheckpointShards, unaligned: CheckpointShards, 
     )
 
 
-def _require_plain_dtype(checkpoint: CheckpointShards, name: str) -> None:
-    if checkpoint.dtype(name) not in DTYPES:
-        raise SubspaceError(
-            f"module {name!r} is stored as {checkpoint.dtype(name)} in checkpoint {checkpoint.located.name!r}, a "
-            f"quantised format; allowed are {', '.join(DTYPES)}. Use the unquantised checkpoint."
-        )
+def common_targets(
+    aligned: CheckpointShards, unaligned: CheckpointShards, target_modules: Sequence[str] | str | None
+) -> list[str]:
+    """Return the modules of either checkpoint that `target_modules` selects, the quantised ones among them.
+
+    Raises SubspaceError where there is none to select, because the checkpoints are quantised or of themselves.
+    """
+    there = {**unaligned.names, **aligned.names}
+    packed = {name: name for checkpoint in (unaligned, aligned) for name in checkpoint.quantised}
+    try:
+        return select_targets({**packed, **there}, target_modules)
+    except SubspaceError as error:
+        for checkpoint in (aligned, unaligned):
+            if how := format_of(checkpoint.located.config):
+                raise quantised(f"checkpoint {checkpoint.located.name!r}", how, [], len(there)) from error
+        raise
 
 
 def num_bytes(checkpoint: CheckpointShards, name: str) -> int:

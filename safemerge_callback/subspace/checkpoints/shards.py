@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ...errors import SubspaceError, nearest
 from ..header import DTYPES
 from .layouts import Piece, Stored, Weight, alias_tied_head, named_as, weights_of
 from .locate import Located, locate
+from .quantised import by_dtype, format_of, quantised, quantised_modules
 from .spellings import spelling_of
 
 
@@ -22,11 +23,13 @@ from .spellings import spelling_of
 class CheckpointShards:
     """The 2-D weights (linear layers, embeddings, single experts) of a safetensors checkpoint, read one by one.
 
-    Make it with `CheckpointShards.open`; then only headers have been read. Names are canonical.
+    Make it with `CheckpointShards.open`; then only headers have been read. Names are canonical. `quantised` maps the
+    modules whose weight is packed to the format, such as `gptq`: those cannot be read.
     """
 
     located: Located
     _weights: Mapping[str, Weight]
+    quantised: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, source: str | Path, revision: str | None = None) -> CheckpointShards:
@@ -43,12 +46,13 @@ class CheckpointShards:
             weights = weights_of(tensors, spelling_of(located.architecture))
         except SubspaceError as error:
             raise SubspaceError(f"checkpoint {located.name!r}: {error}") from error
+        packed = quantised_modules({key: (held.shape, held.dtype) for key, held in tensors.items()}, located.config)
         if not weights:
-            raise SubspaceError(
-                f"checkpoint {str(source)!r} has no 2-D `.weight` tensor; quantised ones (GPTQ, AWQ, ...) are not read."
-            )
+            if how := next(iter(packed.values()), format_of(located.config)):
+                raise quantised(f"checkpoint {located.name!r}", how, [*packed], len(packed))
+            raise SubspaceError(f"checkpoint {str(source)!r} has no 2-D `.weight` tensor: give a language model's.")
         alias_tied_head(weights)
-        return cls(located, weights)
+        return cls(located, weights, packed)
 
     def named_as(self, other: CheckpointShards) -> CheckpointShards:
         """Return this checkpoint under the names of `other`, another checkpoint of the same model.
@@ -57,7 +61,7 @@ class CheckpointShards:
         fused tensor, or the parts put together, one module at a time.
         """
         shapes = {name: other.shape(name) for name in other.names}
-        return CheckpointShards(self.located, named_as(self._weights, shapes))
+        return CheckpointShards(self.located, named_as(self._weights, shapes), self.quantised)
 
     @property
     def names(self) -> dict[str, str]:
@@ -77,14 +81,16 @@ class CheckpointShards:
 
         A view of a larger tensor where only a part of one is the module; a copy where it is made of several.
         """
+        self.require_plain([name])
         weight = self._weight(name)
-        if weight.dtype not in DTYPES:
-            raise SubspaceError(
-                f"checkpoint {self.located.name!r}: {weight.key!r} is stored as {weight.dtype}, a quantised format; "
-                f"allowed are {', '.join(DTYPES)}. Use the unquantised checkpoint."
-            )
         parts = [_read(piece) for piece in weight.pieces]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def require_plain(self, names: Sequence[str]) -> None:
+        """Raise SubspaceError where any of these modules is quantised."""
+        packed = {name: how for name in names if (how := self._format(name))}
+        if packed:
+            raise quantised(f"checkpoint {self.located.name!r}", next(iter(packed.values())), [*packed], len(names))
 
     def fingerprint(self) -> dict[str, Any]:
         """Return {source, revision, files, sizes, sha256}: no machine path; the hash is of all headers, in order."""
@@ -98,6 +104,13 @@ class CheckpointShards:
             "sizes": [file.size() for file in self.located.files],
             "sha256": digest.hexdigest(),
         }
+
+    def _format(self, name: str) -> str | None:
+        """How a module is quantised; None where it is not."""
+        weight = self._weights.get(name)
+        if weight is None or weight.dtype in DTYPES:
+            return self.quantised.get(name)
+        return self.quantised.get(name) or by_dtype(weight.dtype)
 
     def _weight(self, name: str) -> Weight:
         if name not in self._weights:

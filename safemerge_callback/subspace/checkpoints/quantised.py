@@ -1,0 +1,83 @@
+"""Quantised checkpoints, told by config.json and by the names and dtypes of their tensors; none of them is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ...adapters import canonical_name
+from ...errors import SubspaceError
+from ..header import DTYPES
+
+# What stands in the place of a packed weight, or beside it, by the last part of its key; the first that is there tells
+# the format, so the telling ones come first.
+_MARKS = {
+    r"g_idx": "gptq",
+    r"qweight|qzeros": "gptq or awq",
+    r"(weight\.)?(nested_)?(absmax|quant_map)|weight\.quant_state\..+": "bitsandbytes 4-bit",
+    r"SCB|weight_format": "bitsandbytes 8-bit",
+    r"weight_packed|weight_shape|weight_zero_point": "compressed-tensors",
+    r"weight_scale_inv": "fp8",
+    r"weight_scale(_2|s)?|input_scale": "fp8 or compressed-tensors",
+    r"W_q": "hqq",
+    r"codes|codebooks": "aqlm",
+    r"centroids|indices": "vptq",
+    r"weight[.:_]_?(data|scale|shift|qdata|zero_point)": "quanto or torchao",
+}
+_MARKED = re.compile(rf"(?P<module>.+?)\.(?P<mark>{'|'.join(_MARKS)})")
+# One tensor for all experts: told as the first of them, since experts are single modules here.
+_STACKED = re.compile(r"(?P<parent>.+\.experts)\.(?P<last>\w+_proj)_(blocks|scales)")
+_BY_DTYPE = {"F8": "fp8", "F4": "fp4", "F6": "fp6", "I8": "int8"}
+
+
+def format_of(config: Mapping[str, Any]) -> str | None:
+    """Return how config.json, or the part of it for the language model, says that the weights are quantised."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in ("quantization_config", "compression_config"):
+            asked = part.get(key)
+            if isinstance(asked, dict):
+                bits = next((f" {n}-bit" for n in (4, 8) if asked.get(f"load_in_{n}bit")), "")
+                return f"{asked.get('quant_method') or 'bitsandbytes'}{bits}"
+    return None
+
+
+def quantised_modules(tensors: Mapping[str, tuple[tuple[int, ...], str]], config: Mapping[str, Any]) -> dict[str, str]:
+    """Return canonical name -> format of the modules whose weight is no plain matrix of floats.
+
+    `tensors` is key -> shape and dtype, as safetensors names it. A weight that is stored in a dtype of `DTYPES` is
+    plain, whatever lies beside it and whatever the configuration says.
+    """
+    told = format_of(config)
+    found = {
+        canonical_name(key): by_dtype(dtype)
+        for key, (shape, dtype) in tensors.items()
+        if key.endswith(".weight") and len(shape) > 1 and dtype not in DTYPES
+    }
+    plain = {canonical_name(key) for key, (_, dtype) in tensors.items() if key.endswith(".weight") and dtype in DTYPES}
+    for pattern, how in reversed(_MARKS.items()):
+        found.update({name: how for name, mark in _marked(tensors) if re.fullmatch(pattern, mark)})
+    stacked = {_expert(match) for match in map(_STACKED.fullmatch, tensors) if match}
+    found.update(dict.fromkeys(stacked, "mxfp4"))
+    return {name: told or how for name, how in found.items() if name not in plain}
+
+
+def _marked(tensors: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for match in map(_MARKED.fullmatch, tensors):
+        if match:
+            yield canonical_name(match["module"]), match["mark"]
+
+
+def _expert(match: re.Match[str]) -> str:
+    return canonical_name(f"{match['parent']}.0.{match['last']}")
+
+
+def by_dtype(dtype: str) -> str:
+    """Return the format of a weight by its safetensors dtype, such as `fp8` of `F8_E4M3`."""
+    return _BY_DTYPE.get(dtype.partition("_")[0], f"packed as {dtype}")
+
+
+def quantised(what: str, how: str, modules: list[str], of: int) -> SubspaceError:
+    """Return the error for a checkpoint whose `modules`, of so many that are wanted, are quantised."""
+    told = f" {len(modules)} of {of} modules are packed, first {modules[0]!r}." if modules else ""
+    return SubspaceError(f"{what} is quantised ({how}): use the unquantised checkpoint.{told}")
