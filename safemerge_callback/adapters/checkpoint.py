@@ -42,7 +42,8 @@ class Adapter:
 
     `config` is adapter_config.json as it is; `factors` map canonical names to factors on the CPU. `keys` are the
     factors' keys in the file, and `extra` its other tensors (trained heads, embeddings, biases), both needed to save
-    it again. Make a changed one with `dataclasses.replace(adapter, factors=...)`; ranks and scalings may differ.
+    it again. `folder` is where the files lie, None for one that was not read. Make a changed one with
+    `dataclasses.replace(adapter, factors=...)`; ranks and scalings may differ.
     """
 
     source: str
@@ -51,6 +52,7 @@ class Adapter:
     factors: Mapping[str, LoraFactors]
     keys: Mapping[str, FactorKeys] = field(default_factory=dict, repr=False)
     extra: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    folder: Path | None = field(default=None, repr=False)
 
 
 @full_precision()
@@ -73,7 +75,7 @@ def load_adapter(source: str | Path, *, revision: str | None = None, moved_base:
     factors = {name: _factors_of(name, pair, tensors, config, where) for name, pair in keys.items()}
     used = {key for pair in keys.values() for key in pair}
     extra = {key: tensor for key, tensor in tensors.items() if key not in used}
-    return Adapter(str(source), _base_model(config), config, factors, keys, extra)
+    return Adapter(str(source), _base_model(config), config, factors, keys, extra, folder)
 
 
 @full_precision()
@@ -103,7 +105,7 @@ def open_adapter(source: str | Path, *, revision: str | None = None) -> Adapter:
         factors[name]
     for key in extra:
         require_finite(read(key), where)
-    return Adapter(str(source), _base_model(config), config, factors, keys, extra)
+    return Adapter(str(source), _base_model(config), config, factors, keys, extra, folder)
 
 
 @full_precision()

@@ -23,6 +23,25 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 
+# How text becomes tokens and back, as a training saves it beside the adapter; each file may be absent.
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+)
+
+
 def adapter_folder(source: str | Path, revision: str | None = None) -> Path:
     """Return a folder that holds both adapter files: `source` itself, or what the Hub has, `org/name[@revision]`.
 
@@ -31,7 +50,9 @@ def adapter_folder(source: str | Path, revision: str | None = None) -> Path:
     with suppress(OSError):
         settle(as_path(source, "adapter", error=AdapterError))
     address = address_of(source, "adapter", error=AdapterError, revision=revision)
-    folder = fetched(address, (CONFIG, WEIGHTS), "adapter", error=AdapterError)
+    folder = fetched(
+        address, (CONFIG, WEIGHTS, *TOKENIZER, "additional_chat_templates/*"), "adapter", error=AdapterError
+    )
     _require_files(folder, f"adapter {str(source)!r}")
     return folder
 

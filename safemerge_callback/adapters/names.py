@@ -20,6 +20,16 @@ _RENAMED = (
 )
 
 
+# By the last part of a name: modules with one row a token, those at the input and those at the output.
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
+_VOCABULARY = (*EMBEDDINGS, "shared", "lm_head", "embed_out", "output")
+
+
+def is_vocabulary(name: str) -> bool:
+    """Return whether a canonical name is an embedding or output head, with one row a token."""
+    return name.removesuffix(".bias").rpartition(".")[2] in _VOCABULARY
+
+
 def canonical_name(name: str) -> str:
     """Return the name under which a module is known everywhere in this package.
 

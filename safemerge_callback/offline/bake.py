@@ -3,36 +3,43 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..adapters import Adapter, LoraFactors, canonical_name, open_adapter
+from ..adapters.beside import beside_factors
+from ..adapters.files import TOKENIZER
 from ..adapters.tensor_file import DTYPES, Spec, TensorFile
 from ..addresses import address_of, fetched
 from ..errors import AdapterError, SubspaceError
-from ..ops import full_precision
 from ..subspace.checkpoints.locate import INDEX, locate
-from .tied import HEAD, head_of, untie
+from ..subspace.checkpoints.quantised import quantised, quantised_modules
+from ..subspace.checkpoints.shard_files import LocalFile
+from .blueprint import Blueprint, Part, blueprint
+from .small_files import PATTERNS, copy_model, copy_tokenizer, small_files, tokenizer_files
+from .tied import rewrite_config, tied_embedding
 
 # The folder in a baked output that holds the adapter itself: beside the weights, loaders would add it a second time.
 BAKED_ADAPTER = "adapter"
-_COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
-_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 _BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A checkpoint in a folder: `files` are its shards, `shapes` map each file to its tensors' keys and specs."""
+    """A checkpoint in a folder: `files` are its shards, `shapes` map each file to its tensors' keys and specs.
+
+    `source` is how it was named, and `quantised` maps modules that are packed to the format.
+    """
 
     folder: Path
     shapes: Mapping[str, Mapping[str, Spec]]
+    source: str = ""
+    quantised: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def find(cls, source: str | Path) -> BaseModel:
@@ -41,109 +48,111 @@ class BaseModel:
         SubspaceError for what has no safetensors weights, AdapterError for dtypes that this package does not know.
         """
         folder = _folder(source)
+        located = locate(folder)
+        found = {file.name: file.tensors() for file in located.files}
+        packed = quantised_modules({k: v for held in found.values() for k, v in held.items()}, located.config)
         shapes: dict[str, dict[str, Spec]] = {}
-        for file in locate(folder).files:
-            shapes[file.name] = {}
-            for key, (shape, dtype) in file.tensors().items():
+        for file, held in found.items():
+            for key, (_, dtype) in held.items():
                 if dtype not in DTYPES:
                     raise AdapterError(f"base model {str(source)!r}: {key!r} is of {dtype}, allowed are {[*DTYPES]}")
-                shapes[file.name][key] = Spec(DTYPES[dtype], shape)
-        return cls(folder, shapes)
+            shapes[file] = {key: Spec(DTYPES[dtype], shape) for key, (shape, dtype) in held.items()}
+        return cls(folder, shapes, str(source), packed)
 
     @property
     def file_names(self) -> set[str]:
-        """The files and folders that a baked output of this model holds."""
-        return {*self.shapes, INDEX, BAKED_ADAPTER, *(path.name for path in self._small_files())}
+        """The files and folders that a baked output of this model may hold."""
+        return {*self.shapes, INDEX, BAKED_ADAPTER, *TOKENIZER, *(path.name for path in small_files(self.folder))}
 
-    @full_precision()
-    def bake(self, adapter: str | Path, output: Path, device: torch.device | str | None = None) -> None:
+    def blueprint(self, adapter: Adapter) -> Blueprint:
+        """Return what `adapter` makes of this checkpoint; whatever forbids it is found here, from headers.
+
+        Raises SubspaceError where what the adapter changes is quantised, and AdapterError for modules that the
+        checkpoint lacks or has in another shape, and for a vocabulary that is resized in parts.
+        """
+        beside = beside_factors(adapter)
+        packed = [name for name in (*adapter.factors, *beside) if name in self.quantised]
+        if packed:
+            total = len(adapter.factors) + len(beside)
+            raise quantised(f"base model {self.source!r}", self.quantised[packed[0]], packed, total)
+        names = {canonical_name(key) for held in self.shapes.values() for key in held}
+        return blueprint(adapter, self.shapes, tied_embedding(self.folder, names, {*adapter.factors, *beside}))
+
+    def bake(
+        self,
+        adapter: str | Path,
+        output: Path,
+        device: torch.device | str | None = None,
+        tokenizer: Path | None = None,
+    ) -> None:
         """Write the checkpoint with `adapter` added into `output`, an existing folder.
 
         W + s·B·A in float32 or better, cast once to the dtype that the shard has, a tensor at a time; other tensors are
-        copied to the bit, and so are configuration, tokenizer and licence. Whole tensors that the adapter holds (heads,
-        biases) take their places. Equals `merge_and_unload` of PEFT to rounding. Differs: where input embedding and
-        output head are one tied tensor and the adapter changes one of them, they are stored apart and untied in
+        copied to the bit, and so are configuration, licence, and code that the model refers to (never run). Whole
+        tensors that the adapter holds (heads, biases, resized embeddings) and trained rows take their places; the
+        configuration then has their number of tokens. The tokenizer is the one in the folder `tokenizer`, by default
+        the adapter's, where there is one, else the base model's.
+        Equals `merge_and_unload` of PEFT to rounding. Differs: where input embedding and output head are one tied
+        tensor and the adapter has something else for the one than for the other, they are stored apart and untied in
         config.json, as the adapter has it; PEFT's merge changes both.
 
-        Raises AdapterError for modules that the checkpoint lacks or has in another shape or an integer dtype.
+        Raises what `blueprint` raises, before anything is written. Warns where a vocabulary was resized and no
+        tokenizer beside the adapter knows the new tokens.
         """
         added = open_adapter(adapter)
-        keys = {canonical_name(key): (file, key) for file, held in self.shapes.items() for key in held}
-        head = head_of(self.folder, keys, {*added.factors, *map(canonical_name, added.extra)})
-        _check(added, self.shapes, keys, head)
-        layouts = {file: dict(held) for file, held in self.shapes.items()}
-        if head is not None and HEAD not in keys:
-            file, key = keys[head]
-            layouts[file][f"{HEAD}.weight"] = self.shapes[file][key]
-        for path in self._small_files():
-            shutil.copyfile(path, output / path.name)
-        for file, layout in layouts.items():
-            self._write_shard(output / file, layout, added, self.folder / file, keys[head][1] if head else None, device)
-        if len(layouts) > 1 or (self.folder / INDEX).exists():
-            _write_index(output / INDEX, layouts)
-        if head is not None:
-            untie(output / "config.json")
+        plan = self.blueprint(added)
+        copy_model(self.folder, output)
+        from_adapter = copy_tokenizer(tokenizer or added.folder, output)
+        if plan.vocabulary is not None and not from_adapter:
+            _warn_of_tokenizer(added, plan.vocabulary, output)
+        for file, parts in plan.shards.items():
+            self._write_shard(output / file, parts, added, LocalFile(self.folder / file), device)
+        if len(plan.shards) > 1 or (self.folder / INDEX).exists():
+            _write_index(output / INDEX, plan)
+        if plan.untied or plan.vocabulary is not None:
+            rewrite_config(output, untied=plan.untied, vocabulary=plan.vocabulary)
 
     def _write_shard(
         self,
         path: Path,
-        layout: Mapping[str, Spec],
+        parts: Mapping[str, Part],
         adapter: Adapter,
-        source: Path,
-        tied: str | None,
+        source: LocalFile,
         device: torch.device | str | None,
     ) -> None:
-        whole = {canonical_name(key): key for key in adapter.extra}
-        with TensorFile(path, layout) as target:
-            for key in layout:
-                name = canonical_name(key)
-                stored = tied if tied and name == HEAD and key not in self.shapes[source.name] else key
-                weight = adapter.extra[whole[name]].to(layout[key].dtype) if name in whole else _read(source, stored)
-                if key.endswith(".weight") and name in adapter.factors:
-                    weight = _added(weight, adapter.factors[name], device)
-                target.put(key, weight)
-
-    def _small_files(self) -> Iterable[Path]:
-        for path in sorted(self.folder.iterdir()):
-            kept = path.suffix in _COPIED or path.name.upper().startswith(_LICENCES)
-            if path.is_file() and kept and path.name != INDEX and not path.name.startswith("adapter_"):
-                yield path
+        held = self.shapes[source.name]
+        with TensorFile(path, {key: part.spec for key, part in parts.items()}) as target:
+            for key, part in parts.items():
+                target.put(key, _made(part, adapter, source, held[part.source], device))
 
 
 def _folder(source: str | Path) -> Path:
     address = address_of(source, "base model", error=SubspaceError)
     if address.path is not None and address.path.is_file():
         raise SubspaceError(f"base model {str(source)!r} is a file: give the folder that holds it and its config.json.")
-    patterns = ["*.safetensors", INDEX, *(f"*{suffix}" for suffix in _COPIED), *(f"{name}*" for name in _LICENCES)]
-    return fetched(address, patterns, "base model", error=SubspaceError).resolve()
+    return fetched(address, ("*.safetensors", *PATTERNS), "base model", error=SubspaceError).resolve()
 
 
-def _read(path: Path, key: str) -> Tensor:
-    # Opened anew for each tensor, so that the pages of the one before are given back.
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(key)
+def _warn_of_tokenizer(adapter: Adapter, vocabulary: tuple[int, int], output: Path) -> None:
+    whose = "the base model's" if tokenizer_files(output) else "none"
+    warnings.warn(
+        f"safemerge: adapter {adapter.source!r} was trained on {vocabulary[1]} tokens in place of {vocabulary[0]}, and "
+        f"no tokenizer lies beside it: the baked model has {whose}. Save yours into it (tokenizer.save_pretrained)",
+        stacklevel=4,
+    )
 
 
-def _check(
-    adapter: Adapter, shapes: Mapping[str, Mapping[str, Spec]], keys: Mapping[str, tuple[str, str]], head: str | None
-) -> None:
-    """Refuse before a byte is written."""
-    known = {*keys, *([HEAD] if head else [])}
-    lacking = [name for name in (*adapter.factors, *map(canonical_name, adapter.extra)) if name not in known]
-    if lacking:
-        raise AdapterError(
-            f"adapter {adapter.source!r} changes {len(lacking)} modules that the base model lacks, the first is "
-            f"{lacking[0]!r}: give the base model that it was trained on"
-        )
-    for name, module in adapter.factors.items():
-        file, key = keys[head if name == HEAD and head and HEAD not in keys else name]
-        dtype, shape = shapes[file][key]
-        wanted = module.shape[::-1] if module.transposed else module.shape
-        if shape != wanted or not dtype.is_floating_point or dtype.itemsize < 2:
-            raise AdapterError(
-                f"module {name!r}: the adapter's update is {wanted} and the base model has {key!r} as {shape} of "
-                f"{dtype}: give the base model that it was trained on, unquantised"
-            )
+def _made(part: Part, adapter: Adapter, source: LocalFile, stored: Spec, device: torch.device | str | None) -> Tensor:
+    """One tensor of the output, in its dtype."""
+    if part.beside.whole is not None:
+        weight = adapter.extra[part.beside.whole].to(part.spec.dtype)
+    else:
+        # Opened anew for each tensor, so that the pages of the one before are given back.
+        weight = source.read(part.source, 0, torch.Size(stored.shape).numel()).view(stored.shape)
+    if part.beside.rows is not None:
+        index = torch.tensor(part.beside.tokens)
+        weight = weight.index_copy(0, index, adapter.extra[part.beside.rows].to(weight.dtype))
+    return weight if part.module is None else _added(weight, adapter.factors[part.module], device)
 
 
 def _added(weight: Tensor, module: LoraFactors, device: torch.device | str | None) -> Tensor:
@@ -160,9 +169,9 @@ def _added(weight: Tensor, module: LoraFactors, device: torch.device | str | Non
     return new
 
 
-def _write_index(path: Path, layouts: Mapping[str, Mapping[str, Spec]]) -> None:
-    listed = {key: file for file, layout in layouts.items() for key in layout}
-    specs = [spec for layout in layouts.values() for spec in layout.values()]
+def _write_index(path: Path, plan: Blueprint) -> None:
+    listed = {key: file for file, parts in plan.shards.items() for key in parts}
+    specs = [part.spec for parts in plan.shards.values() for part in parts.values()]
     size = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in specs)
     text = json.dumps({"metadata": {"total_size": size}, "weight_map": listed}, indent=2, sort_keys=True)
     path.write_text(text + "\n", encoding="utf-8")

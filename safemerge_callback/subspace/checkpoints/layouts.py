@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from ...adapters import canonical_name
+from ...adapters.names import EMBEDDINGS
 from ...errors import SubspaceError
 from .shard_files import ShardFile
 from .spellings import Spelling
@@ -20,8 +21,6 @@ FUSED = {
 }
 # Stacked experts whose checkpoint names them unlike the model: Granite MoE.
 _STACKED = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}
-# The embedding that an absent lm_head shares its weight with, by its last name part.
-_TIED_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
 
 
 class Stored(NamedTuple):
@@ -80,7 +79,7 @@ def alias_tied_head(weights: dict[str, Weight]) -> None:
     """Where `lm_head` is absent, let it be the one input embedding."""
     if "lm_head" in weights:
         return
-    tied = [weight for name, weight in weights.items() if name.rpartition(".")[2] in _TIED_EMBEDDINGS]
+    tied = [weight for name, weight in weights.items() if name.rpartition(".")[2] in EMBEDDINGS]
     if len(tied) == 1:
         weights["lm_head"] = tied[0]
 

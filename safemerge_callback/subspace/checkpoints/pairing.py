@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...adapters.names import is_vocabulary
 from ...errors import SubspaceError
 from ..header import DTYPES
 from .quantised import format_of, quantised
 from .shards import CheckpointShards
 from .targets import select_targets
-
-# Modules with one row a token.
-_VOCABULARY = re.compile(
-    r"(.+\.)?(embed_tokens|embed_in|tok_embeddings|word_embeddings|wte|shared|lm_head|embed_out|output)"
-)
 
 
 def require_same_modules(
@@ -43,7 +38,7 @@ def require_same_modules(
 
 def _require_same_shape(aligned: CheckpointShards, unaligned: CheckpointShards, name: str, common_rows: bool) -> None:
     shape, other = aligned.shape(name), unaligned.shape(name)
-    vocabulary = shape[1] == other[1] and bool(_VOCABULARY.fullmatch(name))
+    vocabulary = shape[1] == other[1] and is_vocabulary(name)
     if shape == other or (vocabulary and common_rows):
         return
     advice = (

@@ -1,0 +1,85 @@
+"""The small files of a model: configuration, tokenizer, licence, and code of its own, which is copied and never run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..adapters.files import TOKENIZER
+from ..subspace.checkpoints.locate import INDEX
+
+_COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+# Folders that belong to a tokenizer.
+_FOLDERS = ("additional_chat_templates",)
+# What the Hub is asked for, beside the weights.
+PATTERNS = (INDEX, *(f"*{suffix}" for suffix in (*_COPIED, ".py")), *(f"{name}*" for name in _LICENCES))
+
+
+def small_files(folder: Path) -> Iterator[Path]:
+    """Yield the files and folders of a model that belong in a copy of it with other weights."""
+    code = own_code(folder)
+    for path in sorted(folder.iterdir()):
+        copied = path.suffix in _COPIED or path.name.upper().startswith(_LICENCES) or (path.suffix == ".py" and code)
+        if (path.is_file() and copied and path.name != INDEX and not path.name.startswith("adapter_")) or (
+            path.is_dir() and path.name in _FOLDERS
+        ):
+            yield path
+
+
+def own_code(folder: Path) -> set[str]:
+    """Return the names of the files of code beside a model that its configurations refer to (`auto_map`)."""
+    found: set[str] = set()
+    for path in folder.glob("*.json"):
+        if path.name == INDEX or path.stat().st_size > 1 << 20:
+            continue  # configurations are short; vocabularies and indexes are not
+        try:
+            named = json.loads(path.read_text(encoding="utf-8")).get("auto_map") or {}
+            texts = [text for value in named.values() for text in (value if isinstance(value, list) else [value])]
+        except (OSError, ValueError, AttributeError):
+            continue
+        # `org/name--file.Class` is code of another model, which stays where it is.
+        found |= {f"{text.partition('.')[0]}.py" for text in texts if isinstance(text, str) and "--" not in text}
+    return found
+
+
+def copy_model(folder: Path, output: Path) -> None:
+    """Copy the small files of a model into `output`; warn where code that it refers to is not there to copy."""
+    for path in small_files(folder):
+        _copy(path, output)
+    missing = sorted(name for name in own_code(folder) if not (folder / name).is_file())
+    if missing:
+        warnings.warn(
+            f"safemerge: the base model has code of its own (auto_map) and lacks {', '.join(missing)}: the baked model "
+            "cannot be loaded before you put it there",
+            stacklevel=5,
+        )
+
+
+def tokenizer_files(folder: Path | None) -> list[Path]:
+    """Return the files of the tokenizer that lies in a folder, in any; none where there is no whole tokenizer."""
+    found = [folder / name for name in TOKENIZER if (folder / name).exists()] if folder else []
+    return found if any(path.name == "tokenizer_config.json" for path in found) else []
+
+
+def copy_tokenizer(folder: Path | None, output: Path) -> bool:
+    """Put the tokenizer of `folder` into `output` in the place of the one there; return whether there was one."""
+    found = tokenizer_files(folder)
+    for name in TOKENIZER if found else ():
+        old = output / name
+        if old.is_dir():
+            shutil.rmtree(old)
+        old.unlink(missing_ok=True)
+    for path in found:
+        _copy(path, output)
+    return bool(found)
+
+
+def _copy(path: Path, output: Path) -> None:
+    if path.is_dir():
+        shutil.copytree(path, output / path.name)
+    else:
+        shutil.copyfile(path, output / path.name)
