@@ -17,6 +17,7 @@ from ..adapters.files import TOKENIZER
 from ..adapters.tensor_file import DTYPES, Spec, TensorFile
 from ..addresses import address_of, fetched
 from ..errors import AdapterError, SubspaceError
+from ..ops import full_precision
 from ..subspace.checkpoints.locate import INDEX, locate
 from ..subspace.checkpoints.quantised import quantised, quantised_modules
 from ..subspace.checkpoints.shard_files import LocalFile
@@ -78,20 +79,15 @@ class BaseModel:
         names = {canonical_name(key) for held in self.shapes.values() for key in held}
         return blueprint(adapter, self.shapes, tied_embedding(self.folder, names, {*adapter.factors, *beside}))
 
-    def bake(
-        self,
-        adapter: str | Path,
-        output: Path,
-        device: torch.device | str | None = None,
-        tokenizer: Path | None = None,
-    ) -> None:
+    @full_precision()
+    def bake(self, adapter: str | Path | Adapter, output: Path, device: torch.device | str | None = None) -> None:
         """Write the checkpoint with `adapter` added into `output`, an existing folder.
 
         W + s·B·A in float32 or better, cast once to the dtype that the shard has, a tensor at a time; other tensors are
         copied to the bit, and so are configuration, licence, and code that the model refers to (never run). Whole
         tensors that the adapter holds (heads, biases, resized embeddings) and trained rows take their places; the
-        configuration then has their number of tokens. The tokenizer is the one in the folder `tokenizer`, by default
-        the adapter's, where there is one, else the base model's.
+        configuration then has their number of tokens. The tokenizer is the one that lies
+        beside the adapter, else the base model's.
         Equals `merge_and_unload` of PEFT to rounding. Differs: where input embedding and output head are one tied
         tensor and the adapter has something else for the one than for the other, they are stored apart and untied in
         config.json, as the adapter has it; PEFT's merge changes both.
@@ -99,10 +95,10 @@ class BaseModel:
         Raises what `blueprint` raises, before anything is written. Warns where a vocabulary was resized and no
         tokenizer beside the adapter knows the new tokens.
         """
-        added = open_adapter(adapter)
+        added = adapter if isinstance(adapter, Adapter) else open_adapter(adapter)
         plan = self.blueprint(added)
         copy_model(self.folder, output)
-        from_adapter = copy_tokenizer(tokenizer or added.folder, output)
+        from_adapter = copy_tokenizer(added.folder, output)
         if plan.vocabulary is not None and not from_adapter:
             _warn_of_tokenizer(added, plan.vocabulary, output)
         for file, parts in plan.shards.items():
@@ -138,7 +134,7 @@ def _warn_of_tokenizer(adapter: Adapter, vocabulary: tuple[int, int], output: Pa
     warnings.warn(
         f"safemerge: adapter {adapter.source!r} was trained on {vocabulary[1]} tokens in place of {vocabulary[0]}, and "
         f"no tokenizer lies beside it: the baked model has {whose}. Save yours into it (tokenizer.save_pretrained)",
-        stacklevel=4,
+        stacklevel=6,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any, Unpack
 import torch
 
 from .. import __version__
-from ..adapters import Adapter
+from ..adapters import Adapter, open_adapter
 from ..adapters.stream_save import save_changed
 from ..decision import (
     VERSION,
@@ -52,6 +52,7 @@ from .parts import (
     warn_of_other_bases,
 )
 from .recipe import write_recipe
+from .small_files import copy_tokenizer
 
 
 def measure_adapter(
@@ -120,6 +121,8 @@ def merge_adapters(
     base = None if bake is None else BaseModel.find(bake)
     target = free_output(output, [finetuned, *given, subspace, bake], overwrite, base.file_names if base else ())
     task, guards, matrices = adapter_of(finetuned), adapters_of(given), subspace_of(subspace)
+    if base is not None:
+        base.blueprint(task)  # what forbids the baking is told before anything is computed
     parts = named_parts(task, guards, matrices)
     warn_of_other_bases(task, guards, matrices, level=3)
     readings = _readings(task, guards, matrices, rule, device)
@@ -135,9 +138,18 @@ def merge_adapters(
             model_card(plan, edits, parts, task.base_model, baked=base is not None), encoding="utf-8"
         )
         write_recipe(folder / RECIPE, target, (finetuned, given, subspace, bake), plan)
-        if base is not None:
-            base.bake(at, folder, device)
+        _complete(folder, task, base, device)
     return plan
+
+
+def _complete(folder: Path, task: Adapter, base: BaseModel | None, device: torch.device | str | None) -> None:
+    """Add what belongs beside the merged adapter: its tokenizer, or where it is baked the whole of the model."""
+    if base is None:
+        copy_tokenizer(task.folder, folder)
+    else:
+        # The merged weights under the name and beside the files of what the user gave.
+        merged = open_adapter(folder / BAKED_ADAPTER)
+        base.bake(replace(merged, source=task.source, folder=task.folder), folder, device)
 
 
 def _check_knobs(

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..adapters.files import CONFIG, WEIGHTS
+from ..adapters.files import CONFIG, TOKENIZER, WEIGHTS
 from ..decision import JOURNAL_FILE, Journal
 from ..errors import AdapterError, ConfigError, shown
 from ..outputs import same_place
@@ -16,7 +16,7 @@ from ..whole_file import settle, whole_folder
 
 CARD = "README.md"
 RECIPE = "safemerge.yaml"
-_OWN_FILES = {CONFIG, WEIGHTS, JOURNAL_FILE, CARD, RECIPE}
+_OWN_FILES = {CONFIG, WEIGHTS, JOURNAL_FILE, CARD, RECIPE, *TOKENIZER}
 
 
 def free_output(output: str | Path, inputs: Iterable[object], overwrite: bool, more: Iterable[str] = ()) -> Path:

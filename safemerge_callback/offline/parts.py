@@ -93,12 +93,16 @@ def check_merges(rule: Gate, method: str, *, has_safety: bool) -> None:
 def named_parts(task: Adapter, safety: Sequence[Adapter], subspace: Subspace) -> dict[str, str | None]:
     """What was put together, by Hub id or folder name; paths of this machine stay out of what may be published."""
     return {
-        "finetuned": source_name(task.source),
-        "safety_adapter": ", ".join(source_name(adapter.source) for adapter in safety) or None,
+        "finetuned": _shown(task.source),
+        "safety_adapter": ", ".join(_shown(adapter.source) for adapter in safety) or None,
         "subspace": subspace.path.name,
         "aligned": subspace.aligned.get("source"),
         "unaligned": subspace.unaligned.get("source") or subspace.unaligned.get("alignment_adapter"),
     }
+
+
+def _shown(source: str) -> str:
+    return source_name(source) if Path(source).expanduser().exists() else source
 
 
 def warn_of_other_bases(task: Adapter, safety: Sequence[Adapter], subspace: Subspace, level: int) -> None:

@@ -21,12 +21,11 @@ PATTERNS = (INDEX, *(f"*{suffix}" for suffix in (*_COPIED, ".py")), *(f"{name}*"
 
 def small_files(folder: Path) -> Iterator[Path]:
     """Yield the files and folders of a model that belong in a copy of it with other weights."""
-    code = own_code(folder)
+    ends = _COPIED | ({".py"} if own_code(folder) else set())
     for path in sorted(folder.iterdir()):
-        copied = path.suffix in _COPIED or path.name.upper().startswith(_LICENCES) or (path.suffix == ".py" and code)
-        if (path.is_file() and copied and path.name != INDEX and not path.name.startswith("adapter_")) or (
-            path.is_dir() and path.name in _FOLDERS
-        ):
+        kept = path.suffix in ends or path.name.upper().startswith(_LICENCES)
+        weights = path.name == INDEX or path.name.startswith("adapter_")
+        if path.name in _FOLDERS if path.is_dir() else kept and not weights:
             yield path
 
 

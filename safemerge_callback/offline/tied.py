@@ -1,4 +1,4 @@
-"""What a configuration says of the vocabulary: whether embedding and head are one tensor, and how many tokens it has."""
+"""What a configuration says of the vocabulary: are embedding and head one tensor, and how many tokens there are."""
 
 from __future__ import annotations
 

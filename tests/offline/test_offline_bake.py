@@ -175,7 +175,7 @@ def test_merge_bakes_and_carries_what_belongs_to_a_model(world):
     [
         (SubspaceError, "neither model.safetensors", lambda base: (base / "model.safetensors").unlink()),
         (AdapterError, "lacks, the first is", lambda base: edit(base, drop="model.layers.0.self_attn.q_proj.weight")),
-        (AdapterError, "unquantised", lambda base: edit(base, quantise="model.layers.0.self_attn.q_proj.weight")),
+        (SubspaceError, "unquantised", lambda base: edit(base, quantise="model.layers.0.self_attn.q_proj.weight")),
     ],
 )
 def test_a_base_that_does_not_fit_is_refused_and_nothing_is_written(world, error, match, spoil):
