@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..adapters.files import TOKENIZER
+from ..documents import read_json
+from ..errors import ConfigError
 from ..subspace.checkpoints.locate import INDEX
 
 _COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
@@ -36,10 +37,12 @@ def own_code(folder: Path) -> set[str]:
         if path.name == INDEX or path.stat().st_size > 1 << 20:
             continue  # configurations are short; vocabularies and indexes are not
         try:
-            named = json.loads(path.read_text(encoding="utf-8")).get("auto_map") or {}
-            texts = [text for value in named.values() for text in (value if isinstance(value, list) else [value])]
-        except (OSError, ValueError, AttributeError):
-            continue
+            config = read_json(path, f"base model's {str(path)!r}")
+        except ConfigError:
+            continue  # whoever needs it tells
+        named = config.get("auto_map") if isinstance(config, dict) else None
+        values = named.values() if isinstance(named, dict) else []
+        texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
         # `org/name--file.Class` is code of another model, which stays where it is.
         found |= {f"{text.partition('.')[0]}.py" for text in texts if isinstance(text, str) and "--" not in text}
     return found
