@@ -39,6 +39,8 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/deptry safemerge_callback
+	$(BIN)/deptry recipes benchmarks tests --exclude tests/trajectory/engines --ignore DEP002,DEP004
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -86,3 +86,33 @@ def test_every_public_name_is_known_to_type_checkers():
     assert ast.unparse(block.test) == "TYPE_CHECKING"
     imported = {alias.asname: node.module for node in block.body for alias in node.names}
     assert imported == safemerge_callback._HOMES
+
+
+def undeclared(folder, *options):
+    """What deptry says of the modules in a folder, with the project's own settings."""
+    pytest.importorskip("deptry")
+    command = [sys.executable, "-m", "deptry", folder, "--config", "pyproject.toml", "--no-ansi", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_package_imports_what_a_plain_install_has_and_the_rest_what_some_extra_has():
+    assert undeclared("safemerge_callback").returncode == 0
+    makefile = (ROOT / "Makefile").read_text()
+    others = re.search(r"deptry (recipes benchmarks tests .*)", makefile)[1].split()
+    found = undeclared(*others)
+    assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("import httpx2", "DEP003 'httpx2' imported but it is a transitive dependency"),
+        ("import trl", "DEP004 'trl' imported but declared as a dev dependency"),
+        ("import mergekit", "DEP001 'mergekit' imported but missing"),
+    ],
+)
+def test_an_import_that_a_plain_install_lacks_is_found(tmp_path, line, code):
+    (tmp_path / "module.py").write_text(f"def ask():\n    {line}\n")
+    found = undeclared(str(tmp_path))
+    assert found.returncode == 1
+    assert code in found.stderr

@@ -51,7 +51,7 @@ def write_plots(grid: Grid, places: Sequence[Place], folder: Path) -> dict[str, 
 def _style() -> AbstractContextManager[None]:
     try:
         import matplotlib as mpl
-        from cycler import cycler
+        from matplotlib.rcsetup import cycler
     except ImportError:
         raise ConfigError("plots need matplotlib: pip install 'safemerge-callback[report]'") from None
     return mpl.rc_context({**_PARAMETERS, "axes.prop_cycle": cycler(color=mpl.color_sequences[_COLORS])})
