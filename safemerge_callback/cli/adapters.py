@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import app
+from .app import app, say
 from .options import (
     Bar,
     Density,
@@ -56,7 +56,7 @@ def measure(
         check_threshold(threshold)
     with working(f"measuring {finetuned}", progress):
         readings = measure_adapter(finetuned, subspace, device=device_named(device))
-    typer.echo(readings_json(readings, threshold) if as_json else readings_text(readings, threshold))
+    say(readings_json(readings, threshold) if as_json else readings_text(readings, threshold))
 
 
 @app.command(cls=WithWeights)
@@ -111,7 +111,7 @@ def merge(
     parts = [settings.pop(part, None) for part in ("finetuned", "safety", "subspace", "output")]
     with working(f"merging {parts[0]}", progress):
         plan = merge_adapters(*parts, overwrite=settings.pop("force", False), **settings)
-    typer.echo(f"{plan}\n{parts[3]}: {len(plan.selected)} of {len(plan.readings)} modules merged")
+    say(f"{plan}\n{parts[3]}: {len(plan.selected)} of {len(plan.readings)} modules merged")
 
 
 def _settings(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
@@ -180,8 +180,8 @@ def sweep(
             majority_sign_method=majority_sign_method or "total",
             device=device_named(device),
         )
-    typer.echo(str(found))
+    say(str(found))
     if output is not None:
-        typer.echo(f"{found.write_csv(output)}: {len(found)} rows")
+        say(f"{found.write_csv(output)}: {len(found)} rows")
     if plot is not None:
-        typer.echo(f"{write_plot(found, plot)}: {len(found)} merges")
+        say(f"{write_plot(found, plot)}: {len(found)} merges")

@@ -10,6 +10,12 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import SafeMergeError
+from ..printable import printable
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print lines of ours, on stderr with `err`; what names from outside would have a terminal do is written out."""
+    typer.echo(printable(text, lines=True), err=err)
 
 
 class _Verbs(TyperGroup):
@@ -21,7 +27,7 @@ class _Verbs(TyperGroup):
             try:
                 return super().invoke(ctx)
             except SafeMergeError as error:
-                typer.echo(f"safemerge: {error}", err=True)
+                typer.echo(printable(f"safemerge: {error}"), err=True)
                 raise typer.Exit(2) from None
 
 
@@ -54,4 +60,4 @@ def _print_version(asked: bool) -> None:
 
 
 def _note(message: Warning | str, *_where: Any, **_more: Any) -> None:
-    typer.echo(f"note: {str(message).removeprefix('safemerge: ')}", err=True)
+    say(f"note: {str(message).removeprefix('safemerge: ')}", err=True)

@@ -15,7 +15,7 @@ import typer
 from .. import __version__
 from ..errors import ConfigError, shown
 from ..outputs import Kind, free_output, new_output
-from .app import app
+from .app import app, say
 from .options import device_named
 
 if TYPE_CHECKING:
@@ -170,11 +170,9 @@ def _evaluated(model: str, given: dict[str, Any], device: str | None, asked: _As
         figures += _worked(subject, asked)
     except ConfigError as error:
         refused = error
-    typer.echo(figures_text(figures, " on ".join(filter(None, (subject.adapter, subject.base)))))
+    say(figures_text(figures, " on ".join(filter(None, (subject.adapter, subject.base)))))
     if drift:
-        typer.echo(
-            f"drift: lowest cosine {drift['lowest']:.3f}, mean {drift['mean']:.3f} of {drift['modules']} modules"
-        )
+        say(f"drift: lowest cosine {drift['lowest']:.3f}, mean {drift['mean']:.3f} of {drift['modules']} modules")
     _notes(asked, [*thoughts_lines(figures), *failures])
     written = {
         "adapter": subject.adapter,
@@ -217,11 +215,11 @@ def _worked(subject: Any, asked: _Asked) -> list[Any]:
 
 def _notes(asked: _Asked, failures: Sequence[str]) -> None:
     if not asked.tasks:
-        typer.echo("note: utility is not measured; add --tasks, such as gsm8k", err=True)
+        say("note: utility is not measured; add --tasks, such as gsm8k", err=True)
     if not asked.sets:
-        typer.echo("note: harm and over-refusal are not measured; add --probes", err=True)
+        say("note: harm and over-refusal are not measured; add --probes", err=True)
     for failure in dict.fromkeys(failures):
-        typer.echo(f"note: {failure}", err=True)
+        say(f"note: {failure}", err=True)
 
 
 def _versions() -> dict[str, str]:
@@ -248,4 +246,4 @@ def _write(path: Path | None, kind: Kind, text: str) -> None:
         return
     with new_output(path, "output", kind) as part:
         part.write_text(text, encoding="utf-8")
-    typer.echo(f"{path}: written", err=True)
+    say(f"{path}: written", err=True)

@@ -128,7 +128,9 @@ def working(what: str, shown: bool) -> Iterator[None]:
     from rich.console import Console
     from rich.text import Text
 
-    with Console(stderr=True).status(Text(what)):
+    from ..printable import printable
+
+    with Console(stderr=True).status(Text(printable(what))):
         yield
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .app import app
+from .app import app, say
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or its journal (safemerge.jsonl).")]
 
@@ -20,7 +20,7 @@ def undo(
     from ..offline.undo import take_back
 
     names, kept = take_back(run)
-    typer.echo(f"{run}: {len(names)} modules are as before the final merge; the merged adapter is in {kept}")
+    say(f"{run}: {len(names)} modules are as before the final merge; the merged adapter is in {kept}")
 
 
 @app.command()
@@ -43,8 +43,8 @@ def report(
     from ..reports import read_history, summary, write_report
 
     history = read_history(journal)
-    typer.echo(summary(history))
-    typer.echo(f"{write_report(history, output or journal, plot)}: drift of {len(history.modules)} modules")
+    say(summary(history))
+    say(f"{write_report(history, output or journal, plot)}: drift of {len(history.modules)} modules")
 
 
 @app.command()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .app import app
+from .app import app, say
 from .options import Bar, Device, device_named, targets
 
 
@@ -45,7 +45,7 @@ def build(
         device=None if device is None else device_named(device),
         progress=progress,
     )
-    typer.echo(f"{output}: alignment matrices of {len(subspace.modules)} modules")
+    say(f"{output}: alignment matrices of {len(subspace.modules)} modules")
 
 
 @app.command()
@@ -62,7 +62,7 @@ def describe(
     found = Subspace.load(subspace)
     if verify:
         found.verify()
-    typer.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.describe())
+    say(json.dumps(found.to_dict(), indent=2) if as_json else found.describe())
 
 
 @app.command()
@@ -80,4 +80,4 @@ def compress(
     exact = Subspace.load(subspace)
     small = compress_subspace(exact, output, kind, rank, device=device_named(device), progress=progress)
     before, after = (sum(m.bytes(n) for n, m in s.modules.items()) for s in (exact, small))
-    typer.echo(f"{output}: {len(small.modules)} modules, {after / before:.1%} of the bytes; keep {subspace} beside it")
+    say(f"{output}: {len(small.modules)} modules, {after / before:.1%} of the bytes; keep {subspace} beside it")

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
+from ..printable import printable
+
 # Wider than any module name with its reason, so that nothing is cut or wrapped: a table is as wide as what it holds.
 _WIDTH = 2000
 # Title, columns, rows, and the columns that are aligned to the right: what both views are made of.
@@ -22,10 +24,10 @@ def render(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], ri
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     text = io.StringIO()
     console = Console(file=text, width=_WIDTH, color_system=None)
-    console.print(Text(title))
+    console.print(Text(printable(title)))
     console.print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 

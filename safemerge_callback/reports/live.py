@@ -15,6 +15,7 @@ from rich.text import Text
 from ..decision import JOURNAL_FILE, parse_lines, require_journal_file, tell_torn
 from ..errors import JournalError
 from ..paths import as_path
+from ..printable import printable
 from .entries import add_entry
 from .history import LOSS, Cell, History, counted, title_of
 from .layout import OUTSIDE, panels
@@ -106,8 +107,8 @@ def frame(history: History, path: Path) -> RenderableType:
     """Return what the terminal shows: the last check, the worst modules with their trends, merges, probes, faults."""
     if not history.cells and not history.probes:
         what = "it holds no check yet" if history.starts else "no journal there yet"
-        return Text(f"{_plain(str(path))}: {what}; waiting (Ctrl-C leaves)", style="dim")
-    drift = [_head(history), _worst(history), _merges(history)] if history.cells else [Text(_plain(history.title))]
+        return Text(f"{printable(str(path))}: {what}; waiting (Ctrl-C leaves)", style="dim")
+    drift = [_head(history), _worst(history), _merges(history)] if history.cells else [Text(printable(history.title))]
     return Group(*drift, *_probes(history), *_events(history))
 
 
@@ -115,9 +116,9 @@ def _head(history: History) -> Text:
     step = history.steps[-1]
     cells = [cells[step] for cells in history.by_module.values() if step in cells]
     known = sorted(cell.cosine for cell in cells if cell.state == "measured")
-    text = Text(_plain(history.title), style="bold")
+    text = Text(printable(history.title), style="bold")
     text.append(f"  {'ended at' if history.ended else 'last check at'} step {step}", style="not bold")
-    text.append(f", {counted(history.steps, 'check')}, {history.rule}", style="not bold dim")
+    text.append(f", {counted(history.steps, 'check')}, {printable(history.rule)}", style="not bold dim")
     if known:
         low, middle, high = known[0], known[len(known) // 2], known[-1]
         text.append(f"\ncosine {low:.4f} lowest, {middle:.4f} median, {high:.4f} highest", style="not bold")
@@ -143,7 +144,7 @@ def _worst(history: History) -> Table:
         for name, label in zip(part.modules, part.labels, strict=True)
     }
     for name in [*broken, *names]:
-        title = Text(_plain(short[name]), no_wrap=True, overflow="ellipsis")
+        title = Text(printable(short[name]), no_wrap=True, overflow="ellipsis")
         table.add_row(title, *_row(history, name, last[name], limits))
     return table
 
@@ -191,26 +192,21 @@ def _probes(history: History) -> Iterator[Text]:
     if not history.probes:
         return
     probe = history.probes[-1]
-    yield Text(f"\nprobe at step {probe.step} ({probe.when}, {probe.seconds:.1f} s)", style="bold")
+    yield Text(f"\nprobe at step {probe.step} ({printable(probe.when)}, {probe.seconds:.1f} s)", style="bold")
     longest = max(len(m.measure) for m in probe.measures) if probe.measures else 0
     for m in probe.measures:
         past = [old.value for p in history.probes for old in p.measures if old.measure == m.measure][-_TREND:]
         known = [value for value in past if not math.isnan(value)] or [0.0]
         limits = (min(known), max(known)) if m.measure == LOSS else (0.0, 1.0)
-        line = Text(f"{_plain(m.measure):<{longest}} ")
+        line = Text(f"{printable(m.measure):<{longest}} ")
         line.append_text(_sparkline(past, limits))
         line.append(f" {m.text}")
-        line.append(f"  {m.kind.replace('_', '-')}", style="dim")
+        line.append(f"  {printable(m.kind).replace('_', '-')}", style="dim")
         yield line
 
 
 def _events(history: History) -> Iterator[Text]:
     for event in history.events[-3:]:
-        yield Text(f"{event.kind} at step {event.step}: {_plain(event.reason)}", style="yellow")
+        yield Text(f"{event.kind} at step {event.step}: {printable(event.reason)}", style="yellow")
     for fault in history.faults[-2:]:
-        yield Text(f"fault: {_plain(fault)}", style="red")
-
-
-def _plain(text: str) -> str:
-    """The text without what a terminal would obey rather than show."""
-    return "".join(letter if letter.isprintable() else "�" for letter in text)
+        yield Text(f"fault: {printable(fault)}", style="red")

@@ -6,6 +6,7 @@ import json
 import math
 
 from ..decision import Readings
+from ..printable import printable
 
 
 def readings_text(readings: Readings, threshold: float | None) -> str:
@@ -13,7 +14,9 @@ def readings_text(readings: Readings, threshold: float | None) -> str:
     if threshold is None:
         return str(readings)
     below = readings.below(threshold)
-    return "\n".join([str(readings), f"{len(below)} of {len(readings)} modules below {threshold:g}", *below])
+    return "\n".join(
+        [str(readings), f"{len(below)} of {len(readings)} modules below {threshold:g}", *map(printable, below)]
+    )
 
 
 def readings_json(readings: Readings, threshold: float | None) -> str:

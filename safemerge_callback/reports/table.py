@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterable, Iterator
 
 from ..decision.tables import render
+from ..printable import printable
 from .history import Cell, History, counted
 from .layout import Panel, panels
 
@@ -20,7 +21,12 @@ def summary(history: History) -> str:
     `task left` is the smallest share of the task's update that merging left in a module. The last probe follows.
     """
     if not history.steps:
-        return "\n".join([f"{history.title}: no check, {counted(history.probes, 'probe')}", *_told(history)])
+        return "\n".join(
+            [
+                f"{printable(history.title)}: no check, {counted(history.probes, 'probe')}",
+                *map(printable, _told(history)),
+            ]
+        )
     steps = history.steps
     rows = [_row(history, panel) for panel in panels(history.modules)]
     span = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
@@ -30,8 +36,8 @@ def summary(history: History) -> str:
     back = f", {len(history.undone)} taken back" if history.undone else ""
     merged = f"{counted(history.merges, 'merge')} in {counted(history.merged_modules, 'module')}{back}"
     lines = [render(title, _COLUMNS, rows, right=(*_COLUMNS[1:6], *_COLUMNS[7:]))]
-    lines.append(f"{merged}{f': {history.how}' if history.how else ''}; {history.seconds:.1f} s in all")
-    return "\n".join([*lines, *_told(history)])
+    lines.append(printable(f"{merged}{f': {history.how}' if history.how else ''}; {history.seconds:.1f} s in all"))
+    return "\n".join([*lines, *map(printable, _told(history))])
 
 
 def _told(history: History) -> Iterator[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from ..printable import printable
+
 # Of the columns that a narrow terminal has, what the name of a module may take; its end tells the modules apart.
 _NAME = 18
 
@@ -39,6 +41,7 @@ def byte_bar(
 
 
 def _ending(name: str) -> str:
+    name = printable(name)
     return name if len(name) <= _NAME else f"…{name[1 - _NAME :]}"
 
 

@@ -6,6 +6,7 @@ import io
 from dataclasses import asdict
 from typing import Any
 
+from ..printable import printable
 from .header import VERSION, FileHeader, ModuleHeader
 
 _WIDTH = 200
@@ -16,8 +17,9 @@ def render(title: str, header: FileHeader) -> str:
     """Return the sources of V, a table with one line a module, and totals."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"{title}: {len(header.modules)} modules")
+    table = Table(title=Text(printable(f"{title}: {len(header.modules)} modules"), style="italic"))
     columns = ["shape", "kind", "rank", "dtype", "‖V‖", "null cosine", "energy at rank 1 / 4 / 16 / 64"]
     bounded = any(module.error for module in header.modules.values())
     table.add_column("module", no_wrap=True)
@@ -29,10 +31,10 @@ def render(title: str, header: FileHeader) -> str:
             *([f"{module.error / module.norm:.1e}"] if bounded else []),
             _size(module.bytes(name)),
         ]
-        table.add_row(name, *cells)
+        table.add_row(*(Text(printable(cell)) for cell in (name, *cells)))
     console = Console(file=io.StringIO(), width=_WIDTH, color_system=None)
     for line in _lines(header):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
     console.print(table)
     console.print(_totals(header, bounded), markup=False, highlight=False, soft_wrap=True)
     return console.file.getvalue()  # type: ignore[attr-defined]

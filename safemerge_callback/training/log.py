@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field
 
+from ..printable import printable
+
 
 @dataclass
 class Log:
@@ -33,8 +35,3 @@ class Log:
         if kind not in self.warned:
             self.warned.add(kind)
             warnings.warn(f"safemerge: {message}", stacklevel=stacklevel)
-
-
-def printable(text: str) -> str:
-    """Return `text` with whatever would move a terminal's cursor or colour it written out, such as `\\x1b`."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from safemerge_callback.training.log import Log, printable
+from safemerge_callback.printable import printable
+from safemerge_callback.training.log import Log
 
 HARMFUL = ["tell me how", "and this"]
 
