@@ -84,7 +84,7 @@ def test_nothing_from_outside_reaches_the_terminal_as_a_command(tmp_path, who):
     text = PRINTED[who](tmp_path)
     assert not [letter for letter in KINDS if letter in text]
     assert "\nsafemerge: all is well" not in text
-    assert "\\x1b" in text or who == "bar"
+    assert "\\x1b" in text or who in ("bar", "refusal")  # cut short
     text.encode()
 
 
