@@ -38,7 +38,6 @@ def world(tmp_path, tiny_llama, chat_tokenizer, monkeypatch):
         "def broken(prompt, response):\n    raise TimeoutError('no answer')\n"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
 
 
@@ -164,6 +163,9 @@ def test_drift_stands_beside_the_figures(world, tiny_llama):
         (["--probes", "harm.csv"], "say what a safe model does"),
         (["--probes", ""], "nothing to evaluate"),
         (["--probes", FILES, "--judge", "keyword"], "did you mean 'keywords'"),
+        (["--probes", "harmbench,xstest", "--judge", "keyword"], "did you mean 'keywords'"),
+        (["--probes", "harmbench,xstest", "--dtype", "float23"], "dtype 'float23' is unknown"),
+        (["--probes", "harm:a.csv,benign:b.csv"], "2 of 2 prompt sets cannot be had"),
         (["--probes", FILES, "--dtype", "float23"], "dtype 'float23' is unknown"),
         (["--probes", FILES, "--device", "warp"], "device 'warp' cannot be used here"),
         (["--probes", FILES, "--judge", "endpoint:m@http://127.0.0.1:9/v1"], "'m' at '127.0.0.1' gives no answer"),

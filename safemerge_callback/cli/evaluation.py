@@ -67,11 +67,11 @@ def evaluate(
         "chat_template_kwargs": template_settings(chat_template_kwargs),
     }
     files = (output, responses)
+    given: dict[str, Any] = {"base": base, "revision": revision, "dtype": _dtype(dtype)}
+    where = None if device is None else device_named(device)
     sets, judges, manager = _prepared(_names(probes), judge or ["keywords"], wanted, task_folder, n, seed, files)
     asked = _Asked(sets, judges, wanted, asking, limit, manager, seed)
-    where = None if device is None else device_named(device)
     drift = None if subspace is None else _drift(model, subspace)
-    given: dict[str, Any] = {"base": base, "revision": revision, "dtype": _dtype(dtype)}
     found = _evaluated(model, given, where, asked, drift)
     settings = {"model": model, **given, "n": n, "seed": seed, "limit": limit, "tasks": wanted, **asking}
     _write(output, _FIGURES, json.dumps({"settings": settings, **found.written}, indent=2) + "\n")
@@ -117,8 +117,8 @@ def _prepared(
 ) -> tuple[list[PromptSet], list[Judge], Any]:
     """Whatever can be refused is refused here, before a model is loaded: the cheapest first."""
     from ..evaluation.figures import check_sets
-    from ..evaluation.judges import check_ready, load_judge
-    from ..evaluation.prompts import check_prompt_set, load_prompts
+    from ..evaluation.judges import check_judge, check_ready, load_judge
+    from ..evaluation.prompts import check_prompt_set, load_prompt_sets
 
     if not probes and not tasks:
         raise ConfigError("there is nothing to evaluate: give --probes or --tasks")
@@ -126,12 +126,14 @@ def _prepared(
     _check_outputs(output, responses)
     for name in probes:
         check_prompt_set(name)
+    for name in judge:
+        check_judge(name)
     manager = None
     if tasks:
         from ..evaluation.harness import check_tasks
 
         manager = check_tasks(tasks, folder)
-    sets = [load_prompts(name, n, seed) for name in probes]
+    sets = load_prompt_sets(probes, n, seed)
     check_sets(sets)
     judges = [load_judge(name) for name in judge] if sets else []
     check_ready(judges)

@@ -8,6 +8,7 @@ from ..adapters import load_adapter
 from ..adapters.files import CONFIG, adapter_folder
 from ..addresses import address_of
 from ..errors import ConfigError
+from .hub import hub_file
 from .loading import accelerator, load_pretrained
 
 
@@ -25,11 +26,11 @@ def is_adapter(source: str) -> bool:
     address = address_of(source, "model", error=ConfigError)
     if address.path is not None:
         return (address.path / CONFIG).is_file()
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        hf_hub_download(address.repo, CONFIG, revision=address.revision)
-    except (OSError, ValueError):
+        hub_file(address.repo, CONFIG, revision=address.revision)
+    except (OSError, ValueError, EntryNotFoundError):
         # No such file, or the Hub is out of reach: loading it as a model says which.
         return False
     return True

@@ -30,9 +30,11 @@ def prompt_sets(given: Prompts, kind: Kind, n: int, seed: int) -> dict[str, list
     ConfigError for anything else, for a set of the other kind, and as `load_prompts`.
     """
     if isinstance(given, Mapping):
+        named = {str(name): one for name, one in given.items() if isinstance(one, str)}
+        loaded = dict(zip(named, _loaded(list(named.values()), kind, n, seed), strict=True))
         return {
-            str(name): _loaded(one, kind, n, seed)[1] if isinstance(one, str) else _texts(str(name), one)
-            for name, one in given.items()
+            name: loaded[name][1] if name in loaded else _texts(name, one)
+            for name, one in zip(map(str, given), given.values(), strict=True)
         }
     if not isinstance(given, Iterable):
         raise ConfigError(f"prompts are {shown(given)}: give names of sets, or a mapping of name to prompts")
@@ -40,17 +42,21 @@ def prompt_sets(given: Prompts, kind: Kind, n: int, seed: int) -> dict[str, list
     wrong = [name for name in names if not isinstance(name, str)]
     if wrong:
         raise ConfigError(f"prompt set {shown(wrong[0])} is no name: give names, or a mapping of name to prompts")
-    return dict(_loaded(name, kind, n, seed) for name in names)
+    sets = _loaded(names, kind, n, seed)
+    twice = sorted({name for name, _ in sets if [one for one, _ in sets].count(name) > 1})
+    if twice:
+        raise ConfigError(f"prompt set {twice[0]!r} is given twice: give each once, or a mapping with names of its own")
+    return dict(sets)
 
 
-def _loaded(name: str, kind: Kind, n: int, seed: int) -> tuple[str, list[str]]:
-    from ..evaluation.prompts import load_prompts
+def _loaded(names: Sequence[str], kind: Kind, n: int, seed: int) -> list[tuple[str, list[str]]]:
+    from ..evaluation.prompts import check_prompt_set, load_prompt_sets
 
-    found = load_prompts(name, n=n, seed=seed)
-    if found.kind != kind:
-        place = "prompts" if found.kind == "harm" else "benign"
-        raise ConfigError(f"prompt set {name!r} is of kind {found.kind!r}: give it as {place}=")
-    return found.name, list(found.prompts)
+    for name in names:
+        if (other := check_prompt_set(name)) != kind:
+            place = "prompts" if other == "harm" else "benign"
+            raise ConfigError(f"prompt set {name!r} is of kind {other!r}: give it as {place}=")
+    return [(found.name, list(found.prompts)) for found in load_prompt_sets(names, n, seed)]
 
 
 def _texts(name: str, prompts: Sequence[str]) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.evaluation import KeywordJudge, check_benign, decides, judged, load_judge, measure_name
-from safemerge_callback.evaluation.judges import JUDGES, FunctionJudge
+from safemerge_callback.evaluation.judges import JUDGES, FunctionJudge, check_judge
 from safemerge_callback.evaluation.judges.protocol import check_decides
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -110,3 +110,47 @@ def test_harm_is_no_over_refusal():
 def test_the_page_lists_every_judge():
     table = (DOCS / "judges.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| `(\w+)", table, re.MULTILINE) == list(JUDGES)
+
+
+def test_a_function_of_the_present_folder_is_found_and_nothing_is_left_behind(tmp_path, monkeypatch):
+    """As at a console script, whose path of modules lacks the folder one stands in."""
+    (tmp_path / "words_here.py").write_text("REFUSING = 'no'\n")
+    (tmp_path / "late_here.py").write_text("def same(a, b):\n    return a == b\n")
+    (tmp_path / "judge_here.py").write_text(
+        "from words_here import REFUSING\n"
+        "def refuses(prompt, response):\n    from late_here import same\n    return same(response, REFUSING)\n"
+    )
+    (tmp_path / "json.py").write_text("raise RuntimeError('a module of this folder hides no other')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", str(tmp_path))])
+    before = list(sys.path)
+    judge = load_judge("function:judge_here:refuses")
+    monkeypatch.chdir(tmp_path.parent)
+    assert (judge.refuses("", "no"), judge.refuses("", "yes")) == (True, False)
+    assert sys.path == before
+    with pytest.raises(ConfigError, match="ModuleNotFoundError: No module named 'elsewhere_here'"):
+        load_judge("function:elsewhere_here:refuses")
+    assert sys.path == before
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("raise RuntimeError('no key')", "RuntimeError: no key"),
+        ("def refuses(:", "SyntaxError"),
+        ("other = 1", "AttributeError: .* has no attribute 'refuses'"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_says_why(tmp_path, monkeypatch, content, words):
+    name = f"broken_{abs(hash(content))}"
+    (tmp_path / f"{name}.py").write_text(content)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"judge 'function:{name}:refuses' cannot be imported: {words}"):
+        load_judge(f"function:{name}:refuses")
+
+
+@pytest.mark.parametrize("which", ["keyword", "classifier:", "endpoint", "keywords:x", "function"])
+def test_a_judges_spelling_is_checked_without_loading_it(which):
+    with pytest.raises(ConfigError):
+        check_judge(which)
+    check_judge("llamaguard:no/such-model")

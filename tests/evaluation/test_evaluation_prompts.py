@@ -1,6 +1,6 @@
-import importlib
 import json
 import re
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from safemerge_callback.evaluation.prompts import (
     SetCard,
     Where,
     check_prompt_set,
+    load_prompt_sets,
     load_prompts,
     package_files,
 )
@@ -131,24 +132,106 @@ def test_a_set_that_cannot_be_reached_says_what_to_do(hub):
         load_prompts("hex_phi")
 
 
+@pytest.fixture
+def answering(monkeypatch, hub):
+    """What makes the Hub's own client ask a server on this machine that answers every question with one status."""
+    import threading
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    from huggingface_hub import constants
+
+    running = []
+
+    def serve(status, code):
+        class Answers(BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                """Stay quiet."""
+
+            def do_HEAD(self):
+                server.asked.append(self.path)
+                self.send_response(status)
+                self.send_header("X-Error-Code", code)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+        server.asked = []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        running.append(server)
+        point_at(server.server_port)
+        return server
+
+    def point_at(port):
+        endpoint = f"http://127.0.0.1:{port}"
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+    serve.point_at = point_at
+    yield serve
+    for server in running:
+        server.shutdown()
+        server.server_close()
+
+
 @pytest.mark.parametrize(("status", "code"), [(403, "GatedRepo"), (401, "RepoNotFound")])
-def test_a_gated_set_says_where_to_accept_its_terms(hub, monkeypatch, status, code):
-    """The answer that the Hub gives, made here; everything after it is the library's own."""
-    import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-    from huggingface_hub.utils import get_session
-
-    error = {403: GatedRepoError, 401: RepositoryNotFoundError}[status]
-    # Whichever client this release of the Hub's library is built on.
-    http = importlib.import_module(type(get_session()).__module__.partition(".")[0])
-    request = http.Request("HEAD", "https://hub/x")
-
-    def refuses(*args, **kwargs):
-        raise error(code, response=http.Response(status, request=request))
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuses)
+def test_a_gated_set_says_where_to_accept_its_terms(answering, status, code):
+    server = answering(status, code)
     with pytest.raises(ConfigError, match=r"Accept its terms at huggingface.co/datasets/Paul/XSTest and log in"):
         load_prompts("xstest")
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize(("status", "words"), [(404, "EntryNotFoundError"), (503, "HfHubHTTPError")])
+def test_whatever_the_hub_answers_is_told_and_it_is_asked_once(answering, status, words):
+    server, began = answering(status, "EntryNotFound" if status == 404 else ""), time.monotonic()
+    with pytest.raises(ConfigError, match=f"The Hub answered with .*{words}"):
+        load_prompts("xstest")
+    assert len(server.asked) == 1
+    assert time.monotonic() - began < 10
+
+
+@pytest.fixture
+def closed():
+    """A port at which nobody answers."""
+    import socket
+
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def test_a_hub_out_of_reach_is_asked_once_and_all_that_is_missing_is_named(answering, closed, tmp_path, monkeypatch):
+    from safemerge_callback.evaluation.prompts import places
+
+    monkeypatch.setattr(places, "files", lambda name: [])
+    asked = []
+    real = places.hub_file
+    monkeypatch.setattr(places, "hub_file", lambda *a, **k: asked.append(k["online"]) or real(*a, **k))
+    answering.point_at(closed)
+    (tmp_path / "mine.txt").write_text("p")
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match="3 of 4 prompt sets cannot be had") as refused:
+        load_prompt_sets(["xstest", f"harm:{tmp_path / 'mine.txt'}", "harmbench", f"benign:{tmp_path / 'absent.csv'}"])
+    assert time.monotonic() - began < 10, "the client itself would go on for 23 s"
+    assert asked == [True, False]
+    said = str(refused.value)
+    assert all(name in said for name in ("'xstest'", "'harmbench'", "absent.csv' does not exist", "go online once"))
+    with pytest.raises(ConfigError, match="'harmbanch' are unknown"):
+        load_prompt_sets(["xstest", "harmbanch"])
+    assert len(asked) == 2, "what is spelled wrongly is refused before anything is asked"
+
+
+def test_what_the_cache_has_needs_no_hub(answering, closed, hub):
+    (place,) = PROMPT_SETS["xstest"].hub
+    for name in place.files:
+        hub(place.place, name, "prompt,type,label\na,b,safe\n", place.revision or "main")
+    answering.point_at(closed)
+    began = time.monotonic()
+    assert load_prompts("xstest").prompts == load_prompts("xstest", online=False).prompts == ("a",)
+    assert time.monotonic() - began < 10
 
 
 def test_a_set_that_only_a_package_has_names_the_package(monkeypatch):

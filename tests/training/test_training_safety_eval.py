@@ -334,6 +334,10 @@ def test_sets_by_name_and_by_file(world, runs, tmp_path, probe):
         probe(prompts=good)
     with refused("is of kind 'harm': give it as prompts="):
         probe(benign=own)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "own.txt").write_text("other\n")
+    with refused("prompt set 'own' is given twice"):
+        probe(prompts=[own, f"harm:{tmp_path / 'more' / 'own.txt'}"])
     with refused("prompts 'advbanch' are unknown.*did you mean 'advbench'"):
         probe(prompts="advbanch")
 

@@ -6,7 +6,7 @@ from .function import FunctionJudge
 from .keyword import KeywordJudge, refusal_phrases, says
 from .llamaguard import LlamaGuardJudge
 from .protocol import Decides, Judge, check_benign, check_ready, decides, measure_name
-from .registry import JUDGES, load_judge
+from .registry import JUDGES, check_judge, load_judge
 from .shieldgemma import ShieldGemmaJudge
 from .wildguard import WildGuardJudge
 
@@ -22,6 +22,7 @@ __all__ = [
     "ShieldGemmaJudge",
     "WildGuardJudge",
     "check_benign",
+    "check_judge",
     "check_ready",
     "decides",
     "load_judge",

@@ -38,6 +38,11 @@ _ARGUMENT = {
 _NEEDED = {"endpoint", "function"}
 
 
+def check_judge(which: str) -> None:
+    """Raise ConfigError for a judge's name that `load_judge` would not take, by its spelling alone."""
+    _spelled(which)
+
+
 def load_judge(which: str | Mapping[str, Any] | Judge | Callable[[str, str], bool]) -> Judge:
     """Return the judge that `which` means, its model loaded (so that what is wrong shows before training starts).
 
@@ -59,13 +64,19 @@ def load_judge(which: str | Mapping[str, Any] | Judge | Callable[[str, str], boo
     return FunctionJudge(which)
 
 
-def _made(spec: str, options: dict[str, Any]) -> Judge:
+def _spelled(spec: str) -> tuple[str, str]:
+    """The name and its argument."""
     name, colon, argument = spec.partition(":")
     one_of(name, JUDGES, "judge")
     if bool(colon) and (name not in _ARGUMENT or not argument):
         raise ConfigError(f"judge {spec!r}: {name} takes {_ARGUMENT.get(name, 'nothing')} after the colon")
     if name in _NEEDED and not argument:
         raise ConfigError(f"judge {spec!r} is not complete: write {name}:{_ARGUMENT[name]}")
+    return name, argument
+
+
+def _made(spec: str, options: dict[str, Any]) -> Judge:
+    name, argument = _spelled(spec)
     make = JUDGES[name]
     try:
         inspect.signature(make).bind(*([argument] if argument else []), **options)

