@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
-from torch import Tensor
-
 from ..adapters import Adapter, LoraFactors
 from ..errors import AdapterError, PlanError, nearest
 from ..methods import get_method
+from ..ops import all_finite
 from ..subspace import Subspace
 from .plan import MergePlan
 
@@ -112,8 +110,3 @@ def needed_subspace(plan: MergePlan, subspace: Subspace | None) -> Subspace:
     if subspace is None:
         raise PlanError(f"method {plan.method!r} projects on the safety subspace, got none: give Subspace.load(path)")
     return subspace
-
-
-def all_finite(*tensors: Tensor) -> bool:
-    """Return whether no tensor holds NaN or infinities; waits for the device."""
-    return all(bool(torch.isfinite(t).all()) for t in tensors)

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from ..adapters import LoraFactors
+from ..errors import SubspaceError
 from ..ops import (
     AlignmentMatrix,
     Known,
     LowRank,
     accumulation_dtype,
+    all_finite,
     cosine_interval,
     cosines,
     full_precision,
@@ -110,8 +112,8 @@ def measure(
     those of the exact measure. Without `gate` every module is read from there. `reference`: the safety adapter's own
     cosines (`own_cosines`), which gate `reference` compares with; the readings hold them from then on.
 
-    Raises SubspaceError where the subspace does not fit the modules, with names and both shapes, and where the exact
-    file is needed and absent; ConfigError for knobs that the gate cannot use.
+    Raises SubspaceError where the subspace does not fit the modules, with names and both shapes, where its numbers are
+    not finite, and where the exact file is needed and absent; ConfigError for knobs that the gate cannot use.
     """
     subspace.check(factors)
     if gate is None:
@@ -150,7 +152,20 @@ def _readings(
     values = rows.tolist()
     names = [name for batch in todo for name in batch.names]
     found = {name: _reading(factors[name], subspace, row) for name, row in zip(names, values, strict=True)}
+    _require_finite_matrices([r for r in found.values() if not r.finite and math.isfinite(r.update_norm)], subspace)
     return Readings(found[name] for name in factors)
+
+
+def _require_finite_matrices(suspects: Sequence[Reading], subspace: Subspace) -> None:
+    """Raise SubspaceError where V is why a finite update has no cosine; only for these is the file looked through."""
+    for reading in suspects:
+        stored = subspace.tensors(list(subspace.modules[reading.name].tensors(reading.name)))
+        if not all_finite(*(tensor for tensor in stored if tensor.is_floating_point())):
+            raise SubspaceError(
+                f"subspace {str(subspace.path)!r}: the alignment matrix of module {reading.name!r} holds NaN or "
+                "infinite numbers. `safemerge describe --verify` tells whether the file was changed since: copy it "
+                "anew then, else build it again from whole checkpoints."
+            )
 
 
 def _measure_batch(

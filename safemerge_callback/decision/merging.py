@@ -16,12 +16,12 @@ from ..ops import (
     Basis,
     LowRank,
     accumulation_dtype,
+    all_finite,
     mask_seed,
     squared_norm,
     weighted_sum,
     wide_dtype,
 )
-from .fit import all_finite
 from .measure import Batch, stacked
 from .plan import MergePlan
 

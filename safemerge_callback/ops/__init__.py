@@ -8,6 +8,7 @@ from .interval import Known, cosine_interval
 from .lowrank import (
     LowRank,
     accumulation_dtype,
+    all_finite,
     column_space,
     inner_product,
     refit,
@@ -40,6 +41,7 @@ __all__ = [
     "Known",
     "LowRank",
     "accumulation_dtype",
+    "all_finite",
     "balances",
     "band_mask",
     "bernoulli_mask",

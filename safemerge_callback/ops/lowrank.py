@@ -176,3 +176,8 @@ def column_space(update: LowRank, tolerance: float = 1e-6) -> Float[Tensor, "*n 
     left, values, _ = _spectrum(update)
     counts = (values > tolerance * values[..., :1]).to(left.dtype)
     return left * counts[..., None, :]
+
+
+def all_finite(*tensors: Tensor) -> bool:
+    """Return whether no tensor holds NaN or infinities; waits for the device."""
+    return all(bool(torch.isfinite(t).all()) for t in tensors)

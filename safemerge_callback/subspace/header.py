@@ -14,13 +14,13 @@ import torch
 from ..documents import parse_json
 from ..errors import SubspaceError
 from ..outputs import Kind
+from .fields import FILE_FIELDS, MODULE_FIELDS, check_fields
 
 FORMAT = "safemerge.subspace"
 SUBSPACE = Kind("a safety subspace", lambda head: FORMAT.encode() in head)
 VERSION = "2"
 # The dtypes that V is computed from and stored in, by safetensors name.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-KINDS = ("dense", "factor", "int8", "truncated")
 PROBES = "probes"
 PROBE_POSITIONS = "probe_positions"
 
@@ -125,16 +125,15 @@ class FileHeader:
 
     @classmethod
     def _from_json(cls, raw: dict[str, Any]) -> FileHeader:
+        check_fields(raw, FILE_FIELDS, "the file")
         modules = {}
         for name, entry in raw["modules"].items():
-            rows, columns = entry["shape"]
-            modules[name] = ModuleHeader(**{**entry, "shape": (int(rows), int(columns))})
-            if modules[name].kind not in KINDS:
-                raise ValueError(f"kind of {name!r} is {modules[name].kind!r}")
-        lists = list(raw["unmoved"]), list(raw["probed"])
-        return cls(
-            dict(raw["aligned"]), dict(raw["unaligned"]), modules, *lists, dict(raw["exact"]), dict(raw["checksums"])
-        )
+            check_fields(entry, MODULE_FIELDS, f"module {name!r}")
+            modules[name] = ModuleHeader(**{**entry, "shape": tuple(entry["shape"])})
+        if strangers := set(raw["probed"]) - modules.keys():
+            raise ValueError(f"probed names {sorted(strangers)[0]!r}, which is no module of it")
+        names = ("aligned", "unaligned", "unmoved", "probed", "exact", "checksums")
+        return cls(**{name: raw[name] for name in names}, modules=modules)
 
 
 def _sha256(text: str) -> str:

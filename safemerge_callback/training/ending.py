@@ -53,7 +53,7 @@ def after_training(
         session.witness.closing()
     session.progress.training_seconds, session.begun = session.training_seconds, None
     session.note(end_entry(state.global_step, session.progress, session.seconds))
-    _say_the_end(session)
+    session.tell(state.global_step, lambda: _say_the_end(session))
     session.trackers.finish(state.global_step, _outcome(session, model).write)
     session.trackers.close()
 
@@ -92,7 +92,8 @@ def _last_check(
     if not edits:
         return
     if isinstance(before, float):
-        _note_best(session, args, state, before, _loss(model, batches))
+        after = _loss(model, batches)
+        session.tell(state.global_step, lambda: _note_best(session, args, state, before, after))
     if not reloaded:
         _save_again(session, state)
     _log_model_again(session, args, state, model)

@@ -74,8 +74,8 @@ def merge(session: Session, step: int, plan: MergePlan, keep_in: Path | None) ->
         session.note({"kind": "error", "step": step, "where": edited.where, "error": edited.error})
         session.warn(edited.where, f"the optimizer's state was kept at step {step}: {edited.error}")
     session.progress.record_merge(step, {name: plan.task_weight_of(name) for name in plan.selected})
-    entry = merge_entry(step, plan, edits, session.progress.task_weights, time.perf_counter() - began)
-    session.note(entry | about(session.average))
+    took, shares = time.perf_counter() - began, session.progress.task_weights
+    session.tell(step, lambda: session.note(merge_entry(step, plan, edits, shares, took) | about(session.average)))
     reason = session.witness.after_merge(step) if session.witness else None
     if reason and _taken_back(session, step, before, reason):
         return ()

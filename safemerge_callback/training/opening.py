@@ -17,8 +17,17 @@ from ..adapters import Adapter, LoraFactors, base_moved, base_weights, load_adap
 from ..adapters.optimizer import check_optimizer
 from ..adapters.processes import from_first, together
 from ..adapters.snapshot import set_aside_snapshot
-from ..decision import JOURNAL_FILE, Average, Journal, MergePlan, check_safety_adapter, merged_factors, own_cosines
-from ..errors import ConfigError, JournalError
+from ..decision import (
+    JOURNAL_FILE,
+    Average,
+    Journal,
+    MergePlan,
+    Readings,
+    check_safety_adapter,
+    merged_factors,
+    own_cosines,
+)
+from ..errors import AdapterError, ConfigError, JournalError
 from ..ops import LowRank
 from ..paths import as_path
 from ..subspace import Subspace
@@ -167,11 +176,22 @@ def _rehearse(
 ) -> None:
     """Measure, decide and compute a merge of every module, and drop it: what cannot work shows now, not at step 50."""
     readings = measure_together(factors, subspace, part, {"gate": config.gate_at(), "reference": reference})
+    _require_finite(readings)
     MergePlan.decide(readings, **plan_knobs(config))
     if config.merges:
         everything = MergePlan.decide(readings, **{**plan_knobs(config), "gate": "all", "seed": config.seed})
         _, edits = merged_factors(everything, factors, safety, subspace)
         _tell_losses([edit.residual for edit in edits if factors[edit.name].initial is not None])
+
+
+def _require_finite(readings: Readings) -> None:
+    """Raise AdapterError for an adapter that is broken before it is trained."""
+    broken = [name for name, reading in readings.items() if not reading.finite]
+    if broken:
+        raise AdapterError(
+            f"{len(broken)} of {len(readings)} LoRA modules hold NaN or infinite numbers before the first step, first "
+            f"{broken[0]!r}: begin with a new adapter, or with a checkpoint from before its training diverged"
+        )
 
 
 def _tell_losses(residuals: Sequence[float]) -> None:

@@ -74,8 +74,9 @@ class Probing:
         else:
             self.fresh = (step, replace(self.fresh[1], seconds=0.0, failures=()))
         answers = self.fresh[1] if self.fresh else None
-        if answers:
-            self._tell(step, when, answers)
+        told = attempt("probe", lambda: self._tell(step, when, answers)) if answers else None
+        if isinstance(told, Fault):
+            self._lost(step, told.error)
         took = time.perf_counter() - began
         self.spent.seconds += took
         if self.guard:

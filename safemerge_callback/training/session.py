@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -157,19 +157,27 @@ class Session:
         plan = agreed_plan(agreed, self.config, moment)
         self.progress.disarmed = still_disarmed(self.progress.disarmed, agreed.seen)
         late = {} if measured_at is None else {"measured_at": measured_at}
-        self.note({**check_entry(step, plan, time.perf_counter() - began), **late})
+        self.tell(step, lambda: self.note({**check_entry(step, plan, time.perf_counter() - began), **late}))
         if words := broken_modules(step, plan):
             self.warn("broken", words)
         left_out = self.left_out
         edits = merge(self, step, plan, Path(args.output_dir) if final else None) if plan.selected else ()
+        self.plan = plan
+        took = time.perf_counter() - began - (self.left_out - left_out)
+        self.tell(step, lambda: self._report(args, state, edits, took, final))
+        return edits
+
+    def _report(
+        self, args: TrainingArguments, state: TrainerState, edits: Sequence[Edit], took: float, final: bool
+    ) -> None:
+        """Tell the terminal and the trackers what a check decided and a merge did, in `took` seconds."""
+        step, plan = state.global_step, self.plan
+        assert plan is not None, "nothing was decided"
         if edits:
             self.log.say(merge_line(step, plan, edits, self.progress))
-        took = time.perf_counter() - began - (self.left_out - left_out)
         numbers = check_metrics(plan, edits, replace(self.progress, seconds=self.seconds), took)
         rows = decision_rows(step, plan, self.progress.task_weights)
-        self.plan = plan
         self.trackers.send(args, state, Report(step, numbers, rows, final))
-        return edits
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -204,6 +212,13 @@ class Session:
             self.progress.journal_entries += self.journal.append(entry)
         except OSError as error:
             self.warn("journal", unwritten(entry, error))
+
+    def tell(self, step: int, action: Callable[[], None]) -> None:
+        """Do what only tells of a step: no figure, whatever it is, may cost the training."""
+        done = attempt("report", action)
+        if isinstance(done, Fault):
+            self.note({"kind": "error", "step": step, "where": done.where, "error": done.error})
+            self.warn("report", f"not all of step {step} could be told, training goes on: {done.error}")
 
     def warn(self, kind: str, message: str) -> None:
         """Warn once a run for each `kind`."""
