@@ -210,5 +210,5 @@ def test_wandb_receives_the_merged_adapter_of_a_reloaded_best_model(world, runs,
 
 
 def test_the_setting_of_the_optimizers_state_is_checked_when_made(world):
-    with pytest.raises(ConfigError, match="optimizer_state is 'rest'"):
+    with pytest.raises(ConfigError, match="optimizer_state 'rest' is unknown"):
         SafeMergeCallback(**world.knobs(optimizer_state="rest"))
