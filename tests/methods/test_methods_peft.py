@@ -118,6 +118,31 @@ def test_one_scaling_that_is_not_one_changes_nothing(tiny_llama, name):
     torch.testing.assert_close(layer.scaling["task"] * got.B @ got.A, want.B @ want.A, rtol=1e-5, atol=1e-5)
 
 
+@NEW
+@pytest.mark.parametrize("space", ["factor", "delta"])
+@pytest.mark.parametrize("name", ["linear", *PRUNING])
+def test_scalings_that_differ_part_us_where_a_sign_is_elected_among_factors(tiny_llama, name, space):
+    """PEFT elects among the factors as they are and scales afterwards; here they are in one unit before."""
+    model, layer = two_adapters(tiny_llama, alphas=(8, 12))
+    in_unit = factors(layer, "safety")
+    root = math.sqrt(layer.scaling["safety"] / layer.scaling["task"])
+    knobs = {"generator": generator(7)} if "generator" in get_method(name).takes else {}
+    got = get_method(name).merge(
+        factors(layer, "task"),
+        [LowRank(root * in_unit.A, root * in_unit.B)],
+        weights=(0.8, 0.2),
+        space=space,
+        density=0.5,
+        **knobs,
+    )
+    combination = {"factor": name, "delta": "svd" if name == "linear" else f"{name}_svd"}[space]
+    want = theirs(model, layer, combination, (0.8, 0.2))
+    product = want.B @ want.A
+    apart = float((layer.scaling["task"] * got.B @ got.A - product).norm() / product.norm())
+    elects = space == "factor" and name.endswith("ties")
+    assert apart > 0.01 if elects else apart < 1e-5
+
+
 @pytest.mark.parametrize("name", ["dare_linear", "dare_ties"])
 def test_random_masks_are_pefts_in_distribution(name):
     """Mean and variance of each entry over many draws, with streams that have nothing in common."""
