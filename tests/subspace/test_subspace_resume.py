@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from safemerge_callback.errors import SubspaceError
-from safemerge_callback.subspace import build_subspace
+from safemerge_callback.subspace import build_subspace, compress_subspace
 from safemerge_callback.subspace.digests import digest_of
 from safemerge_callback.subspace.resume import sole_writer
 from safemerge_callback.subspace.stream import SafetensorsStream
@@ -278,3 +279,30 @@ def test_the_step_log_holds_no_machine_path(folder):
     lines = [json.loads(line) for line in (folder / ".v.partial.steps").read_text().splitlines()]
     assert len(lines) == 4
     assert str(folder) not in json.dumps(lines)
+
+
+@pytest.mark.parametrize("verb", ["build", "compress"])
+def test_killed_at_any_change_to_the_disk_a_rerun_ends_whole_and_leaves_nothing_hidden(folder, tmp_path, kills, verb):
+    exact = tmp_path / "exact" / "v.safetensors"
+    build_subspace(exact, aligned=folder / "aligned", unaligned=folder / "unaligned", progress=False)
+
+    def write(place):
+        if verb == "build":
+            build_subspace(place, aligned=folder / "aligned", unaligned=folder / "unaligned", progress=False)
+        else:
+            compress_subspace(place.parent / "v.safetensors", place, progress=False)
+
+    def fresh(k):
+        (tmp_path / str(k)).mkdir()
+        shutil.copyfile(exact, tmp_path / str(k) / "v.safetensors")
+        return tmp_path / str(k) / "new.safetensors"
+
+    write(fresh(0))
+    wanted, points = (tmp_path / "0" / "new.safetensors").read_bytes(), 0
+    for place in kills(fresh, write):
+        points += 1
+        assert not place.exists() or place.read_bytes() == wanted
+        write(place)
+        assert place.read_bytes() == wanted
+        assert [*place.parent.glob(".*")] == []
+    assert points >= 3
