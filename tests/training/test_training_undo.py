@@ -138,3 +138,26 @@ def test_a_full_disk_is_told_and_leaves_the_adapter(ended, runs, tmp_path, full_
         undo_merge(run)
     assert alike(runs.saved_weights(run), runs.saved_weights(ended))
     assert [*run.rglob(".*")] == []
+
+
+def test_push_to_hub_uploads_none_of_what_undoes_the_final_merge(world, tmp_path, monkeypatch):
+    """What transformers asks the Hub's client to leave out, and what that leaves of the folder."""
+    import transformers.trainer
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked = []
+
+    class Client:
+        def upload_folder(self, *, ignore_patterns, **what):
+            asked.extend(ignore_patterns)
+
+    trainer = world.trainer(tmp_path, world.guard(every=0), max_steps=1)
+    trainer.train()
+    monkeypatch.setattr(transformers.trainer, "hf_api", Client)
+    trainer.hub_model_id = "someone/adapter"
+    trainer.push_to_hub()
+    (tmp_path / "_pre_merge.1").mkdir()
+    (tmp_path / "_pre_merge.1" / "factors.safetensors").write_bytes(b"")
+    files = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
+    assert any("pre_merge/" in file for file in files)
+    assert [file for file in filter_repo_objects(files, ignore_patterns=asked) if "pre_merge" in file] == []
