@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -36,7 +35,9 @@ from safemerge_callback.evaluation import (
     share,
 )
 from safemerge_callback.evaluation.chat import template_settings
+from safemerge_callback.evaluation.figures import FIGURES, RESPONSES, check_outputs
 from safemerge_callback.evaluation.judges import check_ready
+from safemerge_callback.outputs import FileKind, new_output
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -191,6 +192,7 @@ def main(args: Sequence[str] | None = None) -> None:
     (arguments,) = parse((EvaluateArguments,), args)
     kept: list[Any] = []
     names = ("n_prompts", "n_benign", "n_task", "task", "max_new_tokens", "batch_size", "chat_template_kwargs")
+    check_outputs(arguments.output or None, arguments.responses or None)
     judge = load_judge(arguments.judge)
     check_ready([judge])
     model, tokenizer = load(arguments)
@@ -202,9 +204,11 @@ def main(args: Sequence[str] | None = None) -> None:
         **{name: getattr(arguments, name) for name in names},
     )
     print_rows(rows, " + ".join(filter(None, (arguments.model_name_or_path, arguments.adapter))))
-    _write(arguments.output, json.dumps({"settings": asdict(arguments), "rows": rows}, indent=2))
+    _write(arguments.output, FIGURES, json.dumps({"settings": asdict(arguments), "rows": rows}, indent=2))
     responses = [(measure, *row) for measure, *columns in kept for row in zip(*columns, strict=True)]
-    _write(arguments.responses, "\n".join(json.dumps(dict(zip(KEPT, row, strict=True))) for row in responses))
+    _write(
+        arguments.responses, RESPONSES, "\n".join(json.dumps(dict(zip(KEPT, row, strict=True))) for row in responses)
+    )
 
 
 def print_rows(rows: Sequence[Row], title: str) -> None:
@@ -215,10 +219,10 @@ def print_rows(rows: Sequence[Row], title: str) -> None:
     Console().print(table)
 
 
-def _write(path: str | None, text: str) -> None:
+def _write(path: str | None, kind: FileKind, text: str) -> None:
     if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        with new_output(path, "output", kind) as part:
+            part.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

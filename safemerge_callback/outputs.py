@@ -18,20 +18,20 @@ from .whole_file import whole_file
 _HEAD = 4096
 
 
-class Kind(NamedTuple):
+class FileKind(NamedTuple):
     """A kind of file that we write: what it is called, and whether a file that begins with these bytes is of it."""
 
     name: str
     begins: Callable[[bytes], bool]
 
 
-PICTURE = Kind("a picture", lambda head: head.startswith((b"\x89PNG", b"%PDF", b"<?xml", b"<svg")))
+PICTURE = FileKind("a picture", lambda head: head.startswith((b"\x89PNG", b"%PDF", b"<?xml", b"<svg")))
 
 
 def free_output(
     output: Any,
     what: str,
-    kind: Kind,
+    kind: FileKind,
     inputs: Iterable[Any] = (),
     *,
     error: type[SafeMergeError] = ConfigError,
@@ -65,7 +65,7 @@ def free_output(
 def new_output(
     output: Any,
     what: str,
-    kind: Kind,
+    kind: FileKind,
     inputs: Iterable[Any] = (),
     *,
     error: type[SafeMergeError] = ConfigError,

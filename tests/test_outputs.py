@@ -15,13 +15,13 @@ from safemerge_callback.cli import app
 from safemerge_callback.errors import ConfigError, SafeMergeError
 from safemerge_callback.offline.cells import Sweep
 from safemerge_callback.offline.sweep_plot import check_picture, write_plot
-from safemerge_callback.outputs import PICTURE, Kind, free_output, new_output, same_place
+from safemerge_callback.outputs import PICTURE, FileKind, free_output, new_output, same_place
 from safemerge_callback.reports.page import write_page
 from safemerge_callback.reports.plots import write_report
 from safemerge_callback.reports.saving import save_figure
 from safemerge_callback.subspace import Subspace, build_subspace, compress_subspace
 
-NOTES = Kind("a note", lambda head: head.startswith(b"note"))
+NOTES = FileKind("a note", lambda head: head.startswith(b"note"))
 
 
 def checkpoint(folder, shift=0.0):

@@ -24,7 +24,7 @@ EVIL = "layers.0.\x1b[2J\x1b]0;owned\x07\u202eq\u2066\nsafemerge: all is well[re
 KINDS = ("\x1b", "\x07", "\u202e", "\u2066", "\ud800", "\x9b")
 
 
-def journal(folder, name=EVIL):
+def journal(folder, name=EVIL[:-1]):
     module = {"name": name, "cosine": 0.3, "null_cosine": 0.4, "update_norm": 1.0, "merge": True, "reason": name}
     check = {"kind": "check", "step": 1, "gate": name, "threshold": 0.35, "num_layers": None, "seconds": 0.1}
     merge = {"kind": "merge", "step": 1, "method": name, "space": name, "weights": [0.8, 0.2], "seconds": 0.1}

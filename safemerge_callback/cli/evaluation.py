@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import __version__
-from ..errors import ConfigError, shown
-from ..outputs import Kind, free_output, new_output
+from ..errors import ConfigError
+from ..outputs import FileKind, new_output
 from .app import app, say
 from .options import device_named
 
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from ..evaluation.prompts import PromptSet
 
 _KEPT = ("set", "judge", "prompt", "response", "verdict")
-_FIGURES = Kind("a file of figures of ours", lambda head: head.split()[:2] == [b"{", b'"settings":'])
-_LINES = Kind("a file of responses of ours", lambda head: head.startswith(b'{"set":'))
 
 
 @app.command(name="eval")
@@ -73,9 +70,11 @@ def evaluate(
     asked = _Asked(sets, judges, wanted, asking, limit, manager, seed)
     drift = None if subspace is None else _drift(model, subspace)
     found = _evaluated(model, given, where, asked, drift)
+    from ..evaluation.figures import FIGURES, RESPONSES
+
     settings = {"model": model, **given, "n": n, "seed": seed, "limit": limit, "tasks": wanted, **asking}
-    _write(output, _FIGURES, json.dumps({"settings": settings, **found.written}, indent=2) + "\n")
-    _write(responses, _LINES, "".join(json.dumps(dict(zip(_KEPT, row, strict=True))) + "\n" for row in found.kept))
+    _write(output, FIGURES, json.dumps({"settings": settings, **found.written}, indent=2) + "\n")
+    _write(responses, RESPONSES, "".join(json.dumps(dict(zip(_KEPT, row, strict=True))) + "\n" for row in found.kept))
     if found.refused:
         raise found.refused
 
@@ -116,14 +115,14 @@ def _prepared(
     files: Sequence[Path | None],
 ) -> tuple[list[PromptSet], list[Judge], Any]:
     """Whatever can be refused is refused here, before a model is loaded: the cheapest first."""
-    from ..evaluation.figures import check_sets
+    from ..evaluation.figures import check_outputs, check_sets
     from ..evaluation.judges import check_judge, check_ready, load_judge
     from ..evaluation.prompts import check_prompt_set, load_prompt_sets
 
     if not probes and not tasks:
         raise ConfigError("there is nothing to evaluate: give --probes or --tasks")
     output, responses = files
-    _check_outputs(output, responses)
+    check_outputs(output, responses)
     for name in probes:
         check_prompt_set(name)
     for name in judge:
@@ -236,14 +235,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _check_outputs(output: Path | None, responses: Path | None) -> None:
-    asked = [(path, kind) for path, kind in ((output, _FIGURES), (responses, _LINES)) if path is not None]
-    places = [free_output(path, "output", kind) for path, kind in asked]
-    if len({os.path.realpath(place) for place in places}) < len(places):
-        raise ConfigError(f"output {shown(output)} is asked for figures and for responses: give two files")
-
-
-def _write(path: Path | None, kind: Kind, text: str) -> None:
+def _write(path: Path | None, kind: FileKind, text: str) -> None:
     if path is None:
         return
     with new_output(path, "output", kind) as part:

@@ -24,6 +24,8 @@ VERSION = 1
 JOURNAL_FILE = "safemerge.jsonl"
 # Bytes looked through at a time for the end of the last whole line.
 _BLOCK = 1 << 16
+# How every line of a journal begins: what is cut short of it may be cut off, and nothing else.
+_BEGINNING = b'{"kind": '
 # Bytes of a journal: what its entries take once they are read is several times that.
 _LARGEST = 4 << 30
 
@@ -105,8 +107,6 @@ def _open(path: Path) -> None:
             f"journal {str(path)!r} cannot be written: {error.strerror}. Set `journal` to a file that can."
         ) from error
     *lines, tail = _read(path)
-    if tail.strip(b"\0") and not tail.startswith(b"{"):
-        raise JournalError(f"{str(path)!r} exists and is no journal. Set `journal` to another file.")
     _parsed(lines, tail, path)
     if tail:
         os.truncate(path, path.stat().st_size - len(tail))
@@ -175,6 +175,11 @@ def _parsed(lines: Sequence[bytes], tail: bytes, path: Path) -> tuple[dict[int, 
     entries, torn = parse_lines(lines, path)
     if torn and not entries:
         raise JournalError(f"journal {str(path)!r}, line {torn[0]}: not JSON. Give a journal ({JOURNAL_FILE}).")
+    first = next(iter(entries.values()), {"kind": "none yet"})
+    begun = tail.strip(b"\0")
+    if "kind" not in first or not begun.startswith(_BEGINNING[: len(begun)]):
+        where = "its end" if "kind" in first else f"line {next(iter(entries))}"
+        raise JournalError(f"{str(path)!r} exists and is no journal, {where}: not an entry of ours. Give another file.")
     return entries, [*torn, len(lines) + 1] if tail else torn
 
 

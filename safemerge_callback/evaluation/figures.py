@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
+from ..outputs import FileKind, free_output
 from .generation import check_vocabulary, respond, tokenized
 from .judges import Judge, KeywordJudge, decides, measure_name
 from .probe import Kind, Measured, refused_share
@@ -13,6 +15,10 @@ from .prompts import PromptSet
 from .verdicts import Verdict, judged
 
 Keep = Callable[[str, str, Sequence[str], Sequence[str], Sequence[Verdict]], None]
+
+# The files that hold what an evaluation came to, and each response, a line of JSON.
+FIGURES = FileKind("a file of figures of ours", lambda head: head.split()[:2] == [b"{", b'"settings":'])
+RESPONSES = FileKind("a file of responses of ours", lambda head: head.startswith((b'{"set":', b'{"measure":')))
 
 
 class Figure(Measured):
@@ -22,6 +28,14 @@ class Figure(Measured):
     """
 
     judge: str
+
+
+def check_outputs(output: Any, responses: Any) -> None:
+    """Raise ConfigError where figures or responses, each a path or None, may not be written, or both go to one file."""
+    asked = [(path, kind) for path, kind in ((output, FIGURES), (responses, RESPONSES)) if path is not None]
+    places = [free_output(path, "output", kind) for path, kind in asked]
+    if len({os.path.realpath(place) for place in places}) < len(places):
+        raise ConfigError(f"output {shown(output)} is asked for figures and for responses: give two files")
 
 
 def check_sets(sets: Sequence[PromptSet]) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 
 from ..decision import Readings
 from ..decision.tables import Table, html_table, render
-from ..outputs import Kind, new_output
+from ..outputs import FileKind, new_output
 from ..paths import as_path
 
 # Lines of text with commas between; no other text of ours or of JSON or markup.
-TABLE = Kind("a CSV table", lambda head: b"\0" not in head and re.match(rb"[^\n{[<]*,", head) is not None)
+TABLE = FileKind("a CSV table", lambda head: b"\0" not in head and re.match(rb"[^\n{[<]*,", head) is not None)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def _check(history: History, entry: Mapping[str, Any]) -> None:
     history.check_seconds += _number(entry["seconds"])
     history.seconds += _number(entry["seconds"])
     for module in entry["modules"]:
-        history.cells[str(module["name"]), step] = _cell(module, _limit(history, module))
+        history.cells[_name(module), step] = _cell(module, _limit(history, module))
 
 
 def _limit(history: History, module: Mapping[str, Any]) -> float:
@@ -96,7 +96,7 @@ def _merge(history: History, entry: Mapping[str, Any]) -> None:
     history.merge_seconds += _number(entry["seconds"])
     history.seconds += _number(entry["seconds"])
     for module in entry["modules"]:
-        key = str(module["name"]), step
+        key = _name(module), step
         history.merges[key] = _number(module["task_weight"])
         history.residuals[key] = _number(module.get("residual"))
         history.undone.pop(key, None)
@@ -160,6 +160,13 @@ def _number(value: Any) -> float:
 def _known(value: Any) -> float | None:
     number = _number(value)
     return None if math.isnan(number) else number
+
+
+def _name(module: Mapping[str, Any]) -> str:
+    """A module's name; ValueError for one that no file and no terminal takes, as half of a pair of surrogates."""
+    name = str(module["name"])
+    name.encode()
+    return name
 
 
 def _step(value: Any) -> int:

@@ -13,11 +13,11 @@ import torch
 
 from ..documents import parse_json
 from ..errors import SubspaceError
-from ..outputs import Kind
+from ..outputs import FileKind
 from .fields import FILE_FIELDS, MODULE_FIELDS, check_fields
 
 FORMAT = "safemerge.subspace"
-SUBSPACE = Kind("a safety subspace", lambda head: FORMAT.encode() in head)
+SUBSPACE = FileKind("a safety subspace", lambda head: FORMAT.encode() in head)
 VERSION = "2"
 # The dtypes that V is computed from and stored in, by safetensors name.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
@@ -12,6 +11,7 @@ from types import NoneType
 from typing import Any
 
 from ..decision import read_journal
+from ..numbers import is_number
 from ..whole_file import whole_file
 
 # Where the state was before it was a part of the trainer's own file.
@@ -100,7 +100,7 @@ def cut(entries: Sequence[Mapping[str, Any]], step: int, count: int | None) -> l
     `count` is how many there were when the checkpoint was saved; without it, all up to `step` are kept. A run that goes
     on has not ended, and lines after the checkpoint tell of weights that are gone.
     """
-    return [e for e in entries[:count] if e.get("step", math.inf) <= step and e.get("kind") != "end"]
+    return [e for e in entries[:count] if is_number(e.get("step")) and e["step"] <= step and e.get("kind") != "end"]
 
 
 def rebuilt(entries: Sequence[Mapping[str, Any]]) -> Progress | None:

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from safemerge_callback.decision import (
     read_journal,
 )
 from safemerge_callback.errors import JournalError
+from safemerge_callback.training.progress import continue_journal
+from safemerge_callback.training.progress import cut as kept_entries
 
 WRITER = """
 import sys
@@ -227,3 +230,48 @@ def test_a_merge_holds_every_edit_and_the_compounded_weight(tmp_path):
         "seconds": 0.5,
         "modules": [{"name": "a", "residual": 0.05, "change": None, "task_weight": 0.64}],
     }
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"prompt": "a"}\n{"prompt": "b"}\n',  # somebody's data, whole lines
+        '{"model_type": "llama"}',  # one line without its end, as of a crash
+        '{\n  "model_type": "llama"\n}\n',
+        "{",
+        "kind: start\n",
+    ],
+)
+def test_a_file_of_another_kind_is_no_journal_and_stays_as_it_is(tmp_path, content):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(content)
+    if content == "{":  # the beginning of a line of ours, cut short
+        Journal(path)
+        return
+    with pytest.raises(JournalError):
+        continue_journal(path, 0, None)
+    assert path.read_text() == content
+    with pytest.raises(JournalError):
+        Journal(path)
+    assert [one.name for one in tmp_path.iterdir()] == ["mine.jsonl"]
+
+
+def test_a_pipe_or_a_device_is_no_journal(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for use in (Journal, read_journal):
+        for path in (tmp_path / "pipe", "/dev/zero", "/dev/full"):
+            with pytest.raises(JournalError, match="no regular file"):
+                use(path)
+
+
+def test_a_giant_is_no_journal(tmp_path):
+    with (tmp_path / "giant").open("wb") as file:
+        file.truncate(1 << 42)
+    for use in (Journal, read_journal):
+        with pytest.raises(JournalError, match="more than"):
+            use(tmp_path / "giant")
+
+
+def test_a_resume_passes_over_what_is_of_no_step():
+    entries = [{"kind": "check", "step": step} for step in (1, "x", None, [1], 10**400, 2)] + [{"kind": "check"}]
+    assert kept_entries(entries, 3, None) == [entries[0], entries[-2]]

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
-from ...outputs import Kind, new_output
+from ...outputs import FileKind, new_output
 from ...paths import as_path
 from ..history import History
 from ..payload import page_data
 from .shown import shown
 
 PAGE_FILE = "safemerge_report.html"
-_PAGE = Kind("a page of ours", lambda head: b"<!doctype html>" in head and b"require-trusted-types-for" in head)
+_PAGE = FileKind("a page of ours", lambda head: b"<!doctype html>" in head and b"require-trusted-types-for" in head)
 _HERE = Path(__file__).parent
 # In this order: what is above uses nothing of what is below.
 _SCRIPTS = ("data.js", "chart.js", "heatmap.js", "curves.js", "table.js", "start.js")
