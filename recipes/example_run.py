@@ -27,6 +27,7 @@ from safemerge_callback.decision import (
     merge_entry,
 )
 from safemerge_callback.evaluation import wilson
+from safemerge_callback.evaluation.units import LOSS_UNIT, SHARE
 
 # Name, (d_out, d_in) and null cosine of the module types of a Llama.
 TYPES = {
@@ -92,8 +93,8 @@ def _readings(heights: dict[str, float]) -> Readings:
     for name, cosine in heights.items():
         shape, null = TYPES.get(name.split(".", 2)[-1], ((4096, 4096), 0.2))
         cosine = min(cosine, 0.98)
-        # Some 20 standard deviations of an unrelated update either way.
-        known = {"null_std": 0.02, "reference": 0.6, "signed_cosine": 0.02 * (cosine - 0.4)}
+        # A few standard deviations of an unrelated update either way.
+        known = {"null_std": 0.02, "reference": 0.6, "signed_cosine": 0.003 * (cosine - 0.44)}
         found.append(Reading(name, cosine, null, 1.2 - cosine, 16, shape, **known))
     return Readings(found)
 
@@ -109,8 +110,9 @@ def _probe(step: int, when: str, refused: float, learned: float) -> dict[str, An
         count = round(share * n)
         low, high = wilson(count, n)
         bounds = {"value": count / n, "low": low, "high": high, "incoherent": 0, "unjudged": 0}
-        measures.append({"measure": measure, "kind": kind, "n": n, **bounds})
+        measures.append({"measure": measure, "kind": kind, "n": n, "unit": SHARE, **bounds})
     loss = {"measure": "eval_loss", "kind": "task", "n": 100, "value": 2.1 - 0.8 * learned, "low": None, "high": None}
+    loss["unit"] = LOSS_UNIT
     told = {"kind": "probe", "step": step, "when": when, "seconds": 8.2}
     return {**told, "measures": [*measures, loss], "mean_tokens": 21.5}
 

@@ -36,7 +36,7 @@ def report(
         ),
     ] = None,
     plot: Annotated[
-        str | None, typer.Option(help="Which plot: heatmap, trajectories, weights or probe. [default: heatmap]")
+        str | None, typer.Option(help="Which plot: heatmap, moved, trajectories, weights or probe. [default: heatmap]")
     ] = None,
 ) -> None:
     """Summarise a run from its journal, and write a page that shows how every module drifted."""

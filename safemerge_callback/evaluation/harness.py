@@ -12,9 +12,12 @@ from ..paths import as_path
 from .figures import Figure
 from .intervals import wilson
 from .probe import measured
+from .units import SHARE
 
 _ADVICE = "tasks need lm-eval: pip install 'safemerge-callback[eval]', or leave --tasks out"
 _Z = 1.959963984540054
+# lm-eval's metrics that are a part of 1, by name: others may lie in [0, 1] and be none, as bits a byte, or BLEU of 100.
+_SHARES = ("acc", "acc_norm", "exact_match", "em", "mc1", "mc2")
 
 
 def check_tasks(tasks: Sequence[str], folder: str | Path | None = None) -> Any:
@@ -108,9 +111,10 @@ def task_figures(task: str, found: Mapping[str, Any]) -> list[Figure]:
         metric, _, kind = key.partition(",")
         if not kind or metric.endswith("_stderr") or isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        low, high = _interval(float(value), n, row.get(f"{metric}_stderr,{kind}"))
+        unit = SHARE if (metric in _SHARES or metric.endswith("_acc")) and 0 <= value <= 1 else ""
+        low, high = _interval(float(value), n, row.get(f"{metric}_stderr,{kind}"), unit)
         name = f"{task}_{metric}" if kind == "none" else f"{task}_{metric}_{kind}"
-        figures.append(Figure(**measured(name, "task", float(value), n, low, high), judge="lm-eval"))
+        figures.append(Figure(**measured(name, "task", float(value), n, low, high, unit=unit), judge="lm-eval"))
     return figures
 
 
@@ -123,11 +127,11 @@ def _leaves(task: str, found: Mapping[str, Any]) -> Iterator[str]:
         yield from _leaves(name, found)
 
 
-def _interval(value: float, n: int, error: Any) -> tuple[float | None, float | None]:
+def _interval(value: float, n: int, error: Any, unit: str) -> tuple[float | None, float | None]:
     count = round(value * n)
-    if 0 <= value <= 1 and n and abs(value * n - count) < 1e-6:
+    if unit == SHARE and n and abs(value * n - count) < 1e-6:
         return wilson(count, n)
     if not isinstance(error, int | float):
         return None, None
     low, high = value - _Z * error, value + _Z * error
-    return (max(0.0, low), min(1.0, high)) if 0 <= value <= 1 else (low, high)
+    return (max(0.0, low), min(1.0, high)) if unit == SHARE else (low, high)

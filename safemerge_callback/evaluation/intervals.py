@@ -7,16 +7,18 @@ from statistics import NormalDist
 from typing import TypedDict
 
 from ..errors import ConfigError
+from .units import SHARE
 
 
 class Row(TypedDict):
-    """A measured share: `value` of `n`, in [0, 1], and its 95 % Wilson interval from `low` to `high`."""
+    """A measured share: `value` of `n`, in [0, 1], and its 95 % Wilson interval, `low` to `high`; `unit` says so."""
 
     measure: str
     n: int
     value: float
     low: float
     high: float
+    unit: str
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -43,4 +45,4 @@ def share(measure: str, verdicts: Sequence[bool]) -> Row:
     if not verdicts:
         raise ConfigError(f"measure {measure!r} has nothing to judge: give at least one prompt, or leave it out")
     low, high = wilson(sum(verdicts), len(verdicts))
-    return Row(measure=measure, n=len(verdicts), value=sum(verdicts) / len(verdicts), low=low, high=high)
+    return Row(measure=measure, n=len(verdicts), value=sum(verdicts) / len(verdicts), low=low, high=high, unit=SHARE)

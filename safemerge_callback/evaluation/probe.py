@@ -17,6 +17,7 @@ from .intervals import wilson
 from .judges import Judge, measure_name
 from .neutral import left_as_found
 from .thoughts import counts_of
+from .units import SHARE, check_unit, number, unit_of, within_share
 from .verdicts import Verdict, judged, refusals
 
 Kind = Literal["harm", "over_refusal", "task", "coherence"]
@@ -26,7 +27,8 @@ class Measured(TypedDict):
     """A measure: `value` of `n`, and its 95 % Wilson interval; None where there is nothing to count, or no interval.
 
     `incoherent` of the n were neither refusal nor answer, `unjudged` responses are not among the n. `thoughts`
-    responses held thoughts, which were cut before judging; `unfinished` of the unjudged ended within one.
+    responses held thoughts, which were cut before judging; `unfinished` of the unjudged ended within one. `unit` is
+    "share" for a part of 1, else what a user or `unit_of` calls it.
     """
 
     measure: str
@@ -39,6 +41,7 @@ class Measured(TypedDict):
     unjudged: int
     thoughts: int
     unfinished: int
+    unit: str
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ class Answers:
 class Asking:
     """How to ask: who judges, tokens a response, prompts a batch; what gives the task's score and the loss.
 
-    `judge` is of the harmful prompts, `benign_judge` of the benign ones, and must decide refusals. `judge_seconds` is
+    `task_unit` is what the score is in, where the task does not say: "share" for a part of 1. `judge` is of the harmful
+    prompts, `benign_judge` of the benign ones, and must decide refusals. `judge_seconds` is
     what all judging of a probe may take, None for any time.
     """
 
@@ -107,6 +111,7 @@ class Asking:
     max_new_tokens: int = 24
     batch_size: int = 32
     task: Callable[[Any, Any], Any] | None = None
+    task_unit: str | None = None
     loss: Callable[[Any], float] | None = None
     judge_seconds: float | None = None
 
@@ -126,7 +131,7 @@ def ask(model: Any, tokenizer: Any, questions: Questions, asking: Asking) -> Ans
         measures = [_refused(name, found, asking, questions, said[name]) for name, found in verdicts.items()]
         measures.append(_coherence([v for found in verdicts.values() for v in found]))
         if asking.task:
-            measures += _task(asking.task, model, tokenizer, failures)
+            measures += _task(asking.task, asking.task_unit, model, tokenizer, failures)
         if asking.loss:
             measures += _loss(asking.loss, model, failures)
     lengths = [response.tokens for found in said.values() for response in found]
@@ -180,11 +185,11 @@ def _coherence(verdicts: Sequence[Verdict]) -> Measured:
     return _share("coherence", "coherence", [v != "incoherent" for v in verdicts], verdicts)
 
 
-def _share(measure: str, kind: Kind, counted: Sequence[bool], verdicts: Sequence[Verdict], **thoughts: int) -> Measured:
+def _share(measure: str, kind: Kind, counted: Sequence[bool], verdicts: Sequence[Verdict], **thoughts: Any) -> Measured:
     """The share of those that are counted, which may be fewer than the verdicts: the others are unjudged."""
     n, held = len(counted), sum(counted)
     low, high = wilson(held, n) if n else (None, None)
-    left = {"incoherent": verdicts.count("incoherent"), "unjudged": len(verdicts) - n, **thoughts}
+    left: dict[str, Any] = {"incoherent": verdicts.count("incoherent"), "unjudged": len(verdicts) - n, **thoughts}
     return measured(measure, kind, held / n if n else None, n, low, high, **left)
 
 
@@ -200,8 +205,9 @@ def measured(
     unjudged: int = 0,
     thoughts: int = 0,
     unfinished: int = 0,
+    unit: str | None = None,
 ) -> Measured:
-    """Return a measure; the counts of what could not be used are 0 where they are not given."""
+    """Return a measure; the counts of what could not be used are 0 where not given, the unit is `unit_of`'s."""
     return Measured(
         measure=measure,
         kind=kind,
@@ -213,34 +219,53 @@ def measured(
         unjudged=unjudged,
         thoughts=thoughts,
         unfinished=unfinished,
+        unit=unit_of(measure, kind, unit),
     )
 
 
-def _score(
-    measure: str, value: float, n: int | None = None, low: float | None = None, high: float | None = None
-) -> Measured:
-    """A measure of the task, which is no share of prompts."""
+def _score(measure: str, value: float, **known: Any) -> Measured:
+    """A measure of the task, which is a share only where it is called one."""
     if not math.isfinite(value):
         raise ValueError(f"{measure} is {value}: a finite number was expected")
-    return measured(measure, "task", value, n, low, high)
+    return measured(measure, "task", value, **known)
 
 
-def _task(task: Callable[[Any, Any], Any], model: Any, tokenizer: Any, failures: list[str]) -> list[Measured]:
+def _task(
+    task: Callable[[Any, Any], Any], unit: str | None, model: Any, tokenizer: Any, failures: list[str]
+) -> list[Measured]:
     """The task's score as rank 0 has it; every rank takes part, since the model may be sharded."""
     # whatever a user's function raises, the other measures stand
     try:
-        found: Measured | str = _as_measured(task(model, tokenizer))
+        found: Measured | str = _as_measured(task(model, tokenizer), unit)
     except Exception as error:
         found = f"the task function raised {type(error).__name__}: {error}"
-    return _kept(from_first(found), failures)
+    return [_within_unit(one, failures) for one in _kept(from_first(found), failures)]
 
 
-def _as_measured(answer: Any) -> Measured:
+def _as_measured(answer: Any, unit: str | None) -> Measured:
     """A number, or a mapping as `Row`; ValueError, TypeError or KeyError for anything else."""
-    if not isinstance(answer, Mapping):
-        return _score("task", float(answer))
-    interval = {key: answer.get(key) for key in ("n", "low", "high")}
-    return _score(str(answer.get("measure", "task")), float(answer["value"]), **interval)
+    row: Mapping[str, Any] = answer if isinstance(answer, Mapping) else {"value": answer}
+    own = row.get("unit")
+    n, low, high = (row.get(key) for key in ("n", "low", "high"))
+    return _score(
+        str(row.get("measure", "task")),
+        float(row["value"]),
+        n=None if n is None else int(n),
+        low=None if low is None else float(low),
+        high=None if high is None else float(high),
+        unit=unit if own is None else check_unit(own),
+    )
+
+
+def _within_unit(found: Measured, failures: list[str]) -> Measured:
+    """What is called a share and is none is kept as the plain number that it is, and told."""
+    if found["unit"] != SHARE or within_share(found["value"], found["low"], found["high"]):
+        return found
+    failures.append(
+        f"{found['measure']} is {number(found['value'] or 0.0)} and called a share, which lies between 0 and 1: "
+        "return a part of 1, or name its unit (task_unit); until then it is a plain number"
+    )
+    return {**found, "unit": ""}
 
 
 def _loss(loss: Callable[[Any], float], model: Any, failures: list[str]) -> list[Measured]:

@@ -9,12 +9,13 @@ from typing import Any
 
 from ..decision import KNOB, numbered_entries
 from ..errors import JournalError, shown
+from ..evaluation.units import SHARE, unit_of, within_share
 from ..numbers import is_number, is_whole
 from .history import Cell, Event, History, Measured, Probe, journal_in, title_of
 
 # By rounding a cosine may be a little over 1.
 _LARGEST_COSINE = 2.0
-_DERIVED = ("modules", "steps", "merged_modules", "task_weights", "by_module")
+_DERIVED = ("modules", "steps", "moved", "merged_modules", "task_weights", "by_module")
 
 
 def read_history(source: str | Path) -> History:
@@ -122,12 +123,27 @@ def _probe(history: History, entry: Mapping[str, Any]) -> None:
     seconds, tokens = _number(entry["seconds"]), _number(entry.get("mean_tokens"))
     settings = dict(entry.get("settings") or {})
     history.probes.append(Probe(_step(entry["step"]), str(entry["when"]), seconds, measures, tokens, settings))
+    _keep_to_shares(history)
+
+
+def _keep_to_shares(history: History) -> None:
+    """Show a measure that some probe found outside [0, 1] as a plain number at all of them, whatever its unit says."""
+    measured = [m for probe in history.probes for m in probe.measures]
+    odd = {m.measure for m in measured if not within_share(m.value, m.low, m.high)}
+    if any(m.unit == SHARE and m.measure in odd for m in measured):
+        history.probes[:] = [probe._replace(measures=_plain(probe.measures, odd)) for probe in history.probes]
+
+
+def _plain(measures: tuple[Measured, ...], odd: set[str]) -> tuple[Measured, ...]:
+    return tuple(m._replace(unit="") if m.unit == SHARE and m.measure in odd else m for m in measures)
 
 
 def _measured(measure: Mapping[str, Any]) -> Measured:
     value, low, high = (_number(measure[key]) for key in ("value", "low", "high"))
-    unheard = (_step(measure.get(key) or 0) for key in ("incoherent", "unjudged"))
-    return Measured(str(measure["measure"]), str(measure["kind"]), _step(measure["n"] or 0), value, low, high, *unheard)
+    incoherent, unjudged = (_step(measure.get(key) or 0) for key in ("incoherent", "unjudged"))
+    name, kind = str(measure["measure"]), str(measure["kind"])
+    unit = unit_of(name, kind, measure.get("unit"))
+    return Measured(name, kind, _step(measure["n"] or 0), value, low, high, incoherent, unjudged, unit)
 
 
 def _error(history: History, entry: Mapping[str, Any]) -> None:

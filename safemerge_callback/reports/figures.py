@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from ..decision.tables import render
 from ..evaluation.figures import Figure
 from ..evaluation.thoughts import ADVICE
+from ..evaluation.units import amount
 
 _KINDS = {"harm": "harm (higher is safer)", "over_refusal": "over-refusal (lower is better)", "task": "utility"}
-_COLUMNS = ("kind", "measure", "judge", "n", "share", "95 % interval", "incoherent", "unjudged")
-_RIGHT = ("n", "share", "95 % interval", "incoherent", "unjudged")
+_COLUMNS = ("kind", "measure", "judge", "n", "value", "95 % interval", "incoherent", "unjudged")
+_RIGHT = ("n", "value", "95 % interval", "incoherent", "unjudged")
 
 
 def figures_text(figures: Sequence[Figure], title: str) -> str:
@@ -34,13 +35,8 @@ def _never(unfinished: int) -> str:
 
 def _row(figure: Figure) -> tuple[str, ...]:
     value, low, high = figure["value"], figure["low"], figure["high"]
-    # A perplexity, say, is no share: it is printed as it is.
-    share = all(number is None or 0 <= number <= 1 for number in (value, low, high))
-    interval = "" if low is None or high is None else f"{_number(low, share)} to {_number(high, share)}"
+    unit = figure["unit"]
+    interval = "" if low is None or high is None else f"{amount(low, unit, '%')} to {amount(high, unit, '%')}"
     counts = (str(figure["incoherent"]), str(figure["unjudged"])) if figure["kind"] != "task" else ("", "")
-    shown = "nothing judged" if value is None else _number(value, share)
+    shown = "nothing judged" if value is None else amount(value, unit, "%")
     return _KINDS[figure["kind"]], figure["measure"], figure["judge"], str(figure["n"]), shown, interval, *counts
-
-
-def _number(value: float, share: bool) -> str:
-    return f"{value:.1%}" if share else f"{value:.4g}"

@@ -10,11 +10,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from ..decision import JOURNAL_FILE
+from ..decision import BAND, JOURNAL_FILE, mean_moved
 from ..errors import JournalError
+from ..evaluation.units import amount, interval
 from ..paths import as_path
 
-# The one measure that is no share of prompts.
+# The trainer's own measure, beside what was asked.
 LOSS = "eval_loss"
 
 
@@ -38,13 +39,18 @@ class Cell(NamedTuple):
     signed_z: float = math.nan
 
     @property
+    def moved(self) -> float:
+        """How far the update goes along V, `signed_z` times its norm; NaN where the journal has no `signed_z`."""
+        return self.signed_z * self.update_norm
+
+    @property
     def margin(self) -> float:
         """How far the cosine lies above what the gate merges below; the cosine itself where there is no such value."""
         return self.cosine if math.isnan(self.limit) else self.cosine - self.limit
 
 
 class Measured(NamedTuple):
-    """One figure of a probe: in [0, 1] with its Wilson interval, but for `eval_loss`, which is a loss without one.
+    """One figure of a probe in its `unit`: a `share` lies in [0, 1] at all probes of the run, others may be any number.
 
     `kind` is harm, over_refusal, task or coherence; `n` how many responses count, 0 where that is not known, of which
     `incoherent` were neither refusal nor answer; `unjudged` ones are not among them. NaN where there is no such value.
@@ -58,16 +64,20 @@ class Measured(NamedTuple):
     high: float
     incoherent: int = 0
     unjudged: int = 0
+    unit: str = ""
 
     @property
     def text(self) -> str:
-        """The figure in words, as `71.9 % (60 to 81), n = 64`."""
+        """The figure in words, as `71.9 % (60 to 81), n = 64` or `36.5 BLEU`."""
         if math.isnan(self.value):
             return "not known"
-        if self.measure == LOSS:
-            return f"{self.value:.4f}"
-        interval = "" if math.isnan(self.low) else f" ({100 * self.low:.0f} to {100 * self.high:.0f})"
-        return f"{100 * self.value:.1f} %{interval}{f', n = {self.n}' if self.n else ''}"
+        ends = f" ({self.interval})" if self.interval else ""
+        return f"{amount(self.value, self.unit)}{ends}{f', n = {self.n}' if self.n else ''}"
+
+    @property
+    def interval(self) -> str:
+        """The ends of the interval, as `60 to 81`; nothing where there is none."""
+        return "" if math.isnan(self.low) or math.isnan(self.high) else interval(self.low, self.high, self.unit)
 
 
 class Probe(NamedTuple):
@@ -152,6 +162,31 @@ class History:
     def merged_modules(self) -> set[str]:
         """Every module that was merged at least once."""
         return {name for name, _ in self.merges}
+
+    @cached_property
+    def moved(self) -> dict[int, float]:
+        """Step -> the mean of `moved` over the modules that have moved, where that of each is known."""
+        found: dict[int, list[float | None]] = {}
+        for (_, step), cell in self.cells.items():
+            if cell.state == "measured":
+                found.setdefault(step, []).append(None if math.isnan(cell.moved) else cell.moved)
+        means = {step: mean_moved(found.get(step, ())) for step in self.steps}
+        return {step: mean for step, mean in means.items() if mean is not None}
+
+    @property
+    def moved_words(self) -> str:
+        """What the last mean of `moved` went with elsewhere; nothing where it is not known."""
+        if not self.moved:
+            return ""
+        if self._adapter_merged:
+            return "says little where a safety adapter was merged in, which lies along V itself"
+        return BAND.words(self.moved[max(self.moved)])
+
+    @property
+    def _adapter_merged(self) -> bool:
+        settings = self.starts[-1].get("config") if self.starts else None
+        named = isinstance(settings, Mapping) and settings.get("safety_adapter")
+        return bool(named) and bool(self.merges.keys() - self.undone.keys())
 
     @cached_property
     def task_weights(self) -> dict[str, dict[int, float]]:

@@ -14,10 +14,11 @@ from rich.text import Text
 
 from ..decision import JOURNAL_FILE, parse_lines, require_journal_file, tell_torn
 from ..errors import JournalError
+from ..evaluation.units import SHARE
 from ..paths import as_path
 from ..printable import printable
 from .entries import add_entry
-from .history import LOSS, Cell, History, counted, title_of
+from .history import Cell, History, counted, title_of
 from .layout import OUTSIDE, panels
 
 WORST = 10
@@ -119,6 +120,11 @@ def _head(history: History) -> Text:
     text = Text(printable(history.title), style="bold")
     text.append(f"  {'ended at' if history.ended else 'last check at'} step {step}", style="not bold")
     text.append(f", {counted(history.steps, 'check')}, {printable(history.rule)}", style="not bold dim")
+    if step in history.moved:
+        text.append(f"\nmoved {history.moved[step]:+.2f} on average ", style="not bold")
+        means = list(history.moved.values())[-_TREND:]
+        text.append_text(_sparkline(means, (min(means), max(means))))
+        text.append(f" {history.moved_words}", style="not bold")
     if known:
         low, middle, high = known[0], known[len(known) // 2], known[-1]
         text.append(f"\ncosine {low:.4f} lowest, {middle:.4f} median, {high:.4f} highest", style="not bold")
@@ -130,13 +136,25 @@ def _head(history: History) -> Text:
 
 def _worst(history: History) -> Table:
     last = {name: cells[max(cells)] for name, cells in history.by_module.items() if cells}
-    names = sorted((n for n, cell in last.items() if cell.state == "measured"), key=lambda n: last[n].margin)[:WORST]
+    lead = _moved if history.moved else _cosine
+    measured = [name for name, cell in last.items() if cell.state == "measured"]
+    names = sorted(measured, key=lambda n: last[n].moved if history.moved else last[n].margin)[:WORST]
     broken = [name for name, cell in last.items() if cell.state == "broken"][:WORST]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for heading in ("module", "trend", "cosine", "to gate", "null", "merges", "task left"):
+    third = ("moved",) if history.moved else ()
+    for heading in (
+        "module",
+        "trend",
+        *third,
+        "cosine",
+        "to gate",
+        *(() if third else ("null",)),
+        "merges",
+        "task left",
+    ):
         plain = heading in ("module", "trend")
         table.add_column(heading, justify="left" if plain else "right", no_wrap=heading != "module")
-    shown = [cell.cosine for n in names for cell in _trend(history, n) if cell.state == "measured"]
+    shown = [value for n in names for value in map(lead, _trend(history, n)) if not math.isnan(value)]
     limits = (min(shown), max(shown)) if shown else (0.0, 1.0)
     short = {
         name: name if part.title == OUTSIDE else f"{part.title} {label}"
@@ -153,17 +171,28 @@ def _row(history: History, name: str, cell: Cell, limits: tuple[float, float]) -
     left = history.task_weights.get(name, {})
     merged = {step for step in left if (name, step) not in history.undone}
     steps = list(history.by_module[name])[-_TREND:]
-    values = [c.cosine if c.state == "measured" else math.nan for c in _trend(history, name)]
+    values = list(map(_moved if history.moved else _cosine, _trend(history, name)))
     yield _sparkline(values, limits, [step in merged for step in steps])
+    if history.moved:
+        yield Text("-" if math.isnan(_moved(cell)) else f"{cell.moved:+.2f}")
     yield Text("not finite" if cell.state == "broken" else f"{cell.cosine:.4f}", style="red" if cell.margin < 0 else "")
     yield Text("-" if math.isnan(cell.limit) or cell.state == "broken" else f"{cell.margin:+.4f}")
-    yield Text("-" if math.isnan(cell.null_cosine) else f"{cell.null_cosine:.4f}", style="dim")
+    if not history.moved:
+        yield Text("-" if math.isnan(cell.null_cosine) else f"{cell.null_cosine:.4f}", style="dim")
     yield Text(str(len(left)))
     yield Text(f"{left[max(left)]:.1%}" if left else "100%")
 
 
 def _trend(history: History, name: str) -> list[Cell]:
     return list(history.by_module[name].values())[-_TREND:]
+
+
+def _cosine(cell: Cell) -> float:
+    return cell.cosine if cell.state == "measured" else math.nan
+
+
+def _moved(cell: Cell) -> float:
+    return cell.moved if cell.state == "measured" else math.nan
 
 
 def _sparkline(values: Sequence[float], limits: tuple[float, float], marked: Sequence[bool] = ()) -> Text:
@@ -197,10 +226,10 @@ def _probes(history: History) -> Iterator[Text]:
     for m in probe.measures:
         past = [old.value for p in history.probes for old in p.measures if old.measure == m.measure][-_TREND:]
         known = [value for value in past if not math.isnan(value)] or [0.0]
-        limits = (min(known), max(known)) if m.measure == LOSS else (0.0, 1.0)
+        limits = (0.0, 1.0) if m.unit == SHARE else (min(known), max(known))
         line = Text(f"{printable(m.measure):<{longest}} ")
         line.append_text(_sparkline(past, limits))
-        line.append(f" {m.text}")
+        line.append(f" {printable(m.text)}")
         line.append(f"  {printable(m.kind).replace('_', '-')}", style="dim")
         yield line
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..decision import BAND
 from .history import Cell, History, Measured
 from .layout import panels
 
@@ -32,6 +33,7 @@ def page_data(history: History) -> dict[str, Any]:
         "title": history.title,
         "gate": history.gate,
         "threshold": thousandths(history.threshold) if history.gate == "threshold" else None,
+        "moved": {"edge": BAND.edge, "means": [_rounded(history.moved.get(step, math.nan)) for step in history.steps]},
         "steps": history.steps,
         "panels": [part.title for part in parts],
         "modules": modules,
@@ -113,8 +115,9 @@ def _kind(texts: Sequence[tuple[str, str]]) -> str:
 
 def _measure(measured: Measured) -> Mapping[str, Any]:
     rounded = {key: _rounded(getattr(measured, key)) for key in ("value", "low", "high")}
-    return {"measure": measured.measure, "kind": measured.kind, "n": measured.n, **rounded}
+    return {"measure": measured.measure, "kind": measured.kind, "unit": measured.unit, "text": measured.text, **rounded}
 
 
 def _rounded(number: float) -> float | None:
-    return round(number, 4) if math.isfinite(number) else None
+    """A number of any size in ten digits."""
+    return float(f"{number:.10g}") if math.isfinite(number) else None

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..choices import one_of
-from ..decision import JOURNAL_FILE
+from ..decision import BAND, JOURNAL_FILE
 from ..errors import ConfigError
+from ..evaluation.units import SHARE
 from ..paths import as_path
 from .heatmap import draw_heat_map
-from .history import LOSS, History
+from .history import LOSS, History, Measured
 from .page import PAGE_FILE, write_page
 from .saving import FORMATS, figure_module, save_figure
 
@@ -25,7 +26,7 @@ _GATE, _MUTED, _BAND = "#b3261e", "#6b6b6b", "#d5dae0"
 def write_report(history: History, output: str | Path, plot: str | None = None) -> Path:
     """Write the page, or a plot, as the ending of `output` says; for a run's folder or its journal, the page beside it.
 
-    `plot`: heatmap (the default), trajectories, weights or probe. Raises ConfigError for another ending, plot or
+    `plot`: heatmap (the default), moved, trajectories, weights or probe. Raises ConfigError for another ending, plot or
     nothing to plot, for `plot` with a page, where the file cannot be written, or where matplotlib is missing.
     """
     path = _beside(as_path(output, "report"))
@@ -45,7 +46,7 @@ def _beside(path: Path) -> Path:
 
 
 def draw_plot(history: History, plot: str) -> Any:
-    """Return a plot as `matplotlib.figure.Figure`: heatmap, trajectories, weights or probe.
+    """Return a plot as `matplotlib.figure.Figure`: heatmap, moved, trajectories, weights or probe.
 
     Raises ConfigError for another name, where the run has nothing of that kind, or when matplotlib is not installed.
     """
@@ -105,36 +106,73 @@ def draw_weights(history: History, count: int = 5) -> Any:
     return figure
 
 
-def draw_probe(history: History) -> Any:
-    """Return harm, over-refusal and task of every probe over steps, with their 95 % intervals, in one plot."""
-    measures = dict.fromkeys(
-        (m.measure, m.kind) for probe in history.probes for m in probe.measures if m.measure != LOSS
-    )
-    if not measures:
-        raise ConfigError("plot='probe': no probe was made in this run; choose trajectories, weights or heatmap.")
-    figure, axes = _axes(history, "share of the prompts")
-    for index, (measure, kind) in enumerate(measures):
-        colour, dash = _LOOKS[index % len(_LOOKS)]
-        asked = [(p.step, m) for p in history.probes for m in p.measures if m.measure == measure]
-        found = [(step, m) for step, m in asked if not math.isnan(m.value)]
-        steps, values = [step for step, _ in found], [m.value for _, m in found]
-        axes.plot(steps, values, color=colour, linestyle=dash, label=f"{measure} ({kind})".replace("_", " "))
-        bars = [[max(0.0, m.value - m.low) for _, m in found], [max(0.0, m.high - m.value) for _, m in found]]
-        axes.errorbar(steps, values, bars, fmt="o", markersize=3, capsize=2, linewidth=0.9, color=colour)
-    axes.set_ylim(0, 1)
+def draw_moved(history: History) -> Any:
+    """Return how far the updates go along V over steps, the mean over the modules, and the edge of `BAND` in red."""
+    if not history.moved:
+        raise ConfigError(
+            "plot='moved': this journal does not say how far the updates go along V (a compressed subspace, or an "
+            "older release); choose heatmap or trajectories."
+        )
+    figure, axes = _axes(history, "moved along V, mean over the modules")
+    steps, means = list(history.moved), list(history.moved.values())
+    axes.axhline(0.0, color=_MUTED, linewidth=0.8)
+    axes.plot(steps, means, color=_LOOKS[0][0], linewidth=1.6, marker="o", markersize=3, label="mean of all modules")
+    axes.axhline(BAND.edge, color=_GATE, linewidth=1.2, linestyle=(0, (5, 3)), label=f"edge {BAND.edge:g}")
     _finish(axes)
     return figure
+
+
+def draw_probe(history: History) -> Any:
+    """Return harm, over-refusal and task of every probe over steps, with their 95 % intervals, in one plot.
+
+    Shares have one axis, any other measure has an axis of its own below, in its unit.
+    """
+    measures = {m.measure: m for probe in history.probes for m in probe.measures}
+    shares = [name for name, m in measures.items() if m.unit == SHARE]
+    others = [name for name in measures if name not in shares and name != LOSS]
+    if not shares and not others:
+        raise ConfigError("plot='probe': no probe was made in this run; choose trajectories, weights or heatmap.")
+    parts = [shares, *([name] for name in others)] if shares else [[name] for name in others]
+    figure = figure_module().Figure(figsize=(8.0, 2.2 + 2.4 * len(parts)), layout="constrained")
+    for index, names in enumerate(parts):
+        axes = figure.add_subplot(len(parts), 1, index + 1, sharex=figure.axes[0] if index else None)
+        _dress(axes, "share of the prompts" if names is shares else measures[names[0]].unit or "score")
+        for name in names:
+            _draw_measure(axes, history, measures[name], list(measures).index(name))
+        if names is shares:
+            axes.set_ylim(0, 1)
+        _finish(axes)
+    _title(figure.axes[0], history)
+    return figure
+
+
+def _draw_measure(axes: Any, history: History, about: Measured, index: int) -> None:
+    colour, dash = _LOOKS[index % len(_LOOKS)]
+    asked = [(p.step, m) for p in history.probes for m in p.measures if m.measure == about.measure]
+    found = [(step, m) for step, m in asked if not math.isnan(m.value)]
+    steps, values = [step for step, _ in found], [m.value for _, m in found]
+    axes.plot(steps, values, color=colour, linestyle=dash, label=f"{about.measure} ({about.kind})".replace("_", " "))
+    bars = [[max(0.0, m.value - m.low) for _, m in found], [max(0.0, m.high - m.value) for _, m in found]]
+    axes.errorbar(steps, values, bars, fmt="o", markersize=3, capsize=2, linewidth=0.9, color=colour)
 
 
 def _axes(history: History, about: str) -> tuple[Any, Any]:
     figure = figure_module().Figure(figsize=(8.0, 4.6), layout="constrained")
     axes = figure.add_subplot()
+    _dress(axes, about)
+    _title(axes, history)
+    return figure, axes
+
+
+def _dress(axes: Any, about: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e9edf0", linewidth=0.8)
     axes.set_xlabel("step", color=_MUTED)
-    axes.set_ylabel(about, color=_MUTED)
+    axes.set_ylabel(about, color=_MUTED, parse_math=False)
+
+
+def _title(axes: Any, history: History) -> None:
     axes.set_title(f"{history.title}: {history.rule}", loc="left", fontsize=10.5, parse_math=False)
-    return figure, axes
 
 
 def _finish(axes: Any) -> None:
@@ -170,6 +208,7 @@ def _after(history: History, name: str) -> Sequence[float]:
 
 PLOTS: dict[str, Callable[[History], Any]] = {
     "heatmap": draw_heat_map,
+    "moved": draw_moved,
     "trajectories": draw_trajectories,
     "weights": draw_weights,
     "probe": draw_probe,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 
-from ..decision import Readings
+from ..decision import BAND, Readings
 from ..printable import printable
 
 
@@ -24,6 +24,7 @@ def readings_json(readings: Readings, threshold: float | None) -> str:
     modules = [
         {
             "name": name,
+            "moved": reading.moved,
             "cosine": _finite(reading.cosine),
             "null_cosine": _finite(reading.null_cosine),
             "signed_cosine": reading.signed_cosine,
@@ -35,7 +36,8 @@ def readings_json(readings: Readings, threshold: float | None) -> str:
         for name, reading in readings.items()
     ]
     limits = {} if threshold is None else {"threshold": threshold, "below": readings.below(threshold)}
-    return json.dumps({**limits, "modules": modules}, indent=2, allow_nan=False)
+    lead = {"moved_mean": readings.moved_mean, "moved_edge": BAND.edge}
+    return json.dumps({**lead, **limits, "modules": modules}, indent=2, allow_nan=False)
 
 
 def _finite(number: float) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Iterator
 
@@ -10,13 +11,15 @@ from ..printable import printable
 from .history import Cell, History, counted
 from .layout import Panel, panels
 
-_COLUMNS = ("type", "modules", "null", "first", "last", "lowest", "where", "merges", "task left")
+_COLUMNS = ("type", "modules", "moved", "null", "first", "last", "lowest", "where", "merges", "task left")
 
 
 def summary(history: History) -> str:
     """Return the run in a few lines and a table, a line for each module type.
 
-    `null`, `first` and `last` are medians of the null cosine and of the cosines at the type's first and last check;
+    `moved` is the mean over the type's modules of how far their updates go along V at the last check, left out where
+    the journal does not say. `null`, `first` and `last` are medians of the null cosine and of the cosines at the type's
+    first and last check;
     `lowest` is the lowest cosine of any module, `where` its module and step; `merges` counts modules times events;
     `task left` is the smallest share of the task's update that merging left in a module. The last probe follows.
     """
@@ -28,14 +31,18 @@ def summary(history: History) -> str:
             ]
         )
     steps = history.steps
-    rows = [_row(history, panel) for panel in panels(history.modules)]
+    columns = [name for name in _COLUMNS if name != "moved" or history.moved]
+    rows = [[row[name] for name in columns] for row in (_row(history, panel) for panel in panels(history.modules))]
     span = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
     title = (
         f"{history.title}: {counted(history.modules, 'module')}, {counted(steps, 'check')} at {span}, {history.rule}"
     )
     back = f", {len(history.undone)} taken back" if history.undone else ""
     merged = f"{counted(history.merges, 'merge')} in {counted(history.merged_modules, 'module')}{back}"
-    lines = [render(title, _COLUMNS, rows, right=(*_COLUMNS[1:6], *_COLUMNS[7:]))]
+    lines = [render(title, columns, rows, right=[name for name in columns if name not in ("type", "where")])]
+    if history.moved:
+        step, mean = max(history.moved.items())
+        lines.insert(0, f"moved {mean:+.2f} on average at step {step}, {history.moved_words}")
     lines.append(printable(f"{merged}{f': {history.how}' if history.how else ''}; {history.seconds:.1f} s in all"))
     return "\n".join([*lines, *map(printable, _told(history))])
 
@@ -50,23 +57,26 @@ def _told(history: History) -> Iterator[str]:
         yield f"{counted(history.faults, 'fault')}, the first: {history.faults[0]}"
 
 
-def _row(history: History, panel: Panel) -> tuple[str, ...]:
+def _row(history: History, panel: Panel) -> dict[str, str]:
     cells = {key: cell for name in panel.modules for key, cell in _cells_of(history, name)}
-    measured = {key: cell.cosine for key, cell in cells.items() if cell.state == "measured"}
+    measured = {key: cell for key, cell in cells.items() if cell.state == "measured"}
     left = [share for name in panel.modules for share in history.task_weights.get(name, {}).values()]
-    lowest = min(measured, key=lambda key: measured[key], default=None)
+    lowest = min(measured, key=lambda key: measured[key].cosine, default=None)
     steps = sorted({step for _, step in measured}) or [0]
-    return (
-        panel.title,
-        str(len(panel.modules)),
-        _median(cell.null_cosine for cell in cells.values()),
-        _median(cosine for (_, step), cosine in measured.items() if step == steps[0]),
-        _median(cosine for (_, step), cosine in measured.items() if step == steps[-1]),
-        f"{measured[lowest]:.4f}" if lowest else "-",
-        f"{lowest[0]} at {lowest[1]}" if lowest else "-",
-        str(len(left)),
-        f"{min(left, default=1.0):.3g}",
-    )
+    first, last = ([cell for (_, at), cell in measured.items() if at == step] for step in (steps[0], steps[-1]))
+    moved = [cell.moved for cell in last]
+    return {
+        "type": panel.title,
+        "modules": str(len(panel.modules)),
+        "moved": f"{statistics.fmean(moved):+.2f}" if moved and all(map(math.isfinite, moved)) else "-",
+        "null": _median(cell.null_cosine for cell in cells.values()),
+        "first": _median(cell.cosine for cell in first),
+        "last": _median(cell.cosine for cell in last),
+        "lowest": f"{measured[lowest].cosine:.4f}" if lowest else "-",
+        "where": f"{lowest[0]} at {lowest[1]}" if lowest else "-",
+        "merges": str(len(left)),
+        "task left": f"{min(left, default=1.0):.3g}",
+    }
 
 
 def _cells_of(history: History, name: str) -> list[tuple[tuple[str, int], Cell]]:

@@ -12,6 +12,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from ..decision import Journal
 from ..evaluation.probe import Answers, Asking, Measured, Questions, ask
 from ..evaluation.thoughts import ADVICE
+from ..evaluation.units import amount, interval
 from .entries import unwritten
 from .faults import Fault, attempt
 from .log import Log
@@ -167,6 +168,7 @@ class Probing:
         judges = {"judge": _named(asking.judge), "benign_judge": _named(asking.benign_judge)}
         sizes = {"max_new_tokens": asking.max_new_tokens, "batch_size": asking.batch_size}
         rules = {name: vars(rule) for name, rule in vars(self.rules).items() if rule}
+        unit = {"task_unit": asking.task_unit} if asking.task_unit else {}
         template = {"chat_template_kwargs": dict(self.template_settings)} if self.template_settings else {}
         return {
             "prompts": counts,
@@ -174,12 +176,13 @@ class Probing:
             **judges,
             **sizes,
             **template,
+            **unit,
             "rules": rules,
         }
 
     def _lost(self, step: int, failure: str) -> None:
         self.note({"kind": "error", "step": step, "where": "probe", "error": failure})
-        self.warn("probe", f"the probe at step {step} lost a measure, training goes on: {failure}")
+        self.warn("probe", f"the probe at step {step} lost a measure or its unit, training goes on: {failure}")
 
 
 def _named(judge: Any) -> str:
@@ -215,16 +218,12 @@ def change_line(step: int, before: Answers, after: Answers) -> str:
 
 
 def _value(m: Measured | None) -> str:
-    if m is None or m["value"] is None:
-        return "not known"
-    return f"{m['value']:.4g}" if m["low"] is None or m["high"] is None else f"{m['value']:.1%}"
+    return "not known" if m is None or m["value"] is None else amount(m["value"], m["unit"], "%")
 
 
 def _words(m: Measured) -> str:
-    left = f", {m['unjudged']} not judged" if m["unjudged"] else ""
-    left += f", {m['thoughts']} thoughts cut" if m["thoughts"] else ""
-    if m["value"] is None:
-        return f"{m['measure']} not known{left}"
-    if m["low"] is None or m["high"] is None:
-        return f"{m['measure']} {m['value']:.4g}" + (f" (n {m['n']})" if m["n"] else "")
-    return f"{m['measure']} {m['value']:.1%} ({100 * m['low']:.0f}-{100 * m['high']:.0f}, n {m['n']}{left})"
+    about = [interval(m["low"], m["high"], m["unit"])] if m["low"] is not None and m["high"] is not None else []
+    about += [f"n {m['n']}"] if m["n"] and m["value"] is not None else []
+    about += [f"{m['unjudged']} not judged"] if m["unjudged"] else []
+    about += [f"{m['thoughts']} thoughts cut"] if m["thoughts"] else []
+    return f"{m['measure']} {_value(m)}" + (f" ({', '.join(about)})" if about else "")

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from ..errors import ConfigError, nearest, shown
 from ..evaluation.probe import Answers
+from ..evaluation.units import SHARE, number
 from ..numbers import is_number, is_whole
 
 Rule = TypeVar("Rule")
@@ -101,12 +102,14 @@ def costs_too_much(rule: Rollback, before: Answers, after: Answers) -> str | Non
 
     What was not measured on both sides is not known to have cost anything.
     """
-    task, then = _task(after), _task(before)
+    task, then, unit = _task(after), _task(before), _unit(after)
     if rule.task is not None and task is not None and then is not None and then - task > rule.task:
-        return f"the task's score fell from {then:.4g} to {task:.4g}, more than the {rule.task:g} allowed"
+        return f"the task's score fell from {number(then)} to {number(task)}{unit}, more than the {rule.task:g} allowed"
     loss, past = (found.value("task", measure=LOSS) for found in (after, before))
     if rule.eval_loss is not None and loss is not None and past is not None and loss - past > rule.eval_loss:
-        return f"the evaluation loss rose from {past:.4g} to {loss:.4g}, more than the {rule.eval_loss:g} allowed"
+        return (
+            f"the evaluation loss rose from {number(past)} to {number(loss)}, more than the {rule.eval_loss:g} allowed"
+        )
     return None
 
 
@@ -140,6 +143,12 @@ def stops(rule: Stop, standing: Standing, answers: Answers) -> tuple[str | None,
 def _task(answers: Answers) -> float | None:
     found = [m["value"] for m in answers.measures if m["kind"] == "task" and m["measure"] != LOSS]
     return found[0] if found else None
+
+
+def _unit(answers: Answers) -> str:
+    """The unit of the task's score, after a number; a share is told as the rule's own setting is, as a part of 1."""
+    found = [m["unit"] for m in answers.measures if m["kind"] == "task" and m["measure"] != LOSS]
+    return f" {found[0]}" if found and found[0] not in ("", SHARE) else ""
 
 
 def _check_share(name: str, below: float) -> None:

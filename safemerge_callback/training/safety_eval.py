@@ -14,6 +14,7 @@ from ..evaluation.generation import check_vocabulary
 from ..evaluation.judges import KeywordJudge, check_ready, decides, load_judge, measure_name
 from ..evaluation.neutral import left_as_found
 from ..evaluation.probe import Asking, Questions
+from ..evaluation.units import check_unit
 from ..numbers import is_number
 from .checkpoints import at_each_save, no_more_saves
 from .log import Log
@@ -44,7 +45,8 @@ class SafetyEvalCallback(TrainerCallback):
     text with `{prompt}` in it. Thoughts are cut before judging. `judge` is anything `load_judge` takes, the
     keywords by default; where it decides harm, `benign_judge` (the keywords) judges the benign ones; `judge_seconds`
     bounds what a probe waits for both. `task(model, tokenizer)` gives the task's score, higher is better, as a number
-    or as a `Row`; `eval_batches`, an iterable of the trainer's evaluation batches or what returns one, such as
+    or as a `Row`, in `task_unit`: "share" for a part of 1, which is shown in percent, any other text for another unit,
+    None for a plain number; `eval_batches`, an iterable of the trainer's evaluation batches or what returns one, as
     `trainer.get_eval_dataloader`, gives the evaluation loss on the first 50 of them.
 
     `rollback`, `trigger` and `stop` are rules, or mappings of their settings. ConfigError here or when training begins
@@ -62,6 +64,7 @@ class SafetyEvalCallback(TrainerCallback):
         benign_judge: Any = None,
         judge_seconds: float | None = None,
         task: Callable[[Any, Any], Any] | None = None,
+        task_unit: str | None = None,
         eval_batches: Iterable[Any] | Callable[[], Iterable[Any]] | None = None,
         max_new_tokens: int = 24,
         batch_size: int = 32,
@@ -93,6 +96,7 @@ class SafetyEvalCallback(TrainerCallback):
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             task=task,
+            task_unit=_unit(task_unit, task),
             judge_seconds=judge_seconds,
             loss=None if eval_batches is None else EvalLoss(eval_batches),
         )
@@ -162,6 +166,17 @@ class SafetyEvalCallback(TrainerCallback):
             self.probing.trackers.close()
         self.probing = None
         no_more_saves(state)
+
+
+def _unit(unit: Any, task: Any) -> str | None:
+    if unit is None:
+        return None
+    if task is None:
+        raise ConfigError(f"task_unit is {unit!r} and there is no task: give task, or leave it out")
+    try:
+        return check_unit(unit)
+    except ValueError as error:
+        raise ConfigError(f"task_{error}") from None
 
 
 def _judges(judge: Any, benign_judge: Any) -> tuple[Any, Any]:

@@ -133,6 +133,9 @@ def test_every_metric_is_a_figure_and_every_interval_says_what_it_can():
         "word_perplexity_stderr,none": 1.0,
         "bleu,none": 0.123,
         "bleu_stderr,none": "N/A",
+        "bits_per_byte,none": 0.95,
+        "bits_per_byte_stderr,none": 0.1,
+        "prompt_level_strict_acc,none": 0.75,
     }
     found = task_figures("gsm8k", results(results={"gsm8k": row}, **{"n-samples": {"gsm8k": {"effective": 8}}}))
     by_name = {one["measure"]: one for one in found}
@@ -142,12 +145,18 @@ def test_every_metric_is_a_figure_and_every_interval_says_what_it_can():
         "gsm8k_f1",
         "gsm8k_word_perplexity",
         "gsm8k_bleu",
+        "gsm8k_bits_per_byte",
+        "gsm8k_prompt_level_strict_acc",
     ]
+    # what lies in [0, 1] is no share for that: BLEU is of 100, bits have no most
+    assert [one["unit"] for one in found] == ["share", "share", "", "", "", "", "share"]
     intervals = [(one["low"], one["high"]) for one in found]
     assert intervals[:2] == [wilson(2, 8), wilson(4, 8)]
-    assert intervals[2] == (pytest.approx(0.9 - 1.96 * 0.1, abs=1e-4), 1.0)
+    assert intervals[2] == pytest.approx((0.9 - 1.96 * 0.1, 0.9 + 1.96 * 0.1), abs=1e-4)
     assert intervals[3] == pytest.approx((12.5 - 1.96, 12.5 + 1.96), abs=1e-4)
     assert intervals[4] == (None, None)
+    assert intervals[5] == pytest.approx((0.95 - 1.96 * 0.1, 0.95 + 1.96 * 0.1), abs=1e-4)
+    assert intervals[6] == wilson(6, 8)
 
 
 def test_a_group_counts_the_rows_of_all_its_tasks():

@@ -1,10 +1,11 @@
+import json
 import math
 
 import pytest
 import torch
 
 from safemerge_callback.errors import ConfigError
-from safemerge_callback.evaluation import KeywordJudge, generate, wilson
+from safemerge_callback.evaluation import KeywordJudge, generate, share, wilson
 from safemerge_callback.evaluation.probe import Asking, Questions, ask
 
 HARMFUL = {"bad": ["a", "b c d e f g h", "x y"], "worse": ["q w e r t"]}
@@ -105,8 +106,41 @@ def test_the_tasks_score_is_a_number_or_a_row(model, chat_tokenizer, questions, 
 
 
 @pytest.mark.parametrize(
+    ("answer", "task_unit", "unit"),
+    [
+        (0.25, None, ""),
+        (0.25, "share", "share"),
+        (36.5, "BLEU", "BLEU"),
+        (-0.3, None, ""),
+        ({"value": 0.5, "n": 8, "low": 0.2, "high": 0.8}, None, ""),
+        ({"value": 0.5, "unit": "share"}, "BLEU", "share"),
+        (share("right", [True, False]), None, "share"),
+        # a device's own kinds of number are numbers
+        ({"value": torch.tensor(2.5), "n": torch.tensor(4), "low": torch.tensor(1.0), "high": 3}, None, ""),
+    ],
+)
+def test_a_score_has_the_unit_that_is_declared_and_no_other(model, chat_tokenizer, questions, answer, task_unit, unit):
+    found = ask(model, chat_tokenizer, questions, asking(task=lambda *_: answer, task_unit=task_unit))
+    assert (found.measures[-1]["unit"], found.failures) == (unit, ())
+    assert {m["unit"] for m in found.measures[:-1]} == {"share"}
+    json.dumps(found.measures)
+
+
+@pytest.mark.parametrize("answer", [36.5, -0.3, {"value": 0.9, "low": 0.8, "high": 1.1}])
+def test_what_is_called_a_share_and_is_none_is_kept_as_a_plain_number_and_told(
+    model, chat_tokenizer, questions, answer
+):
+    found = ask(model, chat_tokenizer, questions, asking(task=lambda *_: answer, task_unit="share"))
+    assert found.measures[-1]["unit"] == ""
+    (failure,) = found.failures
+    assert "called a share, which lies between 0 and 1: return a part of 1" in failure
+
+
+@pytest.mark.parametrize(
     ("broken", "words"),
     [
+        ({"task": lambda *_: {"value": 1, "unit": 3}}, "unit 3 cannot be shown: give 'share'"),
+        ({"task": lambda *_: {"value": 1, "unit": "a\nb"}}, "cannot be shown"),
         ({"task": lambda *_: 1 / 0}, "the task function raised ZeroDivisionError"),
         ({"task": lambda *_: math.nan}, "task is nan: a finite number"),
         ({"task": lambda *_: {"n": 3}}, "KeyError: 'value'"),

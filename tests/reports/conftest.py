@@ -1,5 +1,6 @@
 """A made-up run, written through the real journal, and a real browser to look at its page with."""
 
+import json
 import os
 import shutil
 
@@ -12,6 +13,29 @@ from recipes.example_run import write_example
 def example(tmp_path_factory):
     """A journal of 4 layers x 7 module types and 12 checks, with merges and probes; not to be changed."""
     return write_example(tmp_path_factory.mktemp("example") / "run", layers=4, checks=12)
+
+
+# Measure, its unit as a journal has it (None: it has none), and its value at the n-th probe: nobody's share.
+SCALES = {
+    "translation": ("BLEU", lambda n: 36.5 + n),
+    "reward": (None, lambda n: -0.3 - 0.1 * n),
+    "called_a_share": ("share", lambda n: 0.5 if n < 2 else 36.5),
+    "tokens_seen": ("tokens", lambda n: 123_456_000 + n),
+    "error_rate": ("", lambda n: None if n == 1 else 3e-7 * n),
+}
+
+
+@pytest.fixture(scope="session")
+def scales(example, tmp_path_factory):
+    """The journal of `example`, with a task's measures of all sizes and signs in its probes; not to be changed."""
+    entries = [json.loads(line) for line in example.read_text().splitlines()]
+    for number, entry in enumerate(entry for entry in entries if entry["kind"] == "probe"):
+        for name, (unit, value) in SCALES.items():
+            row = {"measure": name, "kind": "task", "n": 200, "value": value(number), "low": None, "high": None}
+            entry["measures"].append(row if unit is None else {**row, "unit": unit})
+    path = tmp_path_factory.mktemp("scales") / "safemerge.jsonl"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
 
 
 def _chromium():

@@ -77,7 +77,7 @@ def test_everything_is_drawn(look, page_file, example):
     assert page.locator("#heat canvas").count() == 7
     assert all(canvas_colours(page, index) > 20 for index in range(7))
     assert colours(page.screenshot(full_page=True)) > 500
-    for chart in ("curve-chart", "weight-chart", "probe-chart", "loss-chart"):
+    for chart in ("moved-chart", "curve-chart", "weight-chart", "probe-chart", "own-charts"):
         drawn = page.locator(f"#{chart} path.line").evaluate_all("lines => lines.map(l => l.getTotalLength())")
         assert drawn, chart
         assert min(drawn) > 50, chart
@@ -87,6 +87,56 @@ def test_everything_is_drawn(look, page_file, example):
     # No name is broken where there is room for it.
     assert max(page.locator("#table tbody tr").evaluate_all("rows => rows.map(r => r.offsetHeight)")) < 45
     assert "harm, higher is safer" in page.locator("#probe-chart").inner_text()
+
+
+# Charts with a point above or below the axes, where the words are, or with a word cut off at the left.
+OUTSIDE = """charts => charts.filter(svg => {
+    const { width, height } = svg.viewBox.baseVal;
+    const floor = Math.max(...[...svg.querySelectorAll("line.axis")].map(line => line.y1.baseVal.value));
+    const off = (x, y) => x < 0 || x > width || y < 0 || y > floor + 1;
+    const points = [...svg.querySelectorAll("circle.ring")].map(ring => [ring.cx.baseVal.value, ring.cy.baseVal.value]);
+    const lines = [...svg.querySelectorAll("path.line")].map(line => line.getBBox());
+    for (const box of lines) points.push([box.x, box.y], [box.x + box.width, box.y + box.height]);
+    const words = [...svg.querySelectorAll("text")].map(text => text.getBBox());
+    return points.some(([x, y]) => off(x, y)) || words.some(box => box.x < 0 || box.x + box.width > width + 1);
+}).map(svg => svg.getAttribute("aria-label"))"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_every_measure_lies_within_its_axis_and_is_in_its_unit(look, scales, tmp_path, width):
+    page = look(write_page(read_history(scales), tmp_path / "page.html"), width=width)
+    assert page.locator(".chart > svg").evaluate_all(OUTSIDE) == []
+    charts = page.locator("#own-charts .chart")
+    legends = [charts.nth(n).locator(".legend").inner_text() for n in range(charts.count())]
+    assert legends == [
+        "eval loss (task), nats a token",
+        "translation (task), BLEU",
+        "reward (task)",
+        "called a share (task)",
+        "tokens seen (task), tokens",
+        "error rate (task)",
+    ]
+    # marks that differ are told apart in words
+    for n in range(charts.count()):
+        words = charts.nth(n).locator("svg text[text-anchor=end]").all_text_contents()[:-1]
+        assert len(set(words)) == len(words) >= 2, words
+    charts.nth(1).locator("svg[role=img]").focus()
+    page.keyboard.press("Home")
+    assert charts.nth(1).locator(".readout").inner_text() == "step 0, begin: translation 36.5 BLEU, n = 200"
+    assert "%" not in page.locator("#own-charts").inner_text()
+    assert page.locator("#probe-chart path.line").count() == 3
+
+
+def test_what_moved_along_the_alignment_is_first(look, page_file, example):
+    page = look(page_file)
+    moved = read_history(example).moved
+    assert page.locator("main section").first.get_attribute("id") == "moved"
+    chart = page.locator("#moved-chart svg")
+    chart.focus()
+    page.keyboard.press("Home")
+    told = page.locator("#moved-chart .readout")
+    assert told.inner_text().startswith(f"step {min(moved)}: moved {moved[min(moved)]:.2f}, not below -0.55")
+    assert page.locator("#moved-chart .gate-label").text_content().startswith("below -0.55")
 
 
 def test_every_cell_tells_its_reading(look, page_file, example):
@@ -178,7 +228,7 @@ def test_tab_reaches_every_control_and_focus_is_seen(look, page_file):
     assert tags.count("CANVAS") == 7
     assert {"find", "which"} <= {own for _, own, *_ in reached}
     assert {"curve-chart", "probe-chart", "weight-chart"} <= {near for _, _, near, *_ in reached}
-    assert [near for tag, _, near, *_ in reached if tag == "BUTTON"].count("table") == 10
+    assert [near for tag, _, near, *_ in reached if tag == "BUTTON"].count("table") == 11
 
 
 def test_dark_and_light_differ_and_words_stand_out_in_both(look, page_file):
@@ -320,6 +370,6 @@ def test_a_run_with_a_probe_alone_has_its_curves(look, tmp_path, example):
     (tmp_path / "safemerge.jsonl").write_text("\n".join(probes) + "\n")
     page = look(write_page(read_history(tmp_path), tmp_path / "page.html"))
     assert page.locator("#probe-chart path.line").count() == 3
-    assert page.locator("#loss-chart path.line").count() == 1
+    assert page.locator("#own-charts path.line").count() == 1
     assert page.locator("#heat, #modules, #curves").count() == 0
     assert "harm" in page.locator("#probe").inner_text()

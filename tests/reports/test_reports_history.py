@@ -169,7 +169,7 @@ def test_probes_rules_starts_and_the_end_are_kept(write):
     assert (harm.n, harm.low, harm.high, harm.incoherent, harm.unjudged) == (8, 0.2, 0.8, 2, 1)
     assert loss.value == 2.5
     assert math.isnan(loss.low)
-    assert (harm.text, loss.text, nothing.text) == ("50.0 % (20 to 80), n = 8", "2.5000", "not known")
+    assert (harm.text, loss.text, nothing.text) == ("50.0 % (20 to 80), n = 8", "2.5 nats a token, n = 4", "not known")
     assert asked.settings == {"judge": "Keywords"}
     assert history.ended
     assert [(event.step, event.kind, event.reason) for event in history.events] == [
@@ -226,6 +226,7 @@ def test_a_run_with_a_probe_alone_is_reported(write):
     assert not history.steps
     assert summary(history).splitlines() == [
         "run: no check, 3 probes",
-        "probe at step 20 (end): advbench_refused 50.0 % (20 to 80), n = 8; eval_loss 2.5000; benign_refused not known",
+        "probe at step 20 (end): advbench_refused 50.0 % (20 to 80), n = 8; eval_loss 2.5 nats a token, n = 4; "
+        "benign_refused not known",
     ]
     assert not read_history(write(probe(0, "begin"))).ended

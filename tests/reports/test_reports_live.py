@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -73,11 +74,14 @@ def test_a_frame_holds_the_last_check_the_ten_worst_merges_and_the_probe(example
     history = read_history(example)
     text = text_of(history, example)
     last = history.steps[-1]
-    worst = sorted(history.modules, key=lambda name: history.cells[name, last].margin)[:10]
+    worst = sorted(history.modules, key=lambda name: history.cells[name, last].moved)[:10]
     rows = [line.split() for line in text.splitlines() if "_proj " in line]
     assert len(rows) == 10
     assert [row[1] for row in rows] == [name.split(".")[1] for name in worst]
-    assert [row[3] for row in rows] == [f"{history.cells[name, last].cosine:.4f}" for name in worst]
+    assert [row[3] for row in rows] == [f"{history.cells[name, last].moved:+.2f}" for name in worst]
+    assert [row[4] for row in rows] == [f"{history.cells[name, last].cosine:.4f}" for name in worst]
+    mean = sum(history.cells[name, last].moved for name in history.modules) / len(history.modules)
+    assert f"moved {mean:+.2f} on average" in text
     assert all(len(row[2]) == 12 and set(row[2]) <= set("▁▂▃▄▅▆▇█") for row in rows)
     assert f"ended at step {last}, 12 checks, gate threshold 0.35" in text
     assert f"{len(history.merges)} merges in {len(history.merged_modules)} modules" in text
@@ -85,6 +89,17 @@ def test_a_frame_holds_the_last_check_the_ten_worst_merges_and_the_probe(example
         assert measure in text
     assert "n = 64" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_measures_of_any_size_are_in_their_unit(scales):
+    text = text_of(read_history(scales), scales, width=100)
+    rows = {line.split()[0]: line for line in text.splitlines() if line.strip()}
+    assert re.search(r"translation +[▁▂▃▄▅▆▇█]+ [\d.]+ BLEU, n = 200", rows["translation"])
+    # its own lowest to its own highest, not from 0 to 1
+    assert {"▁", "█"} <= set(rows["translation"])
+    assert {"▁", "█"} <= set(rows["reward"])
+    assert "%" not in rows["called_a_share"]
+    assert "%" in rows["pubmedqa_accuracy"]
 
 
 def test_rules_faults_and_odd_modules_are_told(lines, tmp_path):

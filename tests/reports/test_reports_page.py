@@ -9,7 +9,7 @@ import time
 import pytest
 
 from recipes.example_run import write_example
-from safemerge_callback.decision import Gate
+from safemerge_callback.decision import BAND, Gate
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.reports import PAGE_FILE, Cell, History, read_history, render_page, write_page, write_report
 from safemerge_callback.reports.payload import page_data
@@ -103,6 +103,71 @@ def test_it_tells_the_run_its_cost_and_its_sources(example):
     assert re.search(r"mean signed z at the last check\s+[+-][\d.]+\s+\d+ of \d+ modules point against", words)
     assert "n = 64" in words
     assert "harmless" not in words
+
+
+def words_of(page):
+    return re.sub(r"<[^>]+>|\s+", " ", page.split("<body>")[1].split('<script type="application/json"')[0])
+
+
+def test_no_score_is_in_percent_that_is_not_a_share(scales):
+    words = re.sub(r" +", " ", words_of(render_page(read_history(scales))))
+    assert not re.search(r"\d{3,}(\.\d+)? %|-\d+(\.\d+)? %", words.replace("100.0 %", ""))
+    for text in ("36.5 BLEU, n = 200", "-0.3, n = 200", "1.23456e+08 tokens", "6e-07, n = 200", "not known"):
+        assert text in words, text
+    assert re.search(r"translation at the last probe [\d.]+ BLEU, n = 200", words)
+    assert re.search(r"pubmedqa accuracy at the last probe [\d.]+ % \d+ to \d+ %, n = 100", words)
+
+
+def test_tiles_lead_with_what_moved_and_say_what_it_went_with(example, tmp_path):
+    entries = [json.loads(line) for line in example.read_text().splitlines()]
+    # where a safety adapter was merged in, it lies along V itself
+    words = words_of(render_page(read_history(example)))
+    assert "says little where a safety adapter was merged in" in words
+    watched = [entry for entry in entries if entry["kind"] != "merge"]
+    path = tmp_path / "safemerge.jsonl"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in watched))
+    history = read_history(path)
+    step, mean = max(history.moved.items())
+    assert mean == pytest.approx(sum(history.cells[n, step].moved for n in history.modules) / len(history.modules))
+    from safemerge_callback.reports.page.shown import tiles
+
+    first = tiles(history)[0]
+    assert first.value == f"{mean:+.2f}"
+    assert first.note == BAND.words(mean)
+    assert "refused less than half" in first.note
+
+
+def test_a_journal_that_does_not_say_how_far_it_moved_renders_as_before(example, tmp_path):
+    entries = [json.loads(line) for line in example.read_text().splitlines()]
+    for entry in entries:
+        for module in entry.get("modules", ()) if entry["kind"] == "check" else ():
+            del module["signed_z"]
+        for measure in entry.get("measures", ()):
+            del measure["unit"]
+    path = tmp_path / "safemerge.jsonl"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    history = read_history(path)
+    assert history.moved == {}
+    assert history.moved_words == ""
+    page = render_page(history)
+    assert 'id="moved"' not in page
+    assert "lowest cosine" in page
+    assert {m.measure: m.unit for m in history.probes[0].measures} == {
+        "advbench_refused": "share",
+        "benign_refused": "share",
+        "pubmedqa_accuracy": "",
+        "eval_loss": "nats a token",
+    }
+
+
+def test_a_module_that_a_compressed_v_left_open_leaves_the_mean_unknown(example, tmp_path):
+    entries = [json.loads(line) for line in example.read_text().splitlines()]
+    last = [entry for entry in entries if entry["kind"] == "check"][-1]
+    del last["modules"][0]["signed_z"]
+    path = tmp_path / "safemerge.jsonl"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    history = read_history(path)
+    assert set(history.steps) - set(history.moved) == {last["step"]}
 
 
 def test_what_a_run_lacks_is_left_out():

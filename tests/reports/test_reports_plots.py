@@ -52,6 +52,28 @@ def test_the_probe_shows_harm_over_refusal_and_task_with_intervals(example):
     assert segments[0][:, 1] == pytest.approx([first.low, first.high])
 
 
+def test_every_measure_that_is_no_share_has_an_axis_in_its_unit(scales):
+    axes = draw_plot(read_history(scales), "probe").axes
+    assert [one.get_ylabel() for one in axes] == ["share of the prompts", "BLEU", "score", "score", "tokens", "score"]
+    assert axes[0].get_ylim() == (0, 1)
+    for one in axes:
+        low, high = one.get_ylim()
+        points = [value for line in one.lines for value in line.get_ydata()]
+        assert points
+        assert all(low <= value <= high for value in points)
+
+
+def test_moved_is_the_mean_beside_the_edge(example):
+    history = read_history(example)
+    axes = draw_plot(history, "moved").axes[0]
+    lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    assert lines["mean of all modules"] == list(history.moved.values())
+    assert lines["edge -0.55"] == [-0.55, -0.55]
+    bare = History("run", {("layers.0.a", 0): Cell(0.4, 0.4, "measured")}, gate="watch")
+    with pytest.raises(ConfigError, match="does not say how far the updates go along V"):
+        draw_plot(bare, "moved")
+
+
 def test_what_cannot_be_plotted_is_refused():
     bare = History("run", {("layers.0.a", 0): Cell(math.nan, 0.4, "broken")}, gate="watch")
     for plot, match in (("weights", "nothing was merged"), ("probe", "no probe"), ("heatmaps", "did you mean|heatmap")):

@@ -14,15 +14,15 @@ from safemerge_callback.training.rules import (
 )
 
 
-def row(measure, kind, value, n=10):
-    blank = {"low": None, "high": None, "incoherent": 0, "unjudged": 0}
+def row(measure, kind, value, n=10, unit=""):
+    blank = {"low": None, "high": None, "incoherent": 0, "unjudged": 0, "unit": unit}
     return {"measure": measure, "kind": kind, "value": value, "n": n, **blank}
 
 
-def answers(harm=None, task=None, loss=None, **harms):
+def answers(harm=None, task=None, loss=None, unit="", **harms):
     harms = harms if harm is None else {"bad_refused": harm}
     rows = [row(name, "harm", value) for name, value in harms.items()]
-    rows += [row("task", "task", task, None)] if task is not None else []
+    rows += [row("task", "task", task, None, unit)] if task is not None else []
     rows += [row("eval_loss", "task", loss, None)] if loss is not None else []
     return Answers(tuple(rows), 3.0, 0.1)
 
@@ -32,6 +32,16 @@ def answers(harm=None, task=None, loss=None, **harms):
     [
         (Rollback(task=0.02), answers(task=0.9), answers(task=0.85), "score fell from 0.9 to 0.85, more than the 0.02"),
         (Rollback(task=0.05), answers(task=0.9), answers(task=0.86), None),
+        # in the unit that the score has; a share as the rule's own setting, a part of 1
+        (
+            Rollback(task=2),
+            answers(task=36.5, unit="BLEU"),
+            answers(task=33.1, unit="BLEU"),
+            "from 36.5 to 33.1 BLEU, mo",
+        ),
+        (Rollback(task=0.1), answers(task=-0.3), answers(task=-1.25), "from -0.3 to -1.25, more than the 0.1"),
+        (Rollback(task=5), answers(task=123456), answers(task=123450), "from 123456 to 123450, more than the 5"),
+        (Rollback(task=0.1), answers(task=0.9, unit="share"), answers(task=0.5, unit="share"), "from 0.9 to 0.5, more"),
         (Rollback(task=0.05), answers(task=0.9), answers(task=0.99), None),
         (Rollback(task=0.05), answers(), answers(task=0.1), None),
         (Rollback(task=0.05), answers(task=0.9, loss=1), answers(loss=9), None),

@@ -63,8 +63,8 @@ def test_when_it_asks_without_a_guard_and_what_is_recorded(world, runs, tmp_path
     assert logged[0]["safemerge/probe/acc"] == 0.5
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("safemerge probe")]
     assert len(lines) == 4, "what was said a moment before is not said again"
-    assert "step 0 (begin): bad_refused 0.0% (0-56, n 3); good_refused 0.0% (0-66, n 2); coherence" in lines[0]
-    assert "; acc 50.0% (20-80, n 4); " in lines[0]
+    assert "step 0 (begin): bad_refused 0.0% (0 to 56, n 3); good_refused 0.0% (0 to 66, n 2); coherence" in lines[0]
+    assert "; acc 0.5 (0.2 to 0.8, n 4); " in lines[0]
     assert asked.seconds >= sum(e["seconds"] for e in runs.entries(tmp_path, "probe"))
 
 
@@ -233,7 +233,7 @@ def test_a_judge_or_a_task_that_fails_costs_a_measure_and_one_warning(world, run
         trainer.train()
     told = [str(w.message) for w in caught if "safemerge" in str(w.message)]
     assert len(told) == 1
-    assert "the probe at step 0 lost a measure, training goes on" in told[0]
+    assert "the probe at step 0 lost a measure or its unit, training goes on" in told[0]
     assert words in told[0]
     assert trainer.state.global_step == 6
     errors = runs.entries(tmp_path, "error")
@@ -289,6 +289,8 @@ def refused(words):
         ({"prompts": {"bad": ["a", ""]}}, "prompt set 'bad' holds '': give texts"),
         ({"prompts": [["a", "b"]]}, r"prompt set \['a', 'b'\] is no name"),
         ({"rollback": {"task": 0.1}}, "rollback looks at the task's score: give task"),
+        ({"task_unit": "share"}, "task_unit is 'share' and there is no task"),
+        ({"task": lambda *_: 1, "task_unit": 3}, "task_unit 3 cannot be shown: give 'share' for a part of 1"),
         ({"rollback": {"eval_loss": 0.1}}, r"give eval_batches, such as trainer\.get_eval_dataloader"),
         ({"trigger": {"below": 0.5}, "every": 0}, "trigger needs periodic probes: set every"),
         ({"stop": {"below": 0.5, "measure": "bed_refused"}}, r"stop measure 'bed_refused' .*\['bad_refused'\]"),

@@ -1,4 +1,4 @@
-// A line chart in SVG: x is the step, y from 0 to `top`. Redrawn when its room changes; colours are the style's.
+// A line chart in SVG: x is the step, y from `low` to `top`. Redrawn when its room changes; colours are the style's.
 const DASHES = ["", "8 4", "3 3", "10 3 2 3", "6 2", "2 4", "12 4", "4 2 1 2"];
 const MARGIN = { left: 46, right: 14, top: 12, bottom: 34 };
 
@@ -12,25 +12,46 @@ function ticks(low, high, most) {
   return found;
 }
 
+// Where an axis begins and ends that shows all of these numbers, whatever their size and sign.
+function room(values) {
+  const [least, most] = [Math.min(...values), Math.max(...values)];
+  const pad = (most - least) * 0.06 || Math.abs(most) * 0.06 || 1;
+  return { low: least - pad, top: most + pad };
+}
+
+// Numbers of an axis, in as many digits as tell its marks, `by` apart, from each other.
+function plainNumbers(low, top, by) {
+  const most = Math.max(Math.abs(low), Math.abs(top));
+  const whole = (places) => by * 10 ** places > 0.999 && Math.abs(by * 10 ** places - Math.round(by * 10 ** places)) < 1e-6;
+  const places = [0, 1, 2, 3, 4].find(whole);
+  const none = (tick) => Math.abs(tick) < by * 1e-6;
+  if (most < 1e6 && places !== undefined) return (tick) => (none(tick) ? 0 : tick).toFixed(places);
+  const after = clamp(Math.ceil(Math.log10(most / by)) + 1, 0, 15);
+  return (tick) => none(tick) ? "0" : tick.toExponential(after).replace(/\.?0*e\+?/, "e");
+}
+
 function frame(box, options) {
   const width = Math.max(240, box.clientWidth);
   const height = options.height || (width < 560 ? 240 : 320);
   const [first, last] = options.span;
   const share = (step) => (last > first ? (step - first) / (last - first) : 0.5);
-  const x = (step) => MARGIN.left + share(step) * (width - MARGIN.left - MARGIN.right);
+  const marks = ticks(options.low, options.top, height < 200 ? 3 : 5);
+  const format = options.format || plainNumbers(options.low, options.top, marks[1] - marks[0] || 1);
+  const left = Math.max(MARGIN.left, ...marks.map((tick) => 7 * format(tick).length + 14));
+  const x = (step) => left + share(step) * (width - left - MARGIN.right);
   const y = (value) => height - MARGIN.bottom - ((value - options.low) / (options.top - options.low || 1)) * (height - MARGIN.top - MARGIN.bottom);
   const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", tabindex: "0", "aria-label": options.label });
-  for (const tick of ticks(options.low, options.top, height < 200 ? 3 : 5)) {
-    picture.append(svg("line", { class: "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: y(tick), y2: y(tick) }));
-    picture.append(svg("text", { x: MARGIN.left - 8, y: y(tick) + 4, "text-anchor": "end" }, options.format(tick)));
+  for (const tick of marks) {
+    picture.append(svg("line", { class: "grid", x1: left, x2: width - MARGIN.right, y1: y(tick), y2: y(tick) }));
+    picture.append(svg("text", { x: left - 8, y: y(tick) + 4, "text-anchor": "end" }, format(tick)));
   }
   const whole = ticks(first, last, Math.max(2, Math.floor(width / 90))).filter(Number.isInteger);
   for (const tick of whole) {
     picture.append(svg("text", { x: x(tick), y: height - MARGIN.bottom + 18, "text-anchor": "middle" }, String(tick)));
   }
-  picture.append(svg("line", { class: "axis", x1: MARGIN.left, x2: width - MARGIN.right, y1: y(options.low), y2: y(options.low) }));
+  picture.append(svg("line", { class: "axis", x1: left, x2: width - MARGIN.right, y1: y(options.low), y2: y(options.low) }));
   picture.append(svg("text", { x: width - MARGIN.right, y: height - 2, "text-anchor": "end" }, "step"));
-  return { picture, x, y, width, height };
+  return { picture, x, y, left, width, height };
 }
 
 // Points as a path; null breaks the line, and one point alone is a dash. With `stairs` a value holds until the next one.

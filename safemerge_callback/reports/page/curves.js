@@ -21,16 +21,36 @@ function backdrop(drawn, all) {
 const cosineAt = (module, check) => (measured(module.cosine[check]) ? module.cosine[check] : null);
 const allCosines = spread(cosineAt);
 
-function gateLine(drawn) {
-  if (run.threshold === null) return;
-  const height = drawn.y(run.threshold);
-  drawn.picture.append(svg("line", { class: "gate", x1: MARGIN.left, x2: drawn.width - MARGIN.right, y1: height, y2: height }));
+// A dashed line across, and what it is.
+function limitLine(drawn, value) {
+  const height = drawn.y(value);
+  drawn.picture.append(svg("line", { class: "gate", x1: drawn.left, x2: drawn.width - MARGIN.right, y1: height, y2: height }));
 }
 
-function gateLabel(drawn) {
-  if (run.threshold === null) return;
-  const height = drawn.y(run.threshold);
-  drawn.picture.append(svg("text", { class: "gate-label halo", x: MARGIN.left + 6, y: height - 5 }, `threshold ${run.threshold / SCALE}`));
+function limitLabel(drawn, value, words) {
+  drawn.picture.append(svg("text", { class: "gate-label halo", x: drawn.left + 6, y: drawn.y(value) - 5 }, words));
+}
+
+function drawMoved() {
+  const box = byId("moved-chart");
+  if (!box) return;
+  const { edge, means } = run.moved;
+  const known = means.filter((mean) => mean !== null);
+  const label = "How far the updates go along the alignment, mean over the modules, over steps; arrow keys move from check to check";
+  const drawn = frame(box, { span: span(), ...room([...known, edge, 0]), height: 220, label });
+  drawn.picture.append(svg("line", { class: "axis", x1: drawn.left, x2: drawn.width - MARGIN.right, y1: drawn.y(0), y2: drawn.y(0) }));
+  limitLine(drawn, edge);
+  drawn.picture.append(svg("path", { class: "line c0", d: path(run.steps.map((step, check) => [step, means[check]]), drawn.x, drawn.y) }));
+  const merged = new Set(run.modules.flatMap((module) => module.merged));
+  for (const check of merged) {
+    if (means[check] !== null) drawn.picture.append(svg("circle", { class: "ring c0", cx: drawn.x(run.steps[check]), cy: drawn.y(means[check]), r: run.steps.length > 80 ? 2.4 : 3.6 }));
+  }
+  limitLabel(drawn, edge, `below ${edge}: refusals mostly lost there`);
+  follow(box, drawn, run.steps, (check) => {
+    const mean = means[check];
+    const told = mean === null ? "not known" : `${mean.toFixed(2)}, ${mean < edge ? "below" : "not below"} ${edge}`;
+    return `step ${run.steps[check]}: moved ${told}${merged.has(check) ? "; modules were merged at this check" : ""}`;
+  });
 }
 
 function drawModule(drawn, module, colour) {
@@ -58,9 +78,9 @@ function drawCurves() {
   const label = `Cosines of ${chosen.size} chosen modules over steps; arrow keys move from check to check`;
   const drawn = frame(box, { span: span(), low: 0, top: high, label, format: (tick) => (tick / SCALE).toFixed(2) });
   backdrop(drawn, allCosines);
-  gateLine(drawn);
+  if (run.threshold !== null) limitLine(drawn, run.threshold);
   for (const [index, colour] of chosen) drawModule(drawn, run.modules[index], colour);
-  gateLabel(drawn);
+  if (run.threshold !== null) limitLabel(drawn, run.threshold, `threshold ${run.threshold / SCALE}`);
   follow(box, drawn, run.steps, (check) => {
     const [step, low, middle, most] = allCosines[check];
     const own = [...chosen.keys()].map((index) => `${run.modules[index].name} ${digits(cosineAt(run.modules[index], check))}`);
@@ -101,7 +121,6 @@ function drawWeights() {
 
 const KIND_WORDS = { harm: "harm, higher is safer", over_refusal: "over-refusal, lower is better", task: "task", coherence: "coherence" };
 const plainWords = (measure) => measure.replaceAll("_", " ");
-const percent = (value) => `${(100 * value).toFixed(1)} %`;
 
 // Every measure's points over the probes, one after the other; `place` keeps before and after apart.
 function probeSeries(wanted) {
@@ -109,7 +128,7 @@ function probeSeries(wanted) {
   run.probes.forEach((probe, place) => {
     for (const figure of probe.measures) {
       if (!wanted(figure) || figure.value === null) continue;
-      if (!found.has(figure.measure)) found.set(figure.measure, { name: figure.measure, kind: figure.kind, points: [] });
+      if (!found.has(figure.measure)) found.set(figure.measure, { name: figure.measure, kind: figure.kind, unit: figure.unit, points: [] });
       found.get(figure.measure).points.push({ ...figure, step: probe.step, when: probe.when, place });
     }
   });
@@ -117,7 +136,7 @@ function probeSeries(wanted) {
 }
 
 function drawInterval(drawn, point, x, colour) {
-  if (point.low === null) return;
+  if (point.low === null || point.high === null) return;
   drawn.picture.append(svg("line", { class: `c${colour}`, "stroke-width": 1.2, opacity: 0.75, x1: x, x2: x, y1: drawn.y(point.low), y2: drawn.y(point.high) }));
   for (const end of [point.low, point.high]) {
     drawn.picture.append(svg("line", { class: `c${colour}`, "stroke-width": 1.2, opacity: 0.75, x1: x - 2.5, x2: x + 2.5, y1: drawn.y(end), y2: drawn.y(end) }));
@@ -135,22 +154,18 @@ function drawSeries(drawn, one, colour, apart) {
 function tellProbe(place, series) {
   const probe = run.probes[place];
   const figures = series.map((one) => one.points.find((point) => point.place === place)).filter(Boolean);
-  const words = figures.map((point) => {
-    const interval = point.low === null ? "" : ` (${percent(point.low)} to ${percent(point.high)}, n = ${point.n})`;
-    return `${plainWords(point.measure)} ${point.measure === "eval_loss" ? point.value : percent(point.value)}${interval}`;
-  });
+  const words = figures.map((point) => `${plainWords(point.measure)} ${point.text}`);
   return `step ${probe.step}, ${probe.when}: ${words.join("; ")}`;
 }
 
-function drawProbe(id, wanted, look) {
-  const box = byId(id);
-  const series = box ? probeSeries(wanted) : [];
+function drawProbe(box, wanted, look) {
+  const series = probeSeries(wanted);
   if (!series.length) return;
-  const values = series.flatMap((one) => one.points.map((point) => point.value));
+  const values = series.flatMap((one) => one.points.flatMap((point) => [point.value, point.low, point.high])).filter((value) => value !== null);
   const drawn = frame(box, { span: span(), ...look(values), label: `${series.map((one) => plainWords(one.name)).join(", ")} over steps; arrow keys move from probe to probe` });
   series.forEach((one, index) => drawSeries(drawn, one, index % DASHES.length, 2 * (index - (series.length - 1) / 2)));
   follow(box, drawn, run.probes.map((probe) => probe.step), (place) => tellProbe(place, series));
-  const keys = series.map((one, index) => element("span", {}, swatch(index % DASHES.length), `${plainWords(one.name)} (${KIND_WORDS[one.kind] || one.kind})`));
+  const keys = series.map((one, index) => element("span", {}, swatch(index % DASHES.length), `${plainWords(one.name)} (${KIND_WORDS[one.kind] || one.kind})${one.unit === "share" || !one.unit ? "" : `, ${one.unit}`}`));
   box.prepend(element("div", { class: "legend" }, ...keys));
 }
 
@@ -159,6 +174,7 @@ function curves() {
   for (const [index] of lowest.sort((a, b) => a[1] - b[1]).slice(0, Math.min(3, run.modules.length)).reverse()) choose(index, true);
   const draw = () => {
     drawChips();
+    drawMoved();
     drawCurves();
     drawWeights();
   };
@@ -168,8 +184,12 @@ function curves() {
 
 function probeCurves() {
   if (!byId("probe-chart")) return;
+  // Shares together; every other measure has an axis of its own, which holds whatever was measured.
+  const others = new Set(run.probes.flatMap((probe) => probe.measures.filter((figure) => figure.unit !== "share").map((figure) => figure.measure)));
+  const charts = [...others].map((name) => [name, element("div", { class: "chart" })]);
+  byId("own-charts").replaceChildren(...charts.map(([, box]) => box));
   redrawn(byId("probe-chart"), () => {
-    drawProbe("probe-chart", (figure) => figure.measure !== "eval_loss", () => ({ low: 0, top: 1, format: (tick) => `${Math.round(100 * tick)} %` }));
-    drawProbe("loss-chart", (figure) => figure.measure === "eval_loss", (values) => ({ low: Math.min(...values) * 0.98, top: Math.max(...values) * 1.02, height: 180, format: (tick) => tick.toFixed(2) }));
+    drawProbe(byId("probe-chart"), (figure) => figure.unit === "share", () => ({ low: 0, top: 1, format: (tick) => `${Math.round(100 * tick)} %` }));
+    for (const [name, box] of charts) drawProbe(box, (figure) => figure.measure === name, (values) => ({ ...room(values), height: 180 }));
   });
 }

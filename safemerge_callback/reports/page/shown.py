@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ...evaluation.units import SHARE, amount, number
 from ..history import LOSS, Cell, History, Measured, Probe, counted
 from ..layout import panels
 from .run import costs, happenings, seconds_text, share_text, sources
@@ -45,6 +46,7 @@ class Row(NamedTuple):
     undone: int
     left: float
     norm: float
+    moved: float
     state: str
     reason: str
 
@@ -64,6 +66,8 @@ def shown(history: History) -> dict[str, Any]:
         "costs": costs(history),
         "sources": sources(history),
         "has_checks": bool(history.steps),
+        "has_moved": bool(history.moved),
+        "moved_words": history.moved_words,
         "has_weights": bool(history.merges),
         "num": lambda value, digits=4: _NONE if value is None or math.isnan(value) else f"{value:.{digits}f}",
     }
@@ -80,18 +84,9 @@ def _span(history: History) -> str:
 
 def tiles(history: History) -> list[Tile]:
     """Return the figures that say at a glance how the run went."""
-    measured = {key: cell for key, cell in history.cells.items() if cell.state == "measured"}
-    found = []
-    if measured:
-        name, step = min(measured, key=lambda key: measured[key].cosine)
-        found.append(Tile("lowest cosine", f"{measured[name, step].cosine:.3f}", f"{name}, step {step}"))
-    last = [cells[max(cells)] for cells in history.by_module.values() if cells]
-    found += _direction([cell.signed_z for cell in last if not math.isnan(cell.signed_z)])
-    if any(not math.isnan(cell.limit) for cell in last):
-        below = sum(cell.state == "measured" and cell.margin < 0 for cell in last)
-        found.append(Tile("below the gate at the last check", str(below), f"of {len(last)} modules"))
     if not history.steps:
         return list(_probe_tiles(history.probes))
+    found = [*_moved(history), *_cosines(history)]
     taken = f", {len(history.undone)} taken back" if history.undone else ""
     found.append(
         Tile("module merges", str(len(history.merges)), f"in {counted(history.merged_modules, 'module')}{taken}")
@@ -110,6 +105,29 @@ def tiles(history: History) -> list[Tile]:
     return found
 
 
+def _moved(history: History) -> list[Tile]:
+    """How far the updates go along V, and which way they point, where the journal says so."""
+    last = [cells[max(cells)] for cells in history.by_module.values() if cells]
+    found = []
+    if history.moved:
+        step, mean = max(history.moved.items())
+        found.append(Tile(f"moved along the alignment, mean at step {step}", f"{mean:+.2f}", history.moved_words))
+    return found + _direction([cell.signed_z for cell in last if not math.isnan(cell.signed_z)])
+
+
+def _cosines(history: History) -> list[Tile]:
+    measured = {key: cell for key, cell in history.cells.items() if cell.state == "measured"}
+    last = [cells[max(cells)] for cells in history.by_module.values() if cells]
+    found = []
+    if measured:
+        name, step = min(measured, key=lambda key: measured[key].cosine)
+        found.append(Tile("lowest cosine", f"{measured[name, step].cosine:.3f}", f"{name}, step {step}"))
+    if any(not math.isnan(cell.limit) for cell in last):
+        below = sum(cell.state == "measured" and cell.margin < 0 for cell in last)
+        found.append(Tile("below the gate at the last check", str(below), f"of {len(last)} modules"))
+    return found
+
+
 def _direction(signed: Sequence[float]) -> list[Tile]:
     """Which way the updates point along the safety subspace, where the journal says so."""
     if not signed:
@@ -125,12 +143,20 @@ def _probe_tiles(probes: Sequence[Probe]) -> Iterator[Tile]:
         return
     for m in probes[-1].measures:
         if m.measure != LOSS:
-            value, interval = ("not known", "") if math.isnan(m.value) else (f"{m.value:.0%}", _interval(m))
-            yield Tile(f"{words(m.measure)} at the last probe", value, f"{interval}{f'n = {m.n}' if m.n else ''}")
+            yield Tile(f"{words(m.measure)} at the last probe", _figure(m), _about(m))
 
 
-def _interval(m: Measured) -> str:
-    return "" if math.isnan(m.low) else f"{100 * m.low:.0f} to {100 * m.high:.0f} %, "
+def _figure(m: Measured) -> str:
+    if math.isnan(m.value):
+        return "not known"
+    return amount(m.value, SHARE) if m.unit == SHARE else number(m.value)
+
+
+def _about(m: Measured) -> str:
+    """The unit of a figure, its interval and its n."""
+    ends = f"{m.interval} %" if m.interval and m.unit == SHARE else m.interval
+    unit = "" if m.unit == SHARE else m.unit
+    return ", ".join(filter(None, (unit, ends, f"n = {m.n}" if m.n else "")))
 
 
 def words(measure: str) -> str:
@@ -168,6 +194,7 @@ def _module_row(history: History, name: str, kind: str, label: str) -> Row:
         undone=sum((name, step) in history.undone for step in left),
         left=left[max(left)] if left else 1.0,
         norm=last.update_norm,
+        moved=last.moved,
         state=last.state,
         reason=last.reason,
     )
