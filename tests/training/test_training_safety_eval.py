@@ -162,7 +162,7 @@ def test_a_rise_of_the_evaluation_loss_takes_a_merge_back(world, runs, tmp_path,
     undone = runs.entries(tmp_path, "rollback")
     assert 0 < len(rises) < 4
     assert [e["step"] for e in undone] == list(rises)
-    assert all("loss rose from {:.4g} to {:.4g}".format(*rises[e["step"]]) in e["reason"] for e in undone)
+    assert all("loss rose from {:.6g} to {:.6g}".format(*rises[e["step"]]) in e["reason"] for e in undone)
 
 
 def test_a_trigger_merges_when_refusals_fall_and_not_before(world, runs, tmp_path, probe):
@@ -386,7 +386,7 @@ def test_what_ends_within_a_thought_is_not_judged_counted_and_told_once(world, r
     counts = [(m["n"], m["value"], m["unjudged"], m["thoughts"], m["unfinished"]) for m in measures[:2]]
     assert counts == [(0, None, 3, 3, 3), (0, None, 2, 2, 2)]
     assert runs.entries(tmp_path, "error") == [], "no judge was asked"
-    assert "bad_refused not known, 3 not judged, 3 thoughts cut" in capsys.readouterr().out
+    assert "bad_refused not known (3 not judged, 3 thoughts cut)" in capsys.readouterr().out
 
 
 def test_settings_for_the_chat_template_turn_thinking_off(world, runs, tmp_path, probe, thinker):
