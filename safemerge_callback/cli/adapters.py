@@ -65,7 +65,8 @@ def merge(
         str | None, typer.Argument(help="Fine-tuned LoRA adapter: folder or Hub id, org/name[@revision].")
     ] = None,
     safety: Annotated[
-        list[str] | None, typer.Argument(help="Safety LoRA adapters, one or more; method project needs none.")
+        list[str] | None,
+        typer.Argument(help="Safety LoRA adapters, one or more; none: pull toward the aligned model."),
     ] = None,
     subspace: Annotated[
         str | None, typer.Option("--subspace", "-s", help="Subspace file, from `safemerge build`.")
@@ -87,7 +88,9 @@ def merge(
     soft: Soft = None,
     method: Annotated[
         str | None,
-        typer.Option(help="linear (keeps the rank), cat (no loss, ranks add), project, ties, ... [default: linear]"),
+        typer.Option(
+            help="auto (linear with a safety adapter, pull without), cat (ranks add), ties, ... [default: auto]"
+        ),
     ] = None,
     space: Space = None,
     weights: ManyWeights = None,
@@ -99,19 +102,28 @@ def merge(
     force: Annotated[
         bool | None, typer.Option("--force", "--overwrite", help="Replace a merge that is in OUT already.")
     ] = None,
+    allow_empty: Annotated[
+        bool | None, typer.Option("--allow-empty", help="Exit with 0 even if the gate selects no module.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ... [default: cpu]")] = None,
     progress: Bar = True,
 ) -> None:
-    """Merge safety adapters into the drifted modules of a fine-tuned one; no model is loaded."""
+    """Merge safety adapters into a fine-tuned one, or pull it toward the aligned model; no model is loaded.
+
+    Exits with 1 where the gate selects no module.
+    """
     given = {name: value for name, value in locals().items() if name not in ("config", "progress", "weights")}
     given["weights"] = weights_of(weights)
     settings = _settings(config, {name: value for name, value in given.items() if value not in (None, [])})
     from ..offline import merge_adapters
 
+    allowed = settings.pop("allow_empty", False)
     parts = [settings.pop(part, None) for part in ("finetuned", "safety", "subspace", "output")]
     with working(f"merging {parts[0]}", progress):
         plan = merge_adapters(*parts, overwrite=settings.pop("force", False), **settings)
     say(f"{plan}\n{parts[3]}: {len(plan.selected)} of {len(plan.readings)} modules merged")
+    if not plan.selected and not allowed:
+        raise typer.Exit(1)
 
 
 def _settings(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
@@ -139,7 +151,8 @@ def sweep(
     subspace: SubspaceFile,
     safety: Annotated[list[str] | None, typer.Argument(help="Safety LoRA adapters, one or more.")] = None,
     thresholds: Annotated[
-        str | None, typer.Option(help="Cosines, with commas. [default: 0.2,0.25,...,0.55 without --gates]")
+        str | None,
+        typer.Option(help="Cosines, with commas. [default: gate all, and 0.2,0.25,...,0.55, without --gates]"),
     ] = None,
     gates: Annotated[
         str | None, typer.Option(help="More gates, with commas, their knob after =: calibrated=-2,num_layers=10,all")
@@ -147,7 +160,7 @@ def sweep(
     weights: Annotated[
         str, typer.Option(help="Task's and safety's weights, / between, and commas between one set and the next.")
     ] = "0.9/0.1,0.8/0.2,0.7/0.3,0.6/0.4,0.5/0.5",
-    methods: Annotated[str, typer.Option(help="Methods, with commas.")] = "linear",
+    methods: Annotated[str, typer.Option(help="Methods, with commas.")] = "auto",
     space: Space = None,
     density: Density = None,
     majority_sign_method: MajoritySign = None,

@@ -19,10 +19,13 @@ GateName = Annotated[
     str | None,
     typer.Option(
         help="threshold, calibrated, reference, opposed, num_layers, quantile, gap, all or random. "
-        "[default: threshold, or the one whose knob is given]"
+        "[default: all, or the one whose knob is given]"
     ),
 ]
-Threshold = Annotated[float | None, typer.Option(help="Merge modules whose cosine is below it. [default: 0.35]")]
+Threshold = Annotated[
+    float | None,
+    typer.Option(help="Merge modules whose cosine is below it: gate threshold. [default of that gate: 0.35]"),
+]
 NumLayers = Annotated[int | None, typer.Option(help="Merge that many modules of lowest cosine.")]
 Quantile = Annotated[float | None, typer.Option(help="Merge that share of the modules, of lowest cosine.")]
 ZThreshold = Annotated[
@@ -39,16 +42,13 @@ Space = Annotated[
     str | None, typer.Option(help="delta: sum of the updates; factor: PEFT's sum of the factors. [default: delta]")
 ]
 ManyWeights = Annotated[
-    str | None, typer.Option(help="Of the fine-tuned update and of each safety update: 0.8 0.2 [the default]")
+    str | None, typer.Option(help="Of the fine-tuned update and of each safety update. [default: 0.8 0.2]")
 ]
 Strength = Annotated[float | None, typer.Option(help="Share of the way that method pull goes.")]
 Operator = Annotated[str | None, typer.Option(help="What method project multiplies with: safelora or orthogonal.")]
 OperatorRank = Annotated[int | None, typer.Option(help="Rank of operator orthogonal.")]
 Density = Annotated[float | None, typer.Option(help="Share of entries kept by methods that prune.")]
 MajoritySign = Annotated[str | None, typer.Option(help="Sign election: total or frequency. [default: total]")]
-
-# Eight cosines around the released SafeMERGE's 0.35.
-_THRESHOLDS = "0.2,0.25,0.3,0.35,0.4,0.45,0.5,0.55"
 
 
 class WithWeights(TyperCommand):
@@ -104,7 +104,9 @@ def gates_named(thresholds: str | None, gates: str | None) -> list[Any]:
     from ..errors import ConfigError
 
     if thresholds is None and gates is None:
-        thresholds = _THRESHOLDS
+        from ..offline.sweep import GATES
+
+        return list(GATES)
     found = [Gate(threshold=_number(text, "thresholds")) for text in names_listed(thresholds or "")]
     for word in names_listed(gates or ""):
         name, _, text = word.partition("=")
@@ -141,11 +143,11 @@ def targets(text: str | None) -> list[str] | str | None:
 
 
 def gate_options(gate: str | None, **knobs: Any) -> dict[str, Any]:
-    """Return `gate` and the knobs that were given; without `gate`, the one whose own knob was, or threshold."""
-    from ..decision import gate_of
+    """Return `gate` and the knobs that were given; without `gate`, `default_gate`."""
+    from ..decision import default_gate
 
     given = {name: value for name, value in knobs.items() if value is not None}
-    return {"gate": gate or gate_of(given, "threshold"), **given}
+    return {"gate": gate or default_gate(given), **given}
 
 
 def device_named(name: str) -> str:

@@ -5,7 +5,7 @@ from .average import AVERAGE_FILE, Average
 from .certify import undecided
 from .empty import nothing_selected
 from .fit import check_safety_adapter
-from .gates import GATES, KNOB, KNOBS, Gate, Verdict, as_gate, gate_of
+from .gates import DEFAULT_GATE, GATES, KNOB, KNOBS, Gate, Verdict, as_gate, default_gate, gate_of
 from .holding import above, held_back, not_rearmed, under_floor, without
 from .journal import (
     JOURNAL_FILE,
@@ -26,12 +26,13 @@ from .own import own_cosines
 from .plan import MergePlan
 from .reading import Reading, Readings
 from .strength import attenuated, check_soft, check_spread, share_left, spread
-from .weights import DEFAULT_WEIGHTS, check_merge, check_module_weights, merge_weights
+from .weights import DEFAULT_WEIGHTS, check_merge, check_module_weights, merge_weights, method_of
 
 __all__ = [
     "AVERAGE_FILE",
     "BAND",
     "DEFAULT_WEIGHTS",
+    "DEFAULT_GATE",
     "GATES",
     "JOURNAL_FILE",
     "KNOB",
@@ -49,6 +50,7 @@ __all__ = [
     "above",
     "apply",
     "as_gate",
+    "default_gate",
     "gate_of",
     "attenuated",
     "check_entry",
@@ -64,6 +66,7 @@ __all__ = [
     "merge_entry",
     "merge_weights",
     "merged_factors",
+    "method_of",
     "not_rearmed",
     "nothing_selected",
     "own_cosines",

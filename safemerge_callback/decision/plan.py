@@ -15,7 +15,7 @@ from .operators import check_operator
 from .reading import Readings
 from .strength import attenuated, check_soft
 from .tables import Table, html_table, render
-from .weights import check_merge, check_module_weights, check_patterns, merge_weights, pattern_of
+from .weights import check_merge, check_module_weights, check_patterns, merge_weights, method_of, pattern_of
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,8 +63,8 @@ class MergePlan:
         cls,
         readings: Readings,
         *,
-        gate: str | Gate = "threshold",
-        method: str = "linear",
+        gate: str | Gate | None = None,
+        method: str = "auto",
         space: str = "delta",
         weights: Sequence[float] | None = None,
         module_weights: Mapping[str, Sequence[float]] | None = None,
@@ -75,16 +75,18 @@ class MergePlan:
         majority_sign_method: str = "total",
         **knobs: Unpack[Knobs],
     ) -> MergePlan:
-        """Ask the gate about every reading. The defaults are the released SafeMERGE's (arXiv:2503.17239).
+        """Ask the gate about every reading. The defaults are the callback's: every module, by `method_of`.
 
-        `gate`: its name with its knobs (those of `Gate`: threshold, num_layers, ...), or a `Gate`. `weights`: (0.8,
+        `gate`: its name with its knobs (those of `Gate`: threshold, num_layers, ...), or a `Gate`; without a name the
+        gate whose knob is given, `all` without any. `method` auto: `pull`, or `linear` where weights are given, which
+        toward one safety adapter are the same. `weights`: (0.8,
         0.2) where left out; methods with a `strength` (pull, ema) take that instead. `module_weights`: pattern of names
         -> weights; a pattern fits a name or its end, as in PEFT's `rank_pattern`. Raises ConfigError for an unknown
         gate, knob, method, space or operator, weights that cannot be, a pattern that fits no module, more `num_layers`
         than there are modules, and a `density` that is outside (0, 1], missing, or given to a method that prunes
         nothing; as the gate does for readings that lack what it needs.
         """
-        rule = as_gate(gate, knobs)
+        rule, method = as_gate(gate, knobs), method_of(method, None, weights, module_weights, space)
         checked = check_merge(method, space, merge_weights(method, weights, strength))
         others = check_module_weights(method, space, module_weights, len(checked) - 1)
         share, sign = check_density(method, density), check_majority_sign(method, majority_sign_method)

@@ -68,6 +68,24 @@ def merge_weights(
     return DEFAULT_WEIGHTS if weights is None else weights
 
 
+def method_of(
+    method: str,
+    adapters: int | None,
+    weights: Sequence[float] | None = None,
+    module_weights: Mapping[str, Sequence[float]] | None = None,
+    space: str = "delta",
+) -> str:
+    """Return `method`, or what `auto` stands for: `pull` where no safety adapter is known, else `linear`.
+
+    Weights, those of modules, and a space that `pull` has not, tell of an adapter to come. Toward one adapter `pull` is
+    `linear` with weights that sum to 1, so a plan may be made before the adapter is named.
+    """
+    if method != "auto":
+        return method
+    told = adapters or weights is not None or module_weights or space not in get_method("pull").spaces
+    return "linear" if told else "pull"
+
+
 def check_module_weights(
     method: str, space: str, module_weights: Any, adapters: int | None = None
 ) -> dict[str, tuple[float, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,23 @@ from torch import nn
 from ..adapters import Adapter, LoraFactors, base_weights, canonical_name, live_factors
 from ..adapters.ranks import config_with
 from ..adapters.sites import active_adapter
-from ..decision import MergePlan, Readings, as_gate, check_soft, measure, merged_factors, own_cosines
+from ..decision import (
+    MergePlan,
+    Readings,
+    as_gate,
+    check_soft,
+    measure,
+    merged_factors,
+    method_of,
+    nothing_selected,
+    own_cosines,
+)
 from ..decision.fit import needed_sources
 from ..decision.gates import Gate, Knobs
 from ..errors import AdapterError, ConfigError
 from ..ops import LowRank, full_precision
 from ..subspace import Subspace
-from .parts import Given, adapter_of, check_merges, subspace_of
+from .parts import Given, adapter_of, check_merges, listed, subspace_of
 
 _PEFT_PREFIX = "base_model.model."
 
@@ -31,8 +42,8 @@ def apply_safemerge(
     *,
     adapter_name: str | None = None,
     new_adapter_name: str = "safemerge",
-    gate: str | Gate = "threshold",
-    method: str = "linear",
+    gate: str | Gate | None = None,
+    method: str = "auto",
     space: str = "delta",
     weights: Sequence[float] | None = None,
     module_weights: Mapping[str, Sequence[float]] | None = None,
@@ -52,13 +63,15 @@ def apply_safemerge(
     it. Its factors have the dtype and device of the old ones, its unselected modules are equal to them bit for bit, and
     so are other tensors that the old adapter holds (heads, trained tokens). Only factors are copied, never the model.
 
-    safety_adapter: a folder or Hub id, an `Adapter`, the name of another adapter on the model, or several of these.
+    safety_adapter: a folder or Hub id, an `Adapter`, the name of another adapter on the model, or several of these;
+    None: method `auto` pulls toward the aligned model.
     The other knobs are those of `MergePlan.decide` and its gate; `cat` is allowed, and adds the ranks up.
     Returns the plan that was carried out. Raises ValueError, nothing added: ConfigError for knobs that cannot be and a
     name that is taken, AdapterError for what is no plain LoRA or does not fit, SubspaceError where the model's base
-    weights are not those of the aligned checkpoint, PlanError for a merge that is not finite.
+    weights are not those of the aligned checkpoint, PlanError for a merge that is not finite. Warns where the gate
+    selects no module.
     """
-    rule = as_gate(gate, knobs)
+    rule, method = as_gate(gate, knobs), method_of(method, len(listed(safety_adapter)), weights, module_weights, space)
     how: dict[str, Any] = {
         "method": method,
         "space": space,
@@ -80,6 +93,8 @@ def apply_safemerge(
     readings = measure(factors, matrices, device=device, gate=rule, reference=own)
     plan = MergePlan.decide(readings, gate=rule, **how)
     needed_sources(plan, guards, factors)
+    if not plan.selected:
+        warnings.warn(f"safemerge: {nothing_selected(plan)}", stacklevel=2)
     new, _ = merged_factors(plan, factors, guards, matrices, device)
     _add(model, name, new_adapter_name, factors, new)
     return plan
@@ -143,12 +158,10 @@ def _checked_names(model: nn.Module, old: str | None, new: str) -> str:
 
 def _guards(model: nn.Module, given: Given | Sequence[Given] | None) -> tuple[Adapter, ...]:
     """The safety adapters, those of the model by name."""
-    if given is None:
-        return ()
     there: Mapping[str, Any] = model.peft_config  # type: ignore[assignment]
     return tuple(
         Adapter(one, None, {}, live_factors(model, one)) if isinstance(one, str) and one in there else adapter_of(one)
-        for one in ([given] if isinstance(given, str | Path | Adapter) else given)
+        for one in listed(given)
     )
 
 

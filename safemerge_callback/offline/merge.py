@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,8 @@ from ..decision import (
     merge_entry,
     merge_weights,
     merged_factors,
+    method_of,
+    nothing_selected,
     own_cosines,
 )
 from ..decision.fit import needed_sources
@@ -72,8 +75,8 @@ def merge_adapters(
     subspace: str | Path | Subspace,
     output: str | Path,
     *,
-    gate: str | Gate = "threshold",
-    method: str = "linear",
+    gate: str | Gate | None = None,
+    method: str = "auto",
     space: str = "delta",
     weights: Sequence[float] | None = None,
     module_weights: Mapping[str, Sequence[float]] | None = None,
@@ -94,6 +97,7 @@ def merge_adapters(
     Modules are read, merged and written a few at a time, so memory does not grow with their number.
 
     safety: one adapter or several, each a folder, a Hub id or an `Adapter`; `weights` has one more than there are.
+        Without any, method `auto` pulls the updates toward the aligned model.
     output: a new folder: a plain PEFT adapter, its journal `safemerge.jsonl`, a model card, and `safemerge.yaml`, which
         `safemerge merge --config` makes the same weights from. Modules that were not selected are there to the bit.
         `cat` adds the ranks up (rank_pattern). It appears whole or not at all.
@@ -102,12 +106,14 @@ def merge_adapters(
     overwrite: replace an `output` that holds such files and no others. The other knobs are those of `MergePlan.decide`
         and of its gate (threshold, num_layers, ...).
     Raises ConfigError for knobs or an output that cannot be, PlanError, AdapterError and SubspaceError for parts that
-    do not fit; nothing is written then. Warns where the base models of the parts have different names.
+    do not fit; nothing is written then. Warns where the base models of the parts have different names, and where the
+    gate selects no module: the output is then the fine-tuned adapter as it was.
     """
     began = time.perf_counter()
     rule = as_gate(gate, knobs)
+    given = listed(safety)
     how: dict[str, Any] = {
-        "method": method,
+        "method": method_of(method, len(given), weights, module_weights, space),
         "space": space,
         "weights": weights,
         "strength": strength,
@@ -116,7 +122,6 @@ def merge_adapters(
         "density": density,
         "majority_sign_method": majority_sign_method,
     }
-    given = listed(safety)
     _check_knobs(rule, how, module_weights, len(given))
     base = None if bake is None else BaseModel.find(bake)
     target = free_output(output, [finetuned, *given, subspace, bake], overwrite, base.file_names if base else ())
@@ -128,6 +133,8 @@ def merge_adapters(
     readings = _readings(task, guards, matrices, rule, device)
     plan = MergePlan.decide(readings, gate=rule, module_weights=module_weights, **how)
     needed_sources(plan, guards, task.factors)
+    if not plan.selected:
+        warnings.warn(f"safemerge: {nothing_selected(plan)}", stacklevel=2)
     decided = time.perf_counter()
     with new_folder(target) as folder:
         at = folder if base is None else folder / BAKED_ADAPTER

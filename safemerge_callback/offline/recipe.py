@@ -33,7 +33,7 @@ _HOW = (
     "majority_sign_method",
 )
 _GATE = tuple(name for name in KNOBS if name not in ("step", "rearm"))
-KEYS = (*PARTS, *_HOW, *_GATE, "force", "device")
+KEYS = (*PARTS, *_HOW, *_GATE, "force", "allow_empty", "device")
 
 
 def gate_knobs(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ..decision import (
     check_safety_adapter,
     measure,
     merged_factors,
+    method_of,
     own_cosines,
 )
 from ..errors import ConfigError, PlanError
@@ -28,6 +29,11 @@ from .cells import Cell, Sweep
 from .core import Moved, fits_core, in_core, moved, moved_in_core
 from .parts import CHUNK_BYTES, Given, adapter_of, adapters_of, chunks, subspace_of
 
+# Every module, and eight cosines around the released SafeMERGE's 0.35.
+GATES = (
+    Gate("all"),
+    *(Gate("threshold", threshold=cosine) for cosine in (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55)),
+)
 Device = torch.device | str | None
 # Knobs of a merge beside its gate, and what it would do to each module, in numbers.
 Column = tuple[dict[str, Any], dict[str, Moved]]
@@ -40,9 +46,9 @@ def sweep_adapters(
     safety: Given | Sequence[Given] | None,
     subspace: str | Path | Subspace,
     *,
-    gates: Sequence[Gate],
+    gates: Sequence[Gate] = GATES,
     weights: Sequence[Sequence[float]] = ((0.8, 0.2),),
-    methods: Sequence[str] = ("linear",),
+    methods: Sequence[str] = ("auto",),
     space: str = "delta",
     density: float | None = None,
     majority_sign_method: str = "total",
@@ -58,8 +64,9 @@ def sweep_adapters(
     Raises ConfigError for knobs that cannot be and for gates with soft weights, which differ by gate; otherwise as
     `merge_adapters`.
     """
-    merges = _merges(methods, weights, space, density, majority_sign_method)
     guards = adapters_of(safety)
+    named = [method_of(method, len(guards)) for method in methods]
+    merges = _merges(named, weights, space, density, majority_sign_method)
     _check(gates, merges, guards)
     task, matrices = adapter_of(finetuned), subspace_of(subspace)
     readings = _readings(task, guards, matrices, gates, device)

@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..decision import KNOBS, Gate, gate_of
+from ..decision import DEFAULT_GATE, KNOBS, Gate, gate_of
 from ..documents import read_yaml
 from ..errors import ConfigError, nearest, shown
 from ..methods import Method, get_method
@@ -31,7 +31,7 @@ class SafeMergeConfig:
     )
     # In docs/results.md modules of low cosine kept no more refusals than as many at random.
     gate: str = field(
-        default="all",
+        default=DEFAULT_GATE,
         metadata={
             "help": "Which modules to merge: threshold, calibrated, reference, opposed, num_layers, quantile, gap, "
             "all, random, or watch (none)."

@@ -15,6 +15,7 @@ from ..decision import (
     check_spread,
     gate_of,
     merge_weights,
+    method_of,
 )
 from ..documents import parse_json
 from ..errors import ConfigError, shown
@@ -117,9 +118,9 @@ def _check_method(config: SafeMergeConfig) -> None:
 
 def _method_of(config: SafeMergeConfig) -> str:
     """What `auto` stands for: linear, and pull where no safety adapter is named, nor weights for one to come."""
-    if config.method != "auto":
-        return str(config.method)
-    return "pull" if config.merges and not config.adapters and config.weights is None else "linear"
+    if not config.merges and config.method == "auto":
+        return "linear"
+    return method_of(str(config.method), len(config.adapters), config.weights)
 
 
 def _check_weights(config: SafeMergeConfig, method: Method) -> None:

@@ -6,7 +6,9 @@ import pytest
 
 from safemerge_callback.adapters import live_factors
 from safemerge_callback.decision import MergePlan, Reading, Readings, Verdict, check_merge, measure
+from safemerge_callback.decision.gates import as_gate
 from safemerge_callback.errors import ConfigError, PlanError
+from safemerge_callback.training import SafeMergeConfig
 
 
 def some_readings():
@@ -43,23 +45,42 @@ def test_decisions_equal_the_published_rule(make_case, family):
     assert counts == set(range(len(readings) + 1))
 
 
-def test_the_defaults_are_safemerges():
-    plan = MergePlan.decide(some_readings())
-    assert (plan.gate, plan.threshold, plan.method, plan.space, plan.weights) == (
-        "threshold",
-        0.35,
-        "linear",
-        "delta",
-        (0.8, 0.2),
-    )
-    assert plan.selected == ("layers.0.self_attn.q_proj",)
+def test_the_defaults_are_the_callbacks():
+    plan, config = MergePlan.decide(some_readings()), SafeMergeConfig(subspace="s")
+    assert (plan.gate, plan.method, plan.space, list(plan.weights)) == ("all", "pull", "delta", [0.8, 0.2])
+    assert (config.gate, config.method, config.space, config.weights) == ("all", "pull", "delta", [0.8, 0.2])
+    # all but the one that is not finite
+    assert plan.selected == ("layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj", "layers.1.self_attn.[v]")
+
+
+@pytest.mark.parametrize(
+    ("knobs", "gate"),
+    [
+        ({"threshold": 0.35}, "threshold"),
+        ({"quantile": 0.5}, "quantile"),
+        ({"num_layers": 1, "threshold": 0.4}, "num_layers"),
+        ({"soft": True}, "threshold"),
+        ({"rearm": 0.05}, "threshold"),
+        ({"seed": 3}, "all"),
+    ],
+)
+def test_a_knob_still_names_its_gate(knobs, gate):
+    method = {"method": "linear"} if "soft" in knobs else {}
+    assert MergePlan.decide(some_readings(), **knobs, **method).gate == as_gate(None, knobs).name == gate
+
+
+@pytest.mark.parametrize(
+    "told", [{"weights": (0.7, 0.3)}, {"module_weights": {"q_proj": (0.5, 0.5)}}, {"space": "factor"}]
+)
+def test_whatever_tells_of_an_adapter_makes_auto_linear(told):
+    assert MergePlan.decide(some_readings(), **told).method == "linear"
 
 
 def test_a_plan_prints_every_module_with_its_decision_and_reason():
     plan = MergePlan.decide(some_readings(), threshold=0.35)
     lines = str(plan).splitlines()
     assert "1 of 4 modules to merge" in lines[0]
-    assert "gate threshold 0.35, method linear, space delta, weights 0.8 / 0.2" in lines[0]
+    assert "gate threshold 0.35, method pull, space delta, weights 0.8 / 0.2" in lines[0]
     for name, verdict in plan.verdicts.items():
         row = next(line for line in lines if name in line)
         assert verdict.reason in row

@@ -150,7 +150,7 @@ def test_a_trained_head_comes_along(world, tiny_llama):
         (ConfigError, "did you mean 'linear'", "safety", {"method": "linaer"}),
         (ConfigError, "merges nothing", "safety", {"gate": "watch"}),
         (ConfigError, "is unknown", "safety", {"tresh": 1}),
-        (PlanError, "'linear' needs a safety adapter", None, {}),
+        (PlanError, "'linear' needs a safety adapter", None, {"weights": (0.8, 0.2)}),
         (PlanError, "'reference' needs", None, {"method": "project", "gate": "reference"}),
         (ConfigError, "average of a run", "safety", {"method": "ema"}),
         (PlanError, "2 safety adapters were given", ["safety", "other"], {"weights": (0.5, 0.5)}),

@@ -147,7 +147,7 @@ def test_sweep_prints_and_writes(here):
     assert "num_layers 2" in shown.stdout
     assert len((here / "s.csv").read_text().splitlines()) == 16
     assert (here / "s.png").read_bytes().startswith(b"\x89PNG")
-    assert "40 merges of 6 modules" in run(*base).stdout
+    assert "45 merges of 6 modules" in run(*base).stdout
     for words, message in (
         (["--gates", "al"], "did you mean 'all'"),
         (["--gates", "all=3"], "has no knob"),

@@ -46,6 +46,7 @@ def assert_is_the_merge(world, cell, safety, **knobs):
     assert cell.cosine == pytest.approx(inner / (norm * after), abs=2e-6)
 
 
+@pytest.mark.filterwarnings("ignore:safemerge. nothing was merged")
 @pytest.mark.parametrize("method", OFFLINE)
 def test_every_cell_is_what_the_merge_does(world, method):
     rule = get_method(method)
@@ -143,8 +144,18 @@ def test_refusals(world, error, match, knobs):
 
 def test_a_safety_adapter_is_asked_for_and_has_to_fit(world, tiny_llama, save_lora):
     with pytest.raises(PlanError, match="method 'linear' needs a safety adapter"):
-        sweep_adapters(world / "task", None, world / "s.safetensors", gates=GATES)
+        sweep_adapters(world / "task", None, world / "s.safetensors", gates=GATES, methods=["linear"])
     assert len(sweep_adapters(world / "task", None, world / "s.safetensors", gates=GATES, methods=["project"])) == 4
     save_lora(tiny_llama, world / "partial", 7, ["q_proj", "down_proj"])
     with pytest.raises(AdapterError, match="lacks 2 of 6"):
         sweep_adapters(world / "task", world / "partial", world / "s.safetensors", gates=GATES)
+
+
+def test_the_defaults_are_the_callbacks_and_what_the_paper_would_do(world):
+    cells = sweep_adapters(world / "task", world / "safety", world / "s.safetensors")
+    assert [(cell.gate, cell.method) for cell in cells] == [("all", "linear"), *[("threshold", "linear")] * 8]
+    assert cells[0].merged == cells[0].modules == 6
+    without = sweep_adapters(world / "task", None, world / "s.safetensors")
+    assert {cell.method for cell in without} == {"pull"}
+    # a pull toward the aligned model takes its strength of every update away
+    assert without[0].moved == pytest.approx(0.2)

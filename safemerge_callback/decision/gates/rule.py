@@ -24,6 +24,8 @@ GATES: dict[str, Callable[..., dict[str, Verdict]]] = {
     "random": random.random,
     "watch": constant.watch,
 }
+# What merges where nothing is said: modules of low cosine kept no more refusals than as many at random.
+DEFAULT_GATE = "all"
 # The knob that says how much a gate merges.
 KNOB = {
     "threshold": "threshold",
@@ -178,8 +180,20 @@ def gate_of(knobs: Mapping[str, Any], otherwise: str) -> str:
     return next((name for name in names if knobs.get(KNOB[name]) is not None), otherwise)
 
 
-def as_gate(gate: str | Gate, knobs: Mapping[str, Any]) -> Gate:
-    """Return `gate` with these knobs; ConfigError for a `Gate` that already has its own, or a knob that is none."""
+def default_gate(knobs: Mapping[str, Any]) -> str:
+    """Return the gate that stands where none is named: the one whose own knob is given, else `all`.
+
+    Soft weights and re-arming are by a cosine that the gate merges below, so they ask for `threshold`.
+    """
+    by_limit = knobs.get("soft") or knobs.get("rearm") is not None
+    return gate_of(knobs, "threshold" if by_limit else DEFAULT_GATE)
+
+
+def as_gate(gate: str | Gate | None, knobs: Mapping[str, Any]) -> Gate:
+    """Return `gate`, or `default_gate`, with these knobs.
+
+    ConfigError for a `Gate` that already has its own, or a knob that is none.
+    """
     if isinstance(gate, Gate):
         if knobs:
             raise ConfigError(f"knobs {sorted(knobs)} were given beside a Gate: make the Gate with them")
@@ -189,4 +203,4 @@ def as_gate(gate: str | Gate, knobs: Mapping[str, Any]) -> Gate:
         raise ConfigError(
             f"knob {unknown[0]!r} of a gate is unknown{nearest(unknown[0], KNOBS, then=f'choose among {KNOBS}')}"
         )
-    return Gate(gate, **knobs)
+    return Gate(default_gate(knobs) if gate is None else gate, **knobs)
