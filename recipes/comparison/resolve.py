@@ -32,6 +32,8 @@ MERGE: dict[str, Any] = {"safety": None} | {
     for name, knob in signature(merge_adapters).parameters.items()
     if knob.kind is knob.KEYWORD_ONLY and name not in ("bake", "overwrite", "device")
 }
+# The study's own, whatever the defaults become: published cells are known by the digest of their settings.
+MERGE |= {"gate": "threshold", "method": "linear"}
 # What a training cell owns: an arm that gave these would not be the cell that its name says.
 _MODEL = ("model", "model_name_or_path")
 _OWN = ("output_dir", "data", "poisoned_share", "seed", "mixing_seed")

@@ -94,7 +94,10 @@ def needed_sources(
             "`Average.adapter`"
         )
     if not given:
-        raise PlanError(f"method {plan.method!r} needs a safety adapter, got none: load one with load_adapter")
+        raise PlanError(
+            f"method {plan.method!r} needs a safety adapter, got none: load one with load_adapter, or decide "
+            "with method='pull', which needs none"
+        )
     if len(given) != len(plan.weights) - 1:
         raise PlanError(
             f"the plan has {len(plan.weights)} weights {plan.weights} and {len(given)} safety adapters were given: "

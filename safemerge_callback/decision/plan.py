@@ -78,15 +78,16 @@ class MergePlan:
         """Ask the gate about every reading. The defaults are the callback's: every module, by `method_of`.
 
         `gate`: its name with its knobs (those of `Gate`: threshold, num_layers, ...), or a `Gate`; without a name the
-        gate whose knob is given, `all` without any. `method` auto: `pull`, or `linear` where weights are given, which
-        toward one safety adapter are the same. `weights`: (0.8,
-        0.2) where left out; methods with a `strength` (pull, ema) take that instead. `module_weights`: pattern of names
-        -> weights; a pattern fits a name or its end, as in PEFT's `rank_pattern`. Raises ConfigError for an unknown
-        gate, knob, method, space or operator, weights that cannot be, a pattern that fits no module, more `num_layers`
-        than there are modules, and a `density` that is outside (0, 1], missing, or given to a method that prunes
-        nothing; as the gate does for readings that lack what it needs.
+        gate whose knob is given, `all` without any. `method` auto is `linear`, for the adapters that `apply` is given,
+        and `pull`, which needs none, where a strength is. `weights`: (0.8, 0.2) where left out; methods with a
+        `strength` (pull, ema) take that instead. `module_weights`: pattern of names -> weights; a pattern fits a name
+        or its end, as in PEFT's `rank_pattern`. Raises ConfigError for an unknown gate, knob, method, space or
+        operator, weights that cannot be, a pattern that fits no module, more `num_layers` than there are modules, and a
+        `density` that is outside (0, 1], missing, or given to a method that prunes nothing; as the gate does for
+        readings that lack what it needs.
         """
-        rule, method = as_gate(gate, knobs), method_of(method, None, weights, module_weights, space)
+        rule, adapters = as_gate(gate, knobs), None if strength is None else 0
+        method = method_of(method, adapters, weights, module_weights, space)
         checked = check_merge(method, space, merge_weights(method, weights, strength))
         others = check_module_weights(method, space, module_weights, len(checked) - 1)
         share, sign = check_density(method, density), check_majority_sign(method, majority_sign_method)

@@ -75,14 +75,14 @@ def method_of(
     module_weights: Mapping[str, Sequence[float]] | None = None,
     space: str = "delta",
 ) -> str:
-    """Return `method`, or what `auto` stands for: `pull` where no safety adapter is known, else `linear`.
+    """Return `method`, or what `auto` stands for: `pull` where no safety adapter is named, else `linear`.
 
-    Weights, those of modules, and a space that `pull` has not, tell of an adapter to come. Toward one adapter `pull` is
-    `linear` with weights that sum to 1, so a plan may be made before the adapter is named.
+    `adapters`: how many are; None where they are named later, as those of a plan are when it is applied. Weights, those
+    of modules, and a space that `pull` has not, tell of one to come.
     """
     if method != "auto":
         return method
-    told = adapters or weights is not None or module_weights or space not in get_method("pull").spaces
+    told = adapters != 0 or weights is not None or module_weights or space not in get_method("pull").spaces
     return "linear" if told else "pull"
 
 

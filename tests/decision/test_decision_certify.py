@@ -36,7 +36,7 @@ def test_the_interval_must_exclude_the_threshold():
     with pytest.raises(ConfigError, match="threshold=2"):
         undecided(readings, "threshold", threshold=2)
     with pytest.raises(PlanError, match=r"2 modules .* leaves gate 'threshold' open, the first is 'at its end'"):
-        MergePlan.decide(readings)
+        MergePlan.decide(readings, gate="threshold")
     assert MergePlan.decide(readings, gate="all").certified == (*tuple(readings)[:5], "unmoved")
 
 

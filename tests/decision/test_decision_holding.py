@@ -28,7 +28,7 @@ def test_a_held_back_merge_says_why_and_the_others_stay():
         "b": Verdict(True, "low"),
         "c": Verdict(False, "high"),
     }
-    plan = plan_of([0.1, 0.2, 0.9])
+    plan = plan_of([0.1, 0.2, 0.9], threshold=0.35)
     assert without(plan, {}) is plan
     assert without(plan, {"m0": "no"}).selected == ("m1",)
 

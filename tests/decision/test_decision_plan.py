@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 
 from safemerge_callback.adapters import live_factors
-from safemerge_callback.decision import MergePlan, Reading, Readings, Verdict, check_merge, measure
+from safemerge_callback.decision import MergePlan, Reading, Readings, Verdict, check_merge, measure, method_of
 from safemerge_callback.decision.gates import as_gate
 from safemerge_callback.errors import ConfigError, PlanError
 from safemerge_callback.training import SafeMergeConfig
@@ -46,9 +46,12 @@ def test_decisions_equal_the_published_rule(make_case, family):
 
 
 def test_the_defaults_are_the_callbacks():
-    plan, config = MergePlan.decide(some_readings()), SafeMergeConfig(subspace="s")
-    assert (plan.gate, plan.method, plan.space, list(plan.weights)) == ("all", "pull", "delta", [0.8, 0.2])
-    assert (config.gate, config.method, config.space, config.weights) == ("all", "pull", "delta", [0.8, 0.2])
+    plan, config = MergePlan.decide(some_readings()), SafeMergeConfig(subspace="s", safety_adapter="a")
+    assert (plan.gate, plan.method, plan.space, list(plan.weights)) == ("all", "linear", "delta", [0.8, 0.2])
+    assert (config.gate, config.method, config.space, config.weights) == ("all", "linear", "delta", [0.8, 0.2])
+    pulled, config = MergePlan.decide(some_readings(), strength=0.3), SafeMergeConfig(subspace="s", strength=0.3)
+    assert (pulled.gate, pulled.method, list(pulled.weights)) == (config.gate, config.method, config.weights)
+    assert pulled.method == "pull"
     # all but the one that is not finite
     assert plan.selected == ("layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj", "layers.1.self_attn.[v]")
 
@@ -73,14 +76,16 @@ def test_a_knob_still_names_its_gate(knobs, gate):
     "told", [{"weights": (0.7, 0.3)}, {"module_weights": {"q_proj": (0.5, 0.5)}}, {"space": "factor"}]
 )
 def test_whatever_tells_of_an_adapter_makes_auto_linear(told):
-    assert MergePlan.decide(some_readings(), **told).method == "linear"
+    assert MergePlan.decide(some_readings(), **told).method == method_of("auto", 0, **told) == "linear"
+    assert method_of("auto", 0) == "pull"
+    assert method_of("auto", 2) == method_of("auto", None) == "linear"
 
 
 def test_a_plan_prints_every_module_with_its_decision_and_reason():
     plan = MergePlan.decide(some_readings(), threshold=0.35)
     lines = str(plan).splitlines()
     assert "1 of 4 modules to merge" in lines[0]
-    assert "gate threshold 0.35, method pull, space delta, weights 0.8 / 0.2" in lines[0]
+    assert "gate threshold 0.35, method linear, space delta, weights 0.8 / 0.2" in lines[0]
     for name, verdict in plan.verdicts.items():
         row = next(line for line in lines if name in line)
         assert verdict.reason in row
