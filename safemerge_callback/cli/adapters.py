@@ -9,12 +9,14 @@ import typer
 
 from .app import app, say
 from .options import (
+    AllowEmpty,
     Bar,
     Density,
     Device,
     GateName,
     MajoritySign,
     ManyWeights,
+    MethodName,
     NumLayers,
     Operator,
     OperatorRank,
@@ -86,12 +88,7 @@ def merge(
     reference_fraction: ReferenceFraction = None,
     seed: Seed = None,
     soft: Soft = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            help="auto (linear with a safety adapter, pull without), cat (ranks add), ties, ... [default: auto]"
-        ),
-    ] = None,
+    method: MethodName = None,
     space: Space = None,
     weights: ManyWeights = None,
     strength: Strength = None,
@@ -102,9 +99,7 @@ def merge(
     force: Annotated[
         bool | None, typer.Option("--force", "--overwrite", help="Replace a merge that is in OUT already.")
     ] = None,
-    allow_empty: Annotated[
-        bool | None, typer.Option("--allow-empty", help="Exit with 0 even if the gate selects no module.")
-    ] = None,
+    allow_empty: AllowEmpty = None,
     device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ... [default: cpu]")] = None,
     progress: Bar = True,
 ) -> None:

@@ -22,6 +22,13 @@ GateName = Annotated[
         "[default: all, or the one whose knob is given]"
     ),
 ]
+MethodName = Annotated[
+    str | None,
+    typer.Option(help="auto (linear with a safety adapter, pull without), cat (ranks add), ties, ... [default: auto]"),
+]
+AllowEmpty = Annotated[
+    bool | None, typer.Option("--allow-empty", help="Exit with 0 even if the gate selects no module.")
+]
 Threshold = Annotated[
     float | None,
     typer.Option(help="Merge modules whose cosine is below it: gate threshold. [default of that gate: 0.35]"),
