@@ -11,6 +11,8 @@ from .errors import SafeMergeError, shown
 from .paths import as_path, existing
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./+-]+))?")
+# The folders of an absolute path within a sentence; not those of an address on the net, nor of `org/name`.
+_FOLDERS = re.compile(r"(?<![\w.~/:-])~?/(?:[^/\s'\":,;()]+/)+(?=[^/\s])|(?<!\w)[A-Za-z]:\\(?:[^\\\s'\"]+\\)+")
 _CACHE_FOLDER = re.compile(r"models--(.+)")
 
 
@@ -68,6 +70,11 @@ def source_name(source: str | Path) -> str:
     if path is not None:
         return identity(path)[0]
     return str(source) if _HUB_ID.fullmatch(str(source)) else Path(source).name
+
+
+def without_folders(text: str) -> str:
+    """Return a sentence with each absolute path in it cut to its last part: what may leave this machine."""
+    return _FOLDERS.sub("", text)
 
 
 def identity(folder: Path, revision: str | None = None) -> tuple[str, str | None]:

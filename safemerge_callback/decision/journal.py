@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ..addresses import without_folders
 from ..errors import JournalError
 from ..paths import as_path
 from .apply import Edit
@@ -47,12 +48,14 @@ class Journal:
     def append(self, entry: Mapping[str, Any]) -> int:
         """Write one entry with the time (ISO 8601, UTC) added, and wait until it is on disk; return how many were.
 
-        NaN and infinities become null. Raises JournalError for values that JSON has no word for, and where the disk
-        refuses: the file then holds whole lines still, and the entry is written before the next one.
+        NaN and infinities become null, and errors name files without their folders. Raises JournalError for values that
+        JSON has no word for, and where the disk refuses: the file then holds whole lines still, and the entry is
+        written before the next one.
         """
         if not self.enabled:
             return 0
-        stamped = {**entry, "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
+        words = {"error": without_folders(entry["error"])} if isinstance(entry.get("error"), str) else {}
+        stamped = {**entry, **words, "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
         try:
             line = json.dumps(_plain(stamped), allow_nan=False, ensure_ascii=False) + "\n"
         except TypeError as error:

@@ -12,7 +12,9 @@ from ..decision.tables import html_table
 from .checkpoints import at_each_save, no_more_saves
 from .config import SafeMergeConfig, resolve_config
 from .ending import after_training
+from .model_card import mark_card, mark_push
 from .opening import alone, dismissed, open_session
+from .outcome import Section
 from .progress import Progress
 from .session import Session
 from .settings import Settings
@@ -35,6 +37,7 @@ class SafeMergeCallback(TrainerCallback):
         # What a training needs lives in the session, as long as the training. The counts stay, and are plain values.
         self.session: Session | None = None
         self.progress = Progress()
+        self.section: Section | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle the settings and the counts; a training that goes on stays with the original."""
@@ -68,7 +71,7 @@ class SafeMergeCallback(TrainerCallback):
     ) -> None:
         """Load and check everything; on a resume, go on from the checkpoint's state."""
         alone(self, model, state)
-        self.session, self.progress = None, Progress()
+        self.session, self.progress, self.section = None, Progress(), None
         self.session = session = open_session(self.config, model, args, state, kwargs.get("optimizer"))
         self.progress = session.progress
         at_each_save(state, lambda folder: session.save(state, folder))
@@ -84,6 +87,14 @@ class SafeMergeCallback(TrainerCallback):
         if self.session:
             self.session.checkpoint = self.session.saved
 
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the card that is uploaded say what was merged, in training and after it."""
+        section = self.session.section() if self.session else self.section
+        if section is not None and state.is_world_process_zero:
+            mark_push(args, lambda folder: mark_card(folder, section))
+
     def on_train_end(
         self,
         args: TrainingArguments,
@@ -97,6 +108,7 @@ class SafeMergeCallback(TrainerCallback):
             with self.session.timed():
                 self.session.settle(args, state, hold="training ended before this check could be applied")
                 after_training(self.session, args, state, model, kwargs.get("eval_dataloader"))
+            self.section = self.session.section()
         self.session = None
         no_more_saves(state)
         dismissed(model)

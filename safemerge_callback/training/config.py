@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ..addresses import source_name
 from ..decision import DEFAULT_GATE, KNOBS, Gate, gate_of
 from ..documents import read_yaml
 from ..errors import ConfigError, nearest, shown
@@ -222,6 +223,10 @@ class SafeMergeConfig:
         """Return every setting as a JSON-able dict that `from_dict` takes back."""
         return asdict(self)
 
+    def to_publish(self) -> dict[str, Any]:
+        """Return every setting as `to_dict`, with names in the place of this machine's paths."""
+        return public_settings(self.to_dict())
+
     @property
     def rule(self) -> Method:
         """The merge method that `method` names."""
@@ -266,3 +271,12 @@ def resolve_config(config: SafeMergeConfig | str | PathLike[str] | None, knobs: 
             f"settings {sorted(knobs)} were given beside a config: put them into the config, or give no config"
         )
     return config
+
+
+def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings with a name for each path: what may be published, and stays when files are moved."""
+    names = dict(settings)
+    for key in ("subspace", "safety_adapter", "journal"):
+        given = settings.get(key)
+        names[key] = [source_name(one) for one in given] if isinstance(given, list) else given and source_name(given)
+    return {key: value for key, value in names.items() if key in settings}

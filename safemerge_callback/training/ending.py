@@ -22,7 +22,7 @@ from .entries import end_entry
 from .faults import Fault, attempt
 from .lines import closing_line, nothing_merged
 from .metrics import BEST_METRICS
-from .outcome import Outcome
+from .model_card import mark_card, mark_model
 from .run_state import past_of, save_run_again
 from .session import Session
 from .trackers import finite
@@ -54,8 +54,13 @@ def after_training(
     session.progress.training_seconds, session.begun = session.training_seconds, None
     session.note(end_entry(state.global_step, session.progress, session.seconds))
     session.tell(state.global_step, lambda: _say_the_end(session))
-    session.trackers.finish(state.global_step, _outcome(session, model).write)
+    # No adapter where it is sharded: all ranks would have to save it together.
+    session.trackers.finish(state.global_step, session.outcome(None if session.writer.sharded else model).write)
     session.trackers.close()
+    if session.progress.merges:
+        mark_model(model)
+    if session.journal.enabled:
+        mark_card(Path(args.output_dir), session.section(), begin=True)
 
 
 def _say_the_end(session: Session) -> None:
@@ -67,13 +72,6 @@ def _say_the_end(session: Session) -> None:
         session.warn("nothing merged", nothing_merged(session.progress, session.plan))
     line = closing_line(session.config, session.progress, session.seconds, session.share, session.journal.path)
     session.log.say(line)
-
-
-def _outcome(session: Session, model: nn.Module | None) -> Outcome:
-    """What trackers keep of the run; no adapter where it is sharded: all ranks would have to save it together."""
-    parts = {"subspace": session.config.subspace, "safety_adapter": ", ".join(session.config.adapters) or None}
-    whole = None if session.writer.sharded else model
-    return Outcome(session.journal.path, session.plan, session.progress, parts, whole)
 
 
 def _last_check(
@@ -166,6 +164,7 @@ def _save_again(session: Session, state: TrainerState) -> None:
         }
         save_adapter(place, replace(saved, factors=merged))
         save_run_again(session, checkpoint)
+        mark_card(folder, session.section())
     except (OSError, ValueError, KeyError) as error:
         session.warn("checkpoint", f"{folder.name} holds the weights before the final merge ({error})")
 

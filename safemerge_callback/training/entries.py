@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..adapters.names import layer_and_type
+from ..addresses import source_name
 from ..decision import MergePlan
 from ..subspace import Subspace
 from ..subspace.choice import Choice
@@ -70,9 +71,13 @@ def start_entry(
         "kind": "start",
         "version": 1,
         "step": step,
-        "config": config.to_dict(),
+        "config": config.to_publish(),
         "versions": {name: _version(name) for name in names},
-        "subspace": {"path": config.subspace, "aligned": subspace.aligned, "unaligned": subspace.unaligned},
+        "subspace": {
+            "path": source_name(config.subspace),
+            "aligned": subspace.aligned,
+            "unaligned": subspace.unaligned,
+        },
         "placement": choice.to_dict(),
         "num_modules": num_modules,
         "world_size": world_size,

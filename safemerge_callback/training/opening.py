@@ -31,7 +31,7 @@ from ..errors import AdapterError, ConfigError, JournalError
 from ..ops import LowRank
 from ..paths import as_path
 from ..subspace import Subspace
-from .config import SafeMergeConfig
+from .config import SafeMergeConfig, public_settings
 from .deciding import plan_knobs
 from .entries import start_entry
 from .forecast import forecast, too_strong
@@ -119,7 +119,7 @@ def open_session(
     session = Session(config, writer, subspace, safety, journal, progress, optimizer, part, reference, begun=began)
     session.average, session.log = average, Log(config.quiet, state.is_world_process_zero)
     session.seal_weights(state.global_step)
-    session.trackers.open(args, state, config.to_dict(), session.note, session.log)
+    session.trackers.open(args, state, config.to_publish(), session.note, session.log)
     session.log.say(opening_line(config, plan, len(factors), state.max_steps, state.global_step))
     if words := too_strong(config, plan, state.max_steps):
         session.warn("strength", words)
@@ -212,7 +212,7 @@ def _records(
     """The progress of the resumed checkpoint and the journal cut back to it, or new ones; whether it was found."""
     found, first = past.progress, state.is_world_process_zero
     if found:
-        _tell_changes(found.config, config.to_dict())
+        _tell_changes(public_settings(found.config), config.to_publish())
     path = as_path(config.journal or Path(args.output_dir) / JOURNAL_FILE, "journal", error=JournalError)
     count = found.journal_entries if found else None
     entries = _continued(path, state.global_step, count) if first else []
@@ -222,7 +222,7 @@ def _records(
         found = from_first(rebuilt(entries))
         _tell_loss(past.reason, state.global_step, found)
     progress = found or Progress()
-    progress.config, progress.journal_entries = config.to_dict(), len(entries)
+    progress.config, progress.journal_entries = config.to_publish(), len(entries)
     return progress, Journal(path, enabled=first), found is not None
 
 

@@ -7,13 +7,14 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..decision import JOURNAL_FILE, MergePlan
 from ..decision.card import CAVEAT, escaped, front_matter
 from .progress import Progress
 
 PLAN_FILE, CARD_FILE = "plan.txt", "README.md"
+TITLE = "# LoRA adapter, fine-tuned under guard\n"
 
 
 @dataclass(frozen=True)
@@ -41,22 +42,48 @@ class Outcome:
         (folder / CARD_FILE).write_text(run_card(self), encoding="utf-8")
 
 
-def run_card(outcome: Outcome) -> str:
-    """Return the card of an adapter that was merged into while it was trained; names from outside are escaped."""
+class Section(NamedTuple):
+    """What a model card says of a run, and whether anything was merged."""
+
+    text: str
+    merged: bool
+
+
+def run_section(outcome: Outcome) -> Section:
+    """Return the section on this run for a card that somebody else writes; names from outside are escaped."""
+    progress = outcome.progress
+    done = f"{progress.checks} times" if progress.checks != 1 else "once"
+    merged = f"merged into it {progress.merges} times" if progress.merges != 1 else "merged into it once"
+    merged = merged if progress.merges else "merged nothing: these are the weights that training left"
+    says = f"While this adapter was trained, SafeMerge checked it {done} and {merged}."
+    text = "\n".join(["## Safety merge\n", f"{says}\n", *_facts(outcome), "", CAVEAT])
+    return Section(text, progress.merges > 0)
+
+
+def _facts(outcome: Outcome) -> list[str]:
+    """The lines of a table of what was put together, and how."""
     plan, progress = outcome.plan, outcome.progress
-    events = f"{progress.modules_merged} in {progress.merges} events"
+    events = f"{progress.modules_merged} modules in {progress.merges} event{'s' * (progress.merges != 1)}"
+    left = progress.task_weights.values()
     facts = {
         **outcome.parts,
         "checks": str(progress.checks),
         "merges": f"{events}, at steps {', '.join(map(str, progress.merged_steps))}" if progress.merges else "none",
         "gate": str(plan.rule) if plan else None,
-        "method": _method(plan) if plan else None,
+        "method": _method(plan) if plan and progress.merges else None,
+        "share of the task's early update left": f"{min(left):.1%} to {max(left):.1%}" if left else None,
     }
     rows = [f"| {key.replace('_', ' ')} | {escaped(value)} |" for key, value in facts.items() if value]
+    return ["| | |", "|---|---|", *rows]
+
+
+def run_card(outcome: Outcome) -> str:
+    """Return the card of an adapter that was merged into while it was trained; names from outside are escaped."""
+    plan, progress = outcome.plan, outcome.progress
     head = ["| module | cosine | null cosine | task weight | decision |", "|---|---:|---:|---:|---|"]
     modules = [_module_row(name, plan, progress) for name in plan.readings] if plan else []
-    lines = [front_matter(_base_model(outcome.model)), "# LoRA adapter, fine-tuned under guard\n", "## Safety merge\n"]
-    lines += ["| | |", "|---|---|", *rows, "", "At the last check:", "", *head, *modules, ""]
+    lines = [front_matter(_base_model(outcome.model)), TITLE, "## Safety merge\n"]
+    lines += [*_facts(outcome), "", "At the last check:", "", *head, *modules, ""]
     lines += [f"Every reading and reason is in `{JOURNAL_FILE}`, the last check's also in `{PLAN_FILE}`. {CAVEAT}", ""]
     return "\n".join(lines)
 

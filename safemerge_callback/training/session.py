@@ -14,6 +14,7 @@ from transformers import TrainerState, TrainingArguments
 
 from ..adapters import Adapter, Writer
 from ..adapters.processes import from_first
+from ..addresses import source_name
 from ..decision import Average, Edit, Journal, MergePlan, Readings, check_entry
 from ..subspace import Subspace
 from .averaging import follow
@@ -26,6 +27,8 @@ from .lines import merge_line
 from .log import Log
 from .merging import Witness, merge
 from .metrics import check_metrics
+from .model_card import mark_card
+from .outcome import Outcome, Section, run_section
 from .placing import Part, join, measure_own
 from .progress import Progress
 from .run_state import Saved, save_run
@@ -186,11 +189,28 @@ class Session:
 
     def save(self, state: TrainerState, folder: Path) -> None:
         """Let the checkpoint that the trainer is writing into `folder` hold the state, where this process writes."""
+        if not self.journal.enabled:
+            return
         with self.timed():
-            done = attempt("state", lambda: save_run(self, state, folder) if self.journal.enabled else None)
+            done = attempt("state", lambda: save_run(self, state, folder))
+            mark_card(folder, self.section())
         if isinstance(done, Fault):
             words = f"the state of {folder.name} could not be saved ({done.error}): a resume from it starts anew"
             self.warn("state", words)
+
+    def section(self) -> Section | None:
+        """What a model card says of the run by now; None where that cannot be told."""
+        found = attempt("card", lambda: run_section(self.outcome()))
+        if isinstance(found, Fault):
+            self.warn("card", f"model cards do not say what was merged ({found.error})")
+            return None
+        return found
+
+    def outcome(self, model: Any = None) -> Outcome:
+        """What the run leaves behind, with the model where its adapter is to be saved."""
+        adapters = ", ".join(map(source_name, self.config.adapters)) or None
+        parts = {"subspace": source_name(self.config.subspace), "safety_adapter": adapters}
+        return Outcome(self.journal.path, self.plan, self.progress, parts, model)
 
     def seal_weights(self, step: int) -> None:
         """Remember what the factors are at `step`, to see later whether they are still those."""

@@ -106,7 +106,7 @@ def test_trackio_run_read_back(world, tmp_path, quiet):
     assert [p["_type"] for p in pictures] == ["trackio.image"] * 2
     (found,) = folder.glob(f"**/{Path(pictures[-1]['file_path']).name}")
     assert picture_of(found.read_bytes()).size[0] > 100
-    assert config["safemerge"] == guard.config.to_dict()
+    assert config["safemerge"] == guard.config.to_publish()
     assert [title for title, _ in alerts] == ["safemerge: a module fell below the gate"]
 
 
@@ -152,7 +152,7 @@ def test_mlflow_artifacts_land_in_the_run_that_the_trainer_has_ended(world, runs
         "config.json", "heat_map.png", "safemerge.jsonl", "plan.txt", "README.md", "adapter_config.json",
         "adapter_model.safetensors",
     }  # fmt: skip
-    assert json.loads(kept["config.json"].read_text()) == guard.config.to_dict()
+    assert json.loads(kept["config.json"].read_text()) == guard.config.to_publish()
     assert kept["safemerge.jsonl"].read_text() == (tmp_path / "out" / "safemerge.jsonl").read_text()
     assert picture_of(kept["heat_map.png"].read_bytes()).size[0] > 100
     weights = runs.saved_weights(folder)
@@ -164,4 +164,4 @@ def test_mlflow_artifacts_land_in_the_run_that_the_trainer_has_ended(world, runs
 
 def test_nothing_is_tracked_where_the_trainer_does_not_report(world, tmp_path):
     world.trainer(tmp_path, world.guard()).train()
-    assert {p.name for p in Path(tmp_path).iterdir()} == {"_pre_merge", "safemerge.jsonl"}
+    assert {p.name for p in Path(tmp_path).iterdir()} == {"_pre_merge", "safemerge.jsonl", "README.md"}

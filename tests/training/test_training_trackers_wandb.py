@@ -110,7 +110,7 @@ def test_numbers_axis_and_summaries_of_an_offline_run(world, runs, tmp_path, hom
         kept, logged = KEYS[key].summary, [row[key] for row in ours]
         last = run.summary[key]
         assert last == (logged[-1] if kept == "last" else {kept: {"min": min, "max": max}[kept](logged)}), key
-    assert run.config["safemerge"] == world.guard(every=2).config.to_dict()
+    assert run.config["safemerge"] == world.guard(every=2).config.to_publish()
 
 
 class Probe(TrainerCallback):
@@ -235,7 +235,7 @@ def test_the_artifact_holds_journal_plan_card_and_the_merged_adapter(world, runs
     assert kept["safemerge.jsonl"].read_text() == (tmp_path / "out" / "safemerge.jsonl").read_text()
     assert kept["plan.txt"].read_text().startswith("4 of 4 modules to merge: gate all")
     card = kept["README.md"].read_text()
-    assert "| merges | 12 in 3 events, at steps 2, 4, 6 |" in card
+    assert "| merges | 12 modules in 3 events, at steps 2, 4, 6 |" in card
     assert card.count("| merge |") == 4
     assert "0.5120" in card
     saved = tmp_path / "saved"
