@@ -1,9 +1,12 @@
 """A disk that is full while a run writes: what could not be written is told once, and a resume works."""
 
+import contextlib
+
 import pytest
 from transformers import TrainerCallback
 
-from safemerge_callback import SafetyEvalCallback, read_journal
+from safemerge_callback import read_journal
+from safemerge_callback.training import session
 
 
 class Full(TrainerCallback):
@@ -25,30 +28,26 @@ class Full(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.turn(f"step {state.global_step}")
 
-    def on_save(self, args, state, control, **kwargs):
-        self.turn(f"save {state.global_step}")
 
-
-def test_state_and_probe_state_are_told_of_once_and_a_resume_from_the_next_checkpoint_works(
-    world, runs, tmp_path, full_disk, chat_tokenizer
+def test_the_state_is_told_of_once_and_a_resume_from_the_next_checkpoint_works(
+    world, runs, tmp_path, full_disk, monkeypatch
 ):
-    full = Full(full_disk, "save 2", "step 3")
+    save, saves = session.save_run, []
 
-    def guarded(*more, **changed):
-        probe = SafetyEvalCallback(
-            {"harm": ["a b"]}, {"benign": ["c d"]}, every=0, tokenizer=chat_tokenizer, quiet=True
-        )
-        return world.trainer(
-            tmp_path, *more, world.guard(), probe, *more, save_strategy="steps", save_steps=2, **changed
-        )
+    def save_when_full(*args):
+        saves.append(args)
+        with full_disk(64) if len(saves) == 1 else contextlib.nullcontext():
+            save(*args)
 
-    with pytest.warns(UserWarning, match="safemerge: ") as caught:
-        guarded(full, max_steps=4).train()
-    words = [str(w.message) for w in caught if "safemerge" in str(w.message)]
-    assert [w.split(" (")[0] for w in words] == [
-        "safemerge: the state of checkpoint-2 could not be saved",
-        "safemerge: the probe's state of checkpoint-2 could not be saved",
-    ]
+    monkeypatch.setattr(session, "save_run", save_when_full)
+
+    def guarded(**changed):
+        guard = world.guard(method="ema", ema_decay=0.5, ema_every=1, safety_adapter=None)
+        return world.trainer(tmp_path, guard, save_strategy="steps", save_steps=2, **changed)
+
+    with pytest.warns(UserWarning, match="the state of checkpoint-2 could not be saved") as caught:
+        guarded(max_steps=4).train()
+    assert len([w for w in caught if "safemerge" in str(w.message)]) == 1
     assert [p.name for p in (tmp_path / "checkpoint-2").glob(".*")] == []
     guarded().train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     starts = [e for e in read_journal(tmp_path / "safemerge.jsonl") if e["kind"] == "start"]
