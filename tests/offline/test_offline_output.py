@@ -16,7 +16,7 @@ from safemerge_callback.reports.history import Cell as Drift
 from safemerge_callback.reports.history import History
 from safemerge_callback.reports.saving import save_figure
 from safemerge_callback.subspace import compress_subspace
-from safemerge_callback.training.progress import Progress
+from safemerge_callback.training.checkpoints import replace_values
 
 
 def files(folder):
@@ -69,12 +69,14 @@ def writers(world):
         "report.html": lambda path: write_page(History("run", cells={("a", 1): Drift(0.5, 0.7, "measured")}), path),
         "plot.png": lambda path: save_figure(Figure(), path),
         "sweep.csv": lambda path: Sweep([cell] * 50, Readings(())).write_csv(path),
-        "safemerge_state.json": lambda path: Progress(config={"x": "y" * 500}).save(path.parent),
+        "checkpoint/trainer_state.json": lambda path: replace_values(path.parent, "run", {"x": "y" * 500}),
         "s.int8.safetensors": lambda path: compress_subspace(world / "s.safetensors", path, progress=False),
     }
 
 
 def test_a_full_disk_leaves_the_old_file_and_nothing_beside_it(world, full_disk):
+    (world / "checkpoint").mkdir()
+    (world / "checkpoint" / "trainer_state.json").write_text('{"global_step": 2}')
     for name, write in writers(world).items():
         path = world / name
         write(path)
