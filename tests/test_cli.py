@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 
@@ -279,3 +280,16 @@ def test_as_a_real_process(world):
 def test_the_installed_command_is_this_one():
     (entry,) = importlib.metadata.entry_points(group="console_scripts", name="safemerge")
     assert entry.value == "safemerge_callback.cli:main"
+
+
+@pytest.mark.parametrize("verb", sorted(one.name or one.callback.__name__ for one in app.registered_commands))
+def test_every_verb_shows_how_it_is_called_and_its_examples_are_calls(verb):
+    shown = run(verb, "--help").output
+    usage = shown.splitlines()[0].partition(f"{verb} ")[2]
+    assert not re.search(r"[a-z{]", usage), "placeholders are capitals, without braces"
+    examples = [line.split()[1:] for line in shown.splitlines() if line.startswith("    safemerge ")]
+    assert examples
+    for words in examples:
+        assert words[0] == verb
+        options = {word for word in words if word.startswith("--")}
+        assert options <= set(re.findall(r"--[a-z-]+", shown.partition("Examples:")[0])), words

@@ -65,7 +65,7 @@ def test_its_merges_are_the_formula_and_the_saved_adapter_is_plain_peft(ready, b
 
     apply = safemerge_callback.apply
     monkeypatch.setattr(safemerge_callback, "apply", spied, raising=False)
-    code = changed(changed(CODE, '"gate": "threshold"', '"gate": "all"'), "every = 50", "every = 2")
+    code = changed(changed(CODE, '"gate": "threshold"', '"gate": "all"'), "every = steps // 6", "every = 2")
     exec(compile(code, str(PAGE), "exec"), {"model": ready, "batches": batches(6)})
 
     assert len(seen) == 3
@@ -81,7 +81,7 @@ def test_its_merges_are_the_formula_and_the_saved_adapter_is_plain_peft(ready, b
 
 
 def test_the_optimizer_trains_on_from_the_merged_factors(ready):
-    code = changed(changed(CODE, '"gate": "threshold"', '"gate": "all"'), "every = 50", "every = 3")
+    code = changed(changed(CODE, '"gate": "threshold"', '"gate": "all"'), "every = steps // 6", "every = 3")
     states = {}
 
     def watched():
@@ -101,7 +101,7 @@ def test_the_loop_that_logs_sends_its_checks_to_tensorboard(ready):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     setup = changed(CODE.split("model.train()")[0], 'journal = Journal("out/safemerge.jsonl")\n', "")
-    setup = changed(changed(setup, '"gate": "threshold"', '"gate": "all"'), "every = 50", "every = 2")
+    setup = changed(changed(setup, '"gate": "threshold"', '"gate": "all"'), "every = steps // 6", "every = 2")
     exec(compile(setup + TRACKED, str(PAGE), "exec"), {"model": ready, "batches": batches(4)})
     events = EventAccumulator("out/runs/safemerge")
     events.Reload()

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import app, say
+from .app import Verb, app, examples, say
 from .options import (
     AllowEmpty,
     Bar,
@@ -40,9 +40,11 @@ from .options import (
 )
 
 
-@app.command()
+@app.command(cls=Verb, epilog=examples("measure ADAPTER -s S"))
 def measure(
-    finetuned: Annotated[str, typer.Argument(help="LoRA adapter: folder or Hub id, org/name[@revision].")],
+    finetuned: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="LoRA adapter: folder or Hub id, org/name[@revision].")
+    ],
     subspace: SubspaceFile,
     threshold: Annotated[float | None, typer.Option(help="Also list the modules whose cosine is below it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
@@ -61,14 +63,25 @@ def measure(
     say(readings_json(readings, threshold) if as_json else readings_text(readings, threshold))
 
 
-@app.command(cls=WithWeights)
+@app.command(
+    cls=WithWeights,
+    epilog=examples(
+        "merge ADAPTER SAFETY -s S -o OUT",
+        "merge ADAPTER -s S --strength 0.2 -o OUT",
+        "merge ADAPTER SAFETY -s S --threshold 0.35 --weights 0.8 0.2 -o OUT",
+        "merge --config OUT/safemerge.yaml -o AGAIN",
+    ),
+)
 def merge(
     finetuned: Annotated[
-        str | None, typer.Argument(help="Fine-tuned LoRA adapter: folder or Hub id, org/name[@revision].")
+        str | None,
+        typer.Argument(metavar="ADAPTER", help="Fine-tuned LoRA adapter: folder or Hub id, org/name[@revision]."),
     ] = None,
     safety: Annotated[
         list[str] | None,
-        typer.Argument(help="Safety LoRA adapters, one or more; none: pull toward the aligned model."),
+        typer.Argument(
+            metavar="SAFETY", help="Safety LoRA adapters, one or more; none: pull toward the aligned model."
+        ),
     ] = None,
     subspace: Annotated[
         str | None, typer.Option("--subspace", "-s", help="Subspace file, from `safemerge build`.")
@@ -140,11 +153,21 @@ def _settings(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     return {**rest, **gate_options(**{"gate": None, **knobs})}
 
 
-@app.command()
+@app.command(
+    cls=Verb,
+    epilog=examples(
+        "sweep ADAPTER SAFETY -s S -o sweep.csv",
+        "sweep ADAPTER SAFETY -s S --gates all,num_layers=10 --methods linear,ties --density 0.5",
+    ),
+)
 def sweep(
-    finetuned: Annotated[str, typer.Argument(help="Fine-tuned LoRA adapter: folder or Hub id, org/name[@revision].")],
+    finetuned: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="Fine-tuned LoRA adapter: folder or Hub id, org/name[@revision].")
+    ],
     subspace: SubspaceFile,
-    safety: Annotated[list[str] | None, typer.Argument(help="Safety LoRA adapters, one or more.")] = None,
+    safety: Annotated[
+        list[str] | None, typer.Argument(metavar="SAFETY", help="Safety LoRA adapters, one or more.")
+    ] = None,
     thresholds: Annotated[
         str | None,
         typer.Option(help="Cosines, with commas. [default: gate all, and 0.2,0.25,...,0.55, without --gates]"),

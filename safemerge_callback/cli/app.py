@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from .. import __version__
 from ..errors import SafeMergeError
@@ -16,6 +17,19 @@ from ..printable import printable
 def say(text: str, *, err: bool = False) -> None:
     """Print lines of ours, on stderr with `err`; what names from outside would have a terminal do is written out."""
     typer.echo(printable(text, lines=True), err=err)
+
+
+class Verb(TyperCommand):
+    """A verb whose placeholders are capitals, without the braces of a required one."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return the pieces of the usage line."""
+        return [re.sub(r"^\{(.*)\}", r"\1", piece) for piece in super().collect_usage_pieces(ctx)]
+
+
+def examples(*lines: str) -> str:
+    """Return what stands at the end of a verb's help: calls, a line each."""
+    return "\b\nExamples:\n" + "\n".join(f"  safemerge {line}" for line in lines)
 
 
 class _Verbs(TyperGroup):

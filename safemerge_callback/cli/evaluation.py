@@ -14,7 +14,7 @@ import typer
 from .. import __version__
 from ..errors import ConfigError
 from ..outputs import FileKind, new_output
-from .app import app, say
+from .app import Verb, app, examples, say
 from .options import device_named
 
 if TYPE_CHECKING:
@@ -24,9 +24,18 @@ if TYPE_CHECKING:
 _KEPT = ("set", "judge", "prompt", "response", "verdict")
 
 
-@app.command(name="eval")
+@app.command(
+    name="eval",
+    cls=Verb,
+    epilog=examples(
+        "eval ADAPTER --probes harmbench,xstest --tasks gsm8k",
+        "eval ADAPTER --probes harm:mine.csv,benign:own.csv -o figures.json",
+    ),
+)
 def evaluate(
-    model: Annotated[str, typer.Argument(help="LoRA adapter or model: folder or Hub id, org/name[@revision].")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="LoRA adapter or model: folder or Hub id, org/name[@revision].")
+    ],
     base: Annotated[str | None, typer.Option(help="The adapter's base model; left out: what its config names.")] = None,
     revision: Annotated[str | None, typer.Option(help="Commit, tag or branch of the base on the Hub.")] = None,
     probes: Annotated[

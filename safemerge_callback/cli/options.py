@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+
+from .app import Verb
 
 SubspaceFile = Annotated[Path, typer.Option("--subspace", "-s", help="Subspace file, from `safemerge build`.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
@@ -58,7 +59,7 @@ Density = Annotated[float | None, typer.Option(help="Share of entries kept by me
 MajoritySign = Annotated[str | None, typer.Option(help="Sign election: total or frequency. [default: total]")]
 
 
-class WithWeights(TyperCommand):
+class WithWeights(Verb):
     """A command whose `--weights` takes as many numbers as follow it: `0.8 0.2`, `0.8/0.2` and `0.8,0.2` are one."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from .app import app, say
+from .app import Verb, app, examples, say
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or its journal (safemerge.jsonl).")]
 
 
-@app.command()
+@app.command(cls=Verb, epilog=examples("undo RUN"))
 def undo(
-    run: Annotated[Path, typer.Argument(help="Output folder of a training, or a checkpoint in it.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of a training, or a checkpoint in it.")],
 ) -> None:
     """Give an adapter the factors it had before its final merge; the merged one is kept in RUN/merged."""
     from ..offline.undo import take_back
@@ -23,7 +23,7 @@ def undo(
     say(f"{run}: {len(names)} modules are as before the final merge; the merged adapter is in {kept}")
 
 
-@app.command()
+@app.command(cls=Verb, epilog=examples("report RUN", "report RUN -o drift.png"))
 def report(
     journal: Run,
     output: Annotated[
@@ -47,7 +47,7 @@ def report(
     say(f"{write_report(history, output or journal, plot)}: drift of {len(history.modules)} modules")
 
 
-@app.command()
+@app.command(cls=Verb, epilog=examples("watch RUN"))
 def watch(
     run: Run,
     once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,

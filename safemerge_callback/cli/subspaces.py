@@ -7,11 +7,17 @@ from typing import Annotated
 
 import typer
 
-from .app import app, say
+from .app import Verb, app, examples, say
 from .options import Bar, Device, device_named, targets
 
 
-@app.command()
+@app.command(
+    cls=Verb,
+    epilog=examples(
+        "build --aligned ORG/CHAT --unaligned ORG/BASE --target-modules q_proj,v_proj -o model.subspace.safetensors",
+        "build --aligned ORG/CHAT --adapter ALIGNMENT_LORA -o model.subspace.safetensors",
+    ),
+)
 def build(
     output: Annotated[Path, typer.Option("--output", "-o", help="Subspace file to write (safetensors).")],
     aligned: Annotated[
@@ -48,9 +54,9 @@ def build(
     say(f"{output}: alignment matrices of {len(subspace.modules)} modules")
 
 
-@app.command()
+@app.command(cls=Verb, epilog=examples("describe model.subspace.safetensors --verify"))
 def describe(
-    subspace: Annotated[Path, typer.Argument(help="Subspace file.")],
+    subspace: Annotated[Path, typer.Argument(metavar="SUBSPACE", help="Subspace file.")],
     verify: Annotated[bool, typer.Option("--verify", help="Also compare every tensor with its checksum.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
@@ -65,9 +71,11 @@ def describe(
     say(json.dumps(found.to_dict(), indent=2) if as_json else found.describe())
 
 
-@app.command()
+@app.command(cls=Verb, epilog=examples("compress model.subspace.safetensors -o model.int8.safetensors"))
 def compress(
-    subspace: Annotated[Path, typer.Argument(help="Exact subspace file, which stays needed beside the output.")],
+    subspace: Annotated[
+        Path, typer.Argument(metavar="SUBSPACE", help="Exact subspace file, which stays needed beside the output.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Compressed file to write, in the same folder.")],
     kind: Annotated[str, typer.Option(help="int8: a byte a value; truncated: two factors.")] = "int8",
     rank: Annotated[int | None, typer.Option(help="Of kind truncated. [default: 64]")] = None,

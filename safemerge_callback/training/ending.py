@@ -70,8 +70,8 @@ def _say_the_end(session: Session) -> None:
     """
     if session.config.merges and not session.progress.merges and not session.log.warned & {"measure", "merge"}:
         session.warn("nothing merged", nothing_merged(session.progress, session.plan))
-    line = closing_line(session.config, session.progress, session.seconds, session.share, session.journal.path)
-    session.log.say(line)
+    took = (session.seconds, session.share)
+    session.log.say(closing_line(session.config, session.progress, *took, session.journal.path, session.plan))
 
 
 def _last_check(

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..decision import JOURNAL_FILE, Edit, MergePlan, nothing_selected
+from ..decision import BAND, JOURNAL_FILE, Edit, MergePlan, nothing_selected
 from ..methods import get_method
 from .config import SafeMergeConfig
 from .forecast import Forecast, percent
@@ -38,8 +38,18 @@ def rollback_line(step: int, reason: str) -> str:
     return f"step {step:,}: the merge was taken back: {reason}"
 
 
-def closing_line(config: SafeMergeConfig, progress: Progress, seconds: float, share: float, journal: Path) -> str:
-    """Return the line that a run ends with: what was done, what it took, and the command that shows it."""
+def closing_line(
+    config: SafeMergeConfig,
+    progress: Progress,
+    seconds: float,
+    share: float,
+    journal: Path,
+    last: MergePlan | None = None,
+) -> str:
+    """Return the line that a run ends with: what was done, the verdict, what it took, and the command that shows it.
+
+    The verdict is what the `last` check's readings say of lost refusals, which stand before that check's own merge.
+    """
     found = [_count(progress.checks, "check")]
     if config.merges:
         found.append(
@@ -48,6 +58,9 @@ def closing_line(config: SafeMergeConfig, progress: Progress, seconds: float, sh
             else "NOTHING WAS MERGED"
         )
     run = journal.parent if journal.name == JOURNAL_FILE else journal
+    moved = last.readings.moved_mean if last else None
+    if moved is not None:
+        found.append(f"moved_mean {moved:+.2f} at the last check, {BAND.words(moved)}")
     took = f"{seconds:.1f} s, {share:.1%} of the training"
     return f"done: {', '.join(found)} ({took}). See it: safemerge report {shlex.quote(str(run))}"
 

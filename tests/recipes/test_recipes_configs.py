@@ -17,6 +17,7 @@ from recipes.models import PACKAGED
 from recipes.train_safety_adapter import parse_train
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.training import SafeMergeConfig
+from safemerge_callback.training.forecast import forecast, too_strong
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -78,6 +79,28 @@ def test_finetune_files(path):
     if path.stem.endswith("_safemerge"):
         assert (safemerge.gate, safemerge.threshold, safemerge.weights) == ("threshold", 0.35, [0.8, 0.2])
         assert safemerge.every > 0
+
+
+@pytest.mark.parametrize("path", [p for p in files("finetune") if "_safemerge" in p.stem], ids=lambda p: p.stem)
+def test_a_guarded_file_leaves_the_task_its_share_whatever_the_runs_length(path):
+    _, sft, _, safemerge = parse_finetune(on_cpu(path))
+    # one epoch on eight devices, three epochs on one
+    for max_steps in [sft.max_steps] if sft.max_steps > 0 else [350, 2800, 8000]:
+        plan = forecast(safemerge, ["layers.0.self_attn.q_proj"], max_steps)
+        assert too_strong(safemerge, plan, max_steps) is None
+        assert plan.merges <= 6 or plan.left is None
+
+
+@pytest.mark.parametrize(
+    "page", ["integrations/axolotl", "integrations/llama_factory", "integrations/ms_swift", "plain_loop"]
+)
+def test_no_page_shows_a_schedule_in_steps(page):
+    """Its strength would grow with the reader's run; 0 is the end alone, and a probe changes nothing."""
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    blocks = re.findall(r"^```.*?^```", text, re.DOTALL | re.MULTILINE)
+    assert blocks
+    for block in blocks:
+        assert not re.search(r"(?<!ema_)\bevery\W{1,3}[1-9]|safemerge_every\W{1,3}[1-9]", block), block
 
 
 @pytest.mark.parametrize("path", [p for p in files("finetune") if "_safemerge" in p.stem], ids=lambda p: p.stem)

@@ -50,6 +50,14 @@ def test_a_run_ends_with_the_next_command_ready_to_be_pasted(tmp_path):
     assert "3 checks, NOTHING WAS MERGED (" in closing_line(config, Progress(checks=3), 1.0, 0.0, tmp_path / "x.jsonl")
 
 
+@pytest.mark.parametrize(("signed", "side"), [(-0.5, "below -0.55"), (0.5, "not below -0.55")])
+def test_the_verdict_is_the_bands(tmp_path, signed, side):
+    reading = Reading("m", 0.5, 0.7, 1.0, 4, (8, 8), signed_cosine=signed)
+    plan = MergePlan.decide(Readings([reading]), gate="watch")
+    line = closing_line(SafeMergeConfig(subspace="s", gate="watch"), Progress(checks=3), 1.0, 0.0, tmp_path, plan)
+    assert f"done: 3 checks, moved_mean {8 * signed:+.2f} at the last check, {side}, where " in line
+
+
 def test_a_run_without_merges_says_which_of_three_things_happened():
     readings = Readings([Reading("m", 0.5, 0.7, 1.0, 4, (8, 8)), Reading("n", 0.4, 0.7, 1.0, 4, (8, 8))])
     none, some = (MergePlan.decide(readings, threshold=t) for t in (0.35, 0.45))
