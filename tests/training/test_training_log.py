@@ -27,7 +27,7 @@ def test_one_line_at_the_start_one_a_merge_one_at_the_end(world, tmp_path, capsy
         f"safemerge: step {step}: 4 of 4 modules merged" for step in (2, 4, 6)
     ]
     assert merges[1].endswith(", 64% of the task's early update left")
-    assert last.startswith("safemerge: done: 3 checks, 3 merges, 51% of the task's early update left (")
+    assert last.startswith("safemerge: done: 3 checks, 3 merges, 51% of the task's early update left, moved_mean ")
     assert last.endswith(f"See it: safemerge report {tmp_path / 'out'}")
 
 
@@ -36,7 +36,7 @@ def test_watching_says_that_it_changes_nothing(world, tmp_path, capsys):
     first, *rest, last = [line for line in said(capsys) if "fell below" not in line]
     assert first == "safemerge: gate watch, 4 modules: measured every 2 of 6 steps and at the end, nothing is changed"
     assert rest == []
-    assert last.startswith("safemerge: done: 3 checks (")
+    assert last.startswith("safemerge: done: 3 checks, moved_mean ")
 
 
 @pytest.mark.parametrize("how", ["quiet", "another rank"])
