@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from ..errors import AdapterError
 from .checkpoint import Adapter
@@ -15,11 +18,17 @@ _ROWS = "trainable_tokens_delta"
 _TOKENS = "token_adapter"
 
 
+# Names that are listed; the rest is counted.
+_LISTED = 3
+# Canonical name -> the base model's tensor, or None where it is not at hand.
+Base = Callable[[str], Tensor | None]
+
+
 class Beside(NamedTuple):
     """What an adapter holds of one tensor of the model, by keys in its file.
 
     `whole` takes the place of the tensor. `rows` (n, d) then take the places of the rows `tokens`. `trained` says that
-    training changed it, and is not set for what PEFT saves of the base model of its own accord (resized embeddings).
+    the whole tensor was to be trained: not set for what PEFT saves of the base model of its own accord.
     """
 
     whole: str | None = None
@@ -36,7 +45,7 @@ def beside_factors(adapter: Adapter) -> dict[str, Beside]:
     wholes: dict[str, tuple[int, str]] = {}
     rows: dict[str, str] = {}
     for key in adapter.extra:
-        name, kind = _name_and_kind(key)
+        name, kind = canonical_tensor(key)
         if kind == _ROWS:
             rows[name] = key
         else:
@@ -45,11 +54,27 @@ def beside_factors(adapter: Adapter) -> dict[str, Beside]:
     found = {name: Beside(key, trained=_trained(name, rank, adapter.config)) for name, (rank, key) in wholes.items()}
     for name, key in rows.items():
         tokens = _tokens(name, adapter, len(adapter.extra[key]))
-        found[name] = found.get(name, Beside())._replace(rows=key, tokens=tokens, trained=True)
+        found[name] = found.get(name, Beside())._replace(rows=key, tokens=tokens)
     return found
 
 
-def _name_and_kind(key: str) -> tuple[str, str]:
+def left_beside(adapter: Adapter, base: Base) -> list[str]:
+    """Return what `adapter` holds beside its factors that is not the base model's, in words."""
+    wholes, rows = [], []
+    for name, held in beside_factors(adapter).items():
+        there = base(name)
+        if held.whole is not None:
+            same = _same(adapter.extra[held.whole], there)
+            if same is False or (same is None and held.trained):
+                wholes.append(name)
+        if held.rows is not None and not _same(adapter.extra[held.rows], _rows(there, held)):
+            rows.append(f"{name} ({len(held.tokens)})")
+    told = [f"trained tensors of {listed(wholes)}"] if wholes else []
+    return told + ([f"trained rows of tokens in {listed(rows)}"] if rows else [])
+
+
+def canonical_tensor(key: str) -> tuple[str, str]:
+    """Return canonical name and kind (`modules_to_save`, ...) of a tensor of an adapter's file or a PeftModel."""
     parts = key.split(".")
     if parts[-1] == _ROWS:
         return canonical_name(".".join(part for part in parts[:-1] if part != _TOKENS)), _ROWS
@@ -80,3 +105,25 @@ def _tokens(name: str, adapter: Adapter, count: int) -> tuple[int, ...]:
             "it again with save_pretrained."
         )
     return tokens
+
+
+def _same(tensor: Tensor, base: Tensor | None) -> bool | None:
+    """Whether two tensors are equal in the less exact of their dtypes; None where one is not at hand."""
+    if base is None:
+        return None
+    if tensor.shape != base.shape:
+        return False
+    there = base.detach().to(tensor.device)
+    return torch.equal(tensor.to(there.dtype), there) or torch.equal(there.to(tensor.dtype), tensor)
+
+
+def _rows(weight: Tensor | None, held: Beside) -> Tensor | None:
+    if weight is None or weight.ndim != 2 or weight.shape[0] <= max(held.tokens, default=0):
+        return None
+    return weight.detach()[torch.tensor(held.tokens, device=weight.device)]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first few names and how many more there are."""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"{', '.join(names[:_LISTED])}{more}"

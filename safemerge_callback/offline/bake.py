@@ -79,6 +79,14 @@ class BaseModel:
         names = {canonical_name(key) for held in self.shapes.values() for key in held}
         return blueprint(adapter, self.shapes, tied_embedding(self.folder, names, {*adapter.factors, *beside}))
 
+    def tensor(self, name: str) -> Tensor | None:
+        """Return the tensor of this canonical name, mapped from its shard; None where there is none."""
+        for file, held in self.shapes.items():
+            for key, spec in held.items():
+                if canonical_name(key) == name:
+                    return _read(LocalFile(self.folder / file), key, spec)
+        return None
+
     @full_precision()
     def bake(self, adapter: str | Path | Adapter, output: Path, device: torch.device | str | None = None) -> None:
         """Write the checkpoint with `adapter` added into `output`, an existing folder.
@@ -138,13 +146,17 @@ def _warn_of_tokenizer(adapter: Adapter, vocabulary: tuple[int, int], output: Pa
     )
 
 
+def _read(source: LocalFile, key: str, spec: Spec) -> Tensor:
+    # Opened anew for each tensor, so that the pages of the one before are given back.
+    return source.read(key, 0, torch.Size(spec.shape).numel()).view(spec.shape)
+
+
 def _made(part: Part, adapter: Adapter, source: LocalFile, stored: Spec, device: torch.device | str | None) -> Tensor:
     """One tensor of the output, in its dtype."""
     if part.beside.whole is not None:
         weight = adapter.extra[part.beside.whole].to(part.spec.dtype)
     else:
-        # Opened anew for each tensor, so that the pages of the one before are given back.
-        weight = source.read(part.source, 0, torch.Size(stored.shape).numel()).view(stored.shape)
+        weight = _read(source, part.source, stored)
     if part.beside.rows is not None:
         index = torch.tensor(part.beside.tokens)
         weight = weight.index_copy(0, index, adapter.extra[part.beside.rows].to(weight.dtype))

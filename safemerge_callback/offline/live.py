@@ -27,10 +27,15 @@ from ..decision import (
 )
 from ..decision.fit import needed_sources
 from ..decision.gates import Gate, Knobs
+from ..decision.unmerged import base_tensors
 from ..errors import AdapterError, ConfigError
 from ..ops import LowRank, full_precision
 from ..subspace import Subspace
+<<<<<<< HEAD
 from .parts import Given, adapter_of, check_merges, listed, subspace_of
+=======
+from .parts import Given, adapter_of, check_merges, left_out, subspace_of
+>>>>>>> 03a6cc0 (What a merge leaves out of a safety adapter is named in one warning, in the card and in the journal)
 
 _PEFT_PREFIX = "base_model.model."
 
@@ -89,6 +94,7 @@ def apply_safemerge(
     check_merges(rule, method, has_safety=safety_adapter is not None)
     factors, guards, matrices = live_factors(model, name), _guards(model, safety_adapter), subspace_of(subspace)
     matrices.check(factors, base_weights(model))
+    left_out(guards, factors, base_tensors(model), level=4)
     own = own_cosines(guards[0], factors, matrices, device=device) if guards and rule.name == "reference" else None
     readings = measure(factors, matrices, device=device, gate=rule, reference=own)
     plan = MergePlan.decide(readings, gate=rule, **how)

@@ -49,6 +49,8 @@ from .parts import (
     adapters_of,
     check_merges,
     chunks,
+    copies_of_base,
+    left_out,
     listed,
     named_parts,
     subspace_of,
@@ -130,6 +132,7 @@ def merge_adapters(
         base.blueprint(task)  # what forbids the baking is told before anything is computed
     parts = named_parts(task, guards, matrices)
     warn_of_other_bases(task, guards, matrices, level=3)
+    parts["left_out"] = left_out(guards, task.factors, base.tensor if base else copies_of_base(task), level=3)
     readings = _readings(task, guards, matrices, rule, device)
     plan = MergePlan.decide(readings, gate=rule, module_weights=module_weights, **how)
     needed_sources(plan, guards, task.factors)

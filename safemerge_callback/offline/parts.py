@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ..adapters import Adapter, open_adapter
+from ..adapters.beside import Base, beside_factors
 from ..adapters.on_access import OnAccess
 from ..addresses import source_name
 from ..decision import Gate
+from ..decision.unmerged import unmerged, warning_of
 from ..errors import ConfigError, PlanError, shown
 from ..methods import get_method
 from ..subspace import Subspace
@@ -103,6 +105,20 @@ def named_parts(task: Adapter, safety: Sequence[Adapter], subspace: Subspace) ->
 
 def _shown(source: str) -> str:
     return source_name(source) if Path(source).expanduser().exists() else source
+
+
+def left_out(safety: Sequence[Adapter], modules: Collection[str], base: Base, level: int) -> str | None:
+    """Return what a merge of `safety` into the LoRA `modules` leaves out, and warn of it; None where it is nothing."""
+    left = {adapter.source: words for adapter in safety if (words := unmerged(adapter, modules, base))}
+    if told := warning_of(left):
+        warnings.warn(f"safemerge: {told}", stacklevel=level)
+    return "; ".join(f"{_shown(source)}: {words}" for source, words in left.items()) or None
+
+
+def copies_of_base(task: Adapter) -> Base:
+    """Return the base model's tensors of which the fine-tuned adapter holds a copy that was not trained."""
+    copies = {name: held.whole for name, held in beside_factors(task).items() if held.whole and not held.trained}
+    return lambda name: task.extra[copies[name]] if name in copies else None
 
 
 def warn_of_other_bases(task: Adapter, safety: Sequence[Adapter], subspace: Subspace, level: int) -> None:

@@ -27,7 +27,7 @@ from ..ops import LowRank, full_precision
 from ..subspace import Subspace
 from .cells import Cell, Sweep
 from .core import Moved, fits_core, in_core, moved, moved_in_core
-from .parts import CHUNK_BYTES, Given, adapter_of, adapters_of, chunks, subspace_of
+from .parts import CHUNK_BYTES, Given, adapter_of, adapters_of, chunks, copies_of_base, left_out, subspace_of
 
 # Every module, and eight cosines around the released SafeMERGE's 0.35.
 GATES = (
@@ -69,6 +69,7 @@ def sweep_adapters(
     merges = _merges(named, weights, space, density, majority_sign_method)
     _check(gates, merges, guards)
     task, matrices = adapter_of(finetuned), subspace_of(subspace)
+    left_out(guards, task.factors, copies_of_base(task), level=3)
     readings = _readings(task, guards, matrices, gates, device)
     columns = _columns(merges, readings, task, guards, matrices, device)
     return Sweep((_cell(gate, how, table, readings) for gate in gates for how, table in columns), readings)

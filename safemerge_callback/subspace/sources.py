@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Adapter, LoraFactors, load_adapter
+from ..adapters.beside import left_beside
 from ..addresses import source_name
 from ..errors import SubspaceError
 from ..ops import Factored, LowRank, squared_norm
@@ -141,6 +143,7 @@ class AlignmentAdapter:
         self.aligned = self._checkpoint.fingerprint() if self._checkpoint else {}
         self.unaligned = _adapter_fingerprint(loaded, adapter)
         self.stamps = stamps_of(self._checkpoint) if self._checkpoint else []
+        self._tell_left_out(loaded)
         if self._checkpoint:
             self._require_checkpoint_shapes(self._checkpoint)
 
@@ -169,6 +172,18 @@ class AlignmentAdapter:
             return Material(matrix, torch.float32, spectrum, None, None)
         positions = choose_positions(weights[0], None)
         return Material(matrix, torch.float32, spectrum, positions, values_at(weights[0], positions))
+
+    def _tell_left_out(self, adapter: Adapter) -> None:
+        """Warn of what the adapter was trained to beside its updates, and note it: V does not have it."""
+        held = self._checkpoint
+        left = left_beside(adapter, lambda name: held.read(name) if held and name in held.names else None)
+        if left:
+            self.unaligned["left_out"] = left
+            warnings.warn(
+                f"safemerge: left out of alignment adapter {adapter.source!r} are {'; '.join(left)}: the subspace is "
+                "that of its LoRA updates. Where the rest matters, merge it into its base, and build from two models",
+                stacklevel=5,
+            )
 
     def _require_checkpoint_shapes(self, checkpoint: CheckpointShards) -> None:
         checkpoint.require_plain(self.names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, ref
@@ -27,6 +27,7 @@ from ..decision import (
     merged_factors,
     own_cosines,
 )
+from ..decision.unmerged import base_tensors, unmerged, warning_of
 from ..errors import AdapterError, ConfigError, JournalError
 from ..ops import LowRank
 from ..paths import as_path
@@ -107,6 +108,7 @@ def open_session(
         # A compressed file may leave a decision open at any check: its exact one is looked for now.
         subspace.exact()
     safety = _safety_adapters(config, factors)
+    left = _unmerged(model, safety, factors)
     reference = own_cosines(safety[0], factors, subspace) if safety and config.gate == "reference" else None
     choice = place(config, subspace, factors)
     part = own_part(choice, factors, subspace)
@@ -115,9 +117,12 @@ def open_session(
     progress, journal, restored = _records(config, past, args, state)
     plan = forecast(config, list(factors), state.max_steps, state.global_step, progress.task_weights)
     start = start_entry(state.global_step, config, subspace, len(factors), args.world_size, choice, plan)
-    progress.journal_entries += journal.append({**start, "restored": restored})
+    progress.journal_entries += journal.append({**start, "restored": restored, "left_out": left})
     session = Session(config, writer, subspace, safety, journal, progress, optimizer, part, reference, begun=began)
     session.average, session.log = average, Log(config.quiet, state.is_world_process_zero)
+    session.unmerged = left
+    if words := warning_of(left):
+        session.warn("left out", words)
     session.seal_weights(state.global_step)
     session.trackers.open(args, state, config.to_publish(), session.note, session.log)
     session.log.say(opening_line(config, plan, len(factors), state.max_steps, state.global_step))
@@ -151,6 +156,12 @@ def _safety_adapters(config: SafeMergeConfig, factors: Mapping[str, LoraFactors]
     for safety in found:
         check_safety_adapter(safety, factors, space=config.space)
     return found
+
+
+def _unmerged(model: nn.Module, safety: Sequence[Adapter], modules: Collection[str]) -> dict[str, str]:
+    """What a merge leaves out of each safety adapter of which it leaves out anything."""
+    base = base_tensors(model)
+    return {adapter.source: words for adapter in safety if (words := unmerged(adapter, modules, base))}
 
 
 def _average(config: SafeMergeConfig, past: Past, state: TrainerState) -> Average | None:

@@ -60,6 +60,7 @@ class Session:
     log: Log = field(default_factory=Log)
     witness: Witness | None = None
     left_out: float = 0.0
+    unmerged: Mapping[str, str] = field(default_factory=dict)
     saved: Saved | None = None
     checkpoint: Saved | None = None
 
