@@ -31,11 +31,7 @@ from ..decision.unmerged import base_tensors
 from ..errors import AdapterError, ConfigError
 from ..ops import LowRank, full_precision
 from ..subspace import Subspace
-<<<<<<< HEAD
-from .parts import Given, adapter_of, check_merges, listed, subspace_of
-=======
-from .parts import Given, adapter_of, check_merges, left_out, subspace_of
->>>>>>> 03a6cc0 (What a merge leaves out of a safety adapter is named in one warning, in the card and in the journal)
+from .parts import Given, adapter_of, check_merges, left_out, listed, subspace_of
 
 _PEFT_PREFIX = "base_model.model."
 

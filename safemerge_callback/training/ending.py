@@ -17,7 +17,6 @@ from transformers import TrainerState, TrainingArguments
 from ..adapters import load_adapter, save_adapter
 from ..adapters.files import saved_adapter
 from ..adapters.processes import from_first
-from ..addresses import source_name
 from .averaging import rewind_average
 from .entries import end_entry
 from .faults import Fault, attempt
@@ -75,18 +74,6 @@ def _say_the_end(session: Session) -> None:
     session.log.say(closing_line(session.config, session.progress, *took, session.journal.path, session.plan))
 
 
-<<<<<<< HEAD
-=======
-def _outcome(session: Session, model: nn.Module | None) -> Outcome:
-    """What trackers keep of the run; no adapter where it is sharded: all ranks would have to save it together."""
-    left = "; ".join(f"of {source_name(source)}: {words}" for source, words in session.unmerged.items())
-    adapters = ", ".join(session.config.adapters) or None
-    parts = {"subspace": session.config.subspace, "safety_adapter": adapters, "left_out": left or None}
-    whole = None if session.writer.sharded else model
-    return Outcome(session.journal.path, session.plan, session.progress, parts, whole)
-
-
->>>>>>> 320ed7e (What a merge leaves out of a safety adapter is named in one warning, in the card and in the journal)
 def _last_check(
     session: Session,
     args: TrainingArguments,

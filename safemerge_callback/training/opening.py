@@ -17,6 +17,7 @@ from ..adapters import Adapter, LoraFactors, base_moved, base_weights, load_adap
 from ..adapters.optimizer import check_optimizer
 from ..adapters.processes import from_first, together
 from ..adapters.snapshot import set_aside_snapshot
+from ..addresses import source_name
 from ..decision import (
     JOURNAL_FILE,
     Average,
@@ -161,7 +162,7 @@ def _safety_adapters(config: SafeMergeConfig, factors: Mapping[str, LoraFactors]
 def _unmerged(model: nn.Module, safety: Sequence[Adapter], modules: Collection[str]) -> dict[str, str]:
     """What a merge leaves out of each safety adapter of which it leaves out anything."""
     base = base_tensors(model)
-    return {adapter.source: words for adapter in safety if (words := unmerged(adapter, modules, base))}
+    return {source_name(adapter.source): words for adapter in safety if (words := unmerged(adapter, modules, base))}
 
 
 def _average(config: SafeMergeConfig, past: Past, state: TrainerState) -> Average | None:

@@ -210,7 +210,8 @@ class Session:
     def outcome(self, model: Any = None) -> Outcome:
         """What the run leaves behind, with the model where its adapter is to be saved."""
         adapters = ", ".join(map(source_name, self.config.adapters)) or None
-        parts = {"subspace": source_name(self.config.subspace), "safety_adapter": adapters}
+        left = "; ".join(f"of {source}: {words}" for source, words in self.unmerged.items()) or None
+        parts = {"subspace": source_name(self.config.subspace), "safety_adapter": adapters, "left_out": left}
         return Outcome(self.journal.path, self.plan, self.progress, parts, model)
 
     def seal_weights(self, step: int) -> None:
