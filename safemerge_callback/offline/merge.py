@@ -128,11 +128,7 @@ def merge_adapters(
     base = None if bake is None else BaseModel.find(bake)
     target = free_output(output, [finetuned, *given, subspace, bake], overwrite, base.file_names if base else ())
     task, guards, matrices = adapter_of(finetuned), adapters_of(given), subspace_of(subspace)
-    if base is not None:
-        base.blueprint(task)  # what forbids the baking is told before anything is computed
-    parts = named_parts(task, guards, matrices)
-    warn_of_other_bases(task, guards, matrices, level=3)
-    parts["left_out"] = left_out(guards, task.factors, base.tensor if base else copies_of_base(task), level=3)
+    parts = _fitting_parts(task, guards, matrices, base)
     readings = _readings(task, guards, matrices, rule, device)
     plan = MergePlan.decide(readings, gate=rule, module_weights=module_weights, **how)
     needed_sources(plan, guards, task.factors)
@@ -150,6 +146,17 @@ def merge_adapters(
         write_recipe(folder / RECIPE, target, (finetuned, given, subspace, bake), plan)
         _complete(folder, task, base, device)
     return plan
+
+
+def _fitting_parts(
+    task: Adapter, guards: Sequence[Adapter], subspace: Subspace, base: BaseModel | None
+) -> dict[str, str | None]:
+    """Name the parts; what forbids the baking is raised, and what is left out warned of, before anything is computed."""
+    if base is not None:
+        base.blueprint(task)
+    warn_of_other_bases(task, guards, subspace, level=4)
+    left = left_out(guards, task.factors, base.tensor if base else copies_of_base(task), level=4)
+    return {**named_parts(task, guards, subspace), "left_out": left}
 
 
 def _complete(folder: Path, task: Adapter, base: BaseModel | None, device: torch.device | str | None) -> None:
