@@ -151,7 +151,7 @@ def merge_adapters(
 def _fitting_parts(
     task: Adapter, guards: Sequence[Adapter], subspace: Subspace, base: BaseModel | None
 ) -> dict[str, str | None]:
-    """Name the parts; what forbids the baking is raised, and what is left out warned of, before anything is computed."""
+    """Name the parts; what forbids the baking is raised, and what is left out warned of, first of all."""
     if base is not None:
         base.blueprint(task)
     warn_of_other_bases(task, guards, subspace, level=4)
