@@ -151,6 +151,7 @@ def test_drift_stands_beside_the_figures(world, tiny_llama):
     assert found["drift"]["modules"] == 4
     assert -1 <= found["drift"]["lowest"] <= found["drift"]["mean"] <= 1
     assert f"lowest cosine {found['drift']['lowest']:.3f}" in result.stdout
+    assert f"drift: moved {found['drift']['moved']:+.2f} on average, " in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def measure(
     device: Device = "cpu",
     progress: Bar = True,
 ) -> None:
-    """Measure how far each module of an adapter has drifted from the safety subspace; no model is loaded."""
+    """Measure how far each module's update goes along the safety subspace, and its cosine; no model is loaded."""
     from ..decision.gates.checks import check_threshold
     from ..offline import measure_adapter
     from ..reports import readings_json, readings_text

@@ -159,12 +159,15 @@ def _dtype(name: str) -> Any:
 def _drift(adapter: str, subspace: Path) -> dict[str, Any]:
     from ..offline import measure_adapter
 
-    cosines = [reading.cosine for reading in measure_adapter(adapter, subspace).values()]
-    return {"modules": len(cosines), "lowest": min(cosines), "mean": sum(cosines) / len(cosines)}
+    readings = measure_adapter(adapter, subspace)
+    cosines = [reading.cosine for reading in readings.values()]
+    known = {"modules": len(cosines), "lowest": min(cosines), "mean": sum(cosines) / len(cosines)}
+    return {"moved": readings.moved_mean, **known}
 
 
 def _evaluated(model: str, given: dict[str, Any], device: str | None, asked: _Asked, drift: Any) -> _Found:
     """Load, ask and print; what the prompts gave is kept when the tasks fail."""
+    from ..decision import BAND
     from ..evaluation.figures import name_of, with_refusals
     from ..evaluation.judges import decides
     from ..evaluation.subjects import load_subject
@@ -182,6 +185,8 @@ def _evaluated(model: str, given: dict[str, Any], device: str | None, asked: _As
         refused = error
     say(figures_text(figures, " on ".join(filter(None, (subject.adapter, subject.base)))))
     if drift:
+        if drift["moved"] is not None:
+            say(f"drift: moved {drift['moved']:+.2f} on average, {BAND.words(drift['moved'])}")
         say(f"drift: lowest cosine {drift['lowest']:.3f}, mean {drift['mean']:.3f} of {drift['modules']} modules")
     _notes(asked, [*thoughts_lines(figures), *failures])
     written = {

@@ -51,6 +51,7 @@ def decision_rows(step: int, plan: MergePlan, task_weights: Mapping[str, float])
             finite(reading.update_norm),
             task_weights.get(name, 1.0),
             *plan.verdicts[name],
+            finite(reading.moved),
         )
         for name, reading in plan.readings.items()
     ]

@@ -29,7 +29,9 @@ def opening_line(config: SafeMergeConfig, plan: Forecast, num_modules: int, max_
 def merge_line(step: int, plan: MergePlan, edits: Sequence[Edit], progress: Progress) -> str:
     """Return the line of one merge."""
     lowest = min(plan.readings[edit.name].cosine for edit in edits)
-    merged = f"step {step:,}: {len(edits)} of {_count(len(plan.readings), 'module')} merged, lowest cosine {lowest:.3f}"
+    mean = plan.readings.moved_mean
+    told = f"lowest cosine {lowest:.3f}" if mean is None else f"moved {mean:+.2f} before it, lowest cosine {lowest:.3f}"
+    merged = f"step {step:,}: {len(edits)} of {_count(len(plan.readings), 'module')} merged, {told}"
     return merged + _left(plan.method, progress)
 
 

@@ -1,5 +1,6 @@
 import http.server
 import json
+import re
 import struct
 import threading
 from pathlib import Path
@@ -175,6 +176,20 @@ def test_the_heat_map_is_one_table_of_all_checks_and_takes_the_saved_chart(world
     (query,) = panel["panel_config"]["userQuery"]["queryFields"]
     asked = next(field for field in query["fields"] if field["name"] == "summaryTable")
     assert asked["args"][0]["value"] == "safemerge/heat_map_table"
+
+
+def test_the_chart_leads_with_what_moved_and_the_edge_of_the_band():
+    pytest.importorskip("wandb")
+    from safemerge_callback.decision import BAND
+    from safemerge_callback.training.trackers.drift import Cell
+    from safemerge_callback.training.trackers.wandb import chart_spec
+
+    spec = chart_spec()
+    assert spec["params"] == [{"name": "edge", "value": BAND.edge}]
+    first = json.dumps(spec["vconcat"][0])
+    assert "${field:moved}" in first
+    assert '{"expr": "edge"}' in first
+    assert set(re.findall(r"\$\{field:(\w+)\}", json.dumps(spec))) == set(Cell._fields)
 
 
 def test_without_a_saved_chart_the_same_table_is_there(world, tmp_path, home):

@@ -45,7 +45,7 @@ function drawMoved() {
   for (const check of merged) {
     if (means[check] !== null) drawn.picture.append(svg("circle", { class: "ring c0", cx: drawn.x(run.steps[check]), cy: drawn.y(means[check]), r: run.steps.length > 80 ? 2.4 : 3.6 }));
   }
-  limitLabel(drawn, edge, `below ${edge}: refusals mostly lost there`);
+  limitLabel(drawn, edge, `edge ${edge}`);
   follow(box, drawn, run.steps, (check) => {
     const mean = means[check];
     const told = mean === null ? "not known" : `${mean.toFixed(2)}, ${mean < edge ? "below" : "not below"} ${edge}`;

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ...decision import BAND
 from ...evaluation.units import SHARE, amount, number
 from ..history import LOSS, Cell, History, Measured, Probe, counted
 from ..layout import panels
@@ -67,7 +68,7 @@ def shown(history: History) -> dict[str, Any]:
         "sources": sources(history),
         "has_checks": bool(history.steps),
         "has_moved": bool(history.moved),
-        "moved_words": history.moved_words,
+        "band": BAND,
         "has_weights": bool(history.merges),
         "num": lambda value, digits=4: _NONE if value is None or math.isnan(value) else f"{value:.{digits}f}",
     }

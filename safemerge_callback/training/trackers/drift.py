@@ -22,6 +22,7 @@ class Cell(NamedTuple):
     cosine: float | None
     limit: float | None
     merged: bool
+    moved: float | None = None
 
 
 class Drift:
@@ -40,7 +41,7 @@ class Drift:
         """Take in the rows of one check."""
         if not rows:
             return
-        cells = {r.module: Cell(r.step, r.layer, r.type, r.cosine, r.limit, r.merged) for r in rows}
+        cells = {r.module: Cell(r.step, r.layer, r.type, r.cosine, r.limit, r.merged, r.moved) for r in rows}
         if self.checks % self.checks_a_column:
             self.columns[-1] = _joined(self.columns[-1], cells)
         else:

@@ -16,7 +16,7 @@ class Row(NamedTuple):
 
     `layer` and `type`: the module's name taken apart. `z`: how many standard deviations `cosine` lies from
     `null_cosine`. `limit`: the cosine below which the gate merges this module. `task_weight`: the share of the task's
-    update that all merges so far have left.
+    update that all merges so far have left. `moved`: how far the update goes along V.
     """
 
     step: int
@@ -31,6 +31,7 @@ class Row(NamedTuple):
     task_weight: float
     merged: bool
     reason: str
+    moved: float | None = None
 
     @property
     def below(self) -> bool:

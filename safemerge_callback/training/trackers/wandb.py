@@ -12,6 +12,7 @@ from typing import Any, ClassVar, get_args, get_type_hints
 
 import wandb
 
+from ...decision import BAND
 from ...errors import TrackerError
 from ..metrics import KEYS
 from .drift import Cell, Drift
@@ -121,6 +122,7 @@ def _table(row: type[Row] | type[Cell], **how: Any) -> Any:
 def chart_spec() -> dict[str, Any]:
     """Return the Vega-Lite specification of the heat map; `${field:...}` are columns of `safemerge/heat_map_table`."""
     spec: dict[str, Any] = json.loads(files(__package__).joinpath("heat_map.vega.json").read_text(encoding="utf-8"))
+    spec["params"] = [{"name": "edge", "value": BAND.edge}]
     return spec
 
 
