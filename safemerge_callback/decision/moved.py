@@ -24,9 +24,16 @@ class Band(NamedTuple):
         """Where a run that was below counts as recovered: half way back. Ours, not tuned."""
         return self.edge / 2
 
-    def words(self, moved: float) -> str:
-        """Return on which side of the edge a mean lies, and what became of the runs there."""
+    def words(self, moved: float, adapter_merged: bool = False) -> str:
+        """Return on which side of the edge a mean lies, and what became of the runs there.
+
+        Not to be below it says little of a run into which a safety adapter was merged: of 165 such runs 52 were lost.
+        """
         below = moved < self.edge
+        if adapter_merged and not below:
+            return (
+                f"not below {self.edge:g}, which says little where a safety adapter was merged: it lies along V itself"
+            )
         runs, lost = (self.runs_below, self.lost_below) if below else (self.runs_above, self.lost_above)
         side = "below" if below else "not below"
         return f"{side} {self.edge:g}, where {lost or 'none'} of {runs} runs of a 135M model refused less than half"

@@ -178,9 +178,7 @@ class History:
         """What the last mean of `moved` went with elsewhere; nothing where it is not known."""
         if not self.moved:
             return ""
-        if self._adapter_merged:
-            return "says little where a safety adapter was merged in, which lies along V itself"
-        return BAND.words(self.moved[max(self.moved)])
+        return BAND.words(self.moved[max(self.moved)], self._adapter_merged)
 
     @property
     def _adapter_merged(self) -> bool:

@@ -62,7 +62,8 @@ def closing_line(
     run = journal.parent if journal.name == JOURNAL_FILE else journal
     moved = last.readings.moved_mean if last else None
     if moved is not None:
-        found.append(f"moved_mean {moved:+.2f} at the last check, {BAND.words(moved)}")
+        merged = bool(config.safety_adapter) and progress.merges > 0
+        found.append(f"moved_mean {moved:+.2f} at the last check, {BAND.words(moved, merged)}")
     took = f"{seconds:.1f} s, {share:.1%} of the training"
     return f"done: {', '.join(found)} ({took}). See it: safemerge report {shlex.quote(str(run))}"
 
