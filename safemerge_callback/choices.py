@@ -1,4 +1,4 @@
-"""A name out of the names there are: gates, methods, presets, judges, tasks, operators, ..."""
+"""One of the values there are: true or false, or a name out of those of gates, methods, presets, judges, tasks, ..."""
 
 from __future__ import annotations
 
@@ -24,3 +24,10 @@ def one_of(
     if isinstance(value, str) and value in names:
         return value
     raise error(f"{what} {shown(value)} {problem}: choose one of {names}{nearest(value, names)}")
+
+
+def truth(value: Any, what: str, *, error: type[SafeMergeError] = ConfigError) -> bool:
+    """Return `value`, true or false; `error` for anything else: a text such as "false" would count as true."""
+    if isinstance(value, bool):
+        return value
+    raise error(f"{what} is {shown(value)}: give true or false")

@@ -3,8 +3,11 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
-from safemerge_callback.choices import one_of
+from safemerge_callback import SafeMergeConfig, build_subspace, merge_adapters
+from safemerge_callback.choices import one_of, truth
+from safemerge_callback.cli import app
 from safemerge_callback.decision import Gate, check_merge, check_operator
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.evaluation.judges.protocol import check_decides
@@ -55,3 +58,35 @@ def test_the_nearest_name_is_told():
         ConfigError, match=r"colour 'rod' is unknown: choose one of \['red', 'blue'\]; did you mean 'red'"
     ):
         one_of("rod", ("red", "blue"), "colour")
+
+
+@pytest.mark.parametrize("value", ["false", "no", "true", 0, 1, 1.0, None, []])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        lambda value: truth(value, "x"),
+        lambda value: merge_adapters("a", "b", "s", "out", overwrite=value),
+        lambda value: build_subspace("out", aligned="a", unaligned="b", common_rows=value),
+        lambda value: build_subspace("out", aligned="a", unaligned="b", progress=value),
+        lambda value: SafeMergeConfig("s", "a", at_train_end=value),
+        lambda value: Gate(soft=value),
+    ],
+    ids=["itself", "overwrite", "common_rows", "progress", "callback", "gate"],
+)
+def test_a_text_or_a_number_is_no_truth_value(tmp_path, monkeypatch, asked, value):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="true"):
+        asked(value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_truth_values_are_taken():
+    assert [truth(value, "x") for value in (True, False)] == [True, False]
+
+
+def test_force_in_a_merges_file_is_true_or_false(tmp_path, monkeypatch):
+    """The text "false" would have counted as true, and replaced a folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.yaml").write_text('finetuned: a\nsafety: b\nsubspace: s\nforce: "false"\n')
+    result = CliRunner().invoke(app, ["merge", "--config", "m.yaml", "-o", "out"])
+    assert (result.exit_code, "overwrite is 'false': give true or false" in result.stderr) == (2, True)

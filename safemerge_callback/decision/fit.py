@@ -15,13 +15,37 @@ from .plan import MergePlan
 def check_safety_adapter(safety: Adapter, factors: Mapping[str, LoraFactors], *, space: str = "delta") -> None:
     """Raise AdapterError unless `safety` has every module of `factors`, of the same (d_out, d_in), with finite weights.
 
-    Ranks and scalings may differ, except that `space="factor"` adds the factors themselves and needs equal ranks.
+    One whose update is zero in every module is refused too: merging it in would only shrink what was trained. Ranks
+    and scalings may differ, except that `space="factor"` adds the factors themselves and needs equal ranks.
     """
     _check_modules(safety, factors, space)
     wanted = [safety.factors[name] for name in factors]
     broken = [module.name for module in wanted if not all_finite(module.A, module.B)]
     if broken:
         raise AdapterError(f"safety adapter {safety.source!r}: module {broken[0]!r} holds NaN or infinite weights")
+    check_not_zero(safety, list(factors))
+
+
+def check_not_zero(safety: Adapter, names: Sequence[str]) -> None:
+    """Raise AdapterError where the adapter's update s·B·A is zero in every one of these modules.
+
+    Modules are read one by one, up to the first that is not.
+    """
+    scaled = False
+    for name in names:
+        module = safety.factors[name]
+        scaled = scaled or module.scaling != 0
+        if module.scaling != 0 and bool(module.A.any()) and bool(module.B.any()):
+            return
+    why, then = "was never trained", "Train it, or give another adapter"
+    if not scaled:
+        why = "has lora_alpha 0 in its config"
+        then = "Write the lora_alpha that it was trained with into adapter_config.json, or give another adapter"
+    if names:
+        raise AdapterError(
+            f"safety adapter {safety.source!r} {why}: its update is zero in all {len(names)} modules, so merging it in "
+            f"would only shrink what was trained. {then}."
+        )
 
 
 def _check_modules(safety: Adapter, factors: Mapping[str, LoraFactors], space: str) -> None:

@@ -249,10 +249,10 @@ def _as_measured(answer: Any, unit: str | None) -> Measured:
     n, low, high = (row.get(key) for key in ("n", "low", "high"))
     return _score(
         str(row.get("measure", "task")),
-        float(row["value"]),
+        _number(row["value"]),
         n=None if n is None else int(n),
-        low=None if low is None else float(low),
-        high=None if high is None else float(high),
+        low=None if low is None else _number(low),
+        high=None if high is None else _number(high),
         unit=unit if own is None else check_unit(own),
     )
 
@@ -266,6 +266,13 @@ def _within_unit(found: Measured, failures: list[str]) -> Measured:
         "return a part of 1, or name its unit (task_unit); until then it is a plain number"
     )
     return {**found, "unit": ""}
+
+
+def _number(answer: Any) -> float:
+    """A number of Python, numpy or torch; a text is none, whatever it says."""
+    if isinstance(answer, str | bytes):
+        raise TypeError(f"the score is the text {answer!r}: a number was expected")
+    return float(answer)
 
 
 def _loss(loss: Callable[[Any], float], model: Any, failures: list[str]) -> list[Measured]:

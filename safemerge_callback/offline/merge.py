@@ -33,7 +33,7 @@ from ..decision import (
     nothing_selected,
     own_cosines,
 )
-from ..decision.fit import needed_sources
+from ..decision.fit import check_not_zero, needed_sources
 from ..decision.gates import KNOB, Knobs
 from ..decision.weights import pattern_of
 from ..methods import get_method
@@ -128,6 +128,8 @@ def merge_adapters(
     base = None if bake is None else BaseModel.find(bake)
     target = free_output(output, [finetuned, *given, subspace, bake], overwrite, base.file_names if base else ())
     task, guards, matrices = adapter_of(finetuned), adapters_of(given), subspace_of(subspace)
+    for guard in guards:
+        check_not_zero(guard, list(guard.factors))
     parts = _fitting_parts(task, guards, matrices, base)
     readings = _readings(task, guards, matrices, rule, device)
     plan = MergePlan.decide(readings, gate=rule, module_weights=module_weights, **how)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.files import CONFIG, TOKENIZER, WEIGHTS
+from ..choices import truth
 from ..decision import JOURNAL_FILE, Journal
 from ..errors import AdapterError, ConfigError, shown
 from ..outputs import same_place
@@ -24,6 +25,7 @@ def free_output(output: str | Path, inputs: Iterable[object], overwrite: bool, m
 
     `more` names files that the output will hold beside an adapter's own, which `overwrite` may replace too.
     """
+    allowed = truth(overwrite, "overwrite")
     target = as_path(output, "output").resolve()
     with suppress(OSError):
         settle(target)
@@ -34,7 +36,7 @@ def free_output(output: str | Path, inputs: Iterable[object], overwrite: bool, m
     if target.exists() and not target.is_dir():
         raise ConfigError(f"output {shown(output)} is no folder: give a new folder.")
     held = {path.name for path in target.iterdir()} if target.exists() else set()
-    if held and not overwrite:
+    if held and not allowed:
         raise ConfigError(f"output {str(output)!r} is not empty: give a new folder, or ask to overwrite it (--force).")
     if foreign := sorted(held - _OWN_FILES - {*more}):
         raise ConfigError(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..choices import truth
 from ..errors import ConfigError, SubspaceError
 from ..ops import Factored, full_precision
 from .bar import byte_bar
@@ -66,6 +67,8 @@ def build_subspace(
     factors where rank <= 64 leaves a relative residual <= 1e-5, in float32 otherwise.
     Raises ConfigError for a contradiction between arguments, SubspaceError for unusable sources or output.
     """
+    truth(common_rows, "common_rows")
+    truth(progress, "progress")
     device = torch.device(device) if device is not None else _accelerator()
     source = _open_source(aligned, unaligned, alignment_adapter, target_modules, common_rows)
     inputs = (aligned, unaligned, alignment_adapter)

@@ -6,10 +6,11 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from ..decision import DEFAULT_WEIGHTS, MergePlan, Readings, Verdict, above, not_rearmed, spread, under_floor, without
+from ..errors import ConfigError
 from .config import SafeMergeConfig
 from .faults import Fault
 from .progress import Progress
-from .schedule import cooling, merge_events
+from .schedule import cooling, merge_events, periodic_checks
 
 
 class Moment(NamedTuple):
@@ -38,6 +39,26 @@ def plan_knobs(config: SafeMergeConfig, step: int = 0, max_steps: int | None = N
 def events_of(config: SafeMergeConfig, max_steps: int) -> int:
     """Return how often a run of `max_steps` may merge a module by its schedule, 1 at least."""
     return max(1, len(merge_steps(config, max_steps)))
+
+
+def check_schedule_of_run(config: SafeMergeConfig, max_steps: int) -> str | None:
+    """Return what to warn of where no periodic check falls into a run of so many steps; ConfigError where none at all.
+
+    A method `ema` whose average would never take an update in is refused too.
+    """
+    if config.merges and config.ema_every is not None and config.ema_every > max_steps:
+        raise ConfigError(
+            f"ema_every is {config.ema_every} and the run has {max_steps} steps, so the average would never take an "
+            "update in: lower it"
+        )
+    bounds = {"every": config.every, "from_step": config.from_step, "until_step": config.until_step}
+    if config.every == 0 or periodic_checks(max_steps, **bounds):  # type: ignore[arg-type]
+        return None
+    given = ", ".join(f"{name}={value:g}" for name, value in bounds.items() if value)
+    said = f"no periodic check falls into this run of {max_steps} steps ({given})"
+    if not config.at_train_end:
+        raise ConfigError(f"{said}, and at_train_end is false, so none would ever happen: lower them, or set one")
+    return f"{said}: only the one at the end happens"
 
 
 def merge_steps(config: SafeMergeConfig, max_steps: int) -> list[int]:

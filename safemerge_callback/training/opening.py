@@ -34,7 +34,7 @@ from ..ops import LowRank
 from ..paths import as_path
 from ..subspace import Subspace
 from .config import SafeMergeConfig, public_settings
-from .deciding import plan_knobs
+from .deciding import check_schedule_of_run, plan_knobs
 from .entries import start_entry
 from .forecast import forecast, too_strong
 from .lines import opening_line
@@ -95,6 +95,7 @@ def open_session(
     began = time.perf_counter()
     if config.merges:
         check_optimizer(optimizer, config.optimizer_state)
+    idle = check_schedule_of_run(config, state.max_steps)
     past = resumed(args, state)
     initial = _initial(config, model, past, state)
     writer = writer_for(model, adapter_name=config.adapter_name, optimizer=optimizer, initial=initial)
@@ -127,8 +128,9 @@ def open_session(
     session.seal_weights(state.global_step)
     session.trackers.open(args, state, config.to_publish(), session.note, session.log)
     session.log.say(opening_line(config, plan, len(factors), state.max_steps, state.global_step))
-    if words := too_strong(config, plan, state.max_steps):
-        session.warn("strength", words)
+    for kind, words in (("strength", too_strong(config, plan, state.max_steps)), ("schedule", idle)):
+        if words:
+            session.warn(kind, words)
     progress.seconds += time.perf_counter() - began
     pending, progress.pending = progress.pending, None
     if pending == state.global_step:

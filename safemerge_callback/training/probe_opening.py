@@ -80,9 +80,15 @@ def own_or_trainers(own: Any, processing_class: Any) -> Any:
     return found
 
 
-def check_sizes(*, every: int, n: int, max_new_tokens: int, batch_size: int) -> None:
+def check_sizes(*, every: int, n: int, seed: int, max_new_tokens: int, batch_size: int) -> None:
     """Raise ConfigError for a number that is too small."""
-    least = {"every": (every, 0), "n": (n, 1), "max_new_tokens": (max_new_tokens, 1), "batch_size": (batch_size, 1)}
+    least = {
+        "every": (every, 0),
+        "n": (n, 1),
+        "seed": (seed, 0),
+        "max_new_tokens": (max_new_tokens, 1),
+        "batch_size": (batch_size, 1),
+    }
     for name, (value, lowest) in least.items():
         if not is_whole(value, lowest):
             raise ConfigError(f"{name} is {shown(value)}: give an integer of at least {lowest}")
@@ -103,6 +109,16 @@ def check_rules(rules: Rules, *, every: int, task: bool, eval_batches: bool, mea
             raise ConfigError(f"{name} needs periodic probes: set every to a number of optimizer steps")
         if rule and rule.measure is not None and rule.measure not in known:
             raise ConfigError(f"{name} measure {rule.measure!r} is not measured: choose among {known}")
+
+
+def check_rules_of_run(rules: Rules, *, every: int, max_steps: int) -> None:
+    """Raise ConfigError for a rule that could never act in a run of so many steps: no periodic probe falls into it."""
+    for name, rule in (("trigger", rules.trigger), ("stop", rules.stop)):
+        if rule and every > max_steps:
+            raise ConfigError(
+                f"{name} needs periodic probes, and every={every} gives none in a run of {max_steps} steps: set every "
+                f"to {max_steps} or less, or leave {name} out"
+            )
 
 
 def check_judges(judge: Judge, benign_judge: Judge, benign: Iterable[str]) -> None:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..decision import Journal
+from ..errors import ConfigError
 from ..evaluation.probe import Answers, Asking, Measured, Questions, ask
 from ..evaluation.thoughts import ADVICE
 from ..evaluation.units import amount, interval
 from .entries import unwritten
 from .faults import Fault, attempt
 from .log import Log
-from .rules import Rollback, Standing, Stop, Trigger, costs_too_much, stops, triggers
+from .rules import Rollback, Standing, Stop, Trigger, costs_too_much, lacking, stops, triggers
 from .session import Session
 from .trackers import Trackers
 
@@ -69,8 +70,11 @@ class Probing:
         began, step = time.perf_counter(), self.state.global_step
         if self.fresh is None or self.fresh[0] != step:
             found = attempt("probe", lambda: ask(self.model, self.tokenizer, self.questions, self.asking))
-            self.fresh = None if isinstance(found, Fault) else (step, found)
-            for failure in [found.error] if isinstance(found, Fault) else found.failures:
+            answered, failures = (None, (found.error,)) if isinstance(found, Fault) else (found, found.failures)
+            if when == "begin":
+                self._check_rules(answered, failures)
+            self.fresh = (step, answered) if answered else None
+            for failure in failures:
                 self._lost(step, failure)
         else:
             self.fresh = (step, replace(self.fresh[1], seconds=0.0, failures=()))
@@ -83,6 +87,18 @@ class Probing:
         if self.guard:
             self.guard.leave_out(took)
         return answers
+
+    def _check_rules(self, answers: Answers | None, failures: Sequence[str]) -> None:
+        """Raise ConfigError, before a step is trained, for a rule resting on what the first probe did not measure."""
+        for name, rule in vars(self.rules).items():
+            if rule and (figure := lacking(rule, answers)):
+                unfinished = answers is not None and any(m["unfinished"] for m in answers.measures)
+                reasons = [*failures, *([f"responses end within a thought: {ADVICE}"] if unfinished else [])]
+                raise ConfigError(
+                    f"rule {name} rests on {figure}, which the first probe could not measure "
+                    f"({'; '.join(reasons) or 'no response was judged'}), so it could never act: mend that, or leave "
+                    "the rule out"
+                )
 
     def after_step(self, control: TrainerControl) -> None:
         """Probe at a step where it is due, and do what the rules ask for."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.optimizer import check_optimizer
+from ..choices import truth
 from ..decision import (
     DEFAULT_WEIGHTS,
     check_merge,
@@ -17,6 +18,7 @@ from ..decision import (
     merge_weights,
     method_of,
 )
+from ..decision.strength import under
 from ..documents import parse_json
 from ..errors import ConfigError, shown
 from ..methods import METHODS, Method, check_density, check_majority_sign, get_method
@@ -54,8 +56,7 @@ def _check_types(config: SafeMergeConfig) -> None:
         if not optional and not is_whole(value, 0):
             raise ConfigError(f"{name} is {shown(value)}: give a whole number of 0 or more")
     for name in ("at_train_end", "asynchronous", "soft", "spread_weights", "quiet"):
-        if not isinstance(getattr(config, name), bool):
-            raise ConfigError(f"{name} is {getattr(config, name)!r}: give true or false")
+        truth(getattr(config, name), name)
     check_placement(config.placement)
 
 
@@ -186,8 +187,21 @@ def _check_strength(config: SafeMergeConfig) -> None:
             f"min_task_weight is {shown(floor)}: give a share of the task's update, from 0 (no floor) to 1"
         )
     config.min_task_weight = float(floor)
+    _check_floor(config)
     check_soft(config.soft, config.method, config.space)
     check_spread(config.spread_weights, config.method, config.space)
+
+
+def _check_floor(config: SafeMergeConfig) -> None:
+    """Refuse a floor that holds back the very first merge of every module."""
+    if not (config.merges and config.weights) or config.soft or config.spread_weights:
+        return
+    first = max(weights[0] for weights in (config.weights, *(config.module_weights or {}).values()))  # type: ignore[union-attr]
+    if get_method(config.method).takes_away and under(first, config.min_task_weight):
+        raise ConfigError(
+            f"min_task_weight is {config.min_task_weight:g}, and one merge leaves {first:g} of the task's update, so "
+            "none would ever happen: lower it, or raise the first weight (lower the strength)"
+        )
 
 
 def _check_schedule(config: SafeMergeConfig) -> None:
@@ -198,6 +212,11 @@ def _check_schedule(config: SafeMergeConfig) -> None:
         raise ConfigError(
             "asynchronous is true but every is 0, and the check at the end is never beside a step: give every, or "
             "leave asynchronous out"
+        )
+    if config.every == 0 and (config.from_step or config.until_step is not None):
+        raise ConfigError(
+            f"from_step is {config.from_step} and until_step {config.until_step}, which bound periodic checks, but "
+            "every is 0, so there are none: give every, or leave them out"
         )
     if config.until_step is not None and config.until_step < config.from_step:
         raise ConfigError(

@@ -140,6 +140,18 @@ def stops(rule: Stop, standing: Standing, answers: Answers) -> tuple[str | None,
     return f"{what} is {share:.1%}, below {rule.below:.1%} at {standing.low} probes in a row", standing
 
 
+def lacking(rule: Rollback | Trigger | Stop, answers: Answers | None) -> str | None:
+    """Return, in words, a figure that the rule rests on and the probe did not measure; None where it has them all."""
+    if isinstance(rule, Rollback):
+        if rule.task is not None and (answers is None or _task(answers) is None):
+            return "the task's score"
+        if rule.eval_loss is not None and (answers is None or answers.value("task", measure=LOSS) is None):
+            return "the evaluation loss"
+        return None
+    share = None if answers is None else answers.value("harm", measure=rule.measure)
+    return (rule.measure or "the share of harmful prompts refused") if share is None else None
+
+
 def _task(answers: Answers) -> float | None:
     found = [m["value"] for m in answers.measures if m["kind"] == "task" and m["measure"] != LOSS]
     return found[0] if found else None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import PurePath
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..adapters.processes import rank, together
+from ..callables import check_callable
+from ..choices import truth
 from ..errors import ConfigError, shown
 from ..evaluation.chat import template_settings, text_part
 from ..evaluation.generation import check_vocabulary
@@ -24,6 +27,7 @@ from .probe_opening import (
     Prompts,
     check_judges,
     check_rules,
+    check_rules_of_run,
     check_sizes,
     connect,
     own_or_trainers,
@@ -78,10 +82,20 @@ class SafetyEvalCallback(TrainerCallback):
         seed: int = 0,
         quiet: bool = False,
     ) -> None:
-        check_sizes(every=every, n=n, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        check_sizes(every=every, n=n, seed=seed, max_new_tokens=max_new_tokens, batch_size=batch_size)
         if judge_seconds is not None and not (is_number(judge_seconds) and judge_seconds > 0):
             raise ConfigError(f"judge_seconds is {shown(judge_seconds)}: give more than 0, or None for any time")
-        self.every, self.journal, self.quiet = every, journal, quiet
+        if task is not None:
+            check_callable(task, "task", ("model", "tokenizer"), "the task's score, a number")
+        if callable(eval_batches) and not isinstance(eval_batches, Iterable):
+            check_callable(eval_batches, "eval_batches", (), "evaluation batches")
+        elif eval_batches is not None and (isinstance(eval_batches, str) or not isinstance(eval_batches, Iterable)):
+            raise ConfigError(
+                f"eval_batches is {shown(eval_batches)}: give evaluation batches, or what returns them, such as "
+                "trainer.get_eval_dataloader"
+            )
+        _check_texts(template=template, journal=journal)
+        self.every, self.journal, self.quiet = every, journal, truth(quiet, "quiet")
         self.rules = Rules(as_rule(Rollback, rollback), as_rule(Trigger, trigger), as_rule(Stop, stop))
         self.asked = (prompt_sets(prompts, "harm", n, seed), prompt_sets(benign, "benign", n, seed))
         harmful, self.template, self.tokenizer = self.asked[0], template, tokenizer
@@ -125,6 +139,7 @@ class SafetyEvalCallback(TrainerCallback):
         paired = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
         if not hasattr(model, "generate") or paired:
             raise ConfigError(f"a {type(model).__name__} cannot be asked anything: give the trainer a causal LM")
+        check_rules_of_run(self.rules, every=self.every, max_steps=state.max_steps)
         processing = own_or_trainers(self.tokenizer, kwargs.get("processing_class"))
         settings = self.chat_template_kwargs
         questions = Questions.of(processing, *self.asked, template=self.template, settings=settings)
@@ -177,6 +192,12 @@ def _unit(unit: Any, task: Any) -> str | None:
         return check_unit(unit)
     except ValueError as error:
         raise ConfigError(f"task_{error}") from None
+
+
+def _check_texts(**given: Any) -> None:
+    for name, value in given.items():
+        if value is not None and (not isinstance(value, str | PurePath) or not str(value)):
+            raise ConfigError(f"{name} is {shown(value)}: give a text that is not empty, or leave it out")
 
 
 def _judges(judge: Any, benign_judge: Any) -> tuple[Any, Any]:

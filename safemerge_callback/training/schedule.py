@@ -43,15 +43,20 @@ def merge_events(
     A check that is measured beside a step merges after it. At the last step one check decides, the final one. Each
     merge starts a cooldown.
     """
-    steps_between = interval(every, max_steps)
-    multiples = range(steps_between, max_steps + 1, steps_between) if steps_between > 0 else ()
-    checks = [s for s in multiples if due(s, every=steps_between, from_step=from_step, until_step=until_step)]
+    checks = periodic_checks(max_steps, every=every, from_step=from_step, until_step=until_step)
     steps = {min(s + 1, max_steps) if asynchronous else s for s in checks} | ({max_steps} if at_train_end else set())
     merges: list[int] = []
     for step in sorted(steps):
         if cooling(step, last_merge=merges[-1] if merges else None, cooldown=cooldown) is None:
             merges.append(step)
     return merges
+
+
+def periodic_checks(max_steps: int, *, every: float, from_step: int = 0, until_step: int | None = None) -> list[int]:
+    """Return the steps of the periodic checks in a run of `max_steps`; `every` as `interval`."""
+    steps_between = interval(every, max_steps)
+    multiples = range(steps_between, max_steps + 1, steps_between) if steps_between > 0 else ()
+    return [s for s in multiples if due(s, every=steps_between, from_step=from_step, until_step=until_step)]
 
 
 def cooling(step: int, *, last_merge: int | None, cooldown: int) -> str | None:

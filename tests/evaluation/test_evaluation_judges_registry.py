@@ -47,7 +47,7 @@ def test_a_function_by_its_name(tmp_path, monkeypatch):
         ("function:my_judges", "names no function"),
         ("function:my_judges:absent", "cannot be imported"),
         ("function:no_such_module:f", "cannot be imported"),
-        ("function:my_judges:number", "is no function"),
+        ("function:my_judges:number", "is 3: give a function of prompt and response"),
     ]:
         with pytest.raises(ConfigError, match=match):
             load_judge(spec)
@@ -87,7 +87,7 @@ def test_what_a_function_raises_leaves_one_unjudged():
         ({"name": "keywords", "frist": 3}, r"unexpected keyword argument 'frist'.*It takes \['phrases', 'first'\]"),
         ({"name": "wildguard", "trust_remote_code": True}, "unexpected keyword argument 'trust_remote_code'"),
         ({"name": "wildguard", "decides": "harmm"}, "did you mean 'harm'"),
-        (3, "judge 3 is no function"),
+        (3, "judge is 3: give a function of prompt and response"),
     ],
 )
 def test_what_is_no_judge_is_refused(which, match):

@@ -134,6 +134,14 @@ def test_without_a_gate_it_is_the_one_whose_knob_is_given():
         ({"cooldown": -3}, "cooldown is -3"),
         ({"from_step": 10, "until_step": 9}, "until_step 9 comes before from_step 10"),
         ({"every": 0, "at_train_end": False}, "no check would ever happen"),
+        ({"every": 0, "from_step": 5}, "from_step is 5 and until_step None, which bound periodic checks, but every is"),
+        ({"every": 0, "until_step": 5}, "which bound periodic checks, but every is 0"),
+        ({"min_task_weight": 0.9}, "min_task_weight is 0.9, and one merge leaves 0.8 of the task's update, so none"),
+        ({"min_task_weight": 0.95, "module_weights": {"q_proj": [0.9, 0.1]}}, "one merge leaves 0.9 of the task's"),
+        ({"method": "pull", "strength": 0.3, "min_task_weight": 0.8}, "one merge leaves 0.7"),
+        ({"at_train_end": "no"}, "at_train_end is 'no': give true or false"),
+        ({"asynchronous": "false"}, "asynchronous is 'false': give true or false"),
+        ({"quiet": 1}, "quiet is 1: give true or false"),
         ({"at_train_end": "yes"}, "at_train_end is 'yes'"),
         ({"method": "cat"}, "changes the rank"),
         ({"method": "ties"}, "density is missing"),
@@ -282,3 +290,19 @@ def test_a_command_lines_whole_float_is_steps():
     assert SafeMergeConfig(**GOOD, every=0.25).every == 0.25
     with pytest.raises(ConfigError, match=r"'project' with every=0\.25 would project again"):
         SafeMergeConfig("s", method="project", every=0.25)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"min_task_weight": 0.8},
+        {"min_task_weight": 0.9, "module_weights": {"q_proj": [0.95, 0.05]}},
+        {"min_task_weight": 0.9, "spread_weights": True},
+        {"min_task_weight": 0.9, "soft": True, "gate": "threshold"},
+        {"min_task_weight": 1.0, "weights": [1.0, 0.2]},
+        {"min_task_weight": 0.9, "gate": "watch"},
+        {"every": 0, "from_step": 0},
+    ],
+)
+def test_a_floor_and_bounds_that_can_act_are_taken(changed):
+    SafeMergeConfig(**GOOD, **changed)

@@ -71,7 +71,8 @@ def test_what_is_seen_during_a_cooldown_counts():
 @given(
     st.lists(st.lists(st.floats(0, 1), min_size=2, max_size=2), min_size=1, max_size=12),
     st.sampled_from([None, 0.0, 0.1]),
-    st.floats(0, 1),
+    # a floor above the weight of one merge is refused
+    st.floats(0, 0.8),
     st.integers(0, 12),
 )
 def test_a_resume_at_any_check_decides_as_the_unbroken_run(tmp_path_factory, cosines, rearm, floor, cut):
@@ -193,3 +194,27 @@ def test_a_subspace_without_spreads_is_refused_before_the_first_step(world, runs
 def test_more_drawn_than_there_are_is_refused_before_the_first_step(world, tmp_path):
     with pytest.raises(ConfigError, match="num_layers=99 is more than the 4"):
         world.trainer(tmp_path, world.guard(gate="random", num_layers=99)).train()
+
+
+@pytest.mark.parametrize(
+    ("knobs", "given"),
+    [
+        ({"every": 7}, "every=7"),
+        ({"every": 2, "from_step": 7}, "every=2, from_step=7"),
+        ({"every": 4, "until_step": 3}, "every=4, until_step=3"),
+    ],
+)
+def test_a_schedule_of_which_nothing_falls_into_the_run_is_told_or_refused(world, runs, tmp_path, knobs, given):
+    words = rf"no periodic check falls into this run of 6 steps \({given}\)"
+    with pytest.warns(UserWarning, match=f"{words}: only the one at the end happens"):
+        world.trainer(tmp_path / "end", world.guard(**knobs)).train()
+    assert [e["step"] for e in runs.entries(tmp_path / "end", "merge")] == [6]
+    seen = runs.Recorder()
+    with pytest.raises(ConfigError, match=f"{words}, and at_train_end is false, so none would ever happen"):
+        world.trainer(tmp_path / "none", world.guard(at_train_end=False, **knobs), seen).train()
+    assert seen.steps == {}
+
+
+def test_an_average_that_takes_nothing_in_is_refused(world, tmp_path):
+    with pytest.raises(ConfigError, match="ema_every is 7 and the run has 6 steps, so the average would never take"):
+        world.trainer(tmp_path, world.guard(method="ema", safety_adapter=None, ema_every=7)).train()

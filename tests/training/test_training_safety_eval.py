@@ -244,14 +244,16 @@ def test_a_judge_or_a_task_that_fails_costs_a_measure_and_one_warning(world, run
 
 def test_generation_that_fails_costs_the_probe_and_not_the_training(world, runs, tmp_path, probe):
     model = world.model()
-    model.generate = lambda **_: 1 / 0
-    trainer = world.trainer(
-        tmp_path, world.guard(every=2), probe(rollback={"task": 0.1}, task=lambda *_: 1), model=model
-    )
-    with pytest.warns(UserWarning, match=r"the probe at step 0 lost a measure.*ZeroDivisionError"):
+    asked = probe(rollback={"task": 0.1}, task=lambda *_: 1)
+
+    def breaks(step, model):
+        model.generate = lambda **_: 1 / 0
+
+    trainer = world.trainer(tmp_path, runs.Recorder(breaks), world.guard(every=2), asked, model=model)
+    with pytest.warns(UserWarning, match=r"the probe at step 2 lost a measure.*ZeroDivisionError"):
         trainer.train()
     assert trainer.state.global_step == 6
-    assert runs.entries(tmp_path, "probe") == []
+    assert whens(runs, tmp_path) == [("begin", 0)]
     assert len(runs.entries(tmp_path, "merge")) == 3, "what was not measured is not taken back"
 
 
@@ -454,3 +456,84 @@ def test_a_judge_that_does_not_answer_is_refused_before_the_first_step(world, tm
     with pytest.raises(ConfigError, match=words):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def raises(*_):
+    raise RuntimeError("no data")
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"task": raises, "rollback": {"task": 0.1}}, "rollback rests on the task's score.*RuntimeError: no data"),
+        ({"task": lambda *_: "0.5", "rollback": {"task": 0.1}}, "the score is the text '0.5': a number was expected"),
+        ({"task": lambda *_: float("nan"), "rollback": {"task": 0.1}}, "task is nan: a finite number"),
+        ({"task": lambda *_: {"share": 1}, "rollback": {"task": 0.1}}, "KeyError"),
+        ({"task": lambda *_: None, "rollback": {"task": 0.1}}, "the task function raised TypeError"),
+        ({"eval_batches": [{"input_ids": 1}], "rollback": {"eval_loss": 0.1}}, "rests on the evaluation loss"),
+        ({"judge": Broken(), "trigger": {"below": 0.5}}, "trigger rests on the share of harmful prompts.*no answer in"),
+        ({"judge": Broken(), "stop": {"below": 0.5, "measure": "bad_refused"}}, "stop rests on bad_refused"),
+        (
+            {"every": 7, "trigger": {"below": 0.5}},
+            "trigger needs periodic probes, and every=7 gives none in a run of 6",
+        ),
+        ({"every": 7, "stop": {"below": 0.5}}, "stop needs periodic probes"),
+    ],
+)
+def test_a_rule_on_a_figure_that_is_not_measured_is_refused_before_the_first_step(
+    world, runs, tmp_path, probe, changed, words
+):
+    seen = runs.Recorder()
+    with refused(words):
+        world.trainer(tmp_path, probe(**changed), world.guard(), seen).train()
+    assert seen.steps == {}
+    assert runs.entries(tmp_path, "merge") == [] if (tmp_path / "safemerge.jsonl").exists() else True
+
+
+def test_a_rule_on_thoughts_that_never_end_is_refused_with_what_helps(world, tmp_path, probe, thinker):
+    with refused("stop rests on the share of harmful prompts refused.*raise max_new_tokens, or turn thinking off"):
+        world.trainer(tmp_path, probe(tokenizer=thinker, stop={"below": 0.5})).train()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"task": 5},
+        {"task": "score"},
+        {"task": lambda model: 1.0},
+        {"task": lambda model, tokenizer, more: 1.0},
+        {"judge": lambda response: True},
+        {"benign_judge": lambda a, b, c: True},
+        {"judge": type("J", (), {"refuses": lambda self, response: True})()},
+        {"judge": type("J", (), {"refuses": True})()},
+        {"judge": type("J", (), {"refuses": Says.refuses, "refuse_all": lambda self, responses: []})()},
+        {"judge": {"name": "keywords", "phrases": "I cannot"}},
+        {"judge": {"name": "keywords", "phrases": ["I cannot", ""]}},
+        {"judge": {"name": "keywords", "first": "200"}},
+        {"eval_batches": 5},
+        {"eval_batches": lambda model: []},
+        {"eval_batches": "batches"},
+        {"quiet": "no"},
+        {"quiet": 0},
+        {"seed": "1"},
+        {"journal": True},
+        {"template": 5},
+        {"chat_template_kwargs": "no"},
+    ],
+)
+def test_what_cannot_act_or_means_something_else_is_refused_when_made(probe, changed):
+    with refused(": give|cannot be called|is no JSON"):
+        probe(**changed)
+
+
+def test_functions_of_every_kind_are_taken(probe):
+    from functools import partial
+
+    class Task:
+        def __call__(self, model, tokenizer):
+            return 1.0
+
+    for task in (lambda *_: 1, lambda model, tokenizer, more=None: 1, Task(), partial(lambda a, m, t: 1, 0), max):
+        probe(task=task)
+    probe(judge=Says(1), eval_batches=iter([]))
+    probe(judge=str.startswith, eval_batches=lambda: [])

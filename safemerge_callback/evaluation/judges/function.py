@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ...callables import check_callable
 from ...errors import ConfigError
 from .protocol import Decides, check_decides
 
@@ -28,8 +29,7 @@ class FunctionJudge:
         name: str | None = None,
         folder: str | None = None,
     ) -> None:
-        if not callable(function):
-            raise ConfigError(f"judge {function!r} is no function: give one of (prompt, response) that returns a bool")
+        check_callable(function, f"judge {name!r}" if name else "judge", ("prompt", "response"), "a bool")
         self.function, self.folder = function, folder
         self.decides: Decides = check_decides(decides)
         self.name = name or getattr(function, "__qualname__", type(function).__name__)

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ...errors import ConfigError
+from ...choices import truth
+from ...errors import ConfigError, shown
+from ...numbers import is_whole
 from ..chat import rendered as written
 from ..chat import shows
 from ..generation import respond
@@ -29,11 +31,11 @@ class Guard:
     def __init__(
         self, model: Any, tokenizer: Any, *, device: str | None = None, batch_size: int = 8, stays: bool = False
     ) -> None:
-        if batch_size < 1:
-            raise ConfigError(f"a judge's batch_size is {batch_size}: give 1 or more")
+        if not is_whole(batch_size, 1):
+            raise ConfigError(f"a judge's batch_size is {shown(batch_size)}: give 1 or more")
         self.model, self.tokenizer = model, tokenizer
         self.batch_size = batch_size
-        self.stays = stays
+        self.stays = truth(stays, "a judge's `stays`")
         self.device = accelerator(device)
 
     @contextmanager

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ...callables import check_callable
 from ...choices import one_of
 from ...errors import ConfigError
 from .classifier import ClassifierJudge
@@ -60,6 +61,10 @@ def load_judge(which: str | Mapping[str, Any] | Judge | Callable[[str, str], boo
         return _made(name, options)
     if hasattr(which, "refuses"):
         decides(which)
+        who = f"judge {type(which).__name__}"
+        check_callable(which.refuses, f"{who}: refuses", ("prompt", "response"), "a bool")
+        if hasattr(which, "refuse_all"):
+            check_callable(which.refuse_all, f"{who}: refuse_all", ("prompts", "responses"), "a list of bool or None")
         return which
     return FunctionJudge(which)
 
