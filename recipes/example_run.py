@@ -119,7 +119,13 @@ def _probe(step: int, when: str, refused: float, learned: float) -> dict[str, An
 
 def _start(rule: Gate, modules: int) -> dict[str, Any]:
     sources = {
-        side: {"source": f"made-up-{side}", "revision": None, "files": ["model.safetensors"], "sha256": digit * 64}
+        side: {
+            "source": f"made-up-{side}",
+            "revision": None,
+            "files": ["model.safetensors"],
+            "header_sha256": "0" * 64,
+            "weights_sha256": digit * 64,
+        }
         for side, digit in (("aligned", "a"), ("unaligned", "b"))
     }
     settings = {"gate": rule.name, "threshold": rule.threshold, "weights": list(WEIGHTS), "method": "linear"}

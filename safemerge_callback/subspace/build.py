@@ -16,6 +16,7 @@ from ..choices import truth
 from ..errors import ConfigError, SubspaceError
 from ..ops import Factored, full_precision
 from .bar import byte_bar
+from .digests import digest_of_all
 from .file import Subspace
 from .header import PROBE_POSITIONS, PROBES, VERSION, FileHeader, ModuleHeader, dtype_name
 from .read_ahead import ReadAhead
@@ -26,12 +27,16 @@ from .stream import SafetensorsStream, reserve_for
 
 @dataclass
 class _Module:
-    """A finished module, as a killed build remembers it: JSON-able. `header` is None where V is zero."""
+    """A finished module, as a killed build remembers it: JSON-able. `header` is None where V is zero.
+
+    `digests` are the checksums of its weight in the aligned and the unaligned checkpoint, where those were read.
+    """
 
     name: str
     header: dict[str, Any] | None = None
     positions: list[int] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
 
 
 @full_precision()
@@ -137,6 +142,7 @@ def _read_modules(
             # Nothing here may hold the weights: their pages are given back as soon as V is made.
             material = source.material(name, _taken(ahead, stream), device, ahead.start)
             module = _write(name, material, source.shape(name), stream)
+            module.digests = list(source.digests.pop(name, ()))
             del material
             stream.commit(asdict(module))
             advance(name, sizes[name])
@@ -179,7 +185,10 @@ def _write_probes(modules: Sequence[_Module], stream: SafetensorsStream, header:
 
 
 def _header(source: Source, modules: Sequence[_Module]) -> FileHeader:
-    header = FileHeader(source.aligned, source.unaligned)
+    header = FileHeader(dict(source.aligned), dict(source.unaligned))
+    for place, side in enumerate((header.aligned, header.unaligned)):
+        if digests := {module.name: module.digests[place] for module in modules if module.digests}:
+            side["weights_sha256"] = digest_of_all(digests)
     for module in modules:
         if module.header is None:
             header.unmoved.append(module.name)
@@ -205,6 +214,7 @@ def _reserve(source: Source) -> int:
     widest = ModuleHeader((big, big), "factor", big, "bfloat16", number, number, stds, energy, number, cross=number)
     tensors = {name: [f"{name}.{part}" for part in "VUW"] for name in source.names}
     modules = {name: replace(widest, checksums=dict.fromkeys(keys, "0" * 64)) for name, keys in tensors.items()}
-    header = FileHeader(source.aligned, source.unaligned, modules, probed=source.names)
+    digest = {"weights_sha256": "0" * 64}
+    header = FileHeader({**source.aligned, **digest}, {**source.unaligned, **digest}, modules, probed=source.names)
     header.checksums = dict.fromkeys((PROBE_POSITIONS, PROBES), "0" * 64)
     return reserve_for(header.to_metadata(), [*chain(*tensors.values()), PROBES, PROBE_POSITIONS])

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..adapters import LoraFactors
+from ..adapters.names import is_vocabulary
 from ..errors import SubspaceError
 from .header import DTYPES, PROBE_POSITIONS, PROBES, FileHeader, dtype_name
 from .probes import matches
@@ -54,9 +55,20 @@ def _check_shape(name: str, live: LoraFactors, stored: tuple[int, int], where: s
     expected = stored[::-1] if live.transposed else stored
     if live.shape != expected:
         raise SubspaceError(
-            f"module {name!r} is {live.shape} (out, in) in the model but {expected} in {where}: it was built from a "
-            "model of another size. Build it again from this model's checkpoints."
+            f"module {name!r} is {live.shape} (out, in) in the model but {expected} in {where}: "
+            f"{_why_other(name, live.shape, expected)}"
         )
+
+
+def _why_other(name: str, live: tuple[int, ...], stored: tuple[int, ...]) -> str:
+    """Why a module has another shape than the subspace was built from, and what to do."""
+    differ = sum(one != other for one, other in zip(live, stored, strict=True))
+    if is_vocabulary(name) and differ == 1:
+        return (
+            "its vocabulary was resized since. Save the resized model (save_pretrained, before it has an adapter) and "
+            "build the subspace with it as aligned and common_rows=True (--common-rows)."
+        )
+    return "it was built from a model of another size. Build it again from this model's checkpoints."
 
 
 def check_base(
@@ -86,6 +98,6 @@ def check_base(
 def _check_size(name: str, weight: Tensor, stored: tuple[int, int], where: str) -> None:
     if tuple(weight.shape) != stored:
         raise SubspaceError(
-            f"base weight of {name!r} is {tuple(weight.shape)} in the model but {stored} in {where}. "
-            "Build it again from this model's checkpoints."
+            f"base weight of {name!r} is {tuple(weight.shape)} in the model but {stored} in {where}: "
+            f"{_why_other(name, tuple(weight.shape), stored)}"
         )

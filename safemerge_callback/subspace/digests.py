@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -32,6 +33,11 @@ def digest_of(tensor: Tensor) -> str:
     for rows in row_blocks(tensor):
         digest.update(stored_bytes(tensor[rows]))
     return digest.hexdigest()
+
+
+def digest_of_all(digests: Mapping[str, str]) -> str:
+    """Return one checksum of many tensors, name -> checksum, in their order."""
+    return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in digests.items()).encode()).hexdigest()
 
 
 def stored_bytes(block: Tensor, dtype: torch.dtype | None = None) -> memoryview:

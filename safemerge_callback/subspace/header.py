@@ -133,7 +133,16 @@ class FileHeader:
         if strangers := set(raw["probed"]) - modules.keys():
             raise ValueError(f"probed names {sorted(strangers)[0]!r}, which is no module of it")
         names = ("aligned", "unaligned", "unmoved", "probed", "exact", "checksums")
-        return cls(**{name: raw[name] for name in names}, modules=modules)
+        header = cls(**{name: raw[name] for name in names}, modules=modules)
+        for side in (header.aligned, header.unaligned):
+            _rename_digest(side)
+        return header
+
+
+def _rename_digest(side: dict[str, Any]) -> None:
+    """Older files call both digests `sha256`: that of a checkpoint's headers, and that of an adapter."""
+    if "sha256" in side:
+        side["weights_sha256" if "alignment_adapter" in side else "header_sha256"] = side.pop("sha256")
 
 
 def _sha256(text: str) -> str:

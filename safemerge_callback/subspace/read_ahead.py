@@ -11,11 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Generic, TypeVar
 
-import torch
-from torch import Tensor
-
 T = TypeVar("T")
-_PAGE = 4096
 
 
 class ReadAhead(Generic[T]):
@@ -49,14 +45,6 @@ class ReadAhead(Generic[T]):
             raise StopIteration
         taken, self._next = self._next, None
         return taken.result()
-
-
-def touch(weight: Tensor) -> Tensor:
-    """Bring the pages of a mapped (rows, columns) tensor into memory, and return it."""
-    rows = weight if weight.stride(-1) == 1 else weight.mT
-    # By numpy: a torch operation in a second thread starts a second set of threads, which compete with the first.
-    rows.view(torch.uint8).numpy()[:, ::_PAGE].sum()
-    return weight
 
 
 def spans_of(path: Path) -> dict[str, tuple[int, int]]:

@@ -21,9 +21,9 @@ from .checkpoints.pairing import common_targets, num_bytes, require_same_modules
 from .checkpoints.shards import CheckpointShards
 from .checkpoints.targets import select_targets
 from .difference import difference, norm_of, require_finite, storage_dtype
+from .digests import digest_of
 from .lowrank_detect import find_factors
 from .probes import choose_positions, values_at
-from .read_ahead import touch
 from .spectrum import Spectrum, factored_spectrum, sketch_of, spectrum_of
 
 
@@ -47,6 +47,8 @@ class Source(Protocol):
     aligned: dict[str, Any]
     unaligned: dict[str, Any]
     stamps: list[str]
+    # Module that was fetched -> checksums of its weight in the aligned and the unaligned checkpoint.
+    digests: dict[str, tuple[str, str]]
 
     def shape(self, name: str) -> tuple[int, int]:
         """Return the module's shape as stored in the checkpoint."""
@@ -85,6 +87,7 @@ class CheckpointPair:
         self._unaligned = CheckpointShards.open(unaligned).named_as(self._aligned)
         self.aligned, self.unaligned = self._aligned.fingerprint(), self._unaligned.fingerprint()
         self.stamps = [*stamps_of(self._aligned), *stamps_of(self._unaligned)]
+        self.digests: dict[str, tuple[str, str]] = {}
         self.names = common_targets(self._aligned, self._unaligned, target_modules)
         require_same_modules(self._aligned, self._unaligned, self.names, common_rows=common_rows)
 
@@ -97,8 +100,10 @@ class CheckpointPair:
         return num_bytes(self._aligned, name) + num_bytes(self._unaligned, name)
 
     def fetch(self, name: str) -> tuple[Tensor, ...]:
-        """Read one module from both checkpoints."""
-        return touch(self._aligned.read(name)), touch(self._unaligned.read(name))
+        """Read one module from both checkpoints; their checksums are made of the bytes as they come in."""
+        weights = self._aligned.read(name), self._unaligned.read(name)
+        self.digests[name] = digest_of(weights[0]), digest_of(weights[1])
+        return weights
 
     def material(
         self, name: str, weights: tuple[Tensor, ...], device: torch.device, released: Callable[[], None]
@@ -143,6 +148,7 @@ class AlignmentAdapter:
         self.aligned = self._checkpoint.fingerprint() if self._checkpoint else {}
         self.unaligned = _adapter_fingerprint(loaded, adapter)
         self.stamps = stamps_of(self._checkpoint) if self._checkpoint else []
+        self.digests: dict[str, tuple[str, str]] = {}
         self._tell_left_out(loaded)
         if self._checkpoint:
             self._require_checkpoint_shapes(self._checkpoint)
@@ -206,11 +212,11 @@ def _num_bytes(factors: Factored) -> int:
 
 
 def _adapter_fingerprint(adapter: Adapter, source: str | Path) -> dict[str, Any]:
-    """{alignment_adapter, base_model, sha256}, the hash over names, scalings and factors."""
+    """{alignment_adapter, base_model, weights_sha256}, the hash over names, scalings and factors."""
     digest = hashlib.sha256()
     for name, factors in sorted(adapter.factors.items()):
         digest.update(f"{name} {factors.scaling!r}".encode())
         for tensor in (factors.A, factors.B):
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     base = source_name(adapter.base_model) if adapter.base_model else None
-    return {"alignment_adapter": source_name(source), "base_model": base, "sha256": digest.hexdigest()}
+    return {"alignment_adapter": source_name(source), "base_model": base, "weights_sha256": digest.hexdigest()}

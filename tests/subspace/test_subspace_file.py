@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from safemerge_callback.adapters import LoraFactors
+from safemerge_callback.adapters import LoraFactors, live_factors
 from safemerge_callback.errors import SubspaceError
 from safemerge_callback.ops import Factored
 from safemerge_callback.subspace import Request, Subspace, build_subspace, compress_subspace
@@ -357,3 +357,62 @@ def test_the_pages_reader_reads_every_kind(subspace, tmp_path, kind):
         exact = names["alignment_matrix"](subspace.path, name)
         assert float(torch.linalg.matrix_norm((V - exact).double(), 2)) <= module.error * (1 + 1e-5) + 1e-5
         assert tuple(V.shape) == module.shape
+
+
+def two_models(tmp_path, tiny_llama, **sizes):
+    for name, seed in (("base", 2), ("chat", 1)):
+        tiny_llama(seed=seed, **sizes).save_pretrained(tmp_path / name)
+    return {"aligned": tmp_path / "chat", "unaligned": tmp_path / "base", "progress": False}
+
+
+def test_the_digest_of_headers_is_named_so_and_one_of_values_tells_models_apart(tmp_path, tiny_llama):
+    parts = two_models(tmp_path, tiny_llama)
+    one = build_subspace(tmp_path / "one", **parts)
+    assert one.aligned["header_sha256"] == one.unaligned["header_sha256"]
+    assert one.aligned["weights_sha256"] != one.unaligned["weights_sha256"]
+    turned = build_subspace(tmp_path / "two", aligned=parts["unaligned"], unaligned=parts["aligned"], progress=False)
+    assert turned.aligned["weights_sha256"] == one.unaligned["weights_sha256"]
+    fewer = build_subspace(tmp_path / "three", **parts, target_modules=["q_proj"])
+    assert fewer.aligned["weights_sha256"] != one.aligned["weights_sha256"]
+    assert len(one.aligned["weights_sha256"]) == 64
+
+
+@pytest.mark.parametrize("side", [{"source": "m", "sha256": "h"}, {"alignment_adapter": "a", "sha256": "w"}])
+def test_an_older_files_digest_is_read_under_its_present_name(tmp_path, tiny_llama, side):
+    path = tmp_path / "v"
+    build_subspace(path, **two_models(tmp_path, tiny_llama))
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    header = json.dumps(json.loads(metadata["header"]) | {"unaligned": side})
+    sha256 = hashlib.sha256(header.encode()).hexdigest()
+    save_file(tensors, path, {**metadata, "header": header, "sha256": sha256})
+    wanted = {"weights_sha256": "w"} if "alignment_adapter" in side else {"header_sha256": "h"}
+    assert Subspace.load(path).unaligned == {key: side[key] for key in side if key != "sha256"} | wanted
+
+
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_a_vocabulary_that_was_resized_since_is_told_with_what_helps(tmp_path, tiny_llama, module):
+    from peft import LoraConfig, get_peft_model
+
+    parts = two_models(tmp_path, tiny_llama)
+    subspace = build_subspace(tmp_path / "v", **parts, target_modules=[module])
+    model = tiny_llama(seed=1)
+    model.resize_token_embeddings(67, mean_resizing=False)
+    model.save_pretrained(tmp_path / "resized")
+    factors = live_factors(get_peft_model(model, LoraConfig(target_modules=[module])))
+    with pytest.raises(
+        SubspaceError, match=r"vocabulary was resized since\. Save the resized model .*common_rows=True"
+    ):
+        subspace.check(factors)
+    parts["aligned"] = tmp_path / "resized"
+    build_subspace(tmp_path / "w", **parts, target_modules=[module], common_rows=True).check(factors)
+
+
+def test_a_model_of_another_size_is_told_as_that(tmp_path, tiny_llama):
+    from peft import LoraConfig, get_peft_model
+
+    subspace = build_subspace(tmp_path / "v", **two_models(tmp_path, tiny_llama), target_modules=["lm_head"])
+    model = get_peft_model(tiny_llama(hidden_size=16, vocab_size=32), LoraConfig(target_modules=["lm_head"]))
+    with pytest.raises(SubspaceError, match="from a model of another size"):
+        subspace.check(live_factors(model))

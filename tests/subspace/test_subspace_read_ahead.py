@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from safemerge_callback.errors import SubspaceError
 from safemerge_callback.subspace import read_ahead
-from safemerge_callback.subspace.read_ahead import ReadAhead, spans_of, touch, will_need
+from safemerge_callback.subspace.read_ahead import ReadAhead, spans_of, will_need
 
 
 def test_the_next_is_read_when_told_and_no_more_than_that():
@@ -56,13 +56,6 @@ def test_nothing_that_was_taken_is_kept():
     with ReadAhead(range(2), lambda number: Weight() if number == 0 else None) as ahead:
         assert isinstance(ahead.take(), Weight)
         assert freed.wait(10)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_touching_returns_the_tensor_itself_whatever_its_layout(dtype):
-    whole = torch.randn(70, 3000).to(dtype)
-    for tensor in (whole, whole.mT, whole[3:9], whole[:, 100:200], whole[:0]):
-        assert touch(tensor) is tensor
 
 
 def test_a_span_holds_the_values_of_its_tensor(tmp_path):

@@ -61,9 +61,11 @@ def test_fingerprint_has_no_machine_path_and_sees_the_headers(sharded, tmp_path)
     assert first["files"] == [path.name for path in files]
     assert first["sizes"] == [path.stat().st_size for path in files]
     shutil.copytree(folder, tmp_path / "copy")
-    assert CheckpointShards.open(tmp_path / "copy").fingerprint()["sha256"] == first["sha256"]
+    assert CheckpointShards.open(tmp_path / "copy").fingerprint()["header_sha256"] == first["header_sha256"]
     save_file({"layers.0.mlp.up_proj.weight": torch.zeros(2, 3)}, tmp_path / "other.safetensors")
-    assert CheckpointShards.open(tmp_path / "other.safetensors").fingerprint()["sha256"] != first["sha256"]
+    assert (
+        CheckpointShards.open(tmp_path / "other.safetensors").fingerprint()["header_sha256"] != first["header_sha256"]
+    )
 
 
 def break_missing_shard(folder):

@@ -103,7 +103,10 @@ def _only_file(there: list[str], source: str) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        raise SubspaceError(f"checkpoint {source!r}: {len(found)} safetensors files but no {INDEX} that lists them.")
+        raise SubspaceError(
+            f"checkpoint {source!r}: {len(found)} safetensors files but no {INDEX} that says which belong together. "
+            "Download the index too, save the model again with save_pretrained, or give one file."
+        )
     raise SubspaceError(f"checkpoint {source!r} {_why_nothing(there)}")
 
 
@@ -116,7 +119,10 @@ def _why_nothing(there: list[str]) -> str:
             f"has no safetensors weights, only {', '.join(refused[:3])}{' ...' if len(refused) > 3 else ''}: pickle "
             "and GGUF files are never read. Convert it with save_pretrained, or use a safetensors revision."
         )
-    return f"has neither {SINGLE} nor {INDEX} (pickle and GGUF files are never read)."
+    return (
+        f"has neither {SINGLE} nor {INDEX} (pickle and GGUF files are never read): give the folder that holds the "
+        "model's safetensors files, or a Hub id."
+    )
 
 
 def _listed(folder: Folder, source: str) -> dict[str, str]:

@@ -93,7 +93,10 @@ class CheckpointShards:
             raise quantised(f"checkpoint {self.located.name!r}", next(iter(packed.values())), [*packed], len(names))
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return {source, revision, files, sizes, sha256}: no machine path; the hash is of all headers, in order."""
+        """Return {source, revision, files, sizes, header_sha256}; no machine path is in it.
+
+        The hash is of all headers, in order: it sees names, shapes and layout, which models of one architecture share.
+        """
         digest = hashlib.sha256()
         for file in self.located.files:
             digest.update(file.header())
@@ -102,7 +105,7 @@ class CheckpointShards:
             "revision": self.located.revision,
             "files": [file.name for file in self.located.files],
             "sizes": [file.size() for file in self.located.files],
-            "sha256": digest.hexdigest(),
+            "header_sha256": digest.hexdigest(),
         }
 
     def _format(self, name: str) -> str | None:
