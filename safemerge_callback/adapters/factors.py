@@ -69,8 +69,8 @@ class LoraFactors:
             return LowRank(A, B)
         if unit == 0 or not math.isfinite(unit):
             raise AdapterError(
-                f"module {self.name!r}: an update cannot be divided by a scaling of {unit}, with which no factors change "
-                "anything. Set lora_alpha (LoraConfig, or adapter_config.json) to a finite number other than 0."
+                f"module {self.name!r}: an update cannot be divided by a scaling of {unit}, with which no factors "
+                "change anything. Set lora_alpha (LoraConfig, or adapter_config.json) to a finite number other than 0."
             )
         ratio = self.scaling / unit
         root, dtype = math.sqrt(abs(ratio)), accumulation_dtype(A, B)
