@@ -36,7 +36,8 @@ def hub(tmp_path, tiny_llama, monkeypatch):
 
     def adapter(folder, number):
         rank = number + 1
-        get_peft_model(tiny_llama(), LoraConfig(r=rank, target_modules=["q_proj"])).save_pretrained(folder)
+        lora = LoraConfig(r=rank, target_modules=["q_proj"], init_lora_weights=False)
+        get_peft_model(tiny_llama(), lora).save_pretrained(folder)
 
     cached(tmp_path / "hub", "lora", adapter)
     cached(tmp_path / "hub", "model", lambda folder, number: tiny_llama(seed=number).save_pretrained(folder))
