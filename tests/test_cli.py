@@ -126,7 +126,11 @@ def test_measure_as_json(world):
     readings = measure_adapter("task", "s.safetensors")
     assert {m["name"]: m["cosine"] for m in answer["modules"]} == {n: r.cosine for n, r in readings.items()}
     assert answer["below"] == readings.below(0.99)
-    assert set(json.loads(run("measure", "task", "-s", "s.safetensors", "--json").stdout)) == {"moved_mean", "moved_edge", "modules"}
+    assert set(json.loads(run("measure", "task", "-s", "s.safetensors", "--json").stdout)) == {
+        "moved_mean",
+        "moved_edge",
+        "modules",
+    }
 
 
 def test_build_from_an_adapter_and_by_targets(world):

@@ -219,6 +219,12 @@ class SafeMergeConfig:
         """The settings in force that differ from what they are by default."""
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
 
+    @property
+    def words(self) -> str:
+        """The settings that are not the defaults, for a card: without those that hold a path of this machine."""
+        paths = ("subspace", "safety_adapter", "journal")
+        return ", ".join(f"{name} {value}" for name, value in self.chosen.items() if name not in paths)
+
     def to_dict(self) -> dict[str, Any]:
         """Return every setting as a JSON-able dict that `from_dict` takes back."""
         return asdict(self)

@@ -212,6 +212,7 @@ class Session:
         adapters = ", ".join(map(source_name, self.config.adapters)) or None
         left = "; ".join(f"of {source}: {words}" for source, words in self.unmerged.items()) or None
         parts = {"subspace": source_name(self.config.subspace), "safety_adapter": adapters, "left_out": left}
+        parts["settings"] = self.config.words or None
         return Outcome(self.journal.path, self.plan, self.progress, parts, model)
 
     def seal_weights(self, step: int) -> None:

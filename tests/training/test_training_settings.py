@@ -3,12 +3,23 @@ from os import PathLike
 from typing import get_args, get_type_hints
 
 import pytest
+from transformers import TrainerCallback
 
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.training import SafeMergeCallback, SafeMergeConfig
 from safemerge_callback.training.settings import Settings
 
 ALIASES = ("preset", "combination_type")
+
+
+class Sections(TrainerCallback):
+    """Keeps what a model card would say after each step."""
+
+    def __init__(self, guard):
+        self.guard, self.text = guard, ""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.text = self.guard.session.section().text
 
 
 def plain(kind):
@@ -37,6 +48,17 @@ def test_a_bare_path_is_the_subspaces(tmp_path):
         SafeMergeCallback(3)
     with pytest.raises(ConfigError, match=r"config is a str: give .*from_yaml"):
         SafeMergeCallback("guard.yaml")
+
+
+def test_a_card_has_the_settings_that_were_chosen_and_no_path(world, tmp_path):
+    guard = world.guard(every=3, journal=str(tmp_path / "own.jsonl"))
+    assert guard.config.words == "method linear, weights [0.8, 0.2], every 3"
+    assert str(tmp_path) not in guard.config.words
+    assert world.subspace not in guard.config.words
+    trainer = world.trainer(tmp_path / "out", guard, save_strategy="steps", save_steps=3)
+    trainer.add_callback(kept := Sections(guard))
+    trainer.train()
+    assert "| settings | method linear, weights \\[0.8, 0.2\\], every 3 |" in kept.text
 
 
 def test_a_guard_shows_what_was_chosen_and_in_a_notebook_escapes_it():
