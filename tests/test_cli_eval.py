@@ -297,3 +297,15 @@ def test_tasks_stand_beside_harm_and_what_fails_of_them_loses_nothing(world, mon
     ]
     assert "utility is not measured" not in result.stderr
     assert found["versions"]["lm-eval"]
+
+
+@pytest.mark.parametrize("kind", ["harm", "benign"])
+@pytest.mark.parametrize("named", ["said.jsonl", "link.jsonl"])
+def test_responses_that_are_asked_again_are_not_written_over(world, kind, named):
+    rows = "".join(json.dumps({"set": "harm", "prompt": prompt}) + "\n" for prompt in HARM)
+    (world / "said.jsonl").write_text(rows)
+    (world / "link.jsonl").symlink_to("said.jsonl")
+    probes = {"harm": "harm:harm.csv", "benign": "benign:benign.jsonl", kind: f"{kind}:said.jsonl#prompt"}
+    refused = run("task", "--probes", ",".join(probes.values()), "--responses", named, code=2)
+    assert f"output '{named}' is one of the inputs" in refused.output
+    assert (world / "said.jsonl").read_text() == rows

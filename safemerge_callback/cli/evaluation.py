@@ -126,14 +126,12 @@ def _prepared(
     """Whatever can be refused is refused here, before a model is loaded: the cheapest first."""
     from ..evaluation.figures import check_outputs, check_sets
     from ..evaluation.judges import check_judge, check_ready, load_judge
-    from ..evaluation.prompts import check_prompt_set, load_prompt_sets
+    from ..evaluation.prompts import load_prompt_sets, prompt_file
 
     if not probes and not tasks:
         raise ConfigError("there is nothing to evaluate: give --probes or --tasks")
     output, responses = files
-    check_outputs(output, responses)
-    for name in probes:
-        check_prompt_set(name)
+    check_outputs(output, responses, [prompt_file(name) for name in probes])
     for name in judge:
         check_judge(name)
     manager = None

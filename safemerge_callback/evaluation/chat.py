@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -51,9 +52,13 @@ def rendered(tokenizer: Any, turns: Sequence[tuple[str, str]], **settings: Any) 
 
 
 def shows(text: str, said: str) -> bool:
-    """Whether `said` stands in a rendered text, whatever became of its blanks, or escaped as in JSON."""
+    """Whether `said` stands in a text, whatever became of blanks and capitals, or escaped for JSON or HTML."""
     escaped = json.dumps(said.strip(), ensure_ascii=False)[1:-1]
-    return " ".join(said.split()) in " ".join(text.split()) or escaped in text
+    return escaped in text or any(_bare(said) in _bare(written) for written in (text, html.unescape(text)))
+
+
+def _bare(text: str) -> str:
+    return " ".join(text.split()).casefold()
 
 
 def questions(tokenizer: Any, prompts: Sequence[str], settings: Mapping[str, Any]) -> list[str]:

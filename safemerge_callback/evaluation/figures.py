@@ -30,10 +30,13 @@ class Figure(Measured):
     judge: str
 
 
-def check_outputs(output: Any, responses: Any) -> None:
-    """Raise ConfigError where figures or responses, each a path or None, may not be written, or both go to one file."""
+def check_outputs(output: Any, responses: Any, inputs: Sequence[Any] = ()) -> None:
+    """Raise ConfigError where figures or responses, each a path or None, may not be written, or both go to one file.
+
+    Responses can be prompts again: a file of them is no output where it is one of the `inputs`.
+    """
     asked = [(path, kind) for path, kind in ((output, FIGURES), (responses, RESPONSES)) if path is not None]
-    places = [free_output(path, "output", kind) for path, kind in asked]
+    places = [free_output(path, "output", kind, inputs) for path, kind in asked]
     if len({os.path.realpath(place) for place in places}) < len(places):
         raise ConfigError(f"output {shown(output)} is asked for figures and for responses: give two files")
 

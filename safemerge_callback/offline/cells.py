@@ -22,9 +22,9 @@ TABLE = FileKind("a CSV table", lambda head: b"\0" not in head and re.match(rb"[
 class Cell:
     """One merge that was not made: which gate, how, and what it would do.
 
-    `merged` of `modules` are selected. `moved`: ‖new - old‖/‖old‖, and `cosine`: that of the new update to the old one,
-    the fine-tuned, both over all modules together. `residual`: ‖dropped‖/‖target‖ over the merged modules, what
-    the rank loses.
+    `merged` of `modules` are selected. `moved`: ‖new - old‖/‖old‖, infinite where the old update is nothing, and
+    `cosine`: that of the new update to the old one, the fine-tuned, both over all modules together. `residual`:
+    ‖dropped‖/‖target‖ over the merged modules, what the rank loses.
     """
 
     gate: str

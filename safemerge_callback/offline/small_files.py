@@ -16,6 +16,11 @@ _COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 # Folders that belong to a tokenizer.
 _FOLDERS = ("additional_chat_templates",)
+# Files of a tokenizer of which one holds its vocabulary.
+_VOCABULARIES = {
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"),
+    "tekken.json",
+}
 # What the Hub is asked for, beside the weights.
 PATTERNS = (INDEX, *(f"*{suffix}" for suffix in (*_COPIED, ".py")), *(f"{name}*" for name in _LICENCES))
 
@@ -64,7 +69,8 @@ def copy_model(folder: Path, output: Path) -> None:
 def tokenizer_files(folder: Path | None) -> list[Path]:
     """Return the files of the tokenizer that lies in a folder, in any; none where there is no whole tokenizer."""
     found = [folder / name for name in TOKENIZER if (folder / name).exists()] if folder else []
-    return found if any(path.name == "tokenizer_config.json" for path in found) else []
+    names = {path.name for path in found}
+    return found if "tokenizer_config.json" in names and names & _VOCABULARIES else []
 
 
 def copy_tokenizer(folder: Path | None, output: Path) -> bool:

@@ -217,7 +217,12 @@ def _cell(gate: Gate, how: Mapping[str, Any], table: Mapping[str, Moved], readin
         plan.weights,
         len(chosen),
         len(readings),
-        math.sqrt(distance / (kept + old)) if distance else 0.0,
+        _ratio(distance, kept + old),
         min(1.0, (kept + inner) / norms) if norms else 1.0,
-        math.sqrt(dropped / target) if dropped else 0.0,
+        _ratio(dropped, target),
     )
+
+
+def _ratio(square: float, whole: float) -> float:
+    """The root of a part of `whole`; infinite where that is nothing, as the update of an adapter not yet trained."""
+    return math.sqrt(square / whole) if square and whole else math.inf if square else 0.0

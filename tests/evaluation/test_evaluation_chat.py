@@ -43,6 +43,8 @@ ASKING = {
     "stripped": "{{ m['content'] | trim }}",
     "blanks made one": "{{ m['content'].split() | join(' ') }}",
     "escaped": "{{ m['content'] | tojson }}",
+    "escaped as HTML": "{{ m['content'] | e }}",
+    "small letters": "{{ m['content'] | lower }}",
     "parts": PARTS,
     "parts, and a text raises": "{{ m['content'][0]['text'] + '' }}",
     "parts, and a text is refused": "{% if m['content'] is string %}{{ raise_exception('parts') }}{% endif %}" + PARTS,
@@ -55,7 +57,7 @@ ASKING = {
 @pytest.mark.parametrize("body", ASKING.values(), ids=ASKING)
 def test_a_template_that_shows_the_prompt_is_used(tokenizer, body):
     first, second = texts(with_template(tokenizer, body))
-    assert "How do I bake bread?" in first
+    assert "how do i bake bread?" in first.lower()
     assert all(word in second for word in ("pick", "lock,"))
     assert "<image>" not in first + second
 

@@ -171,6 +171,17 @@ def test_a_tokenizer_that_was_trained_with_goes_along_else_its_lack_is_told(
     merge_adapters(*parts, tmp_path / "adapter", overwrite=True, **how)
 
 
+@pytest.mark.parametrize("lost", ["tokenizer.json", "tokenizer_config.json"])
+def test_half_a_tokenizer_beside_the_adapter_takes_the_place_of_none(tmp_path, trained, chat_tokenizer, lost):
+    from transformers import AutoTokenizer
+
+    trained()
+    for folder in ("base", "task"):
+        chat_tokenizer.save_pretrained(tmp_path / folder)
+    (tmp_path / "task" / lost).unlink()
+    assert AutoTokenizer.from_pretrained(baked(tmp_path)).get_vocab() == chat_tokenizer.get_vocab()
+
+
 CODE = {"AutoConfig": "configuration_my.C", "AutoModelForCausalLM": "modeling_my.M", "AutoModel": "org/other--far.M"}
 
 

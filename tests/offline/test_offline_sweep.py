@@ -2,11 +2,12 @@
 
 import csv
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from safemerge_callback.adapters import load_adapter
+from safemerge_callback.adapters import load_adapter, save_adapter
 from safemerge_callback.decision import Gate
 from safemerge_callback.errors import AdapterError, ConfigError, PlanError
 from safemerge_callback.methods import METHODS, get_method
@@ -159,3 +160,16 @@ def test_the_defaults_are_the_callbacks_and_what_the_paper_would_do(world):
     assert {cell.method for cell in without} == {"pull"}
     # a pull toward the aligned model takes its strength of every update away
     assert without[0].moved == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("method", ["linear", "pull"])
+def test_an_adapter_that_was_not_trained_yet_is_swept(world, tmp_path, method):
+    task = load_adapter(world / "task")
+    nothing = {name: replace(module, B=torch.zeros_like(module.B)) for name, module in task.factors.items()}
+    save_adapter(tmp_path / "nothing", replace(task, factors=nothing))
+    safety = world / "safety" if method == "linear" else None
+    found = sweep_adapters(tmp_path / "nothing", safety, world / "s.safetensors", gates=[Gate("all")])
+    assert {cell.method for cell in found} == {method}
+    assert {cell.moved for cell in found} == {math.inf if safety else 0.0}
+    assert found.write_csv(tmp_path / "x.csv").read_text().count("inf") == (len(found) if safety else 0)
+    assert str(found)

@@ -139,6 +139,39 @@ def test_a_configuration_without_packed_tensors_refuses_nothing(world):
     assert len(build(world).modules) == 14
 
 
+# Tensors of a plain model's own, beside no weight, under words that quantised ones use.
+OWN = {
+    "codes": torch.ones(4),
+    "whole codes": ints(4),
+    "indices": ints(4, dtype=torch.int64),
+    "centroids": torch.ones(2, 2),
+    "W_q": torch.ones(4, 4),
+    "weight_scale": torch.ones(1),
+    "input_scale": torch.ones(1),
+    "absmax": torch.ones(1),
+    "SCB": torch.ones(1),
+}
+
+
+@pytest.mark.parametrize(
+    ("word", "config"),
+    # Whole numbers under such a name, and a configuration that says so, are what they say.
+    [
+        (word, config)
+        for word in OWN
+        for config in (None, {})
+        if not (config == {} and word in ("whole codes", "indices"))
+    ],
+)
+def test_a_plain_models_own_tensors_are_no_packed_weights(world, word, config):
+    for side in ("chat", "base"):
+        more = {f"model.layers.0.picker.{word.split()[-1]}": OWN[word]}
+        packed(world / side, lambda k, w, more=more: {f"{k}.weight": w} | more, where="0.mlp.up_proj.weight")
+        plain = json.loads((world / side / "config.json").read_text())
+        (world / side / "config.json").write_text(json.dumps(plain | {"quantization_config": config}))
+    assert len(build(world).modules) == 14
+
+
 def test_beside_an_alignment_adapter_and_as_the_base_to_bake_into(world, tiny_llama):
     build(world)
     lora = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)

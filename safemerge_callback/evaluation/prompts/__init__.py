@@ -1,6 +1,6 @@
 """Prompt sets by name, from installed packages or the Hub, each with licence and source; or a file of one's own."""
 
-from .load import PromptSet, check_prompt_set, load_prompt_sets, load_prompts
+from .load import PromptSet, check_prompt_set, load_prompt_sets, load_prompts, prompt_file
 from .places import package_files
 from .sets import PROMPT_SETS, SetCard, Where
 from .tables import KNOWN
@@ -15,4 +15,5 @@ __all__ = [
     "load_prompt_sets",
     "load_prompts",
     "package_files",
+    "prompt_file",
 ]

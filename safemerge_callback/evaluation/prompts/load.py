@@ -97,6 +97,12 @@ def check_prompt_set(name_or_path: str) -> Kind:
     return kind
 
 
+def prompt_file(name_or_path: str) -> Path | None:
+    """Return the file that is meant, there or not; None for a named set. ConfigError as `check_prompt_set`."""
+    check_prompt_set(name_or_path)
+    return None if name_or_path in PROMPT_SETS else _parts(name_or_path)[1]
+
+
 def _parts(text: str) -> tuple[Kind | None, Path, str | None]:
     before, colon, after = text.partition(":")
     kind = next((known for known in KINDS if colon and before == known), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ...adapters import canonical_name
@@ -25,6 +25,8 @@ _MARKS = {
     r"centroids|indices": "vptq",
     r"weight[.:_]_?(data|scale|shift|qdata|zero_point)": "quanto or torchao",
 }
+# Of these, what a plain model may call a tensor of its own.
+_COMMON = {"codes", "indices"}
 _MARKED = re.compile(rf"(?P<module>.+?)\.(?P<mark>{'|'.join(_MARKS)})")
 # One tensor for all experts: told as the first of them, since experts are single modules here.
 _STACKED = re.compile(r"(?P<parent>.+\.experts)\.(?P<last>\w+_proj)_(blocks|scales)")
@@ -46,7 +48,8 @@ def quantised_modules(tensors: Mapping[str, tuple[tuple[int, ...], str]], config
     """Return canonical name -> format of the modules whose weight is no plain matrix of floats.
 
     `tensors` is key -> shape and dtype, as safetensors names it. A weight that is stored in a dtype of `DTYPES` is
-    plain, whatever lies beside it and whatever the configuration says.
+    plain, whatever lies beside it and whatever the configuration says; so is a module without a packed tensor: scales
+    alone pack nothing.
     """
     told = format_of(config)
     found = {
@@ -55,17 +58,32 @@ def quantised_modules(tensors: Mapping[str, tuple[tuple[int, ...], str]], config
         if key.endswith(".weight") and len(shape) > 1 and dtype not in DTYPES
     }
     plain = {canonical_name(key) for key, (_, dtype) in tensors.items() if key.endswith(".weight") and dtype in DTYPES}
+    marked = {
+        name: marks for name, marks in _marked(tensors).items() if name in found or _packs(marks, told is not None)
+    }
     for pattern, how in reversed(_MARKS.items()):
-        found.update({name: how for name, mark in _marked(tensors) if re.fullmatch(pattern, mark)})
-    stacked = {_expert(match) for match in map(_STACKED.fullmatch, tensors) if match}
+        found.update(
+            {name: how for name, marks in marked.items() if any(re.fullmatch(pattern, mark) for mark in marks)}
+        )
+    packed = [key for key, (_, dtype) in tensors.items() if dtype not in DTYPES]
+    stacked = {_expert(match) for match in map(_STACKED.fullmatch, packed) if match}
     found.update(dict.fromkeys(stacked, "mxfp4"))
     return {name: told or how for name, how in found.items() if name not in plain}
 
 
-def _marked(tensors: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for match in map(_MARKED.fullmatch, tensors):
-        if match:
-            yield canonical_name(match["module"]), match["mark"]
+def _marked(tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, dict[str, str]]:
+    """Canonical name -> mark -> dtype."""
+    found: dict[str, dict[str, str]] = {}
+    for key, (_, dtype) in tensors.items():
+        if match := _MARKED.fullmatch(key):
+            found.setdefault(canonical_name(match["module"]), {})[match["mark"]] = dtype
+    return found
+
+
+def _packs(marks: Mapping[str, str], told: bool) -> bool:
+    """Whether one of these tensors can be a packed weight; a common word needs another mark, or the configuration."""
+    sure = told or len(marks) > 1
+    return any(dtype not in DTYPES and (sure or mark not in _COMMON) for mark, dtype in marks.items())
 
 
 def _expert(match: re.Match[str]) -> str:
