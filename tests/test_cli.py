@@ -58,7 +58,8 @@ def build(*more):
 
 def test_build_describe_measure_merge_report(world):
     assert "14 modules" in build().stdout
-    described = run("describe", "s.safetensors").stdout
+    described = run("describe", "s.safetensors", "--verify").stdout
+    assert re.search(r"checksums: all \d+ tensors are as they were written", described)
     assert "layers.1.mlp.down_proj" in described
     assert "aligned:   aligned" in described
     readings = measure_adapter("task", "s.safetensors")

@@ -143,7 +143,7 @@ def _chosen(layers: dict[str, Any], adapter_name: str | None) -> str:
     if adapter_name is not None:
         if adapter_name not in present:
             raise AdapterError(
-                f"the model has no LoRA adapter {adapter_name!r}; it has {sorted(present)}"
+                f"the model has no LoRA adapter {adapter_name!r}; choose one of {sorted(present)}"
                 f"{nearest(adapter_name, present)}"
             )
         return adapter_name

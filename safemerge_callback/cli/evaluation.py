@@ -184,7 +184,7 @@ def _evaluated(model: str, given: dict[str, Any], device: str | None, asked: _As
     say(figures_text(figures, " on ".join(filter(None, (subject.adapter, subject.base)))))
     if drift:
         if drift["moved"] is not None:
-            say(f"drift: moved {drift['moved']:+.2f} on average, {BAND.words(drift['moved'])}")
+            say(f"drift: moved {drift['moved']:+z.2f} on average, {BAND.words(drift['moved'])}")
         say(f"drift: lowest cosine {drift['lowest']:.3f}, mean {drift['mean']:.3f} of {drift['modules']} modules")
     _notes(asked, [*thoughts_lines(figures), *failures])
     written = {

@@ -40,8 +40,11 @@ def report(
     ] = None,
 ) -> None:
     """Summarise a run from its journal, and write a page that shows how every module drifted."""
-    from ..reports import read_history, summary, write_report
+    from ..choices import one_of
+    from ..reports import PLOTS, read_history, summary, write_report
 
+    if plot is not None:
+        one_of(plot, PLOTS, "plot")
     history = read_history(journal)
     say(summary(history))
     say(f"{write_report(history, output or journal, plot)}: drift of {len(history.modules)} modules")

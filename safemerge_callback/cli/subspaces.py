@@ -67,8 +67,10 @@ def describe(
 
     found = Subspace.load(subspace)
     if verify:
-        found.verify()
+        compared = found.verify()
     say(json.dumps(found.to_dict(), indent=2) if as_json else found.describe())
+    if verify and not as_json:
+        say(f"checksums: all {compared} tensors are as they were written")
 
 
 @app.command(cls=Verb, epilog=examples("compress model.subspace.safetensors -o model.int8.safetensors"))

@@ -31,12 +31,12 @@ class Band(NamedTuple):
         """
         below = moved < self.edge
         if adapter_merged and not below:
-            return (
-                f"not below {self.edge:g}, which says little where a safety adapter was merged: it lies along V itself"
-            )
+            told = "but that says little after merges of a safety adapter, which lies along V itself"
+            return f"not below {self.edge:g}, {told}"
         runs, lost = (self.runs_below, self.lost_below) if below else (self.runs_above, self.lost_above)
         side = "below" if below else "not below"
-        return f"{side} {self.edge:g}, where {lost or 'none'} of {runs} runs of a 135M model refused less than half"
+        told = f"where {lost or 'none'} of {runs} runs of a 135M model refused less than half of the harmful prompts"
+        return f"{side} {self.edge:g}, {told}"
 
 
 # From docs/drift.md, which `python -m recipes.drift --config configs/compare/smollm2.yaml --take-published` writes: 42

@@ -133,7 +133,7 @@ class Readings(Mapping[str, Reading]):
 
     def _title(self) -> str:
         mean = self.moved_mean
-        told = "" if mean is None else f"; moved {mean:+.2f} on average, {BAND.words(mean)}"
+        told = "" if mean is None else f"; moved {mean:+z.2f} on average, {BAND.words(mean)}"
         return f"{len(self)} modules measured{told}"
 
     def __repr__(self) -> str:
@@ -142,7 +142,7 @@ class Readings(Mapping[str, Reading]):
 
 def _row(reading: Reading) -> tuple[str, ...]:
     shape = f"{reading.shape[0]} x {reading.shape[1]}"
-    moved = "" if reading.moved is None else f"{reading.moved:+.2f}"
-    signed = "" if reading.signed_z is None else f"{reading.signed_z:+.1f}"
+    moved = "" if reading.moved is None else f"{reading.moved:+z.2f}"
+    signed = "" if reading.signed_z is None else f"{reading.signed_z:+z.1f}"
     numbers = (moved, signed, f"{reading.cosine:.4f}", f"{reading.null_cosine:.4f}", f"{reading.update_norm:.4g}")
     return (reading.name, shape, str(reading.rank), *numbers)

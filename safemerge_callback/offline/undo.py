@@ -117,7 +117,7 @@ def _require_merged(adapter: Adapter, snapshot: Snapshot, run: str) -> None:
         raise ConfigError(f"run {run!r}: its merge at step {snapshot.step} was undone already")
     raise AdapterError(
         f"{len(other)} modules of the adapter in {run!r} are not as the merge at step {snapshot.step} left them, first "
-        f"{other[0]!r}: it was trained on or edited since, and cannot be undone"
+        f"{other[0]!r}: it is an earlier checkpoint, or was trained on or edited since, and cannot be undone"
     )
 
 

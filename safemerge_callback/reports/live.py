@@ -121,7 +121,7 @@ def _head(history: History) -> Text:
     text.append(f"  {'ended at' if history.ended else 'last check at'} step {step}", style="not bold")
     text.append(f", {counted(history.steps, 'check')}, {printable(history.rule)}", style="not bold dim")
     if step in history.moved:
-        text.append(f"\nmoved {history.moved[step]:+.2f} on average ", style="not bold")
+        text.append(f"\nmoved {history.moved[step]:+z.2f} on average ", style="not bold")
         means = list(history.moved.values())[-_TREND:]
         text.append_text(_sparkline(means, (min(means), max(means))))
         text.append(f" {history.moved_words}", style="not bold")
@@ -174,7 +174,7 @@ def _row(history: History, name: str, cell: Cell, limits: tuple[float, float]) -
     values = list(map(_moved if history.moved else _cosine, _trend(history, name)))
     yield _sparkline(values, limits, [step in merged for step in steps])
     if history.moved:
-        yield Text("-" if math.isnan(_moved(cell)) else f"{cell.moved:+.2f}")
+        yield Text("-" if math.isnan(_moved(cell)) else f"{cell.moved:+z.2f}")
     yield Text("not finite" if cell.state == "broken" else f"{cell.cosine:.4f}", style="red" if cell.margin < 0 else "")
     yield Text("-" if math.isnan(cell.limit) or cell.state == "broken" else f"{cell.margin:+.4f}")
     if not history.moved:

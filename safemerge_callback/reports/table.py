@@ -42,7 +42,7 @@ def summary(history: History) -> str:
     lines = [render(title, columns, rows, right=[name for name in columns if name not in ("type", "where")])]
     if history.moved:
         step, mean = max(history.moved.items())
-        lines.insert(0, f"moved {mean:+.2f} on average at step {step}, {history.moved_words}")
+        lines.insert(0, f"moved {mean:+z.2f} on average at step {step}, {history.moved_words}")
     lines.append(printable(f"{merged}{f': {history.how}' if history.how else ''}; {history.seconds:.1f} s in all"))
     return "\n".join([*lines, *map(printable, _told(history))])
 
@@ -68,7 +68,7 @@ def _row(history: History, panel: Panel) -> dict[str, str]:
     return {
         "type": panel.title,
         "modules": str(len(panel.modules)),
-        "moved": f"{statistics.fmean(moved):+.2f}" if moved and all(map(math.isfinite, moved)) else "-",
+        "moved": f"{statistics.fmean(moved):+z.2f}" if moved and all(map(math.isfinite, moved)) else "-",
         "null": _median(cell.null_cosine for cell in cells.values()),
         "first": _median(cell.cosine for cell in first),
         "last": _median(cell.cosine for cell in last),

@@ -169,9 +169,10 @@ class Subspace:
             self._exact = found
         return self._exact
 
-    def verify(self) -> None:
-        """Read the whole file and compare every tensor with its checksum; SubspaceError names those that differ.
+    def verify(self) -> int:
+        """Read the whole file and compare every tensor with its checksum; return how many were compared.
 
+        SubspaceError names those that differ.
         The header has a checksum of its own, which `load` compares.
         """
         noted = dict(self.header.checksums)
@@ -183,6 +184,7 @@ class Subspace:
                 f"subspace {str(self.path)!r} was changed: {len(others)} of {len(noted)} tensors are not what was "
                 f"written, first {others[0]!r}. Copy it anew, or build it again."
             )
+        return len(noted)
 
     def describe(self) -> str:
         """Return where V came from and one line a module, as a table."""

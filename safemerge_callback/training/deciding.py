@@ -57,7 +57,10 @@ def check_schedule_of_run(config: SafeMergeConfig, max_steps: int) -> str | None
     given = ", ".join(f"{name}={value:g}" for name, value in bounds.items() if value)
     said = f"no periodic check falls into this run of {max_steps} steps ({given})"
     if not config.at_train_end:
-        raise ConfigError(f"{said}, and at_train_end is false, so none would ever happen: lower them, or set one")
+        raise ConfigError(
+            f"{said}, and at_train_end is false, so none would ever happen: "
+            "choose every, from_step and until_step so that one does, or set at_train_end to true"
+        )
     return f"{said}: only the one at the end happens"
 
 

@@ -30,7 +30,9 @@ def merge_line(step: int, plan: MergePlan, edits: Sequence[Edit], progress: Prog
     """Return the line of one merge."""
     lowest = min(plan.readings[edit.name].cosine for edit in edits)
     mean = plan.readings.moved_mean
-    told = f"lowest cosine {lowest:.3f}" if mean is None else f"moved {mean:+.2f} before it, lowest cosine {lowest:.3f}"
+    told = (
+        f"lowest cosine {lowest:.3f}" if mean is None else f"moved {mean:+z.2f} before it, lowest cosine {lowest:.3f}"
+    )
     merged = f"step {step:,}: {len(edits)} of {_count(len(plan.readings), 'module')} merged, {told}"
     return merged + _left(plan.method, progress)
 
@@ -63,7 +65,7 @@ def closing_line(
     moved = last.readings.moved_mean if last else None
     if moved is not None:
         merged = bool(config.safety_adapter) and progress.merges > 0
-        found.append(f"moved_mean {moved:+.2f} at the last check, {BAND.words(moved, merged)}")
+        found.append(f"moved_mean {moved:+z.2f} at the last check, {BAND.words(moved, merged)}")
     took = f"{seconds:.1f} s, {share:.1%} of the training"
     return f"done: {', '.join(found)} ({took}). See it: safemerge report {shlex.quote(str(run))}"
 

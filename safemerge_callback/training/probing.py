@@ -225,7 +225,7 @@ def line(step: int, when: When, answers: Answers) -> str:
 def change_line(step: int, before: Answers, after: Answers) -> str:
     """Return what a merge did to every measure, in one line: its value before and after, and their n."""
     past = {m["measure"]: m for m in before.measures}
-    parts = [f"{m['measure']} {_value(past.get(m['measure']))} to {_value(m)}" for m in after.measures]
+    parts = [f"{m['measure']} {_change(past.get(m['measure']), m)}" for m in after.measures]
     sizes = sorted({m["n"] for m in after.measures if m["n"]})
     count = f"n {'-'.join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))}, " if sizes else ""
     return (
@@ -235,6 +235,11 @@ def change_line(step: int, before: Answers, after: Answers) -> str:
 
 def _value(m: Measured | None) -> str:
     return "not known" if m is None or m["value"] is None else amount(m["value"], m["unit"], "%")
+
+
+def _change(before: Measured | None, after: Measured) -> str:
+    values = [_value(before), _value(after)]
+    return _value(after) if values == ["not known"] * 2 else " to ".join(values)
 
 
 def _words(m: Measured) -> str:

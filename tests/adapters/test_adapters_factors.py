@@ -143,7 +143,9 @@ def test_two_active_adapters_are_refused_unless_one_is_named(adapted):
 
 
 def test_unknown_adapter_suggests_the_nearest(adapted):
-    with pytest.raises(AdapterError, match=r"no LoRA adapter 'defalt'; it has \['default'\]; did you mean 'default'"):
+    with pytest.raises(
+        AdapterError, match=r"no LoRA adapter 'defalt'; choose one of \['default'\]; did you mean 'default'"
+    ):
         live_factors(adapted("llama"), "defalt")
 
 

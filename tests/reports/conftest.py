@@ -19,6 +19,7 @@ def example(tmp_path_factory):
 SCALES = {
     "translation": ("BLEU", lambda n: 36.5 + n),
     "reward": (None, lambda n: -0.3 - 0.1 * n),
+    "same_again": (None, lambda n: -0.3),
     "called_a_share": ("share", lambda n: 0.5 if n < 2 else 36.5),
     "tokens_seen": ("tokens", lambda n: 123_456_000 + n),
     "error_rate": ("", lambda n: None if n == 1 else 3e-7 * n),

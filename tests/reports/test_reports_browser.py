@@ -112,6 +112,7 @@ def test_every_measure_lies_within_its_axis_and_is_in_its_unit(look, scales, tmp
         "eval loss (task), nats a token",
         "translation (task), BLEU",
         "reward (task)",
+        "same again (task)",
         "called a share (task)",
         "tokens seen (task), tokens",
         "error rate (task)",

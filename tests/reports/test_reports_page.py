@@ -122,7 +122,7 @@ def test_tiles_lead_with_what_moved_and_say_what_it_went_with(example, tmp_path)
     entries = [json.loads(line) for line in example.read_text().splitlines()]
     # where a safety adapter was merged in, it lies along V itself
     words = words_of(render_page(read_history(example)))
-    assert "says little where a safety adapter was merged" in words
+    assert "says little after merges of a safety adapter" in words
     watched = [entry for entry in entries if entry["kind"] != "merge"]
     path = tmp_path / "safemerge.jsonl"
     path.write_text("".join(json.dumps(entry) + "\n" for entry in watched))

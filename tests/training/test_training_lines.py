@@ -1,4 +1,5 @@
 import pytest
+from transformers import TrainerCallback
 
 from safemerge_callback.decision import MergePlan, Reading, Readings
 from safemerge_callback.training.config import SafeMergeConfig
@@ -79,12 +80,26 @@ def test_a_run_without_merges_says_which_of_three_things_happened():
             {"gate": "opposed", "z_threshold": -1e6},
             r"gate opposed -1e\+06 selects none of 4 modules\. The closest is '.*' \(z ",
         ),
-        ({"every": 50, "at_train_end": False}, "no check fell within the run"),
     ],
 )
 def test_a_run_in_which_nothing_merged_says_so_at_its_end(world, tmp_path, capsys, changed, says):
     with pytest.warns(UserWarning, match=says):
         world.trainer(tmp_path, world.guard(**changed)).train()
+    assert "NOTHING WAS MERGED" in capsys.readouterr().out
+
+
+class Ends(TrainerCallback):
+    """Ends a training after its first step, before the first check."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
+def test_a_run_that_ends_before_its_first_check_says_so(world, tmp_path, capsys):
+    trainer = world.trainer(tmp_path, world.guard(every=2, at_train_end=False))
+    trainer.add_callback(Ends())
+    with pytest.warns(UserWarning, match="no check fell within the run"):
+        trainer.train()
     assert "NOTHING WAS MERGED" in capsys.readouterr().out
 
 

@@ -2,6 +2,7 @@
 const DASHES = ["", "8 4", "3 3", "10 3 2 3", "6 2", "2 4", "12 4", "4 2 1 2"];
 const MARGIN = { left: 46, right: 14, top: 12, bottom: 34 };
 
+// Marks between two numbers, at most so many, but two at least, which tell how far they are apart.
 function ticks(low, high, most) {
   const span = high - low || 1;
   const rough = span / Math.max(1, most);
@@ -9,7 +10,7 @@ function ticks(low, high, most) {
   const by = [1, 2, 2.5, 5, 10].map((factor) => factor * base).find((distance) => span / distance <= most) || 10 * base;
   const found = [];
   for (let tick = Math.ceil(low / by - 1e-9) * by; tick <= high + by * 1e-6; tick += by) found.push(tick);
-  return found;
+  return found.length < 2 && high > low ? ticks(low, high, most + 1) : found;
 }
 
 // Where an axis begins and ends that shows all of these numbers, whatever their size and sign.

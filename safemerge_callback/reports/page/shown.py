@@ -112,7 +112,7 @@ def _moved(history: History) -> list[Tile]:
     found = []
     if history.moved:
         step, mean = max(history.moved.items())
-        found.append(Tile(f"moved along the alignment, mean at step {step}", f"{mean:+.2f}", history.moved_words))
+        found.append(Tile(f"moved along the alignment, mean at step {step}", f"{mean:+z.2f}", history.moved_words))
     return found + _direction([cell.signed_z for cell in last if not math.isnan(cell.signed_z)])
 
 
@@ -135,7 +135,7 @@ def _direction(signed: Sequence[float]) -> list[Tile]:
         return []
     against = sum(z < 0 for z in signed)
     said = f"{against} of {len(signed)} modules point against the alignment"
-    return [Tile("mean signed z at the last check", f"{sum(signed) / len(signed):+.1f}", said)]
+    return [Tile("mean signed z at the last check", f"{sum(signed) / len(signed):+z.1f}", said)]
 
 
 def _probe_tiles(probes: Sequence[Probe]) -> Iterator[Tile]:
