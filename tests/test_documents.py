@@ -121,7 +121,7 @@ def test_what_cannot_be_read_is_refused_with_who_and_why(tmp_path: Path, reader:
 @pytest.mark.parametrize("reader", [read_yaml, read_json, read_text])
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("pipe", "no regular file"), ("giant", "more than"), (".", "folder"), ("circle", "links"), ("no", "No such file")],
+    [("pipe", "no regular file"), ("giant", "more than"), (".", "folder"), ("circle", "links"), ("no", "no such file")],
 )
 def test_only_regular_files_of_some_size_are_read(
     tmp_path: Path, reader: Callable[..., Any], name: str, words: str

@@ -139,7 +139,7 @@ def test_what_cannot_be_edited_is_refused_before_training():
     for policy in ("reset", "rescale"):
         with pytest.raises(ConfigError, match=rf"optimizer RMSprop has no state that optimizer_state='{policy}'"):
             check_optimizer(torch.optim.RMSprop(parameters), policy)
-    with pytest.raises(ConfigError, match=r"optimizer_state is 'rest'.*did you mean 'reset'"):
+    with pytest.raises(ConfigError, match=r"optimizer_state 'rest' is unknown.*did you mean 'reset'"):
         check_optimizer(None, "rest")
 
 

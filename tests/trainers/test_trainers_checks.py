@@ -79,6 +79,6 @@ def test_a_trainer_that_fails_alone_is_not_blamed_on_the_callback(bases, tmp_pat
 
 
 def test_other_weights_than_the_expected_are_noticed(bases, tmp_path):
-    outcome = run(replace(meddled(lambda p: None), knobs={"weights": [0.5, 0.5]}), bases("llama"), tmp_path)
+    outcome = run(replace(meddled(lambda p: None), knobs={"weights": [0.7, 0.3]}), bases("llama"), tmp_path)
     assert outcome.status == "FAILS"
     assert "from the formula" in outcome.why

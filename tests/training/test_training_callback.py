@@ -200,7 +200,7 @@ def test_journal_counts_and_compounded_weights(world, runs, tmp_path):
     trainer.train()
     assert [e["kind"] for e in runs.entries(tmp_path)] == ["start", *["check", "merge"] * 3, "end"]
     start, end = runs.entries(tmp_path)[0], runs.entries(tmp_path)[-1]
-    assert start["config"] == guard.config.to_dict()
+    assert start["config"] == guard.config.to_publish()
     assert (start["num_modules"], start["restored"]) == (4, False)
     assert (end["checks"], end["merges"], end["modules_merged"]) == (3, 3, 12)
     for count, merge in enumerate(runs.entries(tmp_path, "merge"), 1):

@@ -1,6 +1,8 @@
 """What a check decides, from readings and progress alone; then the same in runs of the real trainer."""
 
 import itertools
+import json
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given
@@ -75,16 +77,14 @@ def test_what_is_seen_during_a_cooldown_counts():
     st.floats(0, 0.8),
     st.integers(0, 12),
 )
-def test_a_resume_at_any_check_decides_as_the_unbroken_run(tmp_path_factory, cosines, rearm, floor, cut):
-    folder = tmp_path_factory.mktemp("state")
+def test_a_resume_at_any_check_decides_as_the_unbroken_run(cosines, rearm, floor, cut):
     settings = config(rearm=rearm, min_task_weight=floor, cooldown=5)
     ended = []
     for broken in (False, True):
         progress, chosen = Progress(), []
         for i, row in enumerate(cosines):
             if broken and i == cut:
-                progress.save(folder)
-                progress = Progress.load(folder)
+                progress = Progress.of(json.loads(json.dumps(asdict(progress))))
             chosen.append(decide(settings, progress, 10 * (i + 1), *row).selected)
         ended.append((chosen, progress.task_weights, progress.disarmed))
         assert all(weight >= floor - 1e-6 for weight in progress.task_weights.values())

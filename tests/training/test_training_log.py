@@ -23,7 +23,7 @@ def test_one_line_at_the_start_one_a_merge_one_at_the_end(world, tmp_path, capsy
     assert first.endswith(
         "every 2 of 6 steps and at the end: 3 merges planned, 51% of the task's early update left after them"
     )
-    assert [line.partition(", lowest")[0] for line in merges] == [
+    assert [line.partition(", moved")[0] for line in merges] == [
         f"safemerge: step {step}: 4 of 4 modules merged" for step in (2, 4, 6)
     ]
     assert merges[1].endswith(", 64% of the task's early update left")

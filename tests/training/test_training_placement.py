@@ -196,8 +196,8 @@ def test_a_placement_that_cannot_be_stops_the_run_before_its_first_step(world, t
 @pytest.mark.parametrize(
     ("knobs", "said"),
     [
-        ({"placement": "gpu"}, "placement is 'gpu': choose one of"),
-        ({"placement": None}, "placement is None"),
+        ({"placement": "gpu"}, "placement 'gpu' is unknown: choose one of"),
+        ({"placement": None}, "placement None is unknown"),
         ({"asynchronous": "yes"}, "asynchronous is 'yes': give true or false"),
         ({"asynchronous": True, "every": 0}, "asynchronous is true but every is 0"),
     ],
