@@ -37,6 +37,11 @@ def escaped(text: str) -> str:
     return re.sub(r"([\\`*_\[\](){}<>|~#&!$])", r"\\\1", one_line)
 
 
+def is_card(path: Path) -> bool:
+    """Whether the file at `path` begins as a model card does. Raises OSError, and ValueError for what is no text."""
+    return _HEAD.match(path.read_bytes().decode("utf-8")) is not None
+
+
 def edit_card(path: Path, section: str, tag: str | None = None) -> None:
     """Put `section` (and `tag` into the head's `tags`) into the model card at `path`; nothing else in it changes.
 

@@ -82,6 +82,14 @@ class SafeMergeCallback(TrainerCallback):
             with self.session.timed():
                 self.session.after_step(args, state, stopping=control.should_training_stop)
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remember the weights where the trainer may put its best ones in their place."""
+        if self.session and args.load_best_model_at_end:
+            with self.session.timed():
+                self.session.remember_epoch()
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Remember which checkpoint it is that was just saved."""
         if self.session:

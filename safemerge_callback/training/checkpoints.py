@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..whole_file import whole_file
 
@@ -28,13 +29,27 @@ def at_each_save(state: TrainerState, act: Callable[[Path], None]) -> None:
     No hook comes at that moment, and none names the folder, but this one call of the trainer does. Lasts until
     `no_more_saves`. `act` must not raise: it would cost the user the checkpoint.
     """
-    write = state.save_to_json
+    state.save_to_json = _Write(state, act)
 
-    def save_to_json(json_path: str) -> None:
-        act(Path(json_path).parent)
-        write(json_path)
 
-    state.save_to_json = save_to_json
+class _Write:
+    """In the place of a state's `save_to_json`: `act` first. A copy of the state, pickled or deep, has its own method.
+
+    The state that a user's callback saves elsewhere, as `trainer.save_state()` does, is no checkpoint, and stays as it
+    is.
+    """
+
+    def __init__(self, state: TrainerState, act: Callable[[Path], None]) -> None:
+        self._state, self._act, self._write = state, act, state.save_to_json
+
+    def __call__(self, json_path: str) -> None:
+        folder = Path(json_path).parent
+        if folder.name == f"{PREFIX_CHECKPOINT_DIR}-{self._state.global_step}":
+            self._act(folder)
+        self._write(json_path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._state, "save_to_json")
 
 
 def no_more_saves(state: TrainerState) -> None:

@@ -48,7 +48,8 @@ def after_training(
     elif now is not None:
         untouched = session.seal == (state.global_step, now)
         if not untouched or session.final_due(state, stopping=True):
-            _last_check(session, args, state, model, batches, untouched)
+            reloaded = not untouched and _reloaded(session, args, state, now)
+            _last_check(session, args, state, model, batches, untouched, reloaded)
     if session.witness:
         session.witness.closing()
     session.progress.training_seconds, session.begun = session.training_seconds, None
@@ -74,6 +75,17 @@ def _say_the_end(session: Session) -> None:
     session.log.say(closing_line(session.config, session.progress, *took, session.journal.path, session.plan))
 
 
+def _reloaded(session: Session, args: TrainingArguments, state: TrainerState, now: str) -> bool:
+    """Whether weights that are not those we left are the best checkpoint's.
+
+    Asked for is not done: of an adapter with a name of its own the trainer finds no file, and goes on with the last
+    step's weights.
+    """
+    if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+        return False
+    return state.best_global_step == state.global_step or session.left != now
+
+
 def _last_check(
     session: Session,
     args: TrainingArguments,
@@ -81,8 +93,8 @@ def _last_check(
     model: nn.Module | None,
     batches: Iterable[Any] | None,
     untouched: bool,
+    reloaded: bool,
 ) -> None:
-    reloaded = args.load_best_model_at_end and state.best_model_checkpoint is not None and not untouched
     at = state.global_step if untouched else _provenance(session, state, reloaded)
     compare = reloaded and session.config.merges and model is not None and batches is not None
     before = _loss(model, batches) if compare else None

@@ -20,14 +20,15 @@ class Log:
     warned: set[str] = field(default_factory=set)
 
     def say(self, text: str, who: str = "safemerge: ") -> None:
-        """Print one line; a terminal that is closed or full costs the line, never the training."""
+        """Print one line; a terminal that is closed or full costs the lines, never the training."""
         if self.quiet or not self.first_rank:
             return
         from tqdm import tqdm
 
         try:
             tqdm.write(printable(who + text))
-        except (OSError, ValueError):
+        except Exception:
+            # stdout may be anything that a notebook, a logger or a test runner puts in its place.
             self.quiet = True
 
     def warn(self, kind: str, message: str, stacklevel: int = 2) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..decision.card import TAG, edit_card, front_matter
+from ..decision.card import TAG, edit_card, front_matter, is_card
 from .faults import Fault, attempt
 from .outcome import CARD_FILE, TITLE, Section
 
@@ -18,7 +18,8 @@ from .outcome import CARD_FILE, TITLE, Section
 def mark_card(folder: Path, section: Section | None, *, begin: bool = False) -> None:
     """Put what the run did into the card in `folder`, with the tag where it merged; a card that cannot be is told of.
 
-    Where there is no card, `begin` makes one: whoever saves the adapter there later goes on with it.
+    Where there is no card, `begin` makes one: whoever saves the adapter there later goes on with it. A README without
+    a card's head is somebody's own, such as that of a project which trains into its own folder, and stays as it is.
     """
     if section is None:
         return
@@ -27,7 +28,7 @@ def mark_card(folder: Path, section: Section | None, *, begin: bool = False) -> 
     def mark() -> None:
         if begin and folder.is_dir() and not path.exists():
             path.write_text(f"{front_matter(None, tag=tag)}{TITLE}", encoding="utf-8")
-        if path.is_file():
+        if path.is_file() and is_card(path):
             edit_card(path, section.text, tag)
 
     found = attempt("card", mark)

@@ -55,6 +55,7 @@ class Session:
     plan: MergePlan | None = None
     trackers: Trackers = field(default_factory=Trackers)
     seal: tuple[int, str] | None = None
+    left: str | None = None
     begun: float | None = field(default_factory=time.perf_counter)
     since: float | None = None
     log: Log = field(default_factory=Log)
@@ -219,6 +220,11 @@ class Session:
         """Remember what the factors are at `step`, to see later whether they are still those."""
         found = from_first(self.digest()) if self.config.at_train_end else None
         self.seal = (step, found) if isinstance(found, str) else None
+
+    def remember_epoch(self) -> None:
+        """Remember what the factors are at an epoch's end, to see later whether the trainer put others there."""
+        found = from_first(self.digest()) if self.config.at_train_end else None
+        self.left = found if isinstance(found, str) else None
 
     def digest(self) -> str | Fault:
         """Return the fingerprint of all live factors."""

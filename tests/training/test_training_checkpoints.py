@@ -1,12 +1,15 @@
 """The checkpoint that the trainer wrote or read is the one that is edited or gone on from, wherever it lies."""
 
 import contextlib
+import copy
 import json
 import os
+import pickle
 import shutil
 import signal
 import warnings
 from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +72,60 @@ def test_the_trained_adapter_alone_is_rewritten_wherever_peft_keeps_it(world, tm
     assert same(file(checkpoint if name == "default" else checkpoint / name), weights(model, name))
     if frozen:
         assert same(file(checkpoint if frozen == "default" else checkpoint / frozen), before)
+
+
+class KeepLast(Trainer):
+    """A trainer that passes over the best model, as one does that finds no file of it."""
+
+    def _load_best_model(self):
+        pass
+
+
+@pytest.mark.parametrize(("name", "kind"), [("policy", Trainer), ("default", KeepLast)])
+def test_weights_that_the_trainer_left_in_place_of_its_best_are_the_last_steps(world, runs, tmp_path, name, kind):
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    # the loss falls, so that the first checkpoint is the best
+    settings = world.settings(tmp_path, **SAVING, **best, metric_for_best_model="eval_loss", greater_is_better=True)
+    guard, data = world.guard(safety_adapter=None, every=3), runs.tokens()
+    model = named(world, name)
+    callbacks = [guard, StopLate()]
+    trainer = kind(model, settings, train_dataset=data, eval_dataset=data[:2], callbacks=callbacks)
+    trainer.train()
+    assert trainer.state.best_global_step == 2
+    checkpoint = tmp_path / "checkpoint-4"
+    assert same(file(checkpoint if name == "default" else checkpoint / name), weights(model, name))
+    assert runs.stored(checkpoint)["merged_steps"] == guard.progress.merged_steps == [3, 4]
+    assert min(guard.progress.task_weights.values()) == pytest.approx(0.64)
+
+
+class SaveState(TrainerCallback):
+    """Keeps the trainer's state beside the checkpoints, between a checkpoint and our hook."""
+
+    def on_save(self, args, state, control, **kwargs):
+        state.save_to_json(str(Path(args.output_dir, "trainer_state.json")))
+
+
+@pytest.mark.parametrize("name", ["policy", "default"])
+def test_a_state_that_a_user_saves_elsewhere_is_no_checkpoint(world, tmp_path, name):
+    model, guard = named(world, name), world.guard(**EMA | {"every": 0})
+    world.trainer(tmp_path, SaveState(), guard, StopLate(), model=model, **SAVING).train()
+    checkpoint = tmp_path / "checkpoint-4"
+    assert same(file(checkpoint if name == "default" else checkpoint / name), weights(model, name))
+    assert guard.progress.merged_steps == [4]
+    assert not (tmp_path / "safemerge_average.safetensors").exists()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state))])
+def test_a_users_callback_may_copy_the_trainers_state(world, tmp_path, copied):
+    kept = []
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            kept.append(copied(state))
+
+    world.trainer(tmp_path, world.guard(every=2), Keep(), **SAVING).train()
+    kept[1].save_to_json(str(tmp_path / "kept.json"))
+    assert json.loads((tmp_path / "kept.json").read_text())["global_step"] == 2
 
 
 class InTrial(Trainer):

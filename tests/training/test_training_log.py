@@ -67,6 +67,19 @@ def test_a_line_stands_above_a_progress_bar():
     assert "safemerge" not in done.stderr
 
 
+@pytest.mark.parametrize("fault", [RuntimeError("the kernel is gone"), AttributeError("no such stream")])
+def test_a_stdout_of_another_make_may_fail_as_it_likes(monkeypatch, fault):
+    class Stream:
+        def write(self, text):
+            raise fault
+
+    monkeypatch.setattr(sys, "stdout", Stream())
+    log = Log()
+    log.say("one")
+    monkeypatch.undo()
+    assert log.quiet is True
+
+
 @pytest.mark.parametrize("broken", ["closed", "full", "ascii"])
 def test_a_terminal_that_fails_costs_the_line_and_not_the_training(monkeypatch, broken, tmp_path):
     class Full:

@@ -91,10 +91,19 @@ def test_a_card_of_the_users_own_keeps_every_byte_outside_of_ours(world, tmp_pat
     assert before.replace("- safemerge\n", "").rstrip() == mine.rstrip()
     assert text.count(BEGIN) == 1
     assert rest.partition(END)[2] == "\n"
-    broken = f"# Mine\n{END}\n{BEGIN}\n"
+    broken = f"---\nlicense: mit\n---\n\n# Mine\n{END}\n{BEGIN}\n"
     (tmp_path / "README.md").write_text(broken)
     world.trainer(tmp_path, world.guard(every=0)).train()
-    assert (tmp_path / "README.md").read_text() == broken
+    assert (tmp_path / "README.md").read_text().replace("tags:\n- safemerge\n", "") == broken
+
+
+@pytest.mark.parametrize(
+    "text", ["# My project\n\nTrain it with train.py.\n", "My project\n---\n\n- train.py\n---\n", ""]
+)
+def test_a_readme_that_is_no_card_stays_as_it_is(world, tmp_path, text):
+    (tmp_path / "README.md").write_text(text)
+    world.trainer(tmp_path, world.guard(every=2), **SAVING).train()
+    assert (tmp_path / "README.md").read_text() == text
 
 
 def test_a_card_that_is_no_text_is_told_and_left(world, tmp_path):
