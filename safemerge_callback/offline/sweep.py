@@ -14,6 +14,7 @@ from ..decision import (
     Gate,
     MergePlan,
     Readings,
+    as_gate,
     check_merge,
     check_safety_adapter,
     measure,
@@ -46,7 +47,7 @@ def sweep_adapters(
     safety: Given | Sequence[Given] | None,
     subspace: str | Path | Subspace,
     *,
-    gates: Sequence[Gate] = GATES,
+    gates: Sequence[str | Gate] = GATES,
     weights: Sequence[Sequence[float]] = ((0.8, 0.2),),
     methods: Sequence[str] = ("auto",),
     space: str = "delta",
@@ -56,9 +57,10 @@ def sweep_adapters(
 ) -> Sweep:
     """Return what merging `safety` into `finetuned` would do for every gate, method and weights.
 
-    Modules are measured once, and each is reduced once to factors of rank Σ r (`in_core`); every cell is then r × r
-    arithmetic. Methods that work entry by entry, and `project`, are carried out instead, module by module, and take as
-    long as so many merges. `space` and `density` go to the methods that know them. The figures are those of `merge`.
+    A gate is a `Gate` with its knobs, or the name of one. Modules are measured once, and each is reduced once to
+    factors of rank Σ r (`in_core`); every cell is then r × r arithmetic. Methods that work entry by entry, and
+    `project`, are carried out instead, module by module, and take as long as so many merges. `space` and `density` go
+    to the methods that know them. The figures are those of `merge`.
     Source: none.
 
     Raises ConfigError for knobs that cannot be and for gates with soft weights, which differ by gate; otherwise as
@@ -67,12 +69,13 @@ def sweep_adapters(
     guards = adapters_of(safety)
     named = [method_of(method, len(guards)) for method in methods]
     merges = _merges(named, weights, space, density, majority_sign_method)
-    _check(gates, merges, guards)
+    rules = [as_gate(gate, {}) for gate in gates]
+    _check(rules, merges, guards)
     task, matrices = adapter_of(finetuned), subspace_of(subspace)
     left_out(guards, task.factors, copies_of_base(task), level=3)
-    readings = _readings(task, guards, matrices, gates, device)
+    readings = _readings(task, guards, matrices, rules, device)
     columns = _columns(merges, readings, task, guards, matrices, device)
-    return Sweep((_cell(gate, how, table, readings) for gate in gates for how, table in columns), readings)
+    return Sweep((_cell(gate, how, table, readings) for gate in rules for how, table in columns), readings)
 
 
 def _merges(

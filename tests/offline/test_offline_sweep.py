@@ -61,6 +61,14 @@ def test_every_cell_is_what_the_merge_does(world, method):
     assert any(cell.merged == 3 and cell.moved > 0 for cell in cells)
 
 
+def test_a_gate_may_be_given_by_its_name_alone(world):
+    assert swept(world, gates=["all", "threshold"])[:] == swept(world, gates=[Gate("all"), Gate("threshold")])[:]
+    with pytest.raises(ConfigError, match=r"gate 'al' is unknown.*did you mean 'all'"):
+        swept(world, gates=["al"])
+    with pytest.raises(ConfigError, match="gate 'watch' merges nothing"):
+        swept(world, gates=["watch"])
+
+
 def test_the_residual_is_what_the_rank_drops(world):
     (cell,) = swept(world, gates=[Gate("all")], weights=[(0.7, 0.4)])
     old, other = updates(world / "task"), updates(world / "safety")
