@@ -229,7 +229,8 @@ def _records(
         _tell_changes(public_settings(found.config), config.to_publish())
     path = as_path(config.journal or Path(args.output_dir) / JOURNAL_FILE, "journal", error=JournalError)
     count = found.journal_entries if found else None
-    entries = _continued(path, state.global_step, count) if first else []
+    # A refusal on the first rank alone would leave the others waiting for it.
+    entries = together(lambda: _continued(path, state.global_step, count) if first else [])
     if first and state.global_step == 0:
         set_aside_snapshot(Path(args.output_dir))
     if found is None and state.global_step > 0:

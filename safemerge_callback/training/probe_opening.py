@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from transformers import TrainerState, TrainingArguments
 
+from ..adapters.processes import together
 from ..decision import JOURNAL_FILE, Journal
 from ..errors import ConfigError, JournalError, shown
 from ..evaluation.judges import Judge, check_benign, measure_name
@@ -138,7 +139,8 @@ def connect(probing: Probing, guard: Session | None, journal: str | None) -> Non
             lacking = "no SafeMergeCallback" if guard is None else "a SafeMergeCallback that never merges"
             raise ConfigError(f"rule {name} is set and the trainer has {lacking}: add one that merges, or leave it out")
     if guard is None:
-        probing.journal = _opened(journal, probing.args, probing.state)
+        # A refusal on the first rank alone would leave the others waiting for it.
+        probing.journal = together(lambda: _opened(journal, probing.args, probing.state))
         return
     if guard.witness is not None:
         raise ConfigError("this trainer has two SafetyEvalCallbacks: keep one, and give it all prompts")
