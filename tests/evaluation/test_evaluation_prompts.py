@@ -348,3 +348,12 @@ def test_the_page_lists_every_set_as_it_is():
         assert row[4] == card.paper
         assert all(place in row[5] for place in places)
         assert ("gated" in row[5]) == any(place.gated for place in card.hub)
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85"])
+@pytest.mark.parametrize("feed", ["\n", "\r\n"])
+def test_json_lines_end_at_line_feeds_alone(tmp_path, end, feed):
+    prompts = [f"one{end}two", "three"]
+    text = "".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + feed for prompt in prompts)
+    (tmp_path / "own.jsonl").write_bytes(text.encode())
+    assert load_prompts(f"harm:{tmp_path / 'own.jsonl'}").prompts == tuple(prompts)

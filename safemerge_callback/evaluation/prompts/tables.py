@@ -85,7 +85,8 @@ def _first_fields(path: Path) -> list[dict[str, Any]]:
 
 
 def _jsonl(path: Path) -> list[dict[str, Any]]:
-    return _objects([json.loads(line) for line in _text(path).splitlines() if line.strip()])
+    # Not `splitlines`: JSON may hold other ends of a line, such as U+2028, within a text.
+    return _objects([json.loads(line) for line in _text(path).split("\n") if line.strip()])
 
 
 def _json(path: Path) -> list[dict[str, Any]]:
