@@ -11,8 +11,13 @@ from .errors import SafeMergeError, shown
 from .paths import as_path, existing
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./+-]+))?")
-# The folders of an absolute path within a sentence; not those of an address on the net, nor of `org/name`.
-_FOLDERS = re.compile(r"(?<![\w.~/:-])~?/(?:[^/\s'\":,;()]+/)+(?=[^/\s])|(?<!\w)[A-Za-z]:\\(?:[^\\\s'\"]+\\)+")
+# The folders of an absolute path within a sentence, in quotation marks with blanks; not those of an address on the net,
+# nor of `org/name`.
+_FOLDERS = re.compile(
+    r"(?<=['\"])~?/(?:[^/'\"]+/)+(?=[^/'\"])"
+    r"|(?<![\w.~/:-])~?/(?:[^/\s'\":,;()]+/)+(?=[^/\s])"
+    r"|(?<!\w)[A-Za-z]:\\(?:[^\\\s'\"]+\\)+"
+)
 _CACHE_FOLDER = re.compile(r"models--(.+)")
 
 

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 from safemerge_callback import load_adapter
 from safemerge_callback.adapters import open_adapter
-from safemerge_callback.addresses import Address, address_of, fetched
+from safemerge_callback.addresses import Address, address_of, fetched, without_folders
 from safemerge_callback.errors import AdapterError, ConfigError, SubspaceError
 from safemerge_callback.evaluation.loading import load_pretrained
 from safemerge_callback.evaluation.subjects import is_adapter
@@ -124,3 +124,17 @@ def test_what_is_neither_is_refused_with_both_spellings(text):
 def test_a_path_is_fetched_as_it_is(tmp_path):
     assert address_of(tmp_path, "thing", error=ConfigError) == Address(tmp_path)
     assert fetched(Address(tmp_path), ["*"], "thing", error=ConfigError) == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("sentence", "left"),
+    [
+        ("no file '/tmp/a b/c d.json' there", "no file 'c d.json' there"),
+        ("no file /tmp/a/c.json there", "no file c.json there"),
+        ("[Errno 2] 'C:\\runs\\x\\y'", "[Errno 2] 'y'"),
+        ("see https://host/a/b and org/name", "see https://host/a/b and org/name"),
+        ("'a' / 'b' and 'c'", "'a' / 'b' and 'c'"),
+    ],
+)
+def test_a_sentence_keeps_the_last_part_of_each_path(sentence, left):
+    assert without_folders(sentence) == left

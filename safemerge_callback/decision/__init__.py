@@ -9,6 +9,7 @@ from .gates import DEFAULT_GATE, GATES, KNOB, KNOBS, Gate, Verdict, as_gate, def
 from .holding import above, held_back, not_rearmed, under_floor, without
 from .journal import (
     JOURNAL_FILE,
+    PAGE_FILE,
     VERSION,
     Journal,
     check_entry,
@@ -35,6 +36,7 @@ __all__ = [
     "DEFAULT_GATE",
     "GATES",
     "JOURNAL_FILE",
+    "PAGE_FILE",
     "KNOB",
     "KNOBS",
     "VERSION",

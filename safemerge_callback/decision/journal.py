@@ -23,6 +23,8 @@ from .plan import MergePlan
 
 VERSION = 1
 JOURNAL_FILE = "safemerge.jsonl"
+# The page that a report of the journal is, in its folder.
+PAGE_FILE = "safemerge_report.html"
 # Bytes looked through at a time for the end of the last whole line.
 _BLOCK = 1 << 16
 # How every line of a journal begins: what is cut short of it may be cut off, and nothing else.

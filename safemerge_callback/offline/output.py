@@ -9,7 +9,7 @@ from typing import Any
 
 from ..adapters.files import CONFIG, TOKENIZER, WEIGHTS
 from ..choices import truth
-from ..decision import JOURNAL_FILE, Journal
+from ..decision import JOURNAL_FILE, PAGE_FILE, Journal
 from ..errors import AdapterError, ConfigError, shown
 from ..outputs import same_place
 from ..paths import as_path
@@ -17,7 +17,7 @@ from ..whole_file import settle, whole_folder
 
 CARD = "README.md"
 RECIPE = "safemerge.yaml"
-_OWN_FILES = {CONFIG, WEIGHTS, JOURNAL_FILE, CARD, RECIPE, *TOKENIZER}
+_OWN_FILES = {CONFIG, WEIGHTS, JOURNAL_FILE, PAGE_FILE, CARD, RECIPE, *TOKENIZER}
 
 
 def free_output(output: str | Path, inputs: Iterable[object], overwrite: bool, more: Iterable[str] = ()) -> Path:

@@ -1,10 +1,11 @@
 """Floor 5: what a journal tells, as a table, as pictures, as a page and, while it grows, in the terminal."""
 
+from ..decision import PAGE_FILE
 from .entries import read_history
 from .heatmap import draw_heat_map, write_heat_map
 from .history import Cell, Event, History, Measured, Probe
 from .live import watch_run
-from .page import PAGE_FILE, render_page, write_page
+from .page import render_page, write_page
 from .plots import PLOTS, draw_plot, write_report
 from .readings import readings_json, readings_text
 from .table import summary

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ..choices import one_of
-from ..decision import BAND, JOURNAL_FILE
+from ..decision import BAND, JOURNAL_FILE, PAGE_FILE
 from ..errors import ConfigError
 from ..evaluation.units import SHARE
 from ..paths import as_path
 from .heatmap import draw_heat_map
 from .history import LOSS, History, Measured
-from .page import PAGE_FILE, write_page
+from .page import write_page
 from .saving import FORMATS, figure_module, save_figure
 
 # Told apart by those who see few colours (Okabe and Ito), and by their dashes.

@@ -11,7 +11,7 @@ from safemerge_callback.decision import Readings
 from safemerge_callback.errors import ConfigError, SafeMergeError
 from safemerge_callback.offline.cells import Cell, Sweep
 from safemerge_callback.ops import LowRank
-from safemerge_callback.reports import write_page
+from safemerge_callback.reports import read_history, write_page, write_report
 from safemerge_callback.reports.history import Cell as Drift
 from safemerge_callback.reports.history import History
 from safemerge_callback.reports.saving import save_figure
@@ -49,6 +49,16 @@ def test_a_forced_merge_killed_at_any_point_is_finished_by_a_rerun_and_kept_by_a
         assert weights(place) == new
         assert [*place.parent.rglob(".*")] == []
     assert points >= 8
+
+
+def test_a_merge_replaces_its_own_folder_with_the_report_that_was_made_there(world, tmp_path):
+    parts = (world / "task", world / "safety", world / "s.safetensors")
+    merge_adapters(*parts, tmp_path / "out")
+    write_report(read_history(tmp_path / "out"), tmp_path / "out")
+    merge_adapters(*parts, tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / "notes.html").write_text("somebody's")
+    with pytest.raises(ConfigError, match=r"no part of an adapter, first 'notes.html'"):
+        merge_adapters(*parts, tmp_path / "out", overwrite=True)
 
 
 class Figure:

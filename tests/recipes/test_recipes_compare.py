@@ -637,11 +637,14 @@ def shrunk(value, folder):
     """Settings of the embedded model's arms, for a model of four modules that trains four steps."""
     if isinstance(value, dict):
         small = {"safemerge_every": 2, "safemerge_num_layers": 2, "num_layers": 2, "probe_every": 2}
-        return {key: small.get(key, shrunk(item, folder)) for key, item in value.items()}
+        more = {"safemerge_ema_every": 1} if value.get("safemerge_method") == "ema" else {}
+        return {key: small.get(key, shrunk(item, folder)) for key, item in value.items()} | more
     return str(folder / "safety") if value == "recipes/adapters/safety" else value
 
 
 @pytest.mark.slow
+# In four steps of a random model some gates find nothing to merge, which is told.
+@pytest.mark.filterwarnings("ignore:safemerge. .*nothing was merged", "ignore:safemerge. .*planned merges")
 def test_every_arm_of_the_configuration_runs(raw, folder):
     arms = yaml.safe_load((ROOT / "configs" / "compare" / "smollm2.yaml").read_text())["arms"]
     few = {"seeds": [1], "tasks": ["cities"], "poisoned_shares": [0.1]}
@@ -653,5 +656,5 @@ def test_every_arm_of_the_configuration_runs(raw, folder):
     assert len(found) == len(grid.arms) >= 38
     trails = {r["arm"]: r["trail"] for r in found}
     assert all(len(trails[name]["merged"]) == 2 for name in ("lowest_30", "safelora.number"))
-    assert [len(trails[name]["merged"]) for name in ("end.w5", "ema", "pull.s1", "project_orthogonal")] == [4] * 4
+    assert [len(trails[name]["merged"]) for name in ("end.w5", "ema", "pull.s2", "project_orthogonal")] == [4] * 4
     assert compare.write_page(grid, "smollm2.yaml", found).is_file()

@@ -15,7 +15,6 @@ from ..history import History
 from ..payload import page_data
 from .shown import shown
 
-PAGE_FILE = "safemerge_report.html"
 _PAGE = FileKind("a page of ours", lambda head: b"<!doctype html>" in head and b"require-trusted-types-for" in head)
 _HERE = Path(__file__).parent
 # In this order: what is above uses nothing of what is below.
