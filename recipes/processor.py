@@ -63,7 +63,8 @@ def processor_name() -> str:
 def measured_pace() -> Pace:
     """Measure products of `SHAPES` in both dtypes, in turns for about 50 ms each, where models run here; once.
 
-    Instructions do not tell: on an EPYC that has avx512_bf16 and no AMX, bfloat16 runs at about 0.6 of float32's pace.
+    Instructions do not tell: of two processors with avx512_bf16 and without AMX, one was seen to run bfloat16 at 0.6
+    times the pace of float32, the other at 2 to 2.5 times.
     """
     import torch
 
