@@ -250,7 +250,7 @@ def test_an_adapter_of_no_weight_is_none(settings, merged):
 
 
 def test_a_probe_leaves_a_trail_and_changes_nothing(raw):
-    raw["arms"]["probed"] = {"settings": {**raw["arms"]["every_2"]["settings"], "probe_every": 1, "probe_prompts": 2}}
+    raw["arms"]["probed"] = {"settings": {**raw["arms"]["every_2"]["settings"], "probe_every": 1, "probe_prompts": 6}}
     grid = make_grid(raw)
     compare.run_grid(grid, cells_of(grid, ["every_2", "probed"]))
     found = {r["arm"]: r for r in results(raw)}

@@ -54,7 +54,15 @@ def test_the_probe_shows_harm_over_refusal_and_task_with_intervals(example):
 
 def test_every_measure_that_is_no_share_has_an_axis_in_its_unit(scales):
     axes = draw_plot(read_history(scales), "probe").axes
-    assert [one.get_ylabel() for one in axes] == ["share of the prompts", "BLEU", "score", "score", "tokens", "score"]
+    assert [one.get_ylabel() for one in axes] == [
+        "share of the prompts",
+        "BLEU",
+        "score",
+        "score",
+        "score",
+        "tokens",
+        "score",
+    ]
     assert axes[0].get_ylim() == (0, 1)
     for one in axes:
         low, high = one.get_ylim()
