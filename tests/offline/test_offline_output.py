@@ -27,7 +27,7 @@ def weights(folder):
     return {path: data for path, data in files(folder).items() if path.suffix == ".safetensors"}
 
 
-@pytest.mark.parametrize("bake", [None, "aligned"])
+@pytest.mark.parametrize("bake", [None, pytest.param("aligned", marks=pytest.mark.slow)])
 def test_a_forced_merge_killed_at_any_point_is_finished_by_a_rerun_and_kept_by_a_refusal(world, tmp_path, kills, bake):
     base = None if bake is None else world / bake
 
