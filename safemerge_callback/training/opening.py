@@ -27,6 +27,7 @@ from ..decision import (
     check_safety_adapter,
     merged_factors,
     own_cosines,
+    read_journal,
 )
 from ..decision.unmerged import base_tensors, unmerged, warning_of
 from ..errors import AdapterError, ConfigError, JournalError
@@ -96,6 +97,7 @@ def open_session(
     if config.merges:
         check_optimizer(optimizer, config.optimizer_state)
     idle = check_schedule_of_run(config, state.max_steps)
+    _check_journal(config, args, state)
     past = resumed(args, state)
     initial = _initial(config, model, past, state)
     writer = writer_for(model, adapter_name=config.adapter_name, optimizer=optimizer, initial=initial)
@@ -227,7 +229,7 @@ def _records(
     found, first = past.progress, state.is_world_process_zero
     if found:
         _tell_changes(public_settings(found.config), config.to_publish())
-    path = as_path(config.journal or Path(args.output_dir) / JOURNAL_FILE, "journal", error=JournalError)
+    path = _journal_path(config, args)
     count = found.journal_entries if found else None
     # A refusal on the first rank alone would leave the others waiting for it.
     entries = together(lambda: _continued(path, state.global_step, count) if first else [])
@@ -239,6 +241,21 @@ def _records(
     progress = found or Progress()
     progress.config, progress.journal_entries = config.to_publish(), len(entries)
     return progress, Journal(path, enabled=first), found is not None
+
+
+def _journal_path(config: SafeMergeConfig, args: TrainingArguments) -> Path:
+    return as_path(config.journal or Path(args.output_dir) / JOURNAL_FILE, "journal", error=JournalError)
+
+
+def _check_journal(config: SafeMergeConfig, args: TrainingArguments, state: TrainerState) -> None:
+    """Raise JournalError for a path that can be no journal, before anything is loaded or measured; nothing is changed.
+
+    What is wrong with the lines of a journal is told when it is gone on with.
+    """
+    path, first = _journal_path(config, args), state.is_world_process_zero
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        together(lambda: read_journal(path) if first and path.exists() else [])
 
 
 def _tell_loss(reason: str, step: int, found: Progress | None) -> None:
