@@ -16,8 +16,6 @@ from .names import canonical_name
 _COPIES = ("modules_to_save", "", "base_layer", "original_module")
 _ROWS = "trainable_tokens_delta"
 _TOKENS = "token_adapter"
-
-
 # Names that are listed; the rest is counted.
 _LISTED = 3
 # Canonical name -> the base model's tensor, or None where it is not at hand.

@@ -87,13 +87,7 @@ class SafetyEvalCallback(TrainerCallback):
             raise ConfigError(f"judge_seconds is {shown(judge_seconds)}: give more than 0, or None for any time")
         if task is not None:
             check_callable(task, "task", ("model", "tokenizer"), "the task's score, a number")
-        if callable(eval_batches) and not isinstance(eval_batches, Iterable):
-            check_callable(eval_batches, "eval_batches", (), "evaluation batches")
-        elif eval_batches is not None and (isinstance(eval_batches, str) or not isinstance(eval_batches, Iterable)):
-            raise ConfigError(
-                f"eval_batches is {shown(eval_batches)}: give evaluation batches, or what returns them, such as "
-                "trainer.get_eval_dataloader"
-            )
+        _check_batches(eval_batches)
         _check_texts(template=template, journal=journal)
         self.every, self.journal, self.quiet = every, journal, truth(quiet, "quiet")
         self.rules = Rules(as_rule(Rollback, rollback), as_rule(Trigger, trigger), as_rule(Stop, stop))
@@ -181,6 +175,16 @@ class SafetyEvalCallback(TrainerCallback):
             self.probing.trackers.close()
         self.probing = None
         no_more_saves(state)
+
+
+def _check_batches(given: Any) -> None:
+    if callable(given) and not isinstance(given, Iterable):
+        check_callable(given, "eval_batches", (), "evaluation batches")
+    elif given is not None and (isinstance(given, str) or not isinstance(given, Iterable)):
+        raise ConfigError(
+            f"eval_batches is {shown(given)}: give evaluation batches, or what returns them, such as "
+            "trainer.get_eval_dataloader"
+        )
 
 
 def _unit(unit: Any, task: Any) -> str | None:
