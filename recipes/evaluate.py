@@ -26,7 +26,6 @@ from safemerge_callback.evaluation import (
     Row,
     Verdict,
     decides,
-    generate,
     judged,
     load_judge,
     measure_name,
@@ -34,10 +33,11 @@ from safemerge_callback.evaluation import (
     says,
     share,
 )
-from safemerge_callback.evaluation.chat import template_settings
 from safemerge_callback.evaluation.figures import FIGURES, RESPONSES, check_outputs
 from safemerge_callback.evaluation.judges import check_ready
-from safemerge_callback.outputs import FileKind, new_output
+from safemerge_callback.io.outputs import FileKind, new_output
+from safemerge_callback.signals import generate
+from safemerge_callback.signals.chat import template_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -15,19 +15,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from safemerge_callback.decision import (
-    JOURNAL_FILE,
-    Edit,
-    Gate,
-    Journal,
-    MergePlan,
-    Reading,
-    Readings,
-    check_entry,
-    merge_entry,
-)
+from safemerge_callback.decision import Edit, Gate, MergePlan, Reading, Readings
 from safemerge_callback.evaluation import wilson
 from safemerge_callback.evaluation.units import LOSS_UNIT, SHARE
+from safemerge_callback.record import JOURNAL_FILE, Journal, check_entry, merge_entry
 
 # Name, (d_out, d_in) and null cosine of the module types of a Llama.
 TYPES = {

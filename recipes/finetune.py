@@ -23,9 +23,9 @@ if __package__ in (None, ""):  # run as a script by `accelerate launch`
 
 from recipes.data.mixing import check_share
 from recipes.models import load_model
-from safemerge_callback.documents import read_yaml
 from safemerge_callback.errors import ConfigError, nearest
-from safemerge_callback.evaluation.chat import template_settings
+from safemerge_callback.io.documents import read_yaml
+from safemerge_callback.signals.chat import template_settings
 from safemerge_callback.training import SafeMergeCallback, SafeMergeConfig
 
 if TYPE_CHECKING:

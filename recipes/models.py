@@ -16,8 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safemerge_callback.addresses import address_of
 from safemerge_callback.errors import ConfigError, nearest
+from safemerge_callback.io.addresses import address_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

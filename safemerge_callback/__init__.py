@@ -5,22 +5,24 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__
+
 if TYPE_CHECKING:
     from .adapters import LoraFactors as LoraFactors
-    from .adapters import live_factors as live_factors
     from .adapters import load_adapter as load_adapter
-    from .adapters import writer_for as writer_for
     from .decision import MergePlan as MergePlan
     from .decision import apply as apply
     from .decision import measure as measure
-    from .decision import read_journal as read_journal
     from .errors import SafeMergeError as SafeMergeError
+    from .live import live_factors as live_factors
+    from .live import writer_for as writer_for
     from .offline import apply_safelora as apply_safelora
     from .offline import apply_safemerge as apply_safemerge
     from .offline import measure_adapter as measure_adapter
     from .offline import merge_adapters as merge_adapters
     from .offline import sweep_adapters as sweep_adapters
     from .offline import undo_merge as undo_merge
+    from .record import read_journal as read_journal
     from .subspace import Subspace as Subspace
     from .subspace import build_subspace as build_subspace
     from .subspace import compress_subspace as compress_subspace
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from .training import SafeMergeConfig as SafeMergeConfig
     from .training import SafetyEvalCallback as SafetyEvalCallback
 
-__version__ = "0.1.0"
 
 _HOMES = {
     "LoraFactors": "adapters",
@@ -43,15 +44,15 @@ _HOMES = {
     "apply_safemerge": "offline",
     "compress_subspace": "subspace",
     "build_subspace": "subspace",
-    "live_factors": "adapters",
+    "live_factors": "live",
     "load_adapter": "adapters",
     "measure": "decision",
     "measure_adapter": "offline",
     "merge_adapters": "offline",
-    "read_journal": "decision",
+    "read_journal": "record",
     "sweep_adapters": "offline",
     "undo_merge": "offline",
-    "writer_for": "adapters",
+    "writer_for": "live",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -15,22 +15,23 @@ from safetensors.torch import save_file
 
 from safemerge_callback import SafeMergeConfig, SafeMergeError, load_adapter
 from safemerge_callback.adapters import save_adapter
-from safemerge_callback.decision import Gate, Journal, MergePlan, Readings, read_journal
+from safemerge_callback.decision import Gate, MergePlan, Readings
 from safemerge_callback.evaluation.harness import check_tasks
 from safemerge_callback.evaluation.judges import load_judge
 from safemerge_callback.evaluation.prompts import load_prompts
 from safemerge_callback.evaluation.subjects import is_adapter
 from safemerge_callback.offline import merge_adapters, undo_merge
-from safemerge_callback.offline.recipe import read_recipe
-from safemerge_callback.offline.sweep_plot import check_picture
+from safemerge_callback.offline.merge_yaml import read_recipe
+from safemerge_callback.record import Journal, read_journal
 from safemerge_callback.reports import read_history, summary, watch_run
-from safemerge_callback.reports.live import Tail, frame
 from safemerge_callback.reports.page import render_page
 from safemerge_callback.reports.plots import write_report
+from safemerge_callback.reports.sweep_plot import check_picture
+from safemerge_callback.reports.watch import Tail, frame
 from safemerge_callback.subspace import Subspace, build_subspace, compress_subspace
 from safemerge_callback.subspace.checkpoints.locate import locate
 from safemerge_callback.training import LoopLog, SafetyEvalCallback
-from safemerge_callback.training.rules import Rollback, Stop, Trigger, as_rule
+from safemerge_callback.training.probe.rules import Rollback, Stop, Trigger, as_rule
 
 settings.register_profile("any", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("any")

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from safemerge_callback import __version__, load_adapter
 from safemerge_callback.cli import app
 from safemerge_callback.cli.options import targets
-from safemerge_callback.decision import read_journal
 from safemerge_callback.offline import measure_adapter
+from safemerge_callback.record import read_journal
 from safemerge_callback.subspace import Subspace
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from safemerge_callback.adapters import canonical_name, live_factors, load_adapter
+from safemerge_callback.adapters import canonical_name, load_adapter
 from safemerge_callback.cli import app
-from safemerge_callback.decision import read_journal
+from safemerge_callback.live import live_factors
 from safemerge_callback.methods.aliases import COMBINATION_TYPES
+from safemerge_callback.record import read_journal
 from safemerge_callback.subspace import Subspace
 
 PAGE = (Path(__file__).parents[1] / "docs" / "migration.md").read_text(encoding="utf-8")

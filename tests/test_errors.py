@@ -7,12 +7,12 @@ import pytest
 
 from safemerge_callback.decision.gates import as_gate
 from safemerge_callback.errors import ConfigError, SafeMergeError, nearest
-from safemerge_callback.offline.recipe import read_recipe
+from safemerge_callback.offline.merge_yaml import read_recipe
 from safemerge_callback.subspace.checkpoints.targets import _by_suffix
-from safemerge_callback.training.config import SafeMergeConfig
-from safemerge_callback.training.presets import with_preset
-from safemerge_callback.training.rules import Stop, as_rule
-from safemerge_callback.training.trackers.together import known
+from safemerge_callback.training.config.presets import with_preset
+from safemerge_callback.training.config.settings import SafeMergeConfig
+from safemerge_callback.training.probe.rules import Stop, as_rule
+from safemerge_callback.training.trackers.trackers import known
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from safemerge_callback.adapters import canonical_name, live_factors, load_adapter, writer_for
-from safemerge_callback.decision import MergePlan, apply, measure, read_journal
+from safemerge_callback.adapters import canonical_name, load_adapter
+from safemerge_callback.decision import MergePlan, apply, measure
 from safemerge_callback.errors import AdapterError, ConfigError, PlanError, SubspaceError
+from safemerge_callback.live import live_factors, writer_for
 from safemerge_callback.offline import measure_adapter, merge_adapters
+from safemerge_callback.record import read_journal
 from safemerge_callback.subspace import Subspace, build_subspace
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]

@@ -10,7 +10,7 @@ import pytest
 
 import safemerge_callback
 from safemerge_callback import SafeMergeCallback, SafeMergeConfig
-from safemerge_callback.training.metrics import METRICS
+from safemerge_callback.record.metrics import METRICS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,7 +24,7 @@ def table(heading):
 
 
 def test_the_keys_in_the_metrics_table_are_logged_and_mean_that():
-    # All of them are on docs/metrics.md, which tests/training/test_training_metrics.py holds to the code.
+    # All of them are on docs/metrics.md, which tests/record/test_record_metrics.py holds to the code.
     shown = table("| key | meaning |")
     assert shown.items() <= METRICS.items()
     assert len(shown) >= 5

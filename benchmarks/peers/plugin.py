@@ -18,7 +18,7 @@ import transformers
 
 from benchmarks.peers.stand_ins import load_stand_in
 from safemerge_callback import SafeMergeCallback, SafeMergeError, build_subspace
-from safemerge_callback.adapters import base_weights, live_factors
+from safemerge_callback.live import base_weights, live_factors
 
 datasets.load_dataset = load_stand_in(datasets.load_dataset)
 SEEN: dict[str, dict] = {}

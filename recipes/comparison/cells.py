@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from safemerge_callback.whole_file import whole_file
+from safemerge_callback.io.whole_file import whole_file
 
 from .grid import Cell, Grid
 from .measures import evaluate_cell, load_merged

@@ -8,9 +8,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from safemerge_callback.documents import read_yaml
 from safemerge_callback.errors import ConfigError, nearest
-from safemerge_callback.evaluation.chat import template_settings
+from safemerge_callback.io.documents import read_yaml
+from safemerge_callback.signals.chat import template_settings
 
 from .arms import Arm, chosen, read_arms
 from .splits import LEAST, Split, check_split_name

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from safemerge_callback.evaluation import generate, share
+from safemerge_callback.evaluation import share
+from safemerge_callback.signals import generate
 from safemerge_callback.training import SafetyEvalCallback
 
 from .splits import prompts_of, rows_of

@@ -20,8 +20,8 @@ from safemerge_callback.evaluation import load_judge
 from safemerge_callback.evaluation.judges import check_ready
 from safemerge_callback.methods import check_density, check_majority_sign, get_method
 from safemerge_callback.offline import merge_adapters
-from safemerge_callback.training.config import SafeMergeConfig
-from safemerge_callback.training.schedule import merge_events
+from safemerge_callback.training.config.settings import SafeMergeConfig
+from safemerge_callback.training.run.schedule import merge_events
 
 from .arms import Arm
 from .grid import Cell, Grid, parent_of

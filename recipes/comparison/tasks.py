@@ -10,7 +10,8 @@ from typing import Any
 from recipes.data import load_examples
 from recipes.data.near_duplicates import without_near
 from safemerge_callback.errors import ConfigError, nearest
-from safemerge_callback.evaluation import answer_of, says
+from safemerge_callback.evaluation import says
+from safemerge_callback.signals import answer_of
 
 
 @dataclass(frozen=True)

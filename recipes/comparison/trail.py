@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from safemerge_callback.decision import JOURNAL_FILE, read_journal
+from safemerge_callback.record import JOURNAL_FILE, read_journal
 
 
 def trail_of(adapter: Path | None) -> dict[str, Any] | None:

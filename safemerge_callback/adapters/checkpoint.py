@@ -13,14 +13,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import AdapterError
-from ..file_faults import reading_fault
+from ..io.file_faults import reading_fault
+from ..io.paths import as_path
 from ..ops import full_precision
-from ..paths import as_path
 from .factors import LoraFactors
 from .files import CONFIG, WEIGHTS, adapter_folder, read_config, write_folder
+from .lazy_mapping import OnAccess
 from .names import canonical_name
-from .on_access import OnAccess
-from .ranks import config_with, rank_and_scaling
+from .rank_pattern import config_with, rank_and_scaling
 from .refusals import refuse_config
 
 _FACTOR_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<letter>[AB])(\.weight)?")

@@ -12,12 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..addresses import address_of, fetched
-from ..documents import read_json
 from ..errors import AdapterError
-from ..file_faults import reading_fault
-from ..paths import as_path
-from ..whole_file import settle, whole_file, whole_folder
+from ..io.addresses import address_of, fetched
+from ..io.documents import read_json
+from ..io.file_faults import reading_fault
+from ..io.paths import as_path
+from ..io.whole_file import settle, whole_file, whole_folder
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from ..errors import AdapterError
-from ..file_faults import reading_fault
+from ..io.file_faults import reading_fault
 from ..ops import LowRank, full_precision
+from .factor_file import read_pairs, write_pairs
 from .factors import LoraFactors
-from .pairs import read_pairs, write_pairs
 
 # `push_to_hub` of transformers uploads no folder of such a name.
 SNAPSHOT_FOLDER = "_pre_merge"

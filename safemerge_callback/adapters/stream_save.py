@@ -13,7 +13,7 @@ from ..ops import LowRank
 from .checkpoint import Adapter, module_path, require_finite
 from .factors import LoraFactors
 from .files import CONFIG, WEIGHTS
-from .ranks import config_with
+from .rank_pattern import config_with
 from .tensor_file import Spec, TensorFile
 
 

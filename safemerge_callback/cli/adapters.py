@@ -137,7 +137,7 @@ def merge(
 def _settings(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     """The file's settings with those of the command line over them; ConfigError where a part is missing."""
     from ..errors import ConfigError
-    from ..offline.recipe import gate_knobs, read_recipe
+    from ..offline.merge_yaml import gate_knobs, read_recipe
 
     found = {} if config is None else read_recipe(config)
     own = {"seed", "soft"}
@@ -188,10 +188,10 @@ def sweep(
     progress: Bar = True,
 ) -> None:
     """Tell what merges would do, for gates x weights x methods, without making one; no model is loaded."""
+    from ..io.outputs import free_output
     from ..offline import sweep_adapters
-    from ..offline.cells import TABLE
-    from ..offline.sweep_plot import check_picture, write_plot
-    from ..outputs import free_output
+    from ..offline.sweep.table import TABLE
+    from ..reports.sweep_plot import check_picture, write_plot
 
     asked = gates_named(thresholds, gates)
     if output is not None:

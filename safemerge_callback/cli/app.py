@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from .. import __version__
 from ..errors import SafeMergeError
-from ..printable import printable
+from ..io.printable import printable
+from ..version import __version__
 
 
 def say(text: str, *, err: bool = False) -> None:

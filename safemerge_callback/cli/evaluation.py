@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .. import __version__
 from ..errors import ConfigError
-from ..outputs import FileKind, new_output
+from ..io.outputs import FileKind, new_output
+from ..version import __version__
 from .app import Verb, app, examples, say
 from .options import device_named
 
@@ -64,7 +64,7 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="Where to compute; left out: an accelerator, if any.")] = None,
 ) -> None:
     """Ask a model harmful and harmless prompts, and run tasks: harm, over-refusal and utility in one table."""
-    from ..evaluation.chat import template_settings
+    from ..signals.chat import template_settings
 
     wanted = _names(tasks)
     asking = {

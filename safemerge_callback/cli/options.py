@@ -112,7 +112,7 @@ def gates_named(thresholds: str | None, gates: str | None) -> list[Any]:
     from ..errors import ConfigError
 
     if thresholds is None and gates is None:
-        from ..offline.sweep import GATES
+        from ..offline.sweep.sweep import GATES
 
         return list(GATES)
     found = [Gate(threshold=_number(text, "thresholds")) for text in names_listed(thresholds or "")]
@@ -138,7 +138,7 @@ def working(what: str, shown: bool) -> Iterator[None]:
     from rich.console import Console
     from rich.text import Text
 
-    from ..printable import printable
+    from ..io.printable import printable
 
     with Console(stderr=True).status(Text(printable(what))):
         yield

@@ -40,7 +40,7 @@ def report(
     ] = None,
 ) -> None:
     """Summarise a run from its journal, and write a page that shows how every module drifted."""
-    from ..choices import one_of
+    from ..io.choices import one_of
     from ..reports import PLOTS, read_history, summary, write_report
 
     if plot is not None:

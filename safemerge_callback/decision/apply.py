@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 
-from ..adapters import Adapter, LoraFactors, Writer
-from ..adapters.processes import agree, from_first, together
+from ..adapters import Adapter, LoraFactors
 from ..errors import PlanError
+from ..live import Writer
+from ..live.ranks import agree, from_first, together
 from ..methods import get_method
 from ..ops import AlignmentMatrix, Basis, LowRank, full_precision
 from ..subspace import Subspace
 from .fit import check_plan, needed_sources, needed_subspace
 from .measure import Batch, batches, split
-from .merging import merge_batch, not_finite
+from .merge_batch import merge_batch, not_finite
 from .operators import basis_rank, find_bases, known_bases, missing_bases
 from .plan import MergePlan
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from ..adapters import Adapter, LoraFactors
+from ..adapters.factor_file import read_pairs, write_pairs
 from ..adapters.host import to_host
-from ..adapters.pairs import read_pairs, write_pairs
 from ..errors import AdapterError
-from ..file_faults import reading_fault
+from ..io.file_faults import reading_fault
 from ..ops import LowRank, full_precision, truncate, weighted_sum
 from .measure import stacked
 

@@ -8,9 +8,9 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from ..choices import one_of
 from ..errors import ConfigError, shown
-from ..numbers import is_whole
+from ..io.choices import one_of
+from ..io.numbers import is_whole
 from ..ops import AlignmentMatrix, full_precision, leading_basis
 from ..subspace import Subspace
 from ..subspace.header import ModuleHeader

@@ -8,13 +8,13 @@ from types import MappingProxyType
 from typing import Any, Unpack
 
 from ..errors import PlanError
+from ..io.text_table import Table, html_table, render
 from ..methods import check_density, check_majority_sign, get_method
 from .certify import undecided
 from .gates import Gate, Knobs, Verdict, as_gate
 from .operators import check_operator
 from .reading import Readings
 from .strength import attenuated, check_soft
-from .tables import Table, html_table, render
 from .weights import check_merge, check_module_weights, check_patterns, merge_weights, method_of, pattern_of
 
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from ..io.text_table import Table, html_table, render
 from .moved import BAND, mean_moved
-from .tables import Table, html_table, render
 
 
 @dataclass(frozen=True)

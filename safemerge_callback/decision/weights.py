@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..choices import one_of
 from ..errors import ConfigError, shown
+from ..io.choices import one_of
+from ..io.numbers import is_number
+from ..io.patterns import as_pattern
 from ..methods import METHODS, Method, get_method
-from ..numbers import is_number
-from ..patterns import as_pattern
 
 LARGEST_WEIGHT = 2.0
 DEFAULT_WEIGHTS = (0.8, 0.2)

@@ -1,19 +1,10 @@
-"""Floor 3: what a model says, who judges it, on which prompts, and how sure one can be."""
+"""Floor 5: who judges what a model says, on which prompts, and how sure one can be."""
 
+from ..signals.responses import generate
+from ..signals.thoughts import answer_of
 from .coherence import coherent
-from .generation import generate
 from .intervals import Row, share, wilson
-from .judges import (
-    Judge,
-    KeywordJudge,
-    check_benign,
-    decides,
-    load_judge,
-    measure_name,
-    refusal_phrases,
-    says,
-)
-from .thoughts import answer_of
+from .judges import Judge, KeywordJudge, check_benign, decides, load_judge, measure_name, refusal_phrases, says
 from .verdicts import Verdict, judged, refusals
 
 __all__ = [

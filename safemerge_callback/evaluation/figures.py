@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError, shown
-from ..outputs import FileKind, free_output
-from .generation import check_vocabulary, respond, tokenized
+from ..io.outputs import FileKind, free_output
+from ..signals.responses import check_vocabulary, respond, tokenized
 from .judges import Judge, KeywordJudge, decides, measure_name
 from .probe import Kind, Measured, refused_share
 from .prompts import PromptSet

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, nearest, shown
-from ..paths import as_path
+from ..io.paths import as_path
 from .figures import Figure
 from .intervals import wilson
 from .probe import measured

@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..addresses import address_of
 from ..errors import ConfigError
+from ..io.addresses import address_of
 
 # What pads where a tokenizer names nothing: a token that text does not hold, else the end of a turn.
 _SPARE = ("<|finetune_right_pad_id|>", "<unk>")

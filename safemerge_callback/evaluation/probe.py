@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
-from ..adapters.generating import able_to_generate
-from ..adapters.processes import everyones, from_first, rank, together
 from ..errors import ConfigError
-from .generation import Response, respond, tokenized
+from ..live.forward import able_to_generate
+from ..live.ranks import everyones, from_first, rank, together
+from ..signals.as_found import left_as_found
+from ..signals.responses import Response, respond, tokenized
+from ..signals.thoughts import counts_of
 from .intervals import wilson
 from .judges import Judge, measure_name
-from .neutral import left_as_found
-from .thoughts import counts_of
 from .units import SHARE, check_unit, number, unit_of, within_share
 from .verdicts import Verdict, judged, refusals
 

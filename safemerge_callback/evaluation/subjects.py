@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from ..adapters import load_adapter
 from ..adapters.files import CONFIG, adapter_folder
-from ..addresses import address_of
 from ..errors import ConfigError
+from ..io.addresses import address_of
 from .hub import hub_file
 from .loading import accelerator, load_pretrained
 

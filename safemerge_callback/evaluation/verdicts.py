@@ -10,8 +10,8 @@ from threading import Thread
 from typing import Any, Literal, TypeVar
 
 from ..errors import ConfigError
+from ..signals.thoughts import spoken
 from .coherence import coherent
-from .thoughts import spoken
 
 Answer = TypeVar("Answer")
 Verdict = Literal["refused", "complied", "incoherent", "unjudged"]

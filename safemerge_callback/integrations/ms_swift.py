@@ -16,8 +16,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..documents import parse_yaml
 from ..errors import ConfigError, shown
+from ..io.documents import parse_yaml
 from ..training import SafeMergeCallback, SafeMergeConfig
 from . import split_settings
 

@@ -1,4 +1,4 @@
-"""Floor 0: merge methods, one a file; importing the floor fills the registry."""
+"""Floor 2: merge methods, one a file; importing the floor fills the registry."""
 
 from . import (
     breadcrumbs,

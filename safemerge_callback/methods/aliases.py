@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..choices import one_of
 from ..errors import ConfigError
+from ..io.choices import one_of
 
 _PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 # PEFT's eleven, and `linear_svd` for its `svd`.

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from ..choices import one_of
 from ..errors import ConfigError, PlanError, shown
-from ..numbers import is_number
+from ..io.choices import one_of
+from ..io.numbers import is_number
 from ..ops import SIGN_METHODS, AlignmentMatrix, Basis, LowRank, accumulation_dtype, full_precision
 
 

@@ -14,15 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import PlanError
-from ..ops import (
-    LowRank,
-    accumulation_dtype,
-    inner_product,
-    refit,
-    squared_norm,
-    weighted_sum,
-    wide_dtype,
-)
+from ..ops import LowRank, accumulation_dtype, inner_product, refit, squared_norm, weighted_sum, wide_dtype
 from .registry import Merged, register, unmoved
 from .spaces import check_ranks
 

@@ -1,9 +1,9 @@
-"""Floor 5: the same verbs on adapter folders, without a model: measure one, merge two, or take a merge back."""
+"""Floor 6: the same verbs on adapter folders, without a model: measure one, merge two, or take a merge back."""
 
 from .bake import BaseModel
-from .live import apply_safelora, apply_safemerge
 from .merge import measure_adapter, merge_adapters
-from .sweep import Cell, Sweep, sweep_adapters
+from .peft_model import apply_safelora, apply_safemerge
+from .sweep.sweep import Cell, Sweep, sweep_adapters
 from .undo import undo_merge
 
 __all__ = [

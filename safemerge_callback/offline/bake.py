@@ -15,8 +15,8 @@ from ..adapters import Adapter, LoraFactors, canonical_name, open_adapter
 from ..adapters.beside import beside_factors
 from ..adapters.files import TOKENIZER
 from ..adapters.tensor_file import DTYPES, Spec, TensorFile
-from ..addresses import address_of, fetched
 from ..errors import AdapterError, SubspaceError
+from ..io.addresses import address_of, fetched
 from ..ops import full_precision
 from ..subspace.checkpoints.locate import INDEX, locate
 from ..subspace.checkpoints.quantised import quantised, quantised_modules

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..decision import JOURNAL_FILE, Edit, MergePlan
-from ..decision.card import CAVEAT, escaped, front_matter
+from ..decision import Edit, MergePlan
+from ..record import JOURNAL_FILE
+from ..record.card import CAVEAT, escaped, front_matter
 
 
 def model_card(

@@ -11,22 +11,18 @@ from typing import Any, Unpack
 
 import torch
 
-from .. import __version__
 from ..adapters import Adapter, open_adapter
 from ..adapters.stream_save import save_changed
 from ..decision import (
-    VERSION,
     Edit,
     Gate,
     MergePlan,
     Readings,
     as_gate,
-    check_entry,
     check_merge,
     check_module_weights,
     check_soft,
     measure,
-    merge_entry,
     merge_weights,
     merged_factors,
     method_of,
@@ -38,9 +34,12 @@ from ..decision.gates import KNOB, Knobs
 from ..decision.weights import pattern_of
 from ..methods import get_method
 from ..ops import LowRank
+from ..record import VERSION, check_entry, merge_entry
 from ..subspace import Subspace
+from ..version import __version__
 from .bake import BAKED_ADAPTER, BaseModel
 from .card import model_card
+from .merge_yaml import write_recipe
 from .output import CARD, RECIPE, free_output, new_folder, write_journal
 from .parts import (
     CHUNK_BYTES,
@@ -56,7 +55,6 @@ from .parts import (
     subspace_of,
     warn_of_other_bases,
 )
-from .recipe import write_recipe
 from .small_files import copy_tokenizer
 
 

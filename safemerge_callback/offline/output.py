@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.files import CONFIG, TOKENIZER, WEIGHTS
-from ..choices import truth
-from ..decision import JOURNAL_FILE, PAGE_FILE, Journal
 from ..errors import AdapterError, ConfigError, shown
-from ..outputs import same_place
-from ..paths import as_path
-from ..whole_file import settle, whole_folder
+from ..io.choices import truth
+from ..io.outputs import same_place
+from ..io.paths import as_path
+from ..io.whole_file import settle, whole_folder
+from ..record import JOURNAL_FILE, PAGE_FILE, Journal
 
 CARD = "README.md"
 RECIPE = "safemerge.yaml"

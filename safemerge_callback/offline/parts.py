@@ -10,11 +10,11 @@ from pathlib import Path
 
 from ..adapters import Adapter, open_adapter
 from ..adapters.beside import Base, beside_factors
-from ..adapters.on_access import OnAccess
-from ..addresses import source_name
+from ..adapters.lazy_mapping import OnAccess
 from ..decision import Gate
 from ..decision.unmerged import unmerged, warning_of
 from ..errors import ConfigError, PlanError, shown
+from ..io.addresses import source_name
 from ..methods import get_method
 from ..subspace import Subspace
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..adapters.files import TOKENIZER
-from ..documents import read_json
 from ..errors import ConfigError
+from ..io.documents import read_json
 from ..subspace.checkpoints.locate import INDEX
 
 _COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken"}

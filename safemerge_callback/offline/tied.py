@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.names import EMBEDDINGS
-from ..documents import read_json
 from ..errors import AdapterError
+from ..io.documents import read_json
 
 HEAD = "lm_head"
 CONFIG = "config.json"

@@ -15,10 +15,10 @@ import torch
 from ..adapters import Adapter, load_adapter, save_adapter
 from ..adapters.files import CONFIG
 from ..adapters.snapshot import SNAPSHOT_FOLDER, Snapshot, load_snapshot, norms_of, norms_of_pairs, snapshot_in
-from ..decision import JOURNAL_FILE, Journal, read_journal
 from ..errors import AdapterError, ConfigError
-from ..paths import as_path
-from ..whole_file import settle
+from ..io.paths import as_path
+from ..io.whole_file import settle
+from ..record import JOURNAL_FILE, Journal, read_journal
 
 MERGED_FOLDER = "merged"
 # An engine trains in float32 and saves in half precision: the norms of one and the other differ by less than this.

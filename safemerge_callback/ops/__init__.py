@@ -1,4 +1,4 @@
-"""Floor 0: tensors in, tensors out; torch only."""
+"""Floor 1: tensors in, tensors out; torch only."""
 
 from .alignment import AlignmentMatrix, Factored, Int8, moved, rows_of, turned
 from .basis import Basis, leading_basis, project_on_basis

@@ -1,14 +1,14 @@
-"""Floor 5: what a journal tells, as a table, as pictures, as a page and, while it grows, in the terminal."""
+"""Floor 7: what a journal tells, as a table, as pictures, as a page and, while it grows, in the terminal."""
 
-from ..decision import PAGE_FILE
+from ..record import PAGE_FILE
 from .entries import read_history
 from .heatmap import draw_heat_map, write_heat_map
 from .history import Cell, Event, History, Measured, Probe
-from .live import watch_run
+from .measurement import readings_json, readings_text
 from .page import render_page, write_page
 from .plots import PLOTS, draw_plot, write_report
-from .readings import readings_json, readings_text
 from .table import summary
+from .watch import watch_run
 
 __all__ = [
     "PAGE_FILE",

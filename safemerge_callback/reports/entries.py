@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..decision import KNOB, numbered_entries
+from ..decision import KNOB
 from ..errors import JournalError, shown
 from ..evaluation.units import SHARE, unit_of, within_share
-from ..numbers import is_number, is_whole
+from ..io.numbers import is_number, is_whole
+from ..record import numbered_entries
 from .history import Cell, Event, History, Measured, Probe, journal_in, title_of
 
 # By rounding a cosine may be a little over 1.

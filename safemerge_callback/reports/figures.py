@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..decision.tables import render
 from ..evaluation.figures import Figure
-from ..evaluation.thoughts import ADVICE
 from ..evaluation.units import amount
+from ..io.text_table import render
+from ..signals.thoughts import ADVICE
 
 _KINDS = {"harm": "harm (higher is safer)", "over_refusal": "over-refusal (lower is better)", "task": "utility"}
 _COLUMNS = ("kind", "measure", "judge", "n", "value", "95 % interval", "incoherent", "unjudged")

@@ -10,10 +10,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from ..decision import BAND, JOURNAL_FILE, mean_moved
+from ..decision import BAND, mean_moved
 from ..errors import JournalError
 from ..evaluation.units import amount, interval
-from ..paths import as_path
+from ..io.paths import as_path
+from ..record import JOURNAL_FILE
 
 # The trainer's own measure, beside what was asked.
 LOSS = "eval_loss"

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..choices import one_of
-from ..decision import BAND, JOURNAL_FILE, PAGE_FILE
+from ..decision import BAND
 from ..errors import ConfigError
 from ..evaluation.units import SHARE
-from ..paths import as_path
+from ..io.choices import one_of
+from ..io.paths import as_path
+from ..record import JOURNAL_FILE, PAGE_FILE
 from .heatmap import draw_heat_map
 from .history import LOSS, History, Measured
 from .page import write_page

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..outputs import PICTURE, new_output
-from ..paths import as_path
+from ..io.outputs import PICTURE, new_output
+from ..io.paths import as_path
 
 FORMATS = (".png", ".pdf", ".svg")
 

@@ -6,8 +6,8 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator
 
-from ..decision.tables import render
-from ..printable import printable
+from ..io.printable import printable
+from ..io.text_table import render
 from .history import Cell, History, counted
 from .layout import Panel, panels
 

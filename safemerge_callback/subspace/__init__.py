@@ -1,4 +1,4 @@
-"""Floor 2: the safety subspace of a model: aligned - unaligned, module by module, in one file."""
+"""Floor 3: the safety subspace of a model: aligned - unaligned, module by module, in one file."""
 
 from .build import build_subspace
 from .checkpoints.shards import CheckpointShards

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ..printable import printable
+from ..io.printable import printable
 
 # Of the columns that a narrow terminal has, what the name of a module may take; its end tells the modules apart.
 _NAME = 18

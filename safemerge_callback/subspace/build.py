@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..choices import truth
 from ..errors import ConfigError, SubspaceError
+from ..io.choices import truth
 from ..ops import Factored, full_precision
 from .bar import byte_bar
 from .digests import digest_of_all

@@ -10,7 +10,7 @@ from ..adapters import LoraFactors
 from ..adapters.names import is_vocabulary
 from ..errors import SubspaceError
 from .header import DTYPES, PROBE_POSITIONS, PROBES, FileHeader, dtype_name
-from .probes import matches
+from .recognise import matches
 
 _NAMES = {**{name: dtype_name(dtype) for name, dtype in DTYPES.items()}, "I8": "int8"}
 

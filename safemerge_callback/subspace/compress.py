@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..choices import one_of
 from ..errors import ConfigError, SubspaceError, shown
-from ..numbers import is_whole
+from ..io.choices import one_of
+from ..io.numbers import is_whole
 from ..ops import Int8, full_precision
 from .approximate import proven, quantised, truncated
 from .bar import byte_bar

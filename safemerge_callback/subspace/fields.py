@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ..errors import shown
-from ..numbers import is_number, is_whole
+from ..io.numbers import is_number, is_whole
 
 _KINDS = ("dense", "factor", "int8", "truncated")
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "int8")

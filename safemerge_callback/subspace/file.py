@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..adapters import LoraFactors
 from ..errors import SubspaceError, nearest
-from ..file_faults import reading_fault
+from ..io.file_faults import reading_fault
+from ..io.paths import as_path
 from ..ops import AlignmentMatrix, full_precision, turned
-from ..paths import as_path
 from .check import check_base, check_modules, require_tensors
 from .digests import digest_of
 from .header import PROBE_POSITIONS, PROBES, VERSION, FileHeader, ModuleHeader

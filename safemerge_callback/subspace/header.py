@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from ..documents import parse_json
 from ..errors import SubspaceError
-from ..outputs import FileKind
+from ..io.documents import parse_json
+from ..io.outputs import FileKind
 from .fields import FILE_FIELDS, MODULE_FIELDS, check_fields
 
 FORMAT = "safemerge.subspace"

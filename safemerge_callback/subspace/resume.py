@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from ..documents import UNREADABLE, read_text
 from ..errors import SubspaceError
+from ..io.documents import UNREADABLE, read_text
 from .digests import TensorDigest
 
 try:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..adapters import Adapter, LoraFactors, load_adapter
 from ..adapters.beside import left_beside
-from ..addresses import source_name
 from ..errors import SubspaceError
+from ..io.addresses import source_name
 from ..ops import Factored, LowRank, squared_norm
 from .checkpoints.pairing import common_targets, num_bytes, require_same_modules, stamps_of
 from .checkpoints.shards import CheckpointShards
@@ -23,7 +23,7 @@ from .checkpoints.targets import select_targets
 from .difference import difference, norm_of, require_finite, storage_dtype
 from .digests import digest_of
 from .lowrank_detect import find_factors
-from .probes import choose_positions, values_at
+from .recognise import choose_positions, values_at
 from .spectrum import Spectrum, factored_spectrum, sketch_of, spectrum_of
 
 

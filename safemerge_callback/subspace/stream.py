@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SubspaceError
-from ..outputs import free_output
+from ..io.outputs import free_output
 from .blocks import row_blocks
 from .digests import TensorDigest, stored_bytes
 from .header import SUBSPACE

@@ -6,7 +6,7 @@ import io
 from dataclasses import asdict
 from typing import Any
 
-from ..printable import printable
+from ..io.printable import printable
 from .header import VERSION, FileHeader, ModuleHeader
 
 _WIDTH = 200

@@ -1,11 +1,11 @@
-"""Floor 4: the callbacks and their settings; the only floor that imports transformers."""
+"""Floor 6: the callbacks and their settings; the only floor that imports transformers."""
 
+from ..record.metrics import METRICS
 from .callback import SafeMergeCallback
-from .config import SafeMergeConfig
+from .config.settings import SafeMergeConfig
 from .loop import LoopLog
-from .metrics import METRICS
-from .rules import Rollback, Stop, Trigger
-from .safety_eval import SafetyEvalCallback
+from .probe.callback import SafetyEvalCallback
+from .probe.rules import Rollback, Stop, Trigger
 
 __all__ = [
     "METRICS",

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters import Adapter
-from ..adapters.processes import from_first
 from ..decision import Average
-from .config import SafeMergeConfig
-from .faults import Fault, attempt
+from ..live.faults import Fault, attempt
+from ..live.ranks import from_first
+from .config.settings import SafeMergeConfig
 
 if TYPE_CHECKING:
-    from .run_state import Past
-    from .session import Session
+    from .run.session import Session
+    from .run.state import Past
 
 
 def sources(session: Session) -> Sequence[Adapter]:

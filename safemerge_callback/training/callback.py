@@ -8,16 +8,16 @@ from typing import Any, Unpack
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..decision.tables import html_table
+from ..io.text_table import html_table
+from ..record.progress import Progress
 from .checkpoints import at_each_save, no_more_saves
-from .config import SafeMergeConfig, resolve_config
-from .ending import after_training
-from .model_card import mark_card, mark_push
-from .opening import alone, dismissed, open_session
-from .outcome import Section
-from .progress import Progress
-from .session import Session
-from .settings import Settings
+from .config.keywords import Settings
+from .config.settings import SafeMergeConfig, resolve_config
+from .run.artifact import Section
+from .run.ending import after_training
+from .run.model_card import mark_card, mark_push
+from .run.opening import alone, dismissed, open_session
+from .run.session import Session
 
 
 class SafeMergeCallback(TrainerCallback):

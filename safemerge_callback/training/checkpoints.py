@@ -16,7 +16,7 @@ from typing import Any
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..whole_file import whole_file
+from ..io.whole_file import whole_file
 
 # No class's name: the trainer makes callbacks anew from what is stored under the names of their classes.
 KEY = "safemerge"

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..adapters.names import layer_and_type
-from ..addresses import source_name
 from ..decision import MergePlan
+from ..io.addresses import source_name
+from ..record.metrics import limit_of, z_of
+from ..record.progress import Progress
 from ..subspace import Subspace
-from ..subspace.choice import Choice
-from .config import SafeMergeConfig
-from .forecast import Forecast
-from .metrics import limit_of, z_of
-from .progress import Progress
+from ..subspace.placement import Choice
+from .config.settings import SafeMergeConfig
+from .run.forecast import Forecast
 from .trackers import Row, finite
 
 

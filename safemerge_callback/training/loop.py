@@ -7,14 +7,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..decision import JOURNAL_FILE, Edit, Journal, MergePlan, check_entry, merge_entry
-from ..paths import as_path
+from ..decision import Edit, MergePlan
+from ..io.paths import as_path
+from ..record import JOURNAL_FILE, Journal, check_entry, merge_entry
+from ..record.metrics import check_metrics
+from ..record.progress import Progress
 from .entries import decision_rows, unwritten
-from .lines import nothing_merged
-from .log import Log
-from .metrics import check_metrics
-from .outcome import Outcome
-from .progress import Progress
+from .run.artifact import Outcome
+from .run.lines import nothing_merged
+from .run.log import Log
 from .trackers import Report, Run, Trackers, known
 
 

@@ -9,19 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ..adapters.optimizer_copy import copy_optimizer_states
-from ..adapters.processes import agree, many
 from ..adapters.snapshot import Snapshot, norms_of, save_snapshot
-from ..decision import Edit, MergePlan, apply, merge_entry
+from ..decision import Edit, MergePlan, apply
+from ..live.faults import Fault, attempt
+from ..live.fingerprint import digest
+from ..live.optimizer.copy import copy_optimizer_states
+from ..live.optimizer.moments import edit_moments
+from ..live.ranks import agree, many
 from ..ops import LowRank
+from ..record import merge_entry
 from .averaging import about, sources
-from .faults import Fault, attempt
-from .lines import rollback_line
-from .moments import edit_moments
-from .seal import digest
+from .run.lines import rollback_line
 
 if TYPE_CHECKING:
-    from .session import Session
+    from .run.session import Session
 
 # What a merge changes of the progress, so what taking it back must put back.
 OF_A_MERGE = ("merges", "modules_merged", "merged_steps", "last_merge", "task_weights", "disarmed")

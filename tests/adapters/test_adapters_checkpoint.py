@@ -9,8 +9,9 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from safemerge_callback.adapters import LoraFactors, canonical_name, live_factors, load_adapter, save_adapter
+from safemerge_callback.adapters import LoraFactors, canonical_name, load_adapter, save_adapter
 from safemerge_callback.errors import AdapterError
+from safemerge_callback.live import live_factors
 from safemerge_callback.ops import weighted_sum
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

@@ -6,8 +6,9 @@ from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from safemerge_callback.adapters import LoraFactors, base_weights, canonical_name, live_factors
+from safemerge_callback.adapters import LoraFactors, canonical_name
 from safemerge_callback.errors import AdapterError
+from safemerge_callback.live import base_weights, live_factors
 
 SETTINGS = {
     "plain": {"r": 4, "lora_alpha": 6},

@@ -5,8 +5,9 @@ from packaging.version import Version
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from torch import nn
 
-from safemerge_callback.adapters import live_factors, load_adapter, writer_for
+from safemerge_callback.adapters import load_adapter
 from safemerge_callback.errors import AdapterError
+from safemerge_callback.live import live_factors, writer_for
 
 Q = {"target_modules": ["q_proj"], "r": 4}
 VARIANTS = {

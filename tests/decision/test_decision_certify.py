@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safemerge_callback.adapters import live_factors
 from safemerge_callback.decision import Gate, MergePlan, Reading, Readings, above, measure, undecided
 from safemerge_callback.errors import ConfigError, PlanError, SubspaceError
+from safemerge_callback.live import live_factors
 from safemerge_callback.subspace import compress_subspace
 
 

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safemerge_callback.adapters import live_factors
 from safemerge_callback.decision import Gate, MergePlan, Reading, Readings, measure
 from safemerge_callback.errors import ConfigError, SubspaceError
+from safemerge_callback.live import live_factors
 from safemerge_callback.subspace import compress_subspace
 
 

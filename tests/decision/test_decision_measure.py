@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from safemerge_callback.adapters import LoraFactors, live_factors
+from safemerge_callback.adapters import LoraFactors
 from safemerge_callback.decision import Reading, Readings, measure
 from safemerge_callback.decision.measure import batches
 from safemerge_callback.errors import SubspaceError
+from safemerge_callback.live import live_factors
 from safemerge_callback.ops import cosines
-from safemerge_callback.subspace.placement import Device
+from safemerge_callback.subspace.placements import Device
 
 FAMILIES = {
     "llama": {},

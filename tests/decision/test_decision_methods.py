@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from safemerge_callback.adapters import live_factors, writer_for
-from safemerge_callback.decision import MergePlan, apply, measure, merge_entry, merged_factors
+from safemerge_callback.decision import MergePlan, apply, measure, merged_factors
 from safemerge_callback.errors import ConfigError
+from safemerge_callback.live import live_factors, writer_for
 from safemerge_callback.methods import METHODS, get_method
 from safemerge_callback.ops import LowRank, mask_seed
+from safemerge_callback.record import merge_entry
 
 ELEMENTWISE = sorted(name for name, method in METHODS.items() if method.dense)
 RANDOM = sorted(name for name, method in METHODS.items() if method.random)

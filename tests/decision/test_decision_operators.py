@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from safemerge_callback.adapters import writer_for
 from safemerge_callback.decision import MergePlan, apply, measure
 from safemerge_callback.decision.operators import basis_rank, check_operator, known_bases
 from safemerge_callback.errors import ConfigError
+from safemerge_callback.live import writer_for
 from safemerge_callback.subspace import Subspace
 from safemerge_callback.subspace.compress import compress_subspace
 

@@ -4,10 +4,10 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
-from safemerge_callback.adapters import live_factors
 from safemerge_callback.decision import MergePlan, Reading, Readings, Verdict, check_merge, measure, method_of
 from safemerge_callback.decision.gates import as_gate
 from safemerge_callback.errors import ConfigError, PlanError
+from safemerge_callback.live import live_factors
 from safemerge_callback.training import SafeMergeConfig
 
 

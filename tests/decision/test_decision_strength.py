@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safemerge_callback.adapters import writer_for
 from safemerge_callback.decision import MergePlan, apply, attenuated, measure, spread
 from safemerge_callback.errors import ConfigError
+from safemerge_callback.live import writer_for
 
 WEIGHTS = st.tuples(st.floats(0.05, 1.5), st.floats(0, 1.5))
 UNIT = st.floats(0, 1)

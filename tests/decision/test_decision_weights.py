@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from safemerge_callback.adapters import writer_for
-from safemerge_callback.decision import MergePlan, apply, measure, merge_entry, merged_factors
+from safemerge_callback.decision import MergePlan, apply, measure, merged_factors
 from safemerge_callback.decision.weights import check_module_weights, merge_weights, pattern_of
 from safemerge_callback.errors import AdapterError, ConfigError, PlanError
+from safemerge_callback.live import writer_for
+from safemerge_callback.record import merge_entry
 
 # As many rows as q_proj has, so that nothing is truncated.
 WHOLE = {"targets": ["q_proj", "v_proj"], "rank": 32, "alpha": 32}

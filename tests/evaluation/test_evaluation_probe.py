@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from safemerge_callback.errors import ConfigError
-from safemerge_callback.evaluation import KeywordJudge, generate, share, wilson
+from safemerge_callback.evaluation import KeywordJudge, share, wilson
 from safemerge_callback.evaluation.probe import Asking, Questions, ask
+from safemerge_callback.signals import generate
 
 HARMFUL = {"bad": ["a", "b c d e f g h", "x y"], "worse": ["q w e r t"]}
 BENIGN = {"good": ["m n", "o"]}

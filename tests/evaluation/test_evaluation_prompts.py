@@ -204,7 +204,7 @@ def closed():
 
 
 def test_a_hub_out_of_reach_is_asked_once_and_all_that_is_missing_is_named(answering, closed, tmp_path, monkeypatch):
-    from safemerge_callback.evaluation.prompts import places
+    from safemerge_callback.evaluation.prompts import sources as places
 
     monkeypatch.setattr(places, "files", lambda name: [])
     asked = []

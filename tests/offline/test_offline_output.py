@@ -6,10 +6,10 @@ import pytest
 
 from safemerge_callback import merge_adapters
 from safemerge_callback.adapters import load_adapter, save_adapter
-from safemerge_callback.adapters.pairs import write_pairs
+from safemerge_callback.adapters.factor_file import write_pairs
 from safemerge_callback.decision import Readings
 from safemerge_callback.errors import ConfigError, SafeMergeError
-from safemerge_callback.offline.cells import Cell, Sweep
+from safemerge_callback.offline.sweep.table import Cell, Sweep
 from safemerge_callback.ops import LowRank
 from safemerge_callback.reports import read_history, write_page, write_report
 from safemerge_callback.reports.history import Cell as Drift

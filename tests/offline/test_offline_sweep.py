@@ -12,7 +12,7 @@ from safemerge_callback.decision import Gate
 from safemerge_callback.errors import AdapterError, ConfigError, PlanError
 from safemerge_callback.methods import METHODS, get_method
 from safemerge_callback.offline import merge_adapters, sweep_adapters
-from safemerge_callback.offline.core import fits_core, in_core
+from safemerge_callback.offline.sweep.small_space import fits_core, in_core
 from safemerge_callback.ops import LowRank
 
 GATES = [Gate(threshold=0.0), Gate("num_layers", num_layers=3), Gate("quantile", quantile=0.5), Gate("all")]
@@ -127,7 +127,7 @@ def test_the_table_and_the_csv_say_the_same(world):
 
 
 def test_the_plot_is_a_picture(world):
-    from safemerge_callback.offline.sweep_plot import write_plot
+    from safemerge_callback.reports.sweep_plot import write_plot
 
     assert write_plot(swept(world), world / "sweep.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ConfigError, match="must end in one of"):

@@ -17,7 +17,7 @@ from recipes.models import PACKAGED
 from recipes.train_safety_adapter import parse_train
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.training import SafeMergeConfig
-from safemerge_callback.training.forecast import forecast, too_strong
+from safemerge_callback.training.run.forecast import forecast, too_strong
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"

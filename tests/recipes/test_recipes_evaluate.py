@@ -8,9 +8,10 @@ from recipes.comparison import measures
 from recipes.evaluate import EvaluateArguments, accuracy, evaluate_model, generate, refusal_rate
 from recipes.finetune import parse
 from safemerge_callback.errors import AdapterError, ConfigError
-from safemerge_callback.evaluation import KeywordJudge, coherent, figures, generation, probe
-from safemerge_callback.evaluation.generation import Response
+from safemerge_callback.evaluation import KeywordJudge, coherent, figures, probe
 from safemerge_callback.evaluation.prompts import PromptSet
+from safemerge_callback.signals import responses as generation
+from safemerge_callback.signals.responses import Response
 
 WORDS = ["<pad>", "<s>", "<end>", "user", "bot", *"abcdefghijklmnopqrstuvwxyz", "positive", "negative", "yes"]
 TEMPLATE = (

@@ -7,8 +7,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from safemerge_callback.adapters import base_weights, live_factors
 from safemerge_callback.errors import ConfigError, SubspaceError
+from safemerge_callback.live import base_weights, live_factors
 from safemerge_callback.ops import Factored
 from safemerge_callback.subspace import VERSION, Subspace, build_subspace
 

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from safemerge_callback.adapters import LoraFactors, live_factors
+from safemerge_callback.adapters import LoraFactors
 from safemerge_callback.errors import SubspaceError
+from safemerge_callback.live import live_factors
 from safemerge_callback.ops import Factored
 from safemerge_callback.subspace import Request, Subspace, build_subspace, compress_subspace
 from safemerge_callback.subspace import file as subspace_file
-from safemerge_callback.subspace.placement import Device
+from safemerge_callback.subspace.placements import Device
 
 
 def build(tmp_path, aligned, unaligned, **knobs):

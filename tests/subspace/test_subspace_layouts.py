@@ -6,8 +6,9 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from safemerge_callback.adapters import canonical_name, live_factors
+from safemerge_callback.adapters import canonical_name
 from safemerge_callback.errors import SubspaceError
+from safemerge_callback.live import live_factors
 from safemerge_callback.subspace import CheckpointShards, build_subspace
 from safemerge_callback.subspace.checkpoints.targets import select_targets
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from safemerge_callback.addresses import source_name
 from safemerge_callback.errors import SubspaceError
+from safemerge_callback.io.addresses import source_name
 from safemerge_callback.subspace import CheckpointShards
 from safemerge_callback.subspace.checkpoints.locate import locate
 

@@ -14,7 +14,8 @@ from transformers import TrainerCallback
 
 from safemerge_callback import Subspace, compress_subspace, measure_adapter
 from safemerge_callback.errors import AdapterError, SubspaceError
-from safemerge_callback.training import merging, session
+from safemerge_callback.training import merging
+from safemerge_callback.training.run import session
 
 
 class Steps(TrainerCallback):

@@ -8,7 +8,8 @@ import torch
 
 from safemerge_callback import Subspace, build_subspace, live_factors, measure
 from safemerge_callback.errors import AdapterError, ConfigError, JournalError, SafeMergeError, SubspaceError
-from safemerge_callback.training import METRICS, SafeMergeCallback, SafeMergeConfig
+from safemerge_callback.record import METRICS
+from safemerge_callback.training import SafeMergeCallback, SafeMergeConfig
 
 SAFETY_SCALING = 2.0  # alpha 6 over rank 3
 LIVE_SCALING = 2.0  # alpha 8 over rank 4

@@ -6,7 +6,7 @@ import pytest
 from transformers import TrainerCallback
 
 from safemerge_callback import read_journal
-from safemerge_callback.training import session
+from safemerge_callback.training.run import session
 
 
 class Full(TrainerCallback):

@@ -4,7 +4,8 @@ import pytest
 
 from safemerge_callback import MergePlan, Subspace, apply, load_adapter, measure, read_journal, writer_for
 from safemerge_callback.errors import ConfigError
-from safemerge_callback.training import METRICS, LoopLog
+from safemerge_callback.record import METRICS
+from safemerge_callback.training import LoopLog
 
 
 def checked(world, log, steps=(10, 20), threshold=1.0):

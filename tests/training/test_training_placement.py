@@ -16,7 +16,7 @@ from safemerge_callback.adapters import LoraFactors
 from safemerge_callback.decision import Gate
 from safemerge_callback.decision.measure import batches
 from safemerge_callback.errors import ConfigError, SubspaceError
-from safemerge_callback.training.placing import Part, measure_part, place, shares, stored_bytes
+from safemerge_callback.training.run.shares import Part, measure_part, place, shares, stored_bytes
 
 SCRIPT = """
 import importlib.util, json, os, sys, warnings
@@ -209,9 +209,9 @@ def test_settings_are_refused_when_made(knobs, said):
 
 def test_a_run_keeps_what_was_chosen(world, monkeypatch):
     """Where there is a GPU with room: a second measure reads nothing."""
-    from safemerge_callback.subspace.choice import Choice
+    from safemerge_callback.subspace.placement import Choice
 
-    monkeypatch.setattr("safemerge_callback.training.placing.choose", lambda *_: Choice("device", False, 1, "told"))
+    monkeypatch.setattr("safemerge_callback.training.run.shares.choose", lambda *_: Choice("device", False, 1, "told"))
     subspace, factors = Subspace.load(world.subspace), moved(world)
     assert place(SafeMergeConfig(subspace="s", gate="watch"), subspace, factors).kind == "device"
     first = measure(factors, subspace)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from safemerge_callback.decision import BAND
-from safemerge_callback.training import METRICS
+from safemerge_callback.record import METRICS
 from safemerge_callback.training.trackers import Report, Run, Trackers
 
 # What gate all sends: it merges below no cosine.

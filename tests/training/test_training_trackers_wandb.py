@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainerCallback
 
-from safemerge_callback.training import METRICS
-from safemerge_callback.training.metrics import KEYS
+from safemerge_callback.record import METRICS
+from safemerge_callback.record.metrics import KEYS
 from safemerge_callback.training.trackers import COLUMNS
 
 # What gate all sends: it merges below no cosine.
@@ -181,7 +181,7 @@ def test_the_heat_map_is_one_table_of_all_checks_and_takes_the_saved_chart(world
 def test_the_chart_leads_with_what_moved_and_the_edge_of_the_band():
     pytest.importorskip("wandb")
     from safemerge_callback.decision import BAND
-    from safemerge_callback.training.trackers.drift import Cell
+    from safemerge_callback.training.trackers.columns import Cell
     from safemerge_callback.training.trackers.wandb import chart_spec
 
     spec = chart_spec()
@@ -312,7 +312,7 @@ def server(home, monkeypatch):
 
 
 def test_the_chart_is_saved_under_the_users_name(server):
-    from safemerge_callback.training.trackers.drift import Cell
+    from safemerge_callback.training.trackers.columns import Cell
     from safemerge_callback.training.trackers.wandb import save_chart
 
     assert save_chart("team") == "team/safemerge_heat_map"

@@ -19,7 +19,7 @@ spec.loader.exec_module(runs)
 
 from pathlib import Path
 from safemerge_callback import live_factors
-from safemerge_callback.training.seal import digest
+from safemerge_callback.live.fingerprint import digest
 import transformers
 
 out = Path(sys.argv[3])

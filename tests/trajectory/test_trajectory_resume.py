@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from safemerge_callback.decision import merging
+from safemerge_callback.decision import merge_batch as merging
 
 
 def told(entry):

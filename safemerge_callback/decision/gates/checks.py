@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...errors import ConfigError, shown
-from ...numbers import is_number, is_whole
+from ...io.numbers import is_number, is_whole
 
 
 def check_threshold(threshold: float) -> None:

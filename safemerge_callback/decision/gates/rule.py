@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict
 
-from ...choices import one_of
 from ...errors import ConfigError, nearest
+from ...io.choices import one_of
 from ..reading import Reading, Readings
 from . import calibrated, checks, constant, gap, num_layers, opposed, quantile, random, reference, threshold
 from .common import Verdict, excluded

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ...callables import check_callable
 from ...errors import ConfigError
+from ...io.callables import check_callable
 from .protocol import Decides, check_decides
 
 

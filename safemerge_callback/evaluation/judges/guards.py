@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ...choices import truth
 from ...errors import ConfigError, shown
-from ...numbers import is_whole
-from ..chat import rendered as written
-from ..chat import shows
-from ..generation import respond
+from ...io.choices import truth
+from ...io.numbers import is_whole
+from ...signals.chat import rendered as written
+from ...signals.chat import shows
+from ...signals.responses import respond
+from ...signals.thoughts import answer_of
 from ..loading import accelerator
-from ..thoughts import answer_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,8 +10,8 @@ from importlib.resources import files
 from typing import Any
 
 from ...errors import ConfigError, shown
-from ...numbers import is_whole
-from ..thoughts import answer_of
+from ...io.numbers import is_whole
+from ...signals.thoughts import answer_of
 from .protocol import Decides
 
 _APOSTROPHES = str.maketrans({"\u2019": "'", "\u2018": "'", "\u02bc": "'", "`": "'", "\u00b4": "'"})

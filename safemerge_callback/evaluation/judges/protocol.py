@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Literal, Protocol, cast, get_args
 
-from ...choices import one_of
 from ...errors import ConfigError
+from ...io.choices import one_of
 
 Decides = Literal["refusal", "harm"]
 

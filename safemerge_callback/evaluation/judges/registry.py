@@ -6,9 +6,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ...callables import check_callable
-from ...choices import one_of
 from ...errors import ConfigError
+from ...io.callables import check_callable
+from ...io.choices import one_of
 from .classifier import ClassifierJudge
 from .endpoint import endpoint_at
 from .function import FunctionJudge, imported

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ...errors import ConfigError, nearest, shown
-from ...numbers import is_whole
-from ...paths import as_path, existing
-from .places import OutOfReachError, downloaded, installed
+from ...io.numbers import is_whole
+from ...io.paths import as_path, existing
 from .sets import PROMPT_SETS, Kind, SetCard, Where
+from .sources import OutOfReachError, downloaded, installed
 from .tables import ENDINGS, read_rows, texts_of
 
 KINDS: tuple[Kind, ...] = get_args(Kind)

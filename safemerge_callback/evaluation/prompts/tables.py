@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...documents import UNREADABLE, read_json, read_text, read_yaml
 from ...errors import ConfigError
+from ...io.documents import UNREADABLE, read_json, read_text, read_yaml
 
 ENDINGS = (".csv", ".jsonl", ".json", ".txt")
 # Columns that hold the prompt in the sets that people share, the most telling first.

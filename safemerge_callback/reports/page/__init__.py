@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
-from ...outputs import FileKind, new_output
-from ...paths import as_path
+from ...io.outputs import FileKind, new_output
+from ...io.paths import as_path
 from ..history import History
 from ..payload import page_data
 from .shown import shown

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...documents import parse_json
 from ...errors import SubspaceError
+from ...io.documents import parse_json
 from ..header import DTYPES
 from .shard_files import _AGAIN, ShardFile, unreadable
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...addresses import address_of, identity
-from ...documents import parse_json
 from ...errors import SubspaceError
+from ...io.addresses import address_of, identity
+from ...io.documents import parse_json
 from .shard_files import Folder, LocalFile, LocalFolder, ShardFile
 
 INDEX = "model.safetensors.index.json"

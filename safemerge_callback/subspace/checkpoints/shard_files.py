@@ -10,9 +10,9 @@ from typing import NamedTuple, Protocol
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...documents import read_text
 from ...errors import SubspaceError
-from ...file_faults import reading_fault
+from ...io.documents import read_text
+from ...io.file_faults import reading_fault
 
 
 class ShardFile(Protocol):

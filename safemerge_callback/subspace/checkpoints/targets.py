@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from ...errors import SubspaceError, nearest, shown
-from ...patterns import as_pattern
+from ...io.patterns import as_pattern
 
 ALL_LINEAR = "all-linear"
 _HEADS_AND_EMBEDDINGS = {"lm_head", "wte", "wpe", "shared", "embeddings"}

@@ -12,7 +12,7 @@ import mlflow
 from mlflow.entities import Metric
 
 from ...errors import TrackerError
-from .drift import Drift
+from .columns import Drift
 from .picture import heat_map
 from .protocol import Report, Run
 

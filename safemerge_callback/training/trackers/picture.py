@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from .drift import Cell, Drift
+from .columns import Cell, Drift
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-from .drift import Drift
+from .columns import Drift
 
 
 class Row(NamedTuple):

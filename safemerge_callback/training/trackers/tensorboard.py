@@ -11,8 +11,8 @@ from typing import ClassVar
 from torch.utils.tensorboard import SummaryWriter
 
 from ...errors import TrackerError
-from ...paths import as_path
-from .drift import Drift
+from ...io.paths import as_path
+from .columns import Drift
 from .picture import heat_map
 from .protocol import Report, Run
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import trackio
 
 from ...errors import TrackerError
-from .drift import Drift
+from .columns import Drift
 from .picture import heat_map
 from .protocol import Report, Run
 

@@ -14,8 +14,8 @@ import wandb
 
 from ...decision import BAND
 from ...errors import TrackerError
-from ..metrics import KEYS
-from .drift import Cell, Drift
+from ...record.metrics import KEYS
+from .columns import Cell, Drift
 from .protocol import Report, Row, Run
 
 AXIS = "train/global_step"

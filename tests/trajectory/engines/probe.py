@@ -16,7 +16,7 @@ from cpu_fsdp import allow_fsdp_on_cpu
 from run import MARKS, RANK, WORLD_SIZE, forget, load, settings
 
 from safemerge_callback import SafetyEvalCallback
-from safemerge_callback.adapters import writer_for
+from safemerge_callback.live import writer_for
 from safemerge_callback.training import Rollback
 
 SETS = {"prompts": {"bad": ["a b", "c d e", "f"]}, "benign": {"good": ["x y", "z q w e r"]}}

@@ -19,10 +19,11 @@ import torch.distributed as dist
 import transformers
 from cpu_fsdp import allow_fsdp_on_cpu
 
-from safemerge_callback.adapters import load_adapter, writer_for
-from safemerge_callback.adapters.processes import ProcessesError
+from safemerge_callback.adapters import load_adapter
 from safemerge_callback.decision import MergePlan, apply, measure
 from safemerge_callback.errors import PlanError
+from safemerge_callback.live import writer_for
+from safemerge_callback.live.ranks import ProcessesError
 from safemerge_callback.subspace import Subspace
 
 FSDP = {"min_num_params": 0, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}

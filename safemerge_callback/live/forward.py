@@ -1,0 +1,56 @@
+"""Let a model say something in the middle of its training, however an engine keeps its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .modules import is_dtensor
+from .ranks import many
+from .writers.fsdp1 import is_fsdp1
+
+
+@contextmanager
+def able_to_generate(model: Any) -> Iterator[bool]:
+    """Within, `model.generate` works; yields whether every rank must run as many forward passes as the others.
+
+    It must where a forward pass gathers parameters from all ranks: FSDP1, FSDP2 and ZeRO-3, which go on doing so layer
+    by layer here, as in an evaluation, so that nobody needs room for the whole model. What `generate` bypasses is the
+    forward pass of FSDP's root, so its own parameters are gathered meanwhile. Collective there.
+
+    Source: TRL's `unwrap_model_for_generation`. Differs: ZeRO-3 is left as it is, TRL gathers it whole by default.
+    """
+    if is_fsdp1(model):
+        with _fsdp1_root(model):
+            yield many()
+    elif _is_fsdp2(model):
+        with _fsdp2_root(model):
+            yield many()
+    else:
+        yield many() and any(hasattr(p, "ds_id") or is_dtensor(p) for p in model.parameters())
+
+
+@contextmanager
+def _fsdp1_root(model: Any) -> Iterator[None]:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with FullyShardedDataParallel.summon_full_params(model, recurse=False, writeback=False):
+        yield
+
+
+@contextmanager
+def _fsdp2_root(model: Any) -> Iterator[None]:
+    # Before the first forward pass through the root, a unit beneath it would take itself for the root.
+    model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
+
+
+def _is_fsdp2(model: Any) -> bool:
+    return any(base.__name__ == "FSDPModule" for base in type(model).__mro__)

@@ -1,0 +1,1 @@
+"""One merge at many strengths: what each would do, without writing it."""

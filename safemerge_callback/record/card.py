@@ -1,0 +1,93 @@
+"""What every model card of ours has in common."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from ..io.paths import existing
+from ..io.whole_file import whole_file
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_HEAD = re.compile(r"---\r?\n(?P<head>.*?\n)---[ \t]*\r?(\n|$)", flags=re.S)
+# Between these two lines a card is ours.
+BEGIN, END = "<!-- safemerge: begin -->", "<!-- safemerge: end -->"
+TAG = "safemerge"
+
+CAVEAT = (
+    "The merge answers accidental loss of safety in fine-tuning; it does not withstand an attack: evaluate before use."
+)
+
+
+def front_matter(base_model: str | None, baked: bool = False, tag: str | None = TAG) -> str:
+    """Return the head of an adapter's card, or of a model's that one was `baked` into; a base that is a Hub id."""
+    # A JSON string is a YAML string. A local path is no model id, which the Hub would refuse.
+    known = base_model is not None and _HUB_ID.fullmatch(base_model) and existing(base_model) is None
+    base = f"base_model: {json.dumps(base_model)}\n" if known else ""
+    library, tags = ("transformers", "") if baked else ("peft", "- lora\n")
+    ours = f"- {tag}\n" if tag else ""
+    return f"---\n{base}library_name: {library}\ntags:\n{tags}{ours}---\n"
+
+
+def escaped(text: str) -> str:
+    """Return `text` as one line of Markdown that renders as itself, inside a table too."""
+    one_line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return re.sub(r"([\\`*_\[\](){}<>|~#&!$])", r"\\\1", one_line)
+
+
+def is_card(path: Path) -> bool:
+    """Whether the file at `path` begins as a model card does. Raises OSError, and ValueError for what is no text."""
+    return _HEAD.match(path.read_bytes().decode("utf-8")) is not None
+
+
+def edit_card(path: Path, section: str, tag: str | None = None) -> None:
+    """Put `section` (and `tag` into the head's `tags`) into the model card at `path`; nothing else in it changes.
+
+    The section stands between two comments, and an earlier one is replaced. A card whose comments are not one pair is
+    left as it is, and so is a head that is not understood. Raises OSError, and ValueError for a file that is no text.
+    """
+    old = path.read_bytes().decode("utf-8")
+    new = with_section(old, section)
+    new = new if tag is None else with_tag(new, tag)
+    if new != old:
+        with whole_file(path) as part:
+            part.write_bytes(new.encode("utf-8"))
+
+
+def with_section(card: str, section: str) -> str:
+    """Return `card` with `section` between our comments: in the place of what is between them, or at the end."""
+    block, marks = f"{BEGIN}\n{section.strip()}\n{END}", (card.count(BEGIN), card.count(END))
+    if marks == (0, 0):
+        return f"{card.rstrip()}\n\n{block}\n".lstrip()
+    before, _, rest = card.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    return f"{before}{block}{after}" if marks == (1, 1) and end else card
+
+
+def with_tag(card: str, tag: str) -> str:
+    """Return `card` with `tag` among the `tags` of its head; as it is where it has no head, or one not understood."""
+    match = _HEAD.match(card)
+    old = _mapping(match["head"]) if match else None
+    if match is None or old is None:
+        return card
+    head, tags, line = match["head"], old.get("tags", []), f"- {tag}\n"
+    if not isinstance(tags, list) or tag in tags:
+        return card
+    listed = re.search(r"^tags:[ \t]*\r?\n(?P<indent>[ \t]*)(?=- )", head, flags=re.M)
+    at = listed.end() if listed else len(head)
+    new = f"{head[:at]}{line}{listed['indent']}{head[at:]}" if listed else f"{head}tags:\n{line}"
+    # Whatever the head's author meant by it stays, or the head stays.
+    whole = _mapping(new) == {**old, "tags": [tag, *tags]}
+    return f"{card[: match.start('head')]}{new}{card[match.end('head') :]}" if whole else card
+
+
+def _mapping(text: str) -> dict[str, Any] | None:
+    import yaml
+
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
+    return found if isinstance(found, dict) else None

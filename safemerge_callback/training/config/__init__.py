@@ -1,0 +1,1 @@
+"""The settings of the callback, what each may be, and the presets."""

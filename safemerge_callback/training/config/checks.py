@@ -1,0 +1,237 @@
+"""What each setting of the callback may be: one refusal, which prints what it was and what is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...decision import (
+    DEFAULT_WEIGHTS,
+    check_merge,
+    check_module_weights,
+    check_operator,
+    check_soft,
+    check_spread,
+    gate_of,
+    merge_weights,
+    method_of,
+)
+from ...decision.strength import under
+from ...errors import ConfigError, shown
+from ...io.choices import truth
+from ...io.documents import parse_json
+from ...io.numbers import is_number, is_whole
+from ...live.optimizer.edit import check_optimizer
+from ...methods import METHODS, Method, check_density, check_majority_sign, get_method
+from ...subspace.placement import check_placement
+
+if TYPE_CHECKING:
+    from .settings import SafeMergeConfig
+
+
+def check_settings(config: SafeMergeConfig) -> None:
+    """Raise ConfigError for a setting that cannot be, or contradicts another; bring numbers into their own type."""
+    _check_types(config)
+    _check_gate(config)
+    _check_method(config)
+    _check_strength(config)
+    _check_schedule(config)
+
+
+def _check_types(config: SafeMergeConfig) -> None:
+    """Refuse what YAML or a command line may hold by mistake, such as '50' or true where a count is meant."""
+    if not isinstance(config.subspace, str | Path) or not str(config.subspace):
+        raise ConfigError(f"subspace is {config.subspace!r}: give the path of a safety-subspace file")
+    for name in ("subspace", "safety_adapter", "journal"):
+        value = getattr(config, name)
+        setattr(config, name, str(value) if isinstance(value, Path) else value)
+    _check_adapters(config)
+    for name in ("journal", "adapter_name", "wandb_chart"):
+        value = getattr(config, name)
+        if value is not None and (not isinstance(value, str) or not value):
+            raise ConfigError(f"{name} is {shown(value)}: give a non-empty string, or leave it out")
+    for name in ("from_step", "until_step", "cooldown", "num_layers", "seed"):
+        value = getattr(config, name)
+        optional = value is None and name in ("until_step", "num_layers")
+        if not optional and not is_whole(value, 0):
+            raise ConfigError(f"{name} is {shown(value)}: give a whole number of 0 or more")
+    for name in ("at_train_end", "asynchronous", "soft", "spread_weights", "quiet"):
+        truth(getattr(config, name), name)
+    check_placement(config.placement)
+
+
+def _check_adapters(config: SafeMergeConfig) -> None:
+    given: Any = config.safety_adapter
+    names: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
+    names = [str(name) if isinstance(name, Path) else name for name in names]
+    if given is not None and (not names or not all(isinstance(name, str) and name for name in names)):
+        raise ConfigError(
+            f"safety_adapter is {shown(given)}: give a folder or Hub id, a non-empty string, or a list of them, or "
+            "leave it out"
+        )
+    if len(set(names)) < len(names):
+        raise ConfigError(f"safety_adapter is {shown(given)}: one is named twice, name it once and add its weights up")
+    config.safety_adapter = names[0] if len(names) == 1 else names
+
+
+def _check_gate(config: SafeMergeConfig) -> None:
+    config.gate_at()
+    if config.threshold == 0:
+        raise ConfigError(
+            "threshold is 0, below which no cosine is: give one above 0, or set gate='watch' to measure only"
+        )
+    for name in ("threshold", "z_threshold", "reference_fraction"):
+        setattr(config, name, float(getattr(config, name)))
+        value = getattr(config, name)
+        if config.gate == "all" and value != getattr(type(config), name):
+            raise ConfigError(
+                f"{name} is {shown(value)}, and gate 'all', the default, merges every module whatever it is: give "
+                f"gate={gate_of({name: value}, config.gate)!r}, or leave {name} out"
+            )
+    if config.gate == "reference" and config.safety_adapter is None:
+        raise ConfigError(
+            "safety_adapter is missing: gate 'reference' compares with its own cosines; give its folder or Hub id, or "
+            "choose another gate"
+        )
+
+
+def _check_method(config: SafeMergeConfig) -> None:
+    config.method = _method_of(config)
+    method = get_method(config.method)
+    if not method.keeps_rank:
+        able = sorted(name for name, other in METHODS.items() if other.keeps_rank)
+        raise ConfigError(
+            f"method {config.method!r} changes the rank, which a live adapter cannot: choose one of {able}, "
+            "or merge after training with `safemerge merge`"
+        )
+    check_optimizer(None, config.optimizer_state)
+    config.density = check_density(config.method, config.density)
+    check_majority_sign(config.method, config.majority_sign_method)
+    config.operator, config.operator_rank = check_operator(config.method, config.operator, config.operator_rank)
+    _check_weights(config, method)
+    _check_average(config)
+    if config.merges and "safety_adapter" in method.needs and config.safety_adapter is None:
+        raise ConfigError(
+            f"safety_adapter is missing: method {config.method!r} merges one in; give its folder or Hub id, use method "
+            "'pull', which needs none, or set gate='watch' to measure only"
+        )
+
+
+def _method_of(config: SafeMergeConfig) -> str:
+    """What `auto` stands for: linear, and pull where no safety adapter is named, nor weights for one to come."""
+    if not config.merges and config.method == "auto":
+        return "linear"
+    return method_of(str(config.method), len(config.adapters), config.weights)
+
+
+def _check_weights(config: SafeMergeConfig, method: Method) -> None:
+    """Bring the weights into numbers, as many as there are updates; none for a method that reads none."""
+    if not method.weighted and method.strength is None:
+        _check_idle(config, "weights", "module_weights", "strength")
+        check_merge(config.method, config.space, DEFAULT_WEIGHTS)
+        return
+    many = len(config.adapters)
+    if "safety_adapter" in method.optional and many > 1:
+        raise ConfigError(
+            f"safety_adapter is {config.safety_adapter!r}, and method {config.method!r} goes toward one: name one, or "
+            "use method 'linear'"
+        )
+    # Watching a run needs no adapter; as many weights as were given are those of adapters to come.
+    count = many if many and method.weighted else None
+    asked = merge_weights(config.method, config.weights, config.strength, many)
+    config.weights = list(check_merge(config.method, config.space, asked, count))
+    config.strength = None if method.strength is None else config.weights[1]
+    given = _read_json(config.module_weights)
+    checked = check_module_weights(config.method, config.space, given, len(config.weights) - 1)
+    config.module_weights = {pattern: list(own) for pattern, own in checked.items()} or None
+    for weights in (config.weights, *checked.values()):
+        if weights[0] == 0 and method.takes_away:
+            raise ConfigError(
+                f"weights are {list(weights)}: the first must be above 0 (a strength below 1), or a merge erases what "
+                "was trained"
+            )
+
+
+def _check_average(config: SafeMergeConfig) -> None:
+    if config.method != "ema":
+        return _check_idle(config, "ema_decay", "ema_every")
+    config.ema_decay = 0.9 if config.ema_decay is None else config.ema_decay
+    config.ema_every = 10 if config.ema_every is None else config.ema_every
+    decay, every = config.ema_decay, config.ema_every
+    if not is_number(decay) or not 0 <= decay < 1:
+        raise ConfigError(f"ema_decay is {shown(decay)}: give the share that the average keeps, from 0 to below 1")
+    if not is_whole(every, 1):
+        raise ConfigError(f"ema_every is {shown(every)}: give a whole number of optimizer steps, 1 or more")
+
+
+def _check_idle(config: SafeMergeConfig, *names: str) -> None:
+    """Refuse a knob that the method does not read."""
+    for name in names:
+        if getattr(config, name) is not None:
+            raise ConfigError(
+                f"{name} is {getattr(config, name)!r}, which method {config.method!r} does not read: leave it out"
+            )
+
+
+def _read_json(value: Any) -> Any:
+    """A mapping that came as text, from a command line."""
+    if not isinstance(value, str):
+        return value
+    return parse_json(value, f"module_weights {shown(value)}", advice='Give such as {"v_proj": [0.5, 0.5]}')
+
+
+def _check_strength(config: SafeMergeConfig) -> None:
+    floor = config.min_task_weight
+    if not is_number(floor) or not 0 <= floor <= 1:
+        raise ConfigError(
+            f"min_task_weight is {shown(floor)}: give a share of the task's update, from 0 (no floor) to 1"
+        )
+    config.min_task_weight = float(floor)
+    _check_floor(config)
+    check_soft(config.soft, config.method, config.space)
+    check_spread(config.spread_weights, config.method, config.space)
+
+
+def _check_floor(config: SafeMergeConfig) -> None:
+    """Refuse a floor that holds back the very first merge of every module."""
+    if not (config.merges and config.weights) or config.soft or config.spread_weights:
+        return
+    first = max(weights[0] for weights in (config.weights, *(config.module_weights or {}).values()))  # type: ignore[union-attr]
+    if get_method(config.method).takes_away and under(first, config.min_task_weight):
+        raise ConfigError(
+            f"min_task_weight is {config.min_task_weight:g}, and one merge leaves {first:g} of the task's update, so "
+            "none would ever happen: lower it, or raise the first weight (lower the strength)"
+        )
+
+
+def _check_schedule(config: SafeMergeConfig) -> None:
+    _check_every(config)
+    if config.every == 0 and not config.at_train_end:
+        raise ConfigError("every is 0 and at_train_end is false, so no check would ever happen: set one of them")
+    if config.every == 0 and config.asynchronous:
+        raise ConfigError(
+            "asynchronous is true but every is 0, and the check at the end is never beside a step: give every, or "
+            "leave asynchronous out"
+        )
+    if config.every == 0 and (config.from_step or config.until_step is not None):
+        raise ConfigError(
+            f"from_step is {config.from_step} and until_step {config.until_step}, which bound periodic checks, but "
+            "every is 0, so there are none: give every, or leave them out"
+        )
+    if config.until_step is not None and config.until_step < config.from_step:
+        raise ConfigError(
+            f"until_step {config.until_step} comes before from_step {config.from_step}: swap them, or leave one out"
+        )
+    if config.merges and config.operator == "safelora" and config.every > 0:
+        raise ConfigError(
+            f"method 'project' with every={config.every} would project again and again, and C is not idempotent: "
+            "set every=0, so that it happens once, at the end, or operator='orthogonal'"
+        )
+
+
+def _check_every(config: SafeMergeConfig) -> None:
+    """Optimizer steps, or below 1 a share of the run's; a command line gives whole numbers as floats."""
+    every: Any = config.every
+    if not is_number(every) or every < 0 or (every > 1 and every % 1):
+        raise ConfigError(f"every is {shown(every)}: give a whole number, or a share of the run's steps below 1")
+    config.every = every if 0 < every < 1 else int(every)

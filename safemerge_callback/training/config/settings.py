@@ -1,0 +1,288 @@
+"""Every knob of the callback, once, and what it means; what it may be is in `refusals`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ...decision import DEFAULT_GATE, KNOBS, Gate, gate_of
+from ...errors import ConfigError, nearest, shown
+from ...io.addresses import source_name
+from ...io.documents import read_yaml
+from ...methods import Method, get_method
+from ...methods.aliases import without_alias
+from .checks import check_settings
+from .presets import with_preset
+
+
+@dataclass(repr=False)
+class SafeMergeConfig:
+    """The settings of a `SafeMergeCallback`, checked when made; ConfigError says which value and what is allowed.
+
+    The types are plain, so `HfArgumentParser` and `TrlParser` take the class as it is.
+    """
+
+    subspace: str = field(metadata={"help": "Safety-subspace file of the base model, as `safemerge build` writes it."})
+    # In this order HfArgumentParser takes any number of names; a file may hold one name or a list.
+    safety_adapter: list[str] | None | str = field(  # noqa: RUF036
+        default=None, metadata={"help": "Folder or Hub id of the safety LoRA that is merged in, or a list of them."}
+    )
+    # In docs/results.md modules of low cosine kept no more refusals than as many at random.
+    gate: str = field(
+        default=DEFAULT_GATE,
+        metadata={
+            "help": "Which modules to merge: threshold, calibrated, reference, opposed, num_layers, quantile, gap, "
+            "all, random, or watch (none)."
+        },
+    )
+    threshold: float = field(
+        default=0.35, metadata={"help": "Gate threshold merges the modules whose cosine is below this."}
+    )
+    num_layers: int | None = field(
+        default=None, metadata={"help": "How many modules, those of lowest cosine, gate num_layers merges."}
+    )
+    z_threshold: float = field(
+        default=Gate.z_threshold,
+        metadata={
+            "help": "Gates calibrated and opposed merge below so many standard deviations from an unrelated update's "
+            "cosine, opposed from its signed one, which is 0."
+        },
+    )
+    reference_fraction: float = field(
+        default=0.5,
+        metadata={
+            "help": "Gate reference merges below this fraction of the safety adapter's own cosine in the module."
+        },
+    )
+    quantile: float | None = field(
+        default=None, metadata={"help": "Which share of the modules, those of lowest cosine, gate quantile merges."}
+    )
+    seed: int = field(
+        default=0,
+        metadata={"help": "Seed of whatever is drawn: the modules of gate random, the masks of random methods."},
+    )
+    rearm: float | None = field(
+        default=None,
+        metadata={"help": "How far above the gate a merged module must be seen before it is merged again."},
+    )
+    min_task_weight: float = field(
+        default=0.0,
+        metadata={"help": "Share of the task's update that all merges together must leave in every module."},
+    )
+    soft: bool = field(
+        default=False,
+        metadata={"help": "Whether weights fade in, from no change at the gate to the asked weights at a cosine of 0."},
+    )
+    spread_weights: bool = field(
+        default=False, metadata={"help": "Whether the weights are the run's total, shared out over its merge events."}
+    )
+    method: str = field(
+        default="auto",
+        metadata={
+            "help": "How two updates become one: auto (linear with a safety adapter, pull without), linear, slerp, "
+            "orthogonal, ties, dare_linear, dare_ties, della, magnitude_prune, breadcrumbs, pcb, project, pull or ema."
+        },
+    )
+    space: str = field(
+        default="delta", metadata={"help": "What is summed: delta (the updates, exact) or factor (A and B, as PEFT)."}
+    )
+    weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of the task's update and of each safety update, 0.8 and 0.2 where there is one; a "
+            "negative one takes an update away."
+        },
+    )
+    module_weights: dict[str, list[float]] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Weights for the modules whose name, or its end, a pattern fits, as {pattern: weights}; the first "
+            "that fits counts."
+        },
+    )
+    strength: float | None = field(
+        default=None,
+        metadata={"help": "Share of the way that pull (0.2 if left out) and ema (1) go to their target, at most 1."},
+    )
+    operator: str | None = field(
+        default=None,
+        metadata={
+            "help": "What project multiplies with: safelora (C, if left out), once at the end, or orthogonal, which "
+            "may be repeated."
+        },
+    )
+    operator_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rank of the orthogonal operator; by default where 0.9 of V's energy is known to lie, or 64."
+        },
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "Share of the average that ema keeps when it takes an update in; 0.9 if left out."},
+    )
+    ema_every: int | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps from one update taken into ema's average to the next; 10 if left out."},
+    )
+    density: float | None = field(
+        default=None, metadata={"help": "Share of entries that methods which prune keep, above 0 and at most 1."}
+    )
+    majority_sign_method: str = field(
+        default="total", metadata={"help": "Whose sign ties, dare_ties and della take: total (of sums) or frequency."}
+    )
+    # Six checks a run, whatever its length: what docs/results.md has figures of. A little over a sixth, so that the
+    # last one is the final one and none comes just before it.
+    every: float = field(
+        default=0.167,
+        metadata={
+            "help": "Optimizer steps from one check to the next, or, below 1, a share of the run's steps; 0 for none "
+            "before the end."
+        },
+    )
+    from_step: int = field(default=0, metadata={"help": "First optimizer step at which a periodic check may happen."})
+    until_step: int | None = field(
+        default=None, metadata={"help": "Last optimizer step at which a periodic check may happen."}
+    )
+    cooldown: int = field(default=0, metadata={"help": "Optimizer steps after a merge in which checks only measure."})
+    at_train_end: bool = field(
+        default=True, metadata={"help": "Whether to check, and merge, once more when training ends."}
+    )
+    optimizer_state: str = field(
+        default="keep",
+        metadata={"help": "What becomes of the optimizer's moments of merged modules: keep, reset or rescale."},
+    )
+    adapter_name: str | None = field(
+        default=None, metadata={"help": "Name of the live LoRA adapter, where a model holds more than one."}
+    )
+    placement: str = field(
+        default="auto",
+        metadata={"help": "Where alignment matrices stay: auto, device, host, disk, or sharded over the processes."},
+    )
+    asynchronous: bool = field(
+        default=False,
+        metadata={"help": "Whether a periodic check measures beside the next optimizer step, and merges after it."},
+    )
+    journal: str | None = field(
+        default=None, metadata={"help": "Path of the journal; by default safemerge.jsonl in the output folder."}
+    )
+    quiet: bool = field(
+        default=False, metadata={"help": "Whether to keep the lines off the terminal; warnings are shown all the same."}
+    )
+    wandb_chart: str | None = field(
+        default=None, metadata={"help": "Saved W&B chart, as ENTITY/NAME, that the heat map is shown with."}
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SafeMergeConfig:
+        """Make a config from a mapping; ConfigError for a key that is no setting, with the nearest that is.
+
+        `combination_type` is taken as PEFT's alias of `method` and `space`, and `preset` as the settings of a paper,
+        one of `PRESETS`, which those given beside it go before. Without `gate` it is the one whose own knob is given.
+        """
+        knobs = with_preset(without_alias(dict(values)))
+        knobs.setdefault("gate", gate_of(knobs, cls.gate))
+        allowed = [f.name for f in fields(cls)]
+        for key in knobs:
+            if key not in allowed:
+                raise ConfigError(
+                    f"setting {key!r} is unknown{nearest(str(key), allowed, then=f'choose among {allowed}')}"
+                )
+        if "subspace" not in knobs:
+            raise ConfigError(
+                "setting 'subspace' is missing: give the safety-subspace file (`safemerge build` makes one)"
+            )
+        return cls(**knobs)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> SafeMergeConfig:
+        """Make a config from a YAML file that maps settings to values; ConfigError as `from_dict`."""
+        values = read_yaml(path, f"config file {shown(path)}", advice="Give a YAML file of settings")
+        if not isinstance(values, dict):
+            raise ConfigError(
+                f"config file {str(path)!r} holds {type(values).__name__}: it must map settings to values"
+            )
+        return cls.from_dict(values)
+
+    def __repr__(self) -> str:
+        """The settings that are not the defaults, as the call that makes an equal one."""
+        return f"SafeMergeConfig({', '.join(f'{name}={value!r}' for name, value in self.chosen.items())})"
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The settings in force that differ from what they are by default."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+
+    @property
+    def words(self) -> str:
+        """The settings that are not the defaults, for a card: without those that hold a path of this machine."""
+        paths = ("subspace", "safety_adapter", "journal")
+        return ", ".join(f"{name} {value}" for name, value in self.chosen.items() if name not in paths)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every setting as a JSON-able dict that `from_dict` takes back."""
+        return asdict(self)
+
+    def to_publish(self) -> dict[str, Any]:
+        """Return every setting as `to_dict`, with names in the place of this machine's paths."""
+        return public_settings(self.to_dict())
+
+    @property
+    def rule(self) -> Method:
+        """The merge method that `method` names."""
+        return get_method(self.method)
+
+    def gate_at(self, step: int = 0) -> Gate:
+        """The gate with its knobs, as it decides at optimizer step `step`."""
+        knobs = {name: getattr(self, name) for name in KNOBS if name != "step"}
+        return Gate(self.gate, **knobs, step=step)
+
+    @property
+    def adapters(self) -> list[str]:
+        """The safety adapters, none, one or several."""
+        given = self.safety_adapter
+        return [given] if isinstance(given, str) else list(given or [])
+
+    @property
+    def merges(self) -> bool:
+        """Whether any check may change the model; False for gate watch."""
+        return self.gate != "watch"
+
+
+def resolve_config(config: SafeMergeConfig | str | PathLike[str] | None, knobs: Mapping[str, Any]) -> SafeMergeConfig:
+    """Return `config`, or one made of keywords, a path in its place being the subspace's.
+
+    ConfigError for a config beside keywords, two subspaces, neither, or another type.
+    """
+    if config is None:
+        return SafeMergeConfig.from_dict(knobs)
+    # A YAML file is meant as the settings, and is no subspace.
+    if isinstance(config, str | PathLike) and Path(config).suffix not in (".yaml", ".yml"):
+        if "subspace" in knobs:
+            raise ConfigError(f"subspace was given twice, {str(config)!r} and {str(knobs['subspace'])!r}: give one")
+        return SafeMergeConfig.from_dict({"subspace": config, **knobs})
+    if not isinstance(config, SafeMergeConfig):
+        raise ConfigError(
+            f"config is a {type(config).__name__}: give a SafeMergeConfig, SafeMergeConfig.from_yaml(path), the path "
+            "of a subspace, or keywords"
+        )
+    if knobs:
+        raise ConfigError(
+            f"settings {sorted(knobs)} were given beside a config: put them into the config, or give no config"
+        )
+    return config
+
+
+def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings with a name for each path: what may be published, and stays when files are moved."""
+    names = dict(settings)
+    for key in ("subspace", "safety_adapter", "journal"):
+        given = settings.get(key)
+        names[key] = [source_name(one) for one in given] if isinstance(given, list) else given and source_name(given)
+    return {key: value for key, value in names.items() if key in settings}

@@ -1,0 +1,110 @@
+"""The lines that a run says in the terminal; pure functions of its settings and counts."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...decision import BAND, Edit, MergePlan, nothing_selected
+from ...methods import get_method
+from ...record import JOURNAL_FILE
+from ...record.progress import Progress
+from ..config.settings import SafeMergeConfig
+from .forecast import Forecast, percent
+from .schedule import interval
+
+
+def opening_line(config: SafeMergeConfig, plan: Forecast, num_modules: int, max_steps: int, step: int = 0) -> str:
+    """Return the line that a run begins with: what will be done, how often, and what is left."""
+    since = f"going on from step {step:,}, " if step else ""
+    where = f"{since}gate {config.gate_at()}, {_count(num_modules, 'module')}"
+    if not config.merges:
+        return f"{where}: measured {_times(config, max_steps)}, nothing is changed"
+    most, least = ("", "") if plan.exact else ("at most ", "at least ")
+    merges = f"{most}{_count(plan.merges, 'merge')} planned"
+    left = "" if plan.left is None else f", {least}{percent(plan.left)} of the task's early update left after them"
+    return f"{where}, {_how(config)}, {_times(config, max_steps)}: {merges}{left}"
+
+
+def merge_line(step: int, plan: MergePlan, edits: Sequence[Edit], progress: Progress) -> str:
+    """Return the line of one merge."""
+    lowest = min(plan.readings[edit.name].cosine for edit in edits)
+    mean = plan.readings.moved_mean
+    told = (
+        f"lowest cosine {lowest:.3f}" if mean is None else f"moved {mean:+z.2f} before it, lowest cosine {lowest:.3f}"
+    )
+    merged = f"step {step:,}: {len(edits)} of {_count(len(plan.readings), 'module')} merged, {told}"
+    return merged + _left(plan.method, progress)
+
+
+def rollback_line(step: int, reason: str) -> str:
+    """Return the line of a merge that was taken back."""
+    return f"step {step:,}: the merge was taken back: {reason}"
+
+
+def closing_line(
+    config: SafeMergeConfig,
+    progress: Progress,
+    seconds: float,
+    share: float,
+    journal: Path,
+    last: MergePlan | None = None,
+) -> str:
+    """Return the line that a run ends with: what was done, the verdict, what it took, and the command that shows it.
+
+    The verdict is what the `last` check's readings say of lost refusals, which stand before that check's own merge.
+    """
+    found = [_count(progress.checks, "check")]
+    if config.merges:
+        found.append(
+            f"{_count(progress.merges, 'merge')}{_left(config.method, progress)}"
+            if progress.merges
+            else "NOTHING WAS MERGED"
+        )
+    run = journal.parent if journal.name == JOURNAL_FILE else journal
+    moved = last.readings.moved_mean if last else None
+    if moved is not None:
+        merged = bool(config.safety_adapter) and progress.merges > 0
+        found.append(f"moved_mean {moved:+z.2f} at the last check, {BAND.words(moved, merged)}")
+    took = f"{seconds:.1f} s, {share:.1%} of the training"
+    return f"done: {', '.join(found)} ({took}). See it: safemerge report {shlex.quote(str(run))}"
+
+
+def nothing_merged(progress: Progress, last: MergePlan | None) -> str:
+    """Return what to warn of where a run ends that could have merged and did not; `last` is its last check's plan."""
+    if last is None:
+        return "nothing was merged: no check fell within the run; set every to fewer steps, or at_train_end"
+    if last.selected:
+        return (
+            f"nothing was merged: the last check selected {len(last.selected)} of {len(last.readings)} modules, and "
+            "every merge was taken back; the journal says why"
+        )
+    return f"in {_count(progress.checks, 'check')} {nothing_selected(last)}"
+
+
+def _left(method: str, progress: Progress) -> str:
+    if not get_method(method).takes_away or not progress.task_weights:
+        return ""
+    return f", {percent(min(progress.task_weights.values()))} of the task's early update left"
+
+
+def _how(config: SafeMergeConfig) -> str:
+    others = " and ".join(config.adapters)
+    if config.strength is not None:
+        target = "the run's average" if config.method == "ema" else others or "the aligned model"
+        return f"{config.method} {config.strength:g} toward {target}"
+    weights = " / ".join(f"{w:g}" for w in config.weights or ())
+    return " ".join(filter(None, (config.method, weights, others and f"with {others}")))
+
+
+def _times(config: SafeMergeConfig, max_steps: int) -> str:
+    every = interval(config.every, max_steps)
+    bounds = f" from step {config.from_step:,}" if config.from_step else ""
+    bounds += "" if config.until_step is None else f" until step {config.until_step:,}"
+    often = f"every {every:,} of {max_steps:,} steps{bounds}" if every else ""
+    return " and ".join(filter(None, (often, "at the end" if config.at_train_end else "")))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

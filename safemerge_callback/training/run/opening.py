@@ -1,0 +1,274 @@
+"""Everything that can be wrong is found before the first step."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+from weakref import WeakKeyDictionary, ref
+
+from torch import nn
+from transformers import TrainerState, TrainingArguments
+
+from ...adapters import Adapter, LoraFactors, load_adapter
+from ...adapters.snapshot import set_aside_snapshot
+from ...decision import Average, MergePlan, Readings, check_safety_adapter, merged_factors, own_cosines
+from ...decision.unmerged import base_tensors, unmerged, warning_of
+from ...errors import AdapterError, ConfigError, JournalError
+from ...io.addresses import source_name
+from ...io.paths import as_path
+from ...live import base_moved, base_weights, writer_for
+from ...live.optimizer.edit import check_optimizer
+from ...live.ranks import from_first, together
+from ...ops import LowRank
+from ...record import JOURNAL_FILE, Journal, read_journal
+from ...record.progress import Progress, changed_settings, continue_journal, rebuilt
+from ...subspace import Subspace
+from ..config.settings import SafeMergeConfig, public_settings
+from ..entries import start_entry
+from .decide import check_schedule_of_run, plan_knobs
+from .forecast import forecast, too_strong
+from .lines import opening_line
+from .log import Log
+from .session import Session
+from .shares import Part, measure_together, own_part, place
+from .state import Past, resumed
+
+# The callback and the run that hold a model, while both live.
+_HELD: WeakKeyDictionary[nn.Module, tuple[Any, Any]] = WeakKeyDictionary()
+# Share of a merged update's norm that truncation may lose before it is told.
+WORTH_TELLING = 0.5
+
+
+def alone(callback: object, model: nn.Module | None, state: TrainerState) -> None:
+    """Raise ConfigError where this run is served already, by another callback of this kind or by this very one.
+
+    Each would undo the other's counts.
+    """
+    if model is None:
+        return
+    other = guard_of(model, state)
+    if other is callback:
+        raise ConfigError(
+            "this trainer has its SafeMergeCallback twice: give it once, in callbacks= or to add_callback"
+        )
+    if other is not None:
+        raise ConfigError("this trainer has two SafeMergeCallbacks: keep one, and give it the settings of both")
+    _HELD[model] = (ref(callback), ref(state))
+
+
+def dismissed(model: nn.Module | None) -> None:
+    """Forget who serves this model: its run has ended."""
+    if model is not None:
+        _HELD.pop(model, None)
+
+
+def guard_of(model: nn.Module | None, state: TrainerState) -> Any:
+    """Return the SafeMergeCallback that serves this run, or None."""
+    holder, run = _HELD.get(model, (lambda: None, lambda: None)) if model is not None else (None, lambda: None)
+    return holder() if holder is not None and run() is state else None
+
+
+def open_session(
+    config: SafeMergeConfig,
+    model: nn.Module | None,
+    args: TrainingArguments,
+    state: TrainerState,
+    optimizer: Any = None,
+) -> Session:
+    """Load subspace and safety adapter, check them against the live model, ready the journal, restore a resumed run.
+
+    Raises a `SafeMergeError` child that says what does not fit and what to do; nothing has been trained yet.
+    """
+    if model is None:
+        raise ConfigError("the trainer gave no model to the callback: pass the callback to a Trainer that has a model")
+    began = time.perf_counter()
+    if config.merges:
+        check_optimizer(optimizer, config.optimizer_state)
+    idle = check_schedule_of_run(config, state.max_steps)
+    _check_journal(config, args, state)
+    past = resumed(args, state)
+    initial = _initial(config, model, past, state)
+    writer = writer_for(model, adapter_name=config.adapter_name, optimizer=optimizer, initial=initial)
+    factors = writer.gather()
+    if config.merges and config.optimizer_state != "keep":
+        writer.parameters(factors)
+    # A base weight that gave a part of itself to the factors is not the aligned checkpoint's any more.
+    weights = {} if writer.initial else base_weights(model)
+    subspace = Subspace.load(config.subspace)
+    subspace.check(factors, weights)
+    if config.gate_at().asks_cosines or "subspace" in config.rule.needs:
+        # A compressed file may leave a decision open at any check: its exact one is looked for now.
+        subspace.exact()
+    safety = _safety_adapters(config, factors)
+    left = _unmerged(model, safety, factors)
+    reference = own_cosines(safety[0], factors, subspace) if safety and config.gate == "reference" else None
+    choice = place(config, subspace, factors)
+    part = own_part(choice, factors, subspace)
+    average = _average(config, past, state)
+    _rehearse(config, factors, subspace, (average.adapter(factors),) if average else safety, part, reference)
+    progress, journal, restored = _records(config, past, args, state)
+    plan = forecast(config, list(factors), state.max_steps, state.global_step, progress.task_weights)
+    start = start_entry(state.global_step, config, subspace, len(factors), args.world_size, choice, plan)
+    progress.journal_entries += journal.append({**start, "restored": restored, "left_out": left})
+    session = Session(config, writer, subspace, safety, journal, progress, optimizer, part, reference, begun=began)
+    session.average, session.log = average, Log(config.quiet, state.is_world_process_zero)
+    session.unmerged = left
+    if words := warning_of(left):
+        session.warn("left out", words)
+    session.seal_weights(state.global_step)
+    session.trackers.open(args, state, config.to_publish(), session.note, session.log)
+    session.log.say(opening_line(config, plan, len(factors), state.max_steps, state.global_step))
+    for kind, words in (("strength", too_strong(config, plan, state.max_steps)), ("schedule", idle)):
+        if words:
+            session.warn(kind, words)
+    progress.seconds += time.perf_counter() - began
+    pending, progress.pending = progress.pending, None
+    if pending == state.global_step:
+        # The checkpoint holds the weights that were being measured: the same readings come again.
+        with session.timed():
+            if not session.begin(state.global_step):
+                session.check(args, state, final=False)
+    return session
+
+
+def _initial(
+    config: SafeMergeConfig, model: nn.Module, past: Past, state: TrainerState
+) -> Mapping[str, LowRank] | Literal["now"] | None:
+    """What factors that began as a part of the base weight began with: the present ones, or the checkpoint's."""
+    if state.global_step == 0 or not base_moved(model, config.adapter_name):
+        return "now"
+    return from_first(together(lambda: past.initial() if state.is_world_process_zero else {}))
+
+
+def _safety_adapters(config: SafeMergeConfig, factors: Mapping[str, LoraFactors]) -> tuple[Adapter, ...]:
+    """The safety adapters where they will be merged; kept outside the model, which would save and train them."""
+    needed = "safety_adapter" in config.rule.needs | config.rule.optional or config.gate == "reference"
+    if not config.merges or not needed:
+        return ()
+    found = tuple(load_adapter(name) for name in config.adapters)
+    for safety in found:
+        check_safety_adapter(safety, factors, space=config.space)
+    return found
+
+
+def _unmerged(model: nn.Module, safety: Sequence[Adapter], modules: Collection[str]) -> dict[str, str]:
+    """What a merge leaves out of each safety adapter of which it leaves out anything."""
+    base = base_tensors(model)
+    return {source_name(adapter.source): words for adapter in safety if (words := unmerged(adapter, modules, base))}
+
+
+def _average(config: SafeMergeConfig, past: Past, state: TrainerState) -> Average | None:
+    """The average of the checkpoint that the run goes on from, or a new one; None for methods that need none."""
+    if not config.merges or "average" not in config.rule.needs:
+        return None
+    found = from_first(together(lambda: past.average(config) if state.is_world_process_zero else None))
+    # Without any state there is one warning for all of it.
+    if found is None and past.progress is not None:
+        warnings.warn(
+            "safemerge: the checkpoint holds no average of the run's updates, so it starts anew", stacklevel=4
+        )
+    return found or Average(float(config.ema_decay or 0.0))
+
+
+def _rehearse(
+    config: SafeMergeConfig,
+    factors: Mapping[str, LoraFactors],
+    subspace: Subspace,
+    safety: Sequence[Adapter],
+    part: Part | None,
+    reference: Mapping[str, float] | None,
+) -> None:
+    """Measure, decide and compute a merge of every module, and drop it: what cannot work shows now, not at step 50."""
+    readings = measure_together(factors, subspace, part, {"gate": config.gate_at(), "reference": reference})
+    _require_finite(readings)
+    MergePlan.decide(readings, **plan_knobs(config))
+    if config.merges:
+        everything = MergePlan.decide(readings, **{**plan_knobs(config), "gate": "all", "seed": config.seed})
+        _, edits = merged_factors(everything, factors, safety, subspace)
+        _tell_losses([edit.residual for edit in edits if factors[edit.name].initial is not None])
+
+
+def _require_finite(readings: Readings) -> None:
+    """Raise AdapterError for an adapter that is broken before it is trained."""
+    broken = [name for name, reading in readings.items() if not reading.finite]
+    if broken:
+        raise AdapterError(
+            f"{len(broken)} of {len(readings)} LoRA modules hold NaN or infinite numbers before the first step, first "
+            f"{broken[0]!r}: begin with a new adapter, or with a checkpoint from before its training diverged"
+        )
+
+
+def _tell_losses(residuals: Sequence[float]) -> None:
+    """Warn where factors that hold a part of the base weight have no rank left for the safety adapter's update."""
+    lost = statistics.median(residuals) if residuals else 0.0
+    if lost > WORTH_TELLING:
+        warnings.warn(
+            f"safemerge: the adapter's factors began as a part of the base weight (PiSSA, OLoRA) and keep their rank, "
+            f"so a merge made now would lose {lost:.0%} of the merged update's norm (median of {len(residuals)} "
+            "modules). What is measured is exact; to merge, train a plain LoRA",
+            stacklevel=4,
+        )
+
+
+def _records(
+    config: SafeMergeConfig, past: Past, args: TrainingArguments, state: TrainerState
+) -> tuple[Progress, Journal, bool]:
+    """The progress of the resumed checkpoint and the journal cut back to it, or new ones; whether it was found."""
+    found, first = past.progress, state.is_world_process_zero
+    if found:
+        _tell_changes(public_settings(found.config), config.to_publish())
+    path = _journal_path(config, args)
+    count = found.journal_entries if found else None
+    # A refusal on the first rank alone would leave the others waiting for it.
+    entries = together(lambda: _continued(path, state.global_step, count) if first else [])
+    if first and state.global_step == 0:
+        set_aside_snapshot(Path(args.output_dir))
+    if found is None and state.global_step > 0:
+        found = from_first(rebuilt(entries))
+        _tell_loss(past.reason, state.global_step, found)
+    progress = found or Progress()
+    progress.config, progress.journal_entries = config.to_publish(), len(entries)
+    return progress, Journal(path, enabled=first), found is not None
+
+
+def _journal_path(config: SafeMergeConfig, args: TrainingArguments) -> Path:
+    return as_path(config.journal or Path(args.output_dir) / JOURNAL_FILE, "journal", error=JournalError)
+
+
+def _check_journal(config: SafeMergeConfig, args: TrainingArguments, state: TrainerState) -> None:
+    """Raise JournalError for a path that can be no journal, before anything is loaded or measured; nothing is changed.
+
+    What is wrong with the lines of a journal is told when it is gone on with.
+    """
+    path, first = _journal_path(config, args), state.is_world_process_zero
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        together(lambda: read_journal(path) if first and path.exists() else [])
+
+
+def _tell_loss(reason: str, step: int, found: Progress | None) -> None:
+    """Warn that a resume goes on from a checkpoint without our state, and what holds instead."""
+    instead = f"counts are the journal's ({found.merges} merges until then)" if found else "all counts begin anew"
+    warnings.warn(f"safemerge: the checkpoint of step {step} {reason}: {instead}", stacklevel=5)
+
+
+def _continued(path: Path, step: int, count: int | None) -> list[Mapping[str, Any]]:
+    try:
+        return continue_journal(path, step, count)
+    except JournalError:
+        raise
+    except OSError as error:
+        raise JournalError(
+            f"journal {str(path)!r} cannot be written ({error}): set journal to a writable path"
+        ) from error
+
+
+def _tell_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Warn once of every setting that is not what the checkpoint was trained with; the new ones hold."""
+    changes = changed_settings(old, new)
+    if changes:
+        warnings.warn(f"safemerge: settings changed since the checkpoint, the new ones hold: {changes}", stacklevel=4)
