@@ -1,7 +1,8 @@
 """Digests of fixed runs, and whether a commit's package gives the same: `python -m tests.trajectory.witness`.
 
 `--against COMMIT` runs this program with the package of that commit and with the working tree's, one process each, and
-compares them piece by piece; it exits with 1 where any differs. Keys of a record that only the working tree's has are
+compares them piece by piece; it exits with 1 where any differs. What the working tree's package makes of the other's
+journals and checkpoints is compared, too. Keys of a record that only the working tree's has are
 told as added. The figures are one machine's: they are never stored, but made twice.
 """
 
@@ -41,17 +42,25 @@ def main():
 
 def against(commit, only, *, all_names):
     """Compare both sides, print the table, return the exit code."""
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as place:
-        began, folders = time.perf_counter(), [Path(place, side) for side in ("packages", "before", "after")]
-        for folder in folders:
+        packages, *folders = [Path(place, name) for name in ("packages", "before", "after", "taken-over")]
+        for folder in (packages, *folders):
             folder.mkdir()
-        unpack(commit, folders[0])
-        sides = [start(folders[0], folders[1], only), start(ROOT, folders[2], only)]
+        unpack(commit, packages)
+        sides = [start(packages, folders[0], only), start(ROOT, folders[1], only)]
         before, after = (finished(side) for side in sides)
-    rows = compared(before, after)
+        over = finished(start(ROOT, folders[2], only, "--take-over", str(folders[0])))
+    rows = [*compared(before, after), *of_old_files(before, over)]
     print(table(rows, all_names=all_names))
     print(f"{commit} against the working tree, in {time.perf_counter() - began:.0f} s")
     return int(any(row.status == "DIFFERS" for row in rows) or not rows)
+
+
+def of_old_files(before, over):
+    """The rows of what the working tree makes of the commit's journals and checkpoints."""
+    old = {name: before[name] for name in over}
+    return [row._replace(name=f"{row.name} (of its files)") for row in compared(old, over)]
 
 
 def unpack(commit, folder):
@@ -61,12 +70,12 @@ def unpack(commit, folder):
         archive.extractall(folder, filter="data")
 
 
-def start(packages, folder, only):
+def start(packages, folder, only, *more):
     """Begin this program with the package in `packages` as a process of its own, whose working folder is `folder`."""
     told = {"PYTHONPATH": os.pathsep.join(map(str, (packages, ROOT))), "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
     output = folder / "evidence.json"
-    command = [sys.executable, "-m", "tests.trajectory.witness.side", str(packages), str(output), *only]
+    command = [sys.executable, "-m", "tests.trajectory.witness.side", str(packages), str(output), *only, *more]
     with (folder / "said.txt").open("w") as said:
         process = subprocess.Popen(command, cwd=folder, env=os.environ | told | quiet, stdout=said, stderr=said)
     return process, output

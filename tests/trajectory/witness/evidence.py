@@ -16,7 +16,7 @@ from safetensors import safe_open
 # What two equal runs may differ in. `save` is the random name of a save; `version` is a stamp of the format, whose
 # fields are compared one by one.
 CLOCKS = frozenset({"time", "seconds", "training_seconds", "save", "version"})
-_CLOCK_WORDS = ("seconds", "runtime", "per_second", "share_of_training", "flos")
+CLOCK_WORDS = ("seconds", "runtime", "per_second", "share_of_training", "flos", "safemerge/share")
 _DURATION = re.compile(r"\d[\d.,]* ?(?:ms|s|min|h)\b|\d[\d.]*% of (?:the |its )?(?:training|run)|\d\d:\d\d(?::\d\d)?")
 
 
@@ -75,12 +75,12 @@ def journal(path):
 
 def history(state):
     """What a trainer logged, without clocks."""
-    return [{k: v for k, v in entry.items() if not any(w in k for w in _CLOCK_WORDS)} for entry in state.log_history]
+    return [{k: v for k, v in entry.items() if not any(w in k for w in CLOCK_WORDS)} for entry in state.log_history]
 
 
 def words(text):
-    """Printed lines without durations."""
-    return [_DURATION.sub("~", line.rstrip()) for line in text.splitlines()]
+    """Printed lines without durations, and without bars, which tell a speed."""
+    return [_DURATION.sub("~", line.rstrip()) for line in text.splitlines() if "it/s]" not in line]
 
 
 @contextmanager

@@ -1,9 +1,10 @@
 """Every run of the witness by name, in one order."""
 
+import shutil
 from functools import partial
 from pathlib import Path
 
-from . import evidence, training
+from . import evidence, files, hosts, training
 from .world import INT8, SUBSPACE, TRUNCATED, make_world
 
 __all__ = ["make_world", "runs"]
@@ -21,6 +22,24 @@ def runs(world):
     for name, (settings, asked) in training.PROBED.items():
         yield f"probed/{name}", partial(with_page, training.probed, world, f"probed/{name}", settings, asked)
     yield "undone", partial(training.undone, world, "undone", {"gate": "num_layers", "num_layers": 2})
+    yield from hosted(world)
+    for name, settings in files.merges().items():
+        yield f"offline/{name}", partial(files.merged, f"offline/{name}", settings)
+        if "bake" not in settings:
+            yield f"live/{name}", partial(files.live, world, f"live/{name}", settings)
+    yield "sweeps", files.sweeps
+    yield "loop", partial(files.loop, world)
+    yield "commands", files.commands
+
+
+def hosted(world):
+    """Runs in other hands, and a probed run's pictures."""
+    yield "hosts/sft", partial(hosts.sft, world, "hosts/sft")
+    yield "hosts/tracked", partial(hosts.tracked, world, "hosts/tracked")
+    for name, how in hosts.HOW.items():
+        folder = f"hosts/{name}"
+        yield folder, partial(training.guarded, world, folder, training.knobs(), **how)
+    yield "plots", partial(plotted, world, "plots")
 
 
 def subspaces():
@@ -37,3 +56,33 @@ def with_page(run, world, folder, *rest):
         if "safemerge.jsonl" in found["journal"]
         else found
     )
+
+
+def plotted(world, folder):
+    """A run under a probe, and its pictures."""
+    found = training.probed(world, folder, {"gate": "calibrated", "z_threshold": -0.6}, {})
+    return {"journal": found["journal"], **files.plots(folder)}
+
+
+def taken_over(world, other):
+    """Yield as `runs` does what is made of the files that another package left in the folder `other`.
+
+    Its journals are reported, and its checkpoints gone on with: the same evidence as its own.
+    """
+    for path in sorted((other / "pages").rglob("safemerge.jsonl")):
+        place = path.parent.relative_to(other)
+        yield str(place.relative_to("pages")), partial(_reported_copy, path, place)
+    for name, settings in training.RESUMED.items():
+        if (other / f"resumed/{name}").exists():
+            yield f"resumed/{name}", partial(_gone_on, world, other, f"resumed/{name}", settings)
+
+
+def _reported_copy(path, place):
+    place.mkdir(parents=True)
+    shutil.copy(path, place)
+    return {"report": evidence.reported(place)}
+
+
+def _gone_on(world, other, folder, settings):
+    again = training.gone_on(world, other / folder / "whole", f"{folder}/part", settings)
+    return {f"resumed-{name}": value for name, value in again.items()}

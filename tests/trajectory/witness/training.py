@@ -228,16 +228,23 @@ def guarded(world, folder, settings, **changed):
     return {**found, "shown": [repr(callback), callback._repr_html_(), callback.config.words]}
 
 
+SAVING = {"save_strategy": "steps", "save_steps": 2}
+
+
 def resumed(world, folder, settings):
-    """A run, and another that goes on from its checkpoint of step 2, its journal as the first had left it."""
-    saving = {"save_strategy": "steps", "save_steps": 2}
-    found = guarded(world, f"{folder}/whole", knobs(**settings), **saving)
-    part = Path(folder, "part")
-    part.mkdir()
-    shutil.copytree(f"{folder}/whole/checkpoint-2", part / "checkpoint-2")
-    shutil.copy(f"{folder}/whole/safemerge.jsonl", part)
-    again = guarded(world, str(part), knobs(**settings), resume=str(part / "checkpoint-2"), **saving)
+    """A run, and another that goes on from its checkpoint of step 2."""
+    found = guarded(world, f"{folder}/whole", knobs(**settings), **SAVING)
+    again = gone_on(world, f"{folder}/whole", f"{folder}/part", settings)
     return {**found, **{f"resumed-{name}": value for name, value in again.items()}}
+
+
+def gone_on(world, whole, folder, settings):
+    """A run that goes on, in `folder`, from the checkpoint of step 2 of another, with the journal that it left."""
+    part = Path(folder)
+    part.mkdir(parents=True)
+    shutil.copytree(f"{whole}/checkpoint-2", part / "checkpoint-2")
+    shutil.copy(f"{whole}/safemerge.jsonl", part)
+    return guarded(world, folder, knobs(**settings), resume=f"{folder}/checkpoint-2", **SAVING)
 
 
 def undone(world, folder, settings):

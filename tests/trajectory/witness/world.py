@@ -5,7 +5,6 @@ Everything lies in the working folder, which is a fresh one a process: no path t
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -101,10 +100,3 @@ def rows(count=16, length=8):
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(3, 64, (count, length), generator=generator).tolist()
     return [{"input_ids": row, "labels": row, "attention_mask": [1] * length} for row in ids]
-
-
-def enter(folder):
-    """Make `folder`, which holds nothing yet, and return its path."""
-    path = Path(folder)
-    path.mkdir(parents=True)
-    return path
