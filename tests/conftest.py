@@ -1,6 +1,7 @@
 """Shared by all tests: shapes on floor 0 are checked, the hub is off, models are made on the spot."""
 
 import contextlib
+import gc
 import os
 import resource
 import signal
@@ -27,6 +28,16 @@ import torch  # noqa: E402 - after the hook, which only sees what is imported la
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen():
+    """Leave what was imported so far out of garbage collection, which every training asks for before its first step.
+
+    A walk over all that torch, transformers and the tests hold takes longer than one of our trainings.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

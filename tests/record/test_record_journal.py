@@ -18,7 +18,7 @@ from safemerge_callback.record.progress import cut as kept_entries
 
 WRITER = """
 import sys
-from safemerge_callback.decision import Journal
+from safemerge_callback.record import Journal
 journal = Journal(sys.argv[1])
 for step in range(10**9):
     journal.append({"kind": "check", "step": step, "modules": [{"name": "m" * 2000}] * 20})

@@ -28,12 +28,12 @@ spec = importlib.util.spec_from_file_location("runs", sys.argv[1])
 runs = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(runs)
 
-from safemerge_callback.training import placing
+from safemerge_callback.training.run import shares
 
 out = Path(sys.argv[3])
 world = runs.World(Path(sys.argv[2]), transformers.LlamaForCausalLM.from_pretrained(Path(sys.argv[2]) / "aligned"))
 rank, sizes, broken = int(os.environ["RANK"]), [], []
-measure = placing.measure
+measure = shares.measure
 
 def counted(factors, subspace, **knobs):
     sizes.append(len(factors))
@@ -41,7 +41,7 @@ def counted(factors, subspace, **knobs):
         raise OSError("rank 1 lost its disk")
     return measure(factors, subspace, **knobs)
 
-placing.measure = counted
+shares.measure = counted
 told = {}
 for placement in ("disk", "sharded"):
     for later in (False, True):

@@ -6,6 +6,7 @@
 (the merges taken back). Each process writes OUT/<engine>-<dtype>-<what>-rank<n>.pt.
 """
 
+import gc
 import sys
 from pathlib import Path
 
@@ -87,6 +88,7 @@ def main(conftest, folder, tokenizer, out, *jobs):
     allow_fsdp_on_cpu()
     runs = load(conftest)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    gc.freeze()  # what is imported by now need not be walked over before and after each training
     for job in jobs:
         model = transformers.LlamaForCausalLM.from_pretrained(Path(folder) / "aligned")
         run(runs.World(Path(folder), model), job, Path(out), tokenizer)

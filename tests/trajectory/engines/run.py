@@ -9,6 +9,7 @@ order, 3 if not given.
 Each process writes OUT/<job, with dashes>-rank<n>.pt.
 """
 
+import gc
 import importlib.util
 import os
 import sys
@@ -202,6 +203,7 @@ def forget():
 def main(conftest, folder, out, *jobs):
     allow_fsdp_on_cpu()
     runs = load(conftest)
+    gc.freeze()  # what is imported by now need not be walked over before and after each training
     for job in jobs:
         model = transformers.LlamaForCausalLM.from_pretrained(Path(folder) / "aligned")
         run(runs.World(Path(folder), model), job, Path(out))
