@@ -8,6 +8,7 @@ MOVED = [
     ("safemerge_callback.adapters", "safemerge_callback.live", "base_weights"),
     ("safemerge_callback.adapters", "safemerge_callback.live", "writer_for"),
     ("safemerge_callback.decision", "safemerge_callback.record", "Journal"),
+    ("safemerge_callback.evaluation.generation", "safemerge_callback.signals.responses", "tokenized"),
     ("safemerge_callback.decision", "safemerge_callback.record", "check_entry"),
 ]
 
