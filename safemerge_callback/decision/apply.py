@@ -16,8 +16,8 @@ from ..live.ranks import agree, from_first, together
 from ..methods import get_method
 from ..ops import AlignmentMatrix, Basis, LowRank, full_precision
 from ..subspace import Subspace
+from .batches import Batch, batches, split
 from .fit import check_plan, needed_sources, needed_subspace
-from .measure import Batch, batches, split
 from .merge_batch import merge_batch, not_finite
 from .operators import basis_rank, find_bases, known_bases, missing_bases
 from .plan import MergePlan

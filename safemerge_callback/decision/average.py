@@ -15,7 +15,7 @@ from ..adapters.host import to_host
 from ..errors import AdapterError
 from ..io.file_faults import reading_fault
 from ..ops import LowRank, full_precision, truncate, weighted_sum
-from .measure import stacked
+from .batches import stacked
 
 AVERAGE_FILE = "safemerge_average.safetensors"
 # The average holds this many times the live rank. A sum of updates of many steps has more directions than one of them.

@@ -22,7 +22,7 @@ from ..ops import (
     weighted_sum,
     wide_dtype,
 )
-from .measure import Batch, stacked
+from .batches import Batch, stacked
 from .plan import MergePlan
 
 

@@ -14,7 +14,7 @@ from ..io.numbers import is_whole
 from ..ops import AlignmentMatrix, full_precision, leading_basis
 from ..subspace import Subspace
 from ..subspace.header import ModuleHeader
-from .measure import Batch
+from .batches import Batch
 
 OPERATORS = ("safelora", "orthogonal")
 # The share of V's energy that a basis holds, where the user names no rank and the header tells the spectrum so far.

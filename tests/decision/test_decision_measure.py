@@ -8,7 +8,7 @@ import torch
 
 from safemerge_callback.adapters import LoraFactors
 from safemerge_callback.decision import Reading, Readings, measure
-from safemerge_callback.decision.measure import batches
+from safemerge_callback.decision.batches import batches
 from safemerge_callback.errors import SubspaceError
 from safemerge_callback.live import live_factors
 from safemerge_callback.ops import cosines
@@ -103,12 +103,12 @@ def test_batches_hold_one_shape_and_stay_within_the_budget(make_case, monkeypatc
     whole = measure(factors, case.subspace)
     assert sorted(len(b.names) for b in batches(factors, case.subspace)) == [2, 2, 8]
     budget = 3 * 4 * (32 * 32 + 4 * 64)
-    monkeypatch.setattr(sys.modules["safemerge_callback.decision.measure"], "_BATCH_BYTES", budget)
+    monkeypatch.setattr(sys.modules["safemerge_callback.decision.batches"], "_BATCH_BYTES", budget)
     assert sorted(len(b.names) for b in batches(factors, case.subspace)) == [2, 2, 2, 3, 3]
     in_parts = measure(factors, case.subspace)
     for name in whole:
         assert in_parts[name].cosine == pytest.approx(whole[name].cosine, abs=1e-6)
-    monkeypatch.setattr(sys.modules["safemerge_callback.decision.measure"], "_BATCH_BYTES", 1)
+    monkeypatch.setattr(sys.modules["safemerge_callback.decision.batches"], "_BATCH_BYTES", 1)
     assert [len(b.names) for b in batches(factors, case.subspace)] == [1] * 12
 
 

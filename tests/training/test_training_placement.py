@@ -14,7 +14,7 @@ import torch
 from safemerge_callback import SafeMergeConfig, Subspace, measure, writer_for
 from safemerge_callback.adapters import LoraFactors
 from safemerge_callback.decision import Gate
-from safemerge_callback.decision.measure import batches
+from safemerge_callback.decision.batches import batches
 from safemerge_callback.errors import ConfigError, SubspaceError
 from safemerge_callback.training.run.shares import Part, measure_part, place, shares, stored_bytes
 
@@ -132,7 +132,7 @@ def moved(world, targets=("q_proj", "v_proj")):
 @pytest.mark.parametrize("most", [1, 5000, 1 << 28])
 def test_shares_hold_every_module_once_and_give_the_same_bits(world, monkeypatch, count, most):
     # the package's `measure` is the function, which hides the module of that name from a dotted path
-    monkeypatch.setattr(sys.modules["safemerge_callback.decision.measure"], "_BATCH_BYTES", most)
+    monkeypatch.setattr(sys.modules["safemerge_callback.decision.batches"], "_BATCH_BYTES", most)
     subspace, factors = Subspace.load(world.subspace), moved(world, ("q_proj", "v_proj", "up_proj", "down_proj"))
     parts = shares(factors, subspace, count)
     assert sorted(n for part in parts for n in part) == sorted(factors)

@@ -12,7 +12,7 @@ from torch import distributed as dist
 
 from ...adapters import LoraFactors
 from ...decision import Readings, as_gate, measure
-from ...decision.measure import batches
+from ...decision.batches import batches
 from ...live.faults import Fault
 from ...live.ranks import everyones, many, together
 from ...subspace import Subspace

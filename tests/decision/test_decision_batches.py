@@ -11,7 +11,7 @@ from benchmarks.model_shapes import Model, random_factors, random_subspace
 from safemerge_callback.adapters import Adapter
 from safemerge_callback.decision import MergePlan, measure
 from safemerge_callback.decision.apply import merged_factors
-from safemerge_callback.decision.measure import batches
+from safemerge_callback.decision.batches import batches
 
 RANK = 4
 SHAPES = Model(layers=4, hidden=96, intermediate=160, kv=64).shapes()
@@ -69,7 +69,7 @@ class OneByOne:
 @pytest.fixture
 def alone(monkeypatch):
     """Calling it puts every module into a batch of its own."""
-    return lambda: monkeypatch.setattr(sys.modules[measure.__module__], "_BATCH_BYTES", 1)
+    return lambda: monkeypatch.setattr(sys.modules[batches.__module__], "_BATCH_BYTES", 1)
 
 
 def plan_for(factors, subspace, **knobs):
