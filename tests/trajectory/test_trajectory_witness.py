@@ -36,6 +36,7 @@ def test_equal_sides_are_equal():
     [
         (lambda s: s["run/factors"].update(end="ce"), ".end: 'cd' -> 'ce'"),
         (lambda s: s["run/factors"].pop("2"), ".2 is gone"),
+        (lambda s: s["run/factors"].update({"3": "ef"}), ".3 is new"),
         (lambda s: s["run/journal"][0]["modules"][1].update(cosine=0.26), "[0].modules[1].cosine: 0.25 -> 0.26"),
         (lambda s: s["run/journal"][0]["modules"][0].pop("cosine"), "[0].modules[0].cosine is gone"),
         (lambda s: s["run/journal"][1].update(merges=1.0), "[1].merges: 1 -> 1.0"),
@@ -51,7 +52,7 @@ def test_what_changes_or_goes_differs_and_is_named(change, where):
     assert "1 DIFFERS" in table(rows)
 
 
-def test_a_key_that_only_the_new_side_has_is_added_and_told_once():
+def test_a_key_that_only_the_new_journal_has_is_added_and_told_once():
     def limits(side):
         for module in side["run/journal"][0]["modules"]:
             module["limit"] = 0.35

@@ -1,4 +1,7 @@
-"""Two sides' evidence, name by name: equal, equal but for keys that only the new side has, or not."""
+"""Two sides' evidence, name by name: equal, equal but for keys that only the new side has, or not.
+
+Only the lines of a journal may have new keys: whoever reads one passes over what it does not know.
+"""
 
 from typing import NamedTuple
 
@@ -22,6 +25,7 @@ def _row(name, old, new):
     if name not in old or name not in new:
         return Row(name, "DIFFERS", f"only {'before' if name in old else 'after'}")
     changed, added = differences(old[name], new[name])
+    changed += [f"{place} is new" for place in added if "journal" not in name + place]
     if changed:
         return Row(name, "DIFFERS", _listed(changed))
     return Row(name, "added" if added else "equal", _listed(sorted(set(added))))

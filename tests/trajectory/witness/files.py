@@ -28,7 +28,7 @@ _TRAINING = {"rearm", "ema_every", "ema_decay", "spread_weights", "min_task_weig
 _OFFLINE = {
     "cat": {"method": "cat"},
     "cat-several": {"method": "cat", "safety_adapter": ["safety", "second"], "weights": [0.7, 0.2, 0.1]},
-    "soft-modules": {"gate": "threshold", "threshold": 0.8, "soft": True, "module_weights": {"v_proj": [0.5, 0.5]}},
+    "soft-modules": {"gate": "threshold", "threshold": 0.8, "soft": True, "module_weights": {"q_proj": [0.5, 0.5]}},
     "int8": {"subspace": INT8, "gate": "threshold", "threshold": 0.74},
     "nothing": {"gate": "threshold", "threshold": 0.01},
     "baked": {"gate": "num_layers", "num_layers": 4, "bake": "aligned"},
