@@ -73,7 +73,7 @@ def cost_of(name: str, layers: int, checks: int, folder: Path) -> dict[str, floa
     """Send so many checks to one tracker; raises RuntimeError where it failed, since then nothing was measured."""
     rng, trackers, plain, drawn = random.Random(0), Trackers(), [], []
     with live(name, folder):
-        trackers.attach([name], Run(folder, {"gate": "threshold"}), None)
+        trackers.attach([name], Run(folder, {"gate": "threshold"}))
         for step in range(1, checks + 1):
             one = report(step, layers, rng)
             seconds, _ = timed(partial(trackers.check, [name], one))

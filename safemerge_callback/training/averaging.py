@@ -36,8 +36,8 @@ def follow(session: Session, step: int) -> None:
         return
     done = attempt("average", lambda: average.follow(session.writer.gather()))
     if isinstance(done, Fault):
-        session.note({"kind": "error", "step": step, "where": done.where, "error": done.error})
-        session.warn(done.where, f"the average of the run's updates lacks step {step}, training goes on: {done.error}")
+        words = f"the average of the run's updates lacks step {step}, training goes on: {done.error}"
+        session.log.fault(step, done, words)
 
 
 def about(average: Average | None) -> dict[str, Any]:

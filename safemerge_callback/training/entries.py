@@ -29,14 +29,6 @@ def broken_modules(step: int, plan: MergePlan) -> str | None:
     )
 
 
-def unwritten(entry: Mapping[str, Any], error: OSError) -> str:
-    """Return what to warn of when the journal cannot take an entry."""
-    return (
-        f"the journal lacks entries from step {entry.get('step')} on ({error}): free the disk, and they are written "
-        "with the next one"
-    )
-
-
 def decision_rows(step: int, plan: MergePlan, task_weights: Mapping[str, float]) -> list[Row]:
     """Return a row of the trackers' table for each module; `task_weights` after this check's merges."""
     return [

@@ -10,12 +10,12 @@ from typing import Any
 from ..decision import Edit, MergePlan
 from ..io.paths import as_path
 from ..record import JOURNAL_FILE, Journal, check_entry, merge_entry
+from ..record.log import Log
 from ..record.metrics import check_metrics
 from ..record.progress import Progress
-from .entries import decision_rows, unwritten
+from .entries import decision_rows
 from .run.artifact import Outcome
 from .run.lines import nothing_merged
-from .run.log import Log
 from .trackers import Report, Run, Trackers, known
 
 
@@ -40,9 +40,10 @@ class LoopLog:
         self.folder, self.step = as_path(folder, "folder"), 0
         self.plan: MergePlan | None = None
         self.journal = Journal(journal or self.folder / JOURNAL_FILE, enabled=enabled)
-        self.progress, self.trackers = Progress(), Trackers()
-        self.log = Log()
-        self.trackers.attach(self.names, Run(self.folder, settings or {}), self.note)
+        self.progress = Progress()
+        self.log = Log(quiet=True, journal=self.journal, progress=self.progress)
+        self.trackers = Trackers(self.log)
+        self.trackers.attach(self.names, Run(self.folder, settings or {}))
 
     def check(
         self, step: int, plan: MergePlan, edits: Sequence[Edit] = (), *, seconds: float = 0.0, final: bool = False
@@ -51,10 +52,10 @@ class LoopLog:
         self.plan, self.step = plan, step
         self.progress.checks += 1
         self.progress.seconds += seconds
-        self.note(check_entry(step, plan, seconds))
+        self.log.note(check_entry(step, plan, seconds))
         if edits:
             self.progress.record_merge(step, {edit.name: plan.task_weight_of(edit.name) for edit in edits})
-            self.note(merge_entry(step, plan, edits, self.progress.task_weights, seconds))
+            self.log.note(merge_entry(step, plan, edits, self.progress.task_weights, seconds))
         numbers = check_metrics(plan, edits, self.progress, seconds)
         self.trackers.check(
             self.names, Report(step, numbers, decision_rows(step, plan, self.progress.task_weights), final)
@@ -72,13 +73,6 @@ class LoopLog:
         if self.plan and self.plan.gate != "watch" and not self.progress.merges:
             self.log.warn("nothing merged", nothing_merged(self.progress, self.plan))
         self.trackers.finish(self.step, Outcome(self.journal.path, self.plan, self.progress, {}, model).write)
-
-    def note(self, entry: Mapping[str, Any]) -> None:
-        """Append to the journal; a journal that fails is told of once and never stops the loop."""
-        try:
-            self.journal.append(entry)
-        except OSError as error:
-            self.log.warn("journal", unwritten(entry, error))
 
     def __enter__(self) -> LoopLog:
         return self

@@ -62,7 +62,8 @@ def merge(session: Session, step: int, plan: MergePlan, keep_in: Path | None) ->
     writer = session.writer
     done = attempt("merge", lambda: (_before(session, plan), apply(plan, writer, sources(session), session.subspace)))
     if isinstance(done, Fault):
-        session.report_fault(step, done)
+        message = f"{done.where} failed at step {step}, nothing was merged, training goes on: {done.error}"
+        session.log.fault(step, done, message, alert="a check failed")
         return ()
     before, edits = done
     after = {name: factors for name, factors in writer.gather().items() if name in before.factors}
@@ -72,15 +73,16 @@ def merge(session: Session, step: int, plan: MergePlan, keep_in: Path | None) ->
     edited = edit_moments(writer, session.optimizer, policy, before.factors, after)
     if isinstance(edited, Fault):
         # The merge stands whatever happens to the moments.
-        session.note({"kind": "error", "step": step, "where": edited.where, "error": edited.error})
-        session.warn(edited.where, f"the optimizer's state was kept at step {step}: {edited.error}")
+        session.log.fault(step, edited, f"the optimizer's state was kept at step {step}: {edited.error}")
     session.progress.record_merge(step, {name: plan.task_weight_of(name) for name in plan.selected})
     took, shares = time.perf_counter() - began, session.progress.task_weights
-    session.tell(step, lambda: session.note(merge_entry(step, plan, edits, shares, took) | about(session.average)))
+    session.log.tell(
+        step, lambda: session.log.note(merge_entry(step, plan, edits, shares, took) | about(session.average))
+    )
     reason = session.witness.after_merge(step) if session.witness else None
     if reason and _taken_back(session, step, before, reason):
         return ()
-    if keep_in and session.journal.enabled:
+    if keep_in and session.log.first_rank:
         _keep(session, keep_in, Snapshot(step, before.factors, norms_of(after)))
     return edits
 
@@ -106,15 +108,15 @@ def _taken_back(session: Session, step: int, before: Before, reason: str) -> boo
 
     fault = attempt("rollback", put_back)
     if isinstance(fault, Fault):
-        session.note({"kind": "error", "step": step, "where": fault.where, "error": fault.error})
-        session.warn(fault.where, f"the merge at step {step} could not be taken back and stands: {fault.error}")
+        words = f"the merge at step {step} could not be taken back and stands: {fault.error}"
+        session.log.fault(step, fault, words)
         return False
     if many():
         now = {name: f for name, f in session.writer.gather().items() if name in before.factors}
         agree(f"the factors put back at step {step}", digest(now))
     for name, value in before.progress.items():
         setattr(session.progress, name, value)
-    session.note({"kind": "rollback", "step": step, "modules": list(before.factors), "reason": reason})
+    session.log.note({"kind": "rollback", "step": step, "modules": list(before.factors), "reason": reason})
     session.log.say(rollback_line(step, reason))
     return True
 
@@ -123,4 +125,4 @@ def _keep(session: Session, run: Path, snapshot: Snapshot) -> None:
     try:
         save_snapshot(run, snapshot)
     except OSError as error:
-        session.warn("snapshot", f"the factors before the final merge could not be kept ({error}): no undo")
+        session.log.warn("snapshot", f"the factors before the final merge could not be kept ({error}): no undo")

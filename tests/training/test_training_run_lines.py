@@ -115,3 +115,36 @@ def test_a_loop_that_merged_nothing_is_told_too(tmp_path):
                     log.finish()
             else:
                 log.finish()
+
+
+def said(capsys):
+    out = capsys.readouterr().out
+    return [line for line in out.splitlines() if line.startswith("safemerge")]
+
+
+def test_one_line_at_the_start_one_a_merge_one_at_the_end(world, tmp_path, capsys):
+    world.trainer(tmp_path / "out", world.guard()).train()
+    first, *merges, last = said(capsys)
+    assert first.startswith("safemerge: gate all, 4 modules, linear 0.8 / 0.2 with ")
+    assert first.endswith(
+        "every 2 of 6 steps and at the end: 3 merges planned, 51% of the task's early update left after them"
+    )
+    assert [line.partition(", moved")[0] for line in merges] == [
+        f"safemerge: step {step}: 4 of 4 modules merged" for step in (2, 4, 6)
+    ]
+    assert merges[1].endswith(", 64% of the task's early update left")
+    assert last.startswith("safemerge: done: 3 checks, 3 merges, 51% of the task's early update left, moved_mean ")
+    assert last.endswith(f"See it: safemerge report {tmp_path / 'out'}")
+
+
+def test_watching_says_that_it_changes_nothing(world, tmp_path, capsys):
+    world.trainer(tmp_path, world.guard(gate="watch", safety_adapter=None)).train()
+    first, *rest, last = [line for line in said(capsys) if "fell below" not in line]
+    assert first == "safemerge: gate watch, 4 modules: measured every 2 of 6 steps and at the end, nothing is changed"
+    assert rest == []
+    assert last.startswith("safemerge: done: 3 checks, moved_mean ")
+
+
+def test_quiet_says_nothing(world, tmp_path, capsys):
+    world.trainer(tmp_path, world.guard(quiet=True)).train()
+    assert said(capsys) == []

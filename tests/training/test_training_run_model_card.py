@@ -160,7 +160,7 @@ def test_no_folder_of_this_machine_leaves_with_the_journal_or_a_checkpoint(world
     def failing(self, args, state, *, stopping):
         after_step(self, args, state, stopping=stopping)
         if state.global_step in fails:
-            self.note({"kind": "error", "step": 3, "where": "measure", "error": f"OSError: {fails[3]}"})
+            self.log.note({"kind": "error", "step": 3, "where": "measure", "error": f"OSError: {fails[3]}"})
 
     monkeypatch.setattr(Session, "after_step", failing)
     guard = world.guard(every=2, journal=str(tmp_path / "j" / "mine.jsonl"))

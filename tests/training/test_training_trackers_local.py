@@ -67,7 +67,7 @@ def test_tensorboard_histogram_picture_alert_and_config_read_back(world, runs, t
 
 def test_a_run_that_goes_back_along_the_alignment_alerts_at_each_crossing(tmp_path):
     trackers = Trackers()
-    trackers.attach(["tensorboard"], Run(tmp_path, {}), None)
+    trackers.attach(["tensorboard"], Run(tmp_path, {}))
     # the mean, and whether a person is told: not again before it has come half way back
     heard = [(-0.1, 0), (BAND.edge, 0), (-0.6, 1), (-0.9, 0), (-0.4, 0), (-0.7, 0), (-0.2, 0), (None, 0), (-0.8, 1)]
     for step, (moved, _) in enumerate(heard, 1):

@@ -16,11 +16,11 @@ from ...io.callables import check_callable
 from ...io.choices import truth
 from ...io.numbers import is_number
 from ...live.ranks import rank, together
+from ...record.log import Log
 from ...signals.as_found import left_as_found
 from ...signals.chat import template_settings, text_part
 from ...signals.responses import check_vocabulary
 from ..checkpoints import at_each_save, no_more_saves
-from ..run.log import Log
 from ..run.opening import guard_of
 from ..run.schedule import due
 from .opening import (

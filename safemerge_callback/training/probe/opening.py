@@ -140,13 +140,14 @@ def connect(probing: Probing, guard: Session | None, journal: str | None) -> Non
             raise ConfigError(f"rule {name} is set and the trainer has {lacking}: add one that merges, or leave it out")
     if guard is None:
         # A refusal on the first rank alone would leave the others waiting for it.
-        probing.journal = together(lambda: _opened(journal, probing.args, probing.state))
+        probing.log.journal = together(lambda: _opened(journal, probing.args, probing.state))
         return
     if guard.witness is not None:
         raise ConfigError("this trainer has two SafetyEvalCallbacks: keep one, and give it all prompts")
     if journal is not None:
         raise ConfigError(f"journal is {journal!r}: the journal is the SafeMergeCallback's, set it there")
     guard.witness, probing.guard, probing.trackers = probing, guard, guard.trackers
+    probing.log.beneath = guard.log
 
 
 def _opened(journal: str | None, args: TrainingArguments, state: TrainerState) -> Journal:

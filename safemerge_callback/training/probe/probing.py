@@ -13,10 +13,8 @@ from ...errors import ConfigError
 from ...evaluation.probe import Answers, Asking, Measured, Questions, ask
 from ...evaluation.units import amount, interval
 from ...live.faults import Fault, attempt
-from ...record import Journal
+from ...record.log import Log
 from ...signals.thoughts import ADVICE
-from ..entries import unwritten
-from ..run.log import Log
 from ..run.session import Session
 from ..trackers import Trackers
 from .rules import Rollback, Standing, Stop, Trigger, costs_too_much, lacking, stops, triggers
@@ -54,7 +52,6 @@ class Probing:
     rules: Rules
     template_settings: Mapping[str, Any] = field(default_factory=dict)
     guard: Session | None = None
-    journal: Journal | None = None
     trackers: Trackers = field(default_factory=Trackers)
     standing: Standing = field(default_factory=Standing)
     spent: Spent = field(default_factory=Spent)
@@ -111,7 +108,7 @@ class Probing:
         if latest and self.rules.stop:
             reason, self.standing = stops(self.rules.stop, self.standing, latest)
             if reason:
-                self.note({"kind": "stop", "step": self.state.global_step, "reason": reason})
+                self.log.note({"kind": "stop", "step": self.state.global_step, "reason": reason})
                 self.log.say(f"step {self.state.global_step:,}: training ends, {reason}", who=WHO)
                 control.should_training_stop = True
 
@@ -138,28 +135,13 @@ class Probing:
             self.fresh = None
         self.look("end")
 
-    def note(self, entry: Mapping[str, Any]) -> None:
-        """Append to the run's journal; one that fails is reported once and never stops training."""
-        if self.guard:
-            self.guard.note(entry)
-            return
-        try:
-            if self.journal:
-                self.journal.append(entry)
-        except OSError as error:
-            self.warn("journal", unwritten(entry, error))
-
-    def warn(self, kind: str, message: str) -> None:
-        """Warn once a run for each `kind`."""
-        self.log.warn(kind, message, stacklevel=3)
-
     def _merge_now(self, reason: str) -> None:
         """Let the guard check and merge at this step, which its own schedule does not ask for."""
         guard = self.guard
         if guard is None:
             return
         step = self.state.global_step
-        self.note({"kind": "trigger", "step": step, "reason": reason})
+        self.log.note({"kind": "trigger", "step": step, "reason": reason})
         self.log.say(f"step {step:,}: asks for a merge, {reason}", who=WHO)
         with guard.timed():
             guard.settle(self.args, self.state, hold="the safety probe asks for a check of this step")
@@ -170,9 +152,9 @@ class Probing:
     def _tell(self, step: int, when: When, answers: Answers) -> None:
         settings = {"settings": self.settings()} if when == "begin" else {}
         entry = {"kind": "probe", "step": step, "when": when, "seconds": answers.seconds}
-        self.note({**entry, "measures": list(answers.measures), "mean_tokens": answers.mean_tokens, **settings})
+        self.log.note({**entry, "measures": list(answers.measures), "mean_tokens": answers.mean_tokens, **settings})
         if any(m["unfinished"] for m in answers.measures):
-            self.warn("thoughts", f"at step {step} responses end within a thought and have no answer: {ADVICE}")
+            self.log.warn("thoughts", f"at step {step} responses end within a thought and have no answer: {ADVICE}")
         self.trackers.numbers(self.args, self.state, numbers(answers, when, self.spent.seconds + answers.seconds))
         # What costs no time was said a moment ago; before and after a merge stand on one line.
         if answers.seconds and when not in ("before", "after"):
@@ -197,8 +179,8 @@ class Probing:
         }
 
     def _lost(self, step: int, failure: str) -> None:
-        self.note({"kind": "error", "step": step, "where": "probe", "error": failure})
-        self.warn("probe", f"the probe at step {step} lost a measure or its unit, training goes on: {failure}")
+        words = f"the probe at step {step} lost a measure or its unit, training goes on: {failure}"
+        self.log.fault(step, Fault("probe", failure), words)
 
 
 def _named(judge: Any) -> str:

@@ -25,7 +25,7 @@ def save_standing(probing: Probing, folder: Path) -> None:
     done = attempt("state", lambda: put_values(probing.state, PART, values))
     if isinstance(done, Fault):
         words = f"the probe's state of {folder.name} could not be saved ({done.error}): its rules start anew"
-        probing.warn("state", words)
+        probing.log.warn("state", words)
 
 
 def load_standing(probing: Probing, args: TrainingArguments, state: TrainerState) -> None:
@@ -40,7 +40,7 @@ def load_standing(probing: Probing, args: TrainingArguments, state: TrainerState
         probing.standing, probing.spent.seconds = found
     elif probing.rules.trigger or probing.rules.stop:
         words = f"the checkpoint of step {state.global_step} holds no state of SafetyEvalCallback: its rules begin anew"
-        probing.warn("state", words)
+        probing.log.warn("state", words)
 
 
 def _read(args: TrainingArguments, state: TrainerState) -> tuple[Standing, float] | None:

@@ -24,7 +24,7 @@ from ..entries import end_entry
 from ..trackers import finite
 from .lines import closing_line, nothing_merged
 from .model_card import mark_card, mark_model
-from .session import Session
+from .session import Session, check_failed
 from .state import past_of, save_run_again
 
 # Batches of the evaluation set that a reloaded best model is compared on, before and after its merge.
@@ -44,7 +44,7 @@ def after_training(
     """
     now = from_first(session.digest()) if session.config.at_train_end else None
     if isinstance(now, Fault):
-        session.report_fault(state.global_step, now)
+        check_failed(session.log, state.global_step, now)
     elif now is not None:
         untouched = session.seal == (state.global_step, now)
         if not untouched or session.final_due(state, stopping=True):
@@ -53,14 +53,14 @@ def after_training(
     if session.witness:
         session.witness.closing()
     session.progress.training_seconds, session.begun = session.training_seconds, None
-    session.note(end_entry(state.global_step, session.progress, session.seconds))
-    session.tell(state.global_step, lambda: _say_the_end(session))
+    session.log.note(end_entry(state.global_step, session.progress, session.seconds))
+    session.log.tell(state.global_step, lambda: _say_the_end(session))
     # No adapter where it is sharded: all ranks would have to save it together.
     session.trackers.finish(state.global_step, session.outcome(None if session.writer.sharded else model).write)
     session.trackers.close()
     if session.progress.merges:
         mark_model(model)
-    if session.journal.enabled:
+    if session.log.first_rank:
         mark_card(Path(args.output_dir), session.section(), begin=True)
 
 
@@ -70,7 +70,7 @@ def _say_the_end(session: Session) -> None:
     Where a check or a merge failed, that was warned of already.
     """
     if session.config.merges and not session.progress.merges and not session.log.warned & {"measure", "merge"}:
-        session.warn("nothing merged", nothing_merged(session.progress, session.plan))
+        session.log.warn("nothing merged", nothing_merged(session.progress, session.plan))
     took = (session.seconds, session.share)
     session.log.say(closing_line(session.config, session.progress, *took, session.journal.path, session.plan))
 
@@ -103,7 +103,7 @@ def _last_check(
         return
     if isinstance(before, float):
         after = _loss(model, batches)
-        session.tell(state.global_step, lambda: _note_best(session, args, state, before, after))
+        session.log.tell(state.global_step, lambda: _note_best(session, args, state, before, after))
     if not reloaded:
         _save_again(session, state)
     _log_model_again(session, args, state, model)
@@ -119,7 +119,7 @@ def _provenance(session: Session, state: TrainerState, reloaded: bool) -> int:
     session.progress.rewind(history)
     if past:
         if history is None and session.progress.merges:
-            session.warn("best", f"the best checkpoint {past.reason}: what was merged into it before is not known")
+            session.log.warn("best", f"the best checkpoint {past.reason}: what was merged into it before is not known")
         rewind_average(session, past)
     return state.best_global_step if reloaded and state.best_global_step is not None else state.global_step
 
@@ -151,7 +151,7 @@ def _note_best(
     losses = dict(zip(BEST_METRICS, map(finite, values), strict=True))
     best = {"checkpoint": Path(str(state.best_model_checkpoint)).name, "best_metric": state.best_metric}
     plain = {key.rpartition("/")[2]: value for key, value in losses.items()}
-    session.note({"kind": "best", "step": state.global_step, **best, **plain})
+    session.log.note({"kind": "best", "step": state.global_step, **best, **plain})
     numbers = {key: value for key, value in losses.items() if value is not None}
     session.trackers.numbers(args, state, numbers)
 
@@ -178,7 +178,7 @@ def _save_again(session: Session, state: TrainerState) -> None:
         save_run_again(session, checkpoint)
         mark_card(folder, session.section())
     except (OSError, ValueError, KeyError) as error:
-        session.warn("checkpoint", f"{folder.name} holds the weights before the final merge ({error})")
+        session.log.warn("checkpoint", f"{folder.name} holds the weights before the final merge ({error})")
 
 
 def _log_model_again(session: Session, args: TrainingArguments, state: TrainerState, model: nn.Module | None) -> None:

@@ -25,14 +25,15 @@ from ...live.optimizer.edit import check_optimizer
 from ...live.ranks import from_first, together
 from ...ops import LowRank
 from ...record import JOURNAL_FILE, Journal, read_journal
+from ...record.log import Log
 from ...record.progress import Progress, changed_settings, continue_journal, rebuilt
 from ...subspace import Subspace
 from ..config.settings import SafeMergeConfig, public_settings
 from ..entries import start_entry
+from ..trackers import Trackers
 from .decide import check_schedule_of_run, plan_knobs
 from .forecast import forecast, too_strong
 from .lines import opening_line
-from .log import Log
 from .session import Session
 from .shares import Part, measure_together, own_part, place
 from .state import Past, resumed
@@ -114,17 +115,20 @@ def open_session(
     plan = forecast(config, list(factors), state.max_steps, state.global_step, progress.task_weights)
     start = start_entry(state.global_step, config, subspace, len(factors), args.world_size, choice, plan)
     progress.journal_entries += journal.append({**start, "restored": restored, "left_out": left})
-    session = Session(config, writer, subspace, safety, journal, progress, optimizer, part, reference, begun=began)
-    session.average, session.log = average, Log(config.quiet, state.is_world_process_zero)
-    session.unmerged = left
+    log = Log(config.quiet, state.is_world_process_zero, journal, progress)
+    trackers = Trackers(log)
+    log.alert = trackers.alert
+    session = Session(config, writer, subspace, safety, journal, progress, log, trackers)
+    session.optimizer, session.part, session.reference, session.begun = optimizer, part, reference, began
+    session.average, session.unmerged = average, left
     if words := warning_of(left):
-        session.warn("left out", words)
+        log.warn("left out", words)
     session.seal_weights(state.global_step)
-    session.trackers.open(args, state, config.to_publish(), session.note, session.log)
-    session.log.say(opening_line(config, plan, len(factors), state.max_steps, state.global_step))
+    trackers.open(args, state, config.to_publish())
+    log.say(opening_line(config, plan, len(factors), state.max_steps, state.global_step))
     for kind, words in (("strength", too_strong(config, plan, state.max_steps)), ("schedule", idle)):
         if words:
-            session.warn(kind, words)
+            log.warn(kind, words)
     progress.seconds += time.perf_counter() - began
     pending, progress.pending = progress.pending, None
     if pending == state.global_step:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,19 +20,19 @@ from ...live.faults import Fault, attempt
 from ...live.fingerprint import digest
 from ...live.ranks import from_first
 from ...record import Journal, check_entry
+from ...record.log import Log
 from ...record.metrics import check_metrics
 from ...record.progress import Progress
 from ...subspace import Subspace
 from ..averaging import follow
 from ..config.settings import SafeMergeConfig
-from ..entries import broken_modules, decision_rows, unwritten
+from ..entries import broken_modules, decision_rows
 from ..merging import Witness, merge
 from ..trackers import Report, Trackers
 from .artifact import Outcome, Section, run_section
 from .background import Pending, begin, undisturbed
 from .decide import Moment, agreed_plan, decided, still_disarmed
 from .lines import merge_line
-from .log import Log
 from .model_card import mark_card
 from .schedule import due, final_due, interval
 from .shares import Part, join, measure_own
@@ -49,18 +49,18 @@ class Session:
     safety: Sequence[Adapter]
     journal: Journal
     progress: Progress
+    log: Log
+    trackers: Trackers
     optimizer: Any = None
     part: Part | None = None
     reference: Mapping[str, float] | None = None
     average: Average | None = None
     pending: Pending | None = None
     plan: MergePlan | None = None
-    trackers: Trackers = field(default_factory=Trackers)
     seal: tuple[int, str] | None = None
     left: str | None = None
     begun: float | None = field(default_factory=time.perf_counter)
     since: float | None = None
-    log: Log = field(default_factory=Log)
     witness: Witness | None = None
     left_out: float = 0.0
     unmerged: Mapping[str, str] = field(default_factory=dict)
@@ -126,7 +126,7 @@ class Session:
         """Start to measure the factors of `step` beside the next one; False where that would disturb the training."""
         if not from_first(undisturbed()):
             words = "training allows TF32 products, which a check beside it would forbid: checks are synchronous"
-            self.warn("asynchronous", words)
+            self.log.warn("asynchronous", words)
             return False
         self.pending = begin(step, self.writer, self.subspace, self.part, self.asked)
         self.progress.pending = step
@@ -159,19 +159,19 @@ class Session:
         found, moment = join(own, self.part), Moment(step, step if at is None else at, state.max_steps)
         agreed = from_first(attempt("measure", lambda: decided(found, self.config, self.progress, moment, hold)))
         if isinstance(agreed, Fault):
-            self.report_fault(step, agreed)
+            check_failed(self.log, step, agreed)
             return ()
         plan = agreed_plan(agreed, self.config, moment)
         self.progress.disarmed = still_disarmed(self.progress.disarmed, agreed.seen)
         late = {} if measured_at is None else {"measured_at": measured_at}
-        self.tell(step, lambda: self.note({**check_entry(step, plan, time.perf_counter() - began), **late}))
+        self.log.tell(step, lambda: self.log.note({**check_entry(step, plan, time.perf_counter() - began), **late}))
         if words := broken_modules(step, plan):
-            self.warn("broken", words)
+            self.log.warn("broken", words)
         left_out = self.left_out
         edits = merge(self, step, plan, Path(args.output_dir) if final else None) if plan.selected else ()
         self.plan = plan
         took = time.perf_counter() - began - (self.left_out - left_out)
-        self.tell(step, lambda: self._report(args, state, edits, took, final))
+        self.log.tell(step, lambda: self._report(args, state, edits, took, final))
         return edits
 
     def _report(
@@ -193,20 +193,20 @@ class Session:
 
     def save(self, state: TrainerState, folder: Path) -> None:
         """Let the checkpoint that the trainer is writing into `folder` hold the state, where this process writes."""
-        if not self.journal.enabled:
+        if not self.log.first_rank:
             return
         with self.timed():
             done = attempt("state", lambda: save_run(self, state, folder))
             mark_card(folder, self.section())
         if isinstance(done, Fault):
             words = f"the state of {folder.name} could not be saved ({done.error}): a resume from it starts anew"
-            self.warn("state", words)
+            self.log.warn("state", words)
 
     def section(self) -> Section | None:
         """What a model card says of the run by now; None where that cannot be told."""
         found = attempt("card", lambda: run_section(self.outcome()))
         if isinstance(found, Fault):
-            self.warn("card", f"model cards do not say what was merged ({found.error})")
+            self.log.warn("card", f"model cards do not say what was merged ({found.error})")
             return None
         return found
 
@@ -237,30 +237,8 @@ class Session:
         at, known = state.global_step, self.progress.final_step
         return final_due(at, max_steps=state.max_steps, stopping=stopping, final_step=known)
 
-    def note(self, entry: Mapping[str, Any]) -> None:
-        """Append to the journal; a journal that fails is reported once and never stops training."""
-        try:
-            self.progress.journal_entries += self.journal.append(entry)
-        except OSError as error:
-            self.warn("journal", unwritten(entry, error))
 
-    def tell(self, step: int, action: Callable[[], None]) -> None:
-        """Do what only tells of a step: no figure, whatever it is, may cost the training."""
-        done = attempt("report", action)
-        if isinstance(done, Fault):
-            self.note({"kind": "error", "step": step, "where": done.where, "error": done.error})
-            self.warn("report", f"not all of step {step} could be told, training goes on: {done.error}")
-
-    def warn(self, kind: str, message: str) -> None:
-        """Warn once a run for each `kind`."""
-        self.log.warn(kind, message, stacklevel=3)
-
-    def report_fault(self, step: int, fault: Fault) -> None:
-        """Record a fault and warn of it once."""
-        self.note({"kind": "error", "step": step, "where": fault.where, "error": fault.error})
-        self.warn(
-            fault.where, f"{fault.where} failed at step {step}, nothing was merged, training goes on: {fault.error}"
-        )
-        self.trackers.alert(
-            step, "fault", "safemerge: a check failed", f"{fault.where}, step {step}: {fault.error}", said=True
-        )
+def check_failed(log: Log, step: int, fault: Fault) -> None:
+    """Record that a check or a merge failed, and tell everybody of it."""
+    message = f"{fault.where} failed at step {step}, nothing was merged, training goes on: {fault.error}"
+    log.fault(step, fault, message, alert="a check failed")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ...decision import BAND
 from ...io.choices import one_of
-from ..run.log import Log
+from ...live.faults import Fault
+from ...record.log import Log
 from .columns import Drift
 from .protocol import Report, Run, Tracker
 
@@ -32,12 +32,10 @@ TRACKERS = {
 class Trackers:
     """The trackers of one run: those open, and which part of which has failed.
 
-    `note` takes the journal's entry of a failure, `log` what the terminal is told.
-    `run` is set by `open`, or by the first that is sent.
+    `log` takes what the terminal is told, and what failed. `run` is set by `open`, or by the first that is sent.
     """
 
-    note: Callable[[Mapping[str, Any]], None] | None = None
-    log: Log | None = None
+    log: Log = field(default_factory=Log)
     run: Run | None = None
     opened: dict[str, Tracker] = field(default_factory=dict)
     failed: set[tuple[str, str]] = field(default_factory=set)
@@ -45,17 +43,9 @@ class Trackers:
     told: set[str] = field(default_factory=set)
     last: int = 0
 
-    def open(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        settings: Mapping[str, Any],
-        note: Callable[..., None],
-        log: Log | None = None,
-    ) -> None:
-        """Attach to what the trainer reports to, and show the settings there; alerts are said in `log` too."""
-        self.log = log
-        self.attach(_names(args, state), Run(Path(args.output_dir), settings), note, state.global_step)
+    def open(self, args: TrainingArguments, state: TrainerState, settings: Mapping[str, Any]) -> None:
+        """Attach to what the trainer reports to, and show the settings there."""
+        self.attach(_names(args, state), Run(Path(args.output_dir), settings), state.global_step)
 
     def send(self, args: TrainingArguments, state: TrainerState, report: Report) -> None:
         """Append the numbers to `state.log_history`, so to trainer_state.json; on the first process, send the check."""
@@ -77,9 +67,9 @@ class Trackers:
         self._know(args)
         self._each(names, step, "files", lambda tracker: cast(Any, tracker).adapter(model, run_name, step))
 
-    def attach(self, names: Sequence[str], run: Run, note: Callable[..., None] | None, step: int = 0) -> None:
+    def attach(self, names: Sequence[str], run: Run, step: int = 0) -> None:
         """Attach to the live runs of the trackers of these names."""
-        self.run, self.note = run, note
+        self.run = run
         self._each(names, step, "numbers", lambda tracker: None)  # noqa: ARG005 - to open it is all
 
     def check(self, names: Sequence[str], report: Report) -> None:
@@ -115,7 +105,7 @@ class Trackers:
         """
         if about not in self.told:
             self.told.add(about)
-            if self.log and not said:
+            if not said:
                 self.log.say(f"step {step:,}: {title.removeprefix('safemerge: ')}: {text}")
             self._each(list(self.opened), step, "alerts", lambda tracker: tracker.alert(step, title, text))
 
@@ -167,13 +157,12 @@ class Trackers:
     def _give_up(self, name: str, part: str, step: int, error: Exception) -> None:
         self.failed.add((name, part))
         words = f"{type(error).__name__}: {error}"
-        warnings.warn(
-            f"safemerge: tracker {name!r} failed at step {step} ({words}) and gets no more {part}; the journal and "
-            "trainer_state.json still have every number",
-            stacklevel=4,
+        message = (
+            f"tracker {name!r} failed at step {step} ({words}) and gets no more {part}; the journal and "
+            "trainer_state.json still have every number"
         )
-        if self.note:
-            self.note({"kind": "error", "step": step, "where": f"tracker {name}", "error": f"no more {part}: {words}"})
+        fault = Fault(f"tracker {name}", f"no more {part}: {words}")
+        self.log.fault(step, fault, message, kind=f"tracker {name}, {part}")
 
 
 def _names(args: TrainingArguments, state: TrainerState) -> list[str]:
