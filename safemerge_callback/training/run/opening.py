@@ -115,9 +115,7 @@ def open_session(
     plan = forecast(config, list(factors), state.max_steps, state.global_step, progress.task_weights)
     start = start_entry(state.global_step, config, subspace, len(factors), args.world_size, choice, plan)
     progress.journal_entries += journal.append({**start, "restored": restored, "left_out": left})
-    log = Log(config.quiet, state.is_world_process_zero, journal, progress)
-    trackers = Trackers(log)
-    log.alert = trackers.alert
+    log, trackers = _outlets(config, state, journal, progress)
     session = Session(config, writer, subspace, safety, journal, progress, log, trackers)
     session.optimizer, session.part, session.reference, session.begun = optimizer, part, reference, began
     session.average, session.unmerged = average, left
@@ -137,6 +135,16 @@ def open_session(
             if not session.begin(state.global_step):
                 session.check(args, state, final=False)
     return session
+
+
+def _outlets(
+    config: SafeMergeConfig, state: TrainerState, journal: Journal, progress: Progress
+) -> tuple[Log, Trackers]:
+    """Where the run speaks: each of the two tells the other what it cannot say itself."""
+    log = Log(config.quiet, state.is_world_process_zero, journal, progress)
+    trackers = Trackers(log)
+    log.alert = trackers.alert
+    return log, trackers
 
 
 def _initial(
