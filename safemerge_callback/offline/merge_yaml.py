@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters import Adapter
-from ..decision import KNOB, MergePlan
+from ..decision import MergePlan
 from ..decision.gates import KNOBS
 from ..errors import ConfigError, nearest, shown
 from ..io.documents import read_yaml
@@ -94,9 +94,7 @@ def write_recipe(path: Path, target: Path, parts: Sequence[Any], plan: MergePlan
 def _knobs(plan: MergePlan) -> dict[str, Any]:
     rule, method = plan.rule, get_method(plan.method)
     told: dict[str, Any] = {"gate": rule.name}
-    names = {KNOB[rule.name]} if rule.name in KNOB else set()
-    names |= {"threshold", "num_layers"} if rule.name == "random" else set()
-    told |= {name: getattr(rule, name) for name in _GATE if name in names and getattr(rule, name) is not None}
+    told |= {name: value for name in _GATE if (value := rule.reads.get(name)) is not None}
     told |= {"seed": rule.seed, **({"soft": True} if rule.soft else {})}
     told |= {"method": plan.method, "space": plan.space}
     if method.strength is not None:

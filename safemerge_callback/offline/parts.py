@@ -79,8 +79,8 @@ def check_merges(rule: Gate, method: str, *, has_safety: bool) -> None:
 
     Raises ConfigError for the first two, PlanError for the last.
     """
-    if rule.name == "watch":
-        raise ConfigError("gate 'watch' merges nothing: measure the adapter instead, or choose another gate.")
+    if not rule.merges:
+        raise ConfigError(f"gate {rule.name!r} merges nothing: measure the adapter instead, or choose another gate.")
     needs = get_method(method).needs
     if "average" in needs:
         raise ConfigError(f"method {method!r} goes to the average of a run's own updates: use it in training.")

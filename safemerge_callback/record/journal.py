@@ -235,8 +235,7 @@ def check_entry(step: int, plan: MergePlan, seconds: float) -> dict[str, Any]:
             **({} if reading.signed_z is None else {"signed_z": reading.signed_z}),
             **({"interval": list(reading.interval)} if reading.interval else {}),
             **({"reread": True} if reading.reread else {}),
-            **({"null_std": reading.null_std} if plan.gate == "calibrated" else {}),
-            **({"reference": reading.reference} if plan.gate == "reference" else {}),
+            **{note: getattr(reading, note) for note in plan.rule.criterion.notes},
         }
         for name, reading in plan.readings.items()
     ]

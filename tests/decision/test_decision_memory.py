@@ -14,6 +14,7 @@ from benchmarks.model_shapes import Model, random_factors, random_subspace
 from safemerge_callback.adapters import Adapter
 from safemerge_callback.decision import MergePlan, measure
 from safemerge_callback.decision.apply import merged_factors
+from safemerge_callback.decision.batches import batches
 from safemerge_callback.ops import Factored, Int8, LowRank, null_cosine, projected_cosine
 from safemerge_callback.subspace import Subspace, build_subspace
 
@@ -136,7 +137,7 @@ def test_out_of_a_file_one_module_is_mapped_and_many_stay_within_the_budget(fact
         blocks = allocations(lambda: measure(factors, Subspace.load(file)))
         return max(size for size in blocks if size != file.stat().st_size)
 
-    module = sys.modules[measure.__module__]
+    module = sys.modules[batches.__module__]
     monkeypatch.setattr(module, "_BATCH_BYTES", 1)
     assert largest() < MATRIX // 2
     budget = 3 * MIB

@@ -1,20 +1,37 @@
-"""Readings in, one verdict a module out, each with its reason. A gate is a file; its name is its name in YAML."""
+"""Readings in, one verdict a module out, each with its reason. A gate is a file; its name is its name in YAML.
 
+Importing the folder fills the registry.
+"""
+
+# In the order in which messages name them.
+from . import threshold, calibrated, reference, opposed, num_layers, quantile, gap, all, random, watch  # noqa: I001
 from .common import Verdict, excluded
-from .rule import DEFAULT_GATE, GATES, KNOB, KNOBS, LIMITS, RANKED, Gate, Knobs, as_gate, default_gate, gate_of
+from .registry import GATES, KNOB, Criterion, gate
+from .rule import DEFAULT_GATE, KNOBS, Gate, Knobs, as_gate, default_gate, gate_knobs, gate_of
 
 __all__ = [
     "DEFAULT_GATE",
     "GATES",
     "KNOB",
     "KNOBS",
-    "LIMITS",
-    "RANKED",
+    "Criterion",
     "Gate",
     "Knobs",
     "Verdict",
     "as_gate",
+    "calibrated",
+    "all",
     "default_gate",
     "excluded",
+    "gap",
+    "gate",
+    "gate_knobs",
     "gate_of",
+    "num_layers",
+    "opposed",
+    "quantile",
+    "random",
+    "reference",
+    "threshold",
+    "watch",
 ]

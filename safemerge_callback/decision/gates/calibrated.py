@@ -8,8 +8,16 @@ from ...errors import SubspaceError
 from ..reading import Reading, Readings
 from .checks import check_z_threshold
 from .common import Verdict, below, digits, excluded, proof
+from .registry import gate
 
 
+def limit(reading: Reading, z_threshold: float) -> float:
+    """Return the cosine below which z is below `z_threshold`; -inf where null_std is 0. SubspaceError without one."""
+    spread = _spread(reading)
+    return reading.null_cosine + z_threshold * spread if spread > 0 else -math.inf
+
+
+@gate(knob="z_threshold", limit=limit, notes=("null_std",))
 def calibrated(readings: Readings, *, z_threshold: float) -> dict[str, Verdict]:
     """Merge where z = (ρ - null_cosine)/null_std < z_threshold, for the adapter's rank and the module's orientation.
 
@@ -25,12 +33,6 @@ def calibrated(readings: Readings, *, z_threshold: float) -> dict[str, Verdict]:
         # A module that has not moved will: what is missing shows before the first step.
         _spread(reading)
     return {name: excluded(reading) or _compared(reading, z_threshold) for name, reading in readings.items()}
-
-
-def limit(reading: Reading, z_threshold: float) -> float:
-    """Return the cosine below which z is below `z_threshold`; -inf where null_std is 0. SubspaceError without one."""
-    spread = _spread(reading)
-    return reading.null_cosine + z_threshold * spread if spread > 0 else -math.inf
 
 
 def _compared(reading: Reading, z_threshold: float) -> Verdict:

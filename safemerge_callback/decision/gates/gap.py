@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 from ..reading import Readings
 from .common import Verdict, by_cosine, excluded, lowest
+from .intervals import movable
+from .registry import gate
 
 # Of two modules one is always below the only gap there is: that says nothing of either.
 FEWEST = 3
 
 
+def open_of(readings: Readings) -> Iterable[str]:
+    """Return all modules, or none where the largest gap is where it is whatever the cosines are.
+
+    The i-th lowest cosine lies between the i-th lowest lower end and the i-th lowest upper end, so the gap above it is
+    at least one difference of those and at most another. Where one gap is at least more than any other is at most, it
+    is the largest; and no interval reaches across it, since it is more than 0.
+    """
+    moved = movable(readings)
+    if len(moved) < FEWEST:
+        return ()
+    lowers, uppers = sorted(r.lower for r in moved.values()), sorted(r.upper for r in moved.values())
+    least = [low - high for low, high in zip(lowers[1:], uppers[:-1], strict=True)]
+    most = [high - low for high, low in zip(uppers[1:], lowers[:-1], strict=True)]
+    widest = max(range(len(least)), key=least.__getitem__)
+    others = max(value for i, value in enumerate(most) if i != widest)
+    return () if least[widest] > max(others, 0.0) else moved
+
+
+@gate(ranked=True, open_of=open_of)
 def gap(readings: Readings) -> dict[str, Verdict]:
     """Merge the modules below the largest gap between neighbours in the sorted cosines; no knob.
 

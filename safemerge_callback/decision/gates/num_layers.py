@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ..reading import Readings
 from .checks import check_num_layers
 from .common import Verdict, check_count, lowest
+from .intervals import movable, unranked
+from .registry import gate
 
 
+def open_of(readings: Readings, *, num_layers: int) -> Iterable[str]:
+    """Return the modules that may or may not be among the lowest."""
+    return unranked(movable(readings), num_layers)
+
+
+@gate(knob="num_layers", ranked=True, open_of=open_of)
 def num_layers(readings: Readings, *, num_layers: int) -> dict[str, Verdict]:
     """Merge the `num_layers` modules of lowest cosine, ties by name.
 

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from ...errors import SubspaceError
 from ..reading import Reading, Readings
 from .checks import check_z_threshold
 from .common import Verdict, digits, excluded
+from .intervals import movable
+from .registry import gate
 
 
+def distance(reading: Reading, z_threshold: float) -> float:
+    """Return how many standard deviations the signed cosine lies above `z_threshold`; infinite where there is none."""
+    return math.inf if reading.signed_z is None else reading.signed_z - z_threshold
+
+
+def open_of(readings: Readings, *, z_threshold: float) -> Iterable[str]:  # noqa: ARG001  as every gate is asked
+    """Return the modules that have moved: a compressed V gives no signed cosine."""
+    return movable(readings)
+
+
+@gate(knob="z_threshold", distance=distance, open_of=open_of)
 def opposed(readings: Readings, *, z_threshold: float) -> dict[str, Verdict]:
     """Merge where the signed cosine lies below `z_threshold` standard deviations of an unrelated update's.
 
@@ -22,11 +36,6 @@ def opposed(readings: Readings, *, z_threshold: float) -> dict[str, Verdict]:
     """
     check_z_threshold(z_threshold)
     return {name: excluded(reading) or _compared(reading, z_threshold) for name, reading in readings.items()}
-
-
-def distance(reading: Reading, z_threshold: float) -> float:
-    """Return how many standard deviations the signed cosine lies above `z_threshold`; infinite where there is none."""
-    return math.inf if reading.signed_z is None else reading.signed_z - z_threshold
 
 
 def _compared(reading: Reading, z_threshold: float) -> Verdict:

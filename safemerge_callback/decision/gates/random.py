@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from typing import Any
 
 from ..reading import Readings
 from .checks import check_num_layers
 from .common import Verdict, by_cosine, check_count, excluded
+from .intervals import movable, straddles
+from .registry import gate
 from .threshold import threshold as threshold_gate
 
 
+def asks(*, num_layers: int | None, **_others: Any) -> bool:
+    """Return whether a cosine counts: only those of gate `threshold`, of which as many are drawn."""
+    return num_layers is None
+
+
+def open_of(readings: Readings, *, threshold: float, num_layers: int | None, **_others: Any) -> Iterable[str]:
+    """Return the modules that gate `threshold` may or may not take: how many are drawn is how many that takes."""
+    moved = movable(readings) if num_layers is None else {}
+    return [name for name, reading in moved.items() if straddles(reading, threshold)]
+
+
+@gate(open_of=open_of, asks=asks)
 def random(readings: Readings, *, threshold: float, num_layers: int | None, seed: int, step: int) -> dict[str, Verdict]:
     """Merge as many modules as gate `threshold` would, or `num_layers` of them, drawn from those that have moved.
 

@@ -8,8 +8,21 @@ from ...errors import ConfigError
 from ..reading import Reading, Readings
 from .checks import check_reference_fraction
 from .common import Verdict, below, digits, excluded, proof
+from .registry import gate
 
 
+def limit(reading: Reading, reference_fraction: float) -> float:
+    """Return the cosine below which a module is merged; -inf where the safety adapter has not moved."""
+    own = _own(reading)
+    return reference_fraction * own if math.isfinite(own) else -math.inf
+
+
+@gate(
+    knob="reference_fraction",
+    needs=frozenset({"safety_adapter", "safety_cosines"}),
+    limit=limit,
+    notes=("reference",),
+)
 def reference(readings: Readings, *, reference_fraction: float) -> dict[str, Verdict]:
     """Merge where ρ < reference_fraction·ρ_safety, ρ_safety being the safety adapter's cosine in that module.
 
@@ -23,12 +36,6 @@ def reference(readings: Readings, *, reference_fraction: float) -> dict[str, Ver
         # A module that has not moved will: what is missing shows before the first step.
         _own(reading)
     return {name: excluded(reading) or _compared(reading, reference_fraction) for name, reading in readings.items()}
-
-
-def limit(reading: Reading, reference_fraction: float) -> float:
-    """Return the cosine below which a module is merged; -inf where the safety adapter has not moved."""
-    own = _own(reading)
-    return reference_fraction * own if math.isfinite(own) else -math.inf
 
 
 def _compared(reading: Reading, fraction: float) -> Verdict:

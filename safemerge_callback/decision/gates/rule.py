@@ -3,50 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, TypedDict
 
-from ...errors import ConfigError, nearest
+from ...errors import ConfigError
 from ...io.choices import one_of
+from ...io.knobs import checked, unknown_knob
 from ..reading import Reading, Readings
-from . import calibrated, checks, constant, gap, num_layers, opposed, quantile, random, reference, threshold
+from . import checks
 from .common import Verdict, excluded
+from .intervals import straddles
+from .registry import GATES, KNOB, Criterion
 
-GATES: dict[str, Callable[..., dict[str, Verdict]]] = {
-    "threshold": threshold.threshold,
-    "calibrated": calibrated.calibrated,
-    "reference": reference.reference,
-    "opposed": opposed.opposed,
-    "num_layers": num_layers.num_layers,
-    "quantile": quantile.quantile,
-    "gap": gap.gap,
-    "all": constant.all_modules,
-    "random": random.random,
-    "watch": constant.watch,
-}
 # What merges where nothing is said: modules of low cosine kept no more refusals than as many at random.
 DEFAULT_GATE = "all"
-# The knob that says how much a gate merges.
-KNOB = {
-    "threshold": "threshold",
-    "calibrated": "z_threshold",
-    "reference": "reference_fraction",
-    "opposed": "z_threshold",
-    "num_layers": "num_layers",
-    "quantile": "quantile",
+# What merges where only something about a cosine is said.
+COSINE_GATE = "threshold"
+# Knobs without a default that means anything: what they may be where a gate reads them.
+_OPTIONAL: Mapping[str, Callable[[Any], None]] = {
+    "num_layers": checks.check_num_layers,
+    "quantile": checks.check_quantile,
 }
-# Gates that merge below a cosine of each module's own, and that cosine by reading and knob.
-LIMITS: dict[str, Callable[[Reading, float], float]] = {
-    "threshold": threshold.limit,
-    "calibrated": calibrated.limit,
-    "reference": reference.limit,
-}
-# Gates that merge below something else than a cosine, and how far a module lies above it.
-DISTANCES: dict[str, Callable[[Reading, float], float]] = {"opposed": opposed.distance}
-# Gates that compare modules with each other, so that one module's verdict needs the readings of all.
-RANKED = ("num_layers", "quantile", "gap")
-# Knobs without a default that means anything, and the gates that read them.
-_READ_BY = {"num_layers": ("num_layers", "random"), "quantile": ("quantile",)}
 
 
 class Knobs(TypedDict, total=False):
@@ -70,11 +47,12 @@ class Gate:
     `threshold`, `z_threshold`, `reference_fraction`, `num_layers`, `quantile`: as the gate of that name (`calibrated`
     and `opposed`, `reference`) has it. `seed` and `step`: what gate `random` draws by. `rearm`: how far above the gate,
     in the units of its knob, a merged module counts as recovered; None where nobody asks. `soft`: weights that depend
-    on how far below the gate a module lies, so that its cosine itself must be exact. The defaults of `z_threshold` and
-    `reference_fraction` are ours: -2 is undercut by 2 of 100 unrelated updates, and neither was tuned.
+    on how far below the gate a module lies, so that its cosine itself must be exact. `knobs`: those that only the gate
+    itself has declared. The defaults of `z_threshold` and `reference_fraction` are ours: -2 is undercut by 2 of 100
+    unrelated updates, and neither was tuned.
     """
 
-    name: str = "threshold"
+    name: str = COSINE_GATE
     threshold: float = 0.35
     num_layers: int | None = None
     z_threshold: float = -2.0
@@ -84,6 +62,7 @@ class Gate:
     step: int = 0
     rearm: float | None = None
     soft: bool = False
+    knobs: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         one_of(self.name, GATES, "gate")
@@ -95,88 +74,127 @@ class Gate:
         checks.check_rearm(self.rearm)
         self._check_unread()
         self._check_rearm()
-        if not isinstance(self.soft, bool) or (self.soft and self.name not in LIMITS):
+        if not isinstance(self.soft, bool) or (self.soft and not self.limits):
+            able = sorted(name for name, other in GATES.items() if other.limit)
             raise ConfigError(
                 f"soft={self.soft!r} with gate {self.name!r}: weights grow with the distance below a cosine, so give "
-                f"true with one of {sorted(LIMITS)}, or false"
+                f"true with one of {able}, or false"
             )
+        object.__setattr__(self, "knobs", checked(self.criterion.own, self.knobs, gate=self.name))
 
     def _check_unread(self) -> None:
-        for knob, gates in _READ_BY.items():
-            value = getattr(self, knob)
-            if self.name in gates and (value is not None or knob == self.name):
-                {"num_layers": checks.check_num_layers, "quantile": checks.check_quantile}[knob](value)
+        for knob, check in _OPTIONAL.items():
+            value, readers = getattr(self, knob), [name for name, other in GATES.items() if knob in other.reads]
+            if self.name in readers and (value is not None or knob == self.criterion.knob):
+                check(value)
             elif value is not None:
-                readers = " and ".join(repr(gate) for gate in gates)
-                raise ConfigError(
-                    f"{knob}={value!r} is read by gate {readers} only, and gate is {self.name!r}: drop one"
-                )
+                self._refuse(knob, value, readers)
+        own = {knob.name for knob in self.criterion.own}
+        for knob, value in self.knobs.items():
+            if knob not in own:
+                self._refuse(knob, value, [name for name, other in GATES.items() if knob in other.reads])
+
+    def _refuse(self, knob: str, value: Any, readers: list[str]) -> None:
+        told = " and ".join(repr(gate) for gate in readers)
+        raise ConfigError(f"{knob}={value!r} is read by gate {told} only, and gate is {self.name!r}: drop one")
 
     def _check_rearm(self) -> None:
-        if not self.rearm and (self.rearm is None or self.name in (*LIMITS, *RANKED)):
+        if not self.rearm and (self.rearm is None or self.limits or self.ranked):
             return
-        if self.name not in LIMITS:
-            allowed = "only 0 has a meaning" if self.name in RANKED else "leave it out"
+        if not self.limits:
+            allowed = "only 0 has a meaning" if self.ranked else "leave it out"
             raise ConfigError(f"rearm={self.rearm} with gate {self.name!r}, which no cosine lies above: {allowed}")
-        if self.name == "threshold" and self.threshold + (self.rearm or 0) > 1:
+        most, knob = self.criterion.most, self.knob
+        if most is not None and knob is not None and knob + (self.rearm or 0) > most:
             raise ConfigError(
-                f"rearm={self.rearm} above threshold={self.threshold:g} is a cosine over 1, which none is: lower one"
+                f"rearm={self.rearm} above {self.criterion.knob}={knob:g} is a cosine over {most:g}, which none is: "
+                "lower one"
             )
+
+    @property
+    def criterion(self) -> Criterion:
+        """What the gate says of itself."""
+        return GATES[self.name]
+
+    @property
+    def reads(self) -> dict[str, Any]:
+        """The knobs that this gate reads, and their values."""
+        return {name: self._value(name) for name in self.criterion.reads}
+
+    def _value(self, knob: str) -> Any:
+        return self.knobs[knob] if knob in self.knobs else getattr(self, knob)
 
     def verdicts(self, readings: Readings) -> dict[str, Verdict]:
         """Ask the gate about every reading; raises as the gate does."""
-        read = {"random": ("threshold", "num_layers", "seed", "step")}.get(self.name, (KNOB.get(self.name),))
-        return GATES[self.name](readings, **{knob: getattr(self, knob) for knob in read if knob})
+        return self.criterion(readings, **self.reads)
 
     def limit(self, reading: Reading, margin: float = 0.0) -> float | None:
         """Return the cosine below which this module is merged, the knob raised by `margin`.
 
         None for a gate that has no such cosine, and for a module that no cosine decides. Raises as the gate does.
         """
-        if self.name not in LIMITS or excluded(reading):
+        if self.criterion.limit is None or excluded(reading):
             return None
-        return LIMITS[self.name](reading, getattr(self, KNOB[self.name]) + margin)
+        return self.criterion.limit(reading, (self.knob or 0.0) + margin)
 
     def distance(self, reading: Reading) -> float:
         """Return how far the module lies above what the gate merges below; for a gate without such a limit its cosine.
 
         To be compared within one gate only. Not for modules that no cosine decides.
         """
-        if self.name in DISTANCES:
-            return DISTANCES[self.name](reading, getattr(self, KNOB[self.name]))
+        if self.criterion.distance is not None:
+            return self.criterion.distance(reading, self.knob or 0.0)
         return reading.cosine - (self.limit(reading) or 0.0)
+
+    def unproven(self, readings: Readings) -> frozenset[str]:
+        """Return the modules that intervals leave open, those of exact readings too; see `undecided`."""
+        if self.criterion.open_of is not None:
+            return frozenset(self.criterion.open_of(readings, **self.reads))
+        return frozenset(name for name, reading in readings.items() if self._open(reading))
+
+    def _open(self, reading: Reading) -> bool:
+        limit = self.limit(reading)
+        if limit is None:
+            return False
+        raised = self.limit(reading, self.rearm) if self.rearm else None
+        return straddles(reading, limit, exactly=self.soft) or (raised is not None and straddles(reading, raised))
 
     @property
     def limits(self) -> bool:
         """Whether the gate merges below a cosine of each module's own."""
-        return self.name in LIMITS
+        return self.criterion.limit is not None
 
     @property
     def asks_cosines(self) -> bool:
         """Whether any verdict depends on a cosine."""
-        return self.name not in ("all", "watch") and not (self.name == "random" and self.num_layers is not None)
+        return self.criterion.asks(**self.reads)
+
+    @property
+    def merges(self) -> bool:
+        """Whether it may merge anything at all."""
+        return self.criterion.merges
 
     @property
     def ranked(self) -> bool:
         """Whether a module is open or not (`undecided`) only by the readings of all modules."""
-        return self.name in RANKED
+        return self.criterion.ranked
 
     @property
     def knob(self) -> float | None:
         """The knob that says how much is merged; None for a gate that has none."""
-        value: float | None = getattr(self, KNOB[self.name]) if self.name in KNOB else None
+        value: float | None = None if self.criterion.knob is None else self._value(self.criterion.knob)
         return value
 
     def __str__(self) -> str:
         return self.name if self.knob is None else f"{self.name} {self.knob:g}"
 
 
-KNOBS = tuple(field.name for field in fields(Gate) if field.name != "name")
+KNOBS = tuple(entry.name for entry in fields(Gate) if entry.name not in ("name", "knobs"))
 
 
 def gate_of(knobs: Mapping[str, Any], otherwise: str) -> str:
     """Return the gate whose own knob is given, not None; of several not `threshold`, of none `otherwise`."""
-    names = [*(name for name in KNOB if name != "threshold"), "threshold"]
+    names = [*(name for name in KNOB if name != COSINE_GATE), COSINE_GATE]
     return next((name for name in names if knobs.get(KNOB[name]) is not None), otherwise)
 
 
@@ -186,7 +204,12 @@ def default_gate(knobs: Mapping[str, Any]) -> str:
     Soft weights and re-arming are by a cosine that the gate merges below, so they ask for `threshold`.
     """
     by_limit = knobs.get("soft") or knobs.get("rearm") is not None
-    return gate_of(knobs, "threshold" if by_limit else DEFAULT_GATE)
+    return gate_of(knobs, COSINE_GATE if by_limit else DEFAULT_GATE)
+
+
+def gate_knobs() -> tuple[str, ...]:
+    """Return the names of all knobs that a gate may be given: `Gate`'s, and those that gates have declared."""
+    return (*KNOBS, *(knob.name for other in GATES.values() for knob in other.own))
 
 
 def as_gate(gate: str | Gate | None, knobs: Mapping[str, Any]) -> Gate:
@@ -198,9 +221,10 @@ def as_gate(gate: str | Gate | None, knobs: Mapping[str, Any]) -> Gate:
         if knobs:
             raise ConfigError(f"knobs {sorted(knobs)} were given beside a Gate: make the Gate with them")
         return gate
-    unknown = sorted(set(knobs) - set(KNOBS))
+    allowed = gate_knobs()
+    unknown = sorted(set(knobs) - set(allowed))
     if unknown:
-        raise ConfigError(
-            f"knob {unknown[0]!r} of a gate is unknown{nearest(unknown[0], KNOBS, then=f'choose among {KNOBS}')}"
-        )
-    return Gate(default_gate(knobs) if gate is None else gate, **knobs)
+        raise unknown_knob(unknown[0], allowed, "a gate")
+    own = {name: value for name, value in knobs.items() if name not in KNOBS}
+    rest = {name: value for name, value in knobs.items() if name in KNOBS}
+    return Gate(default_gate(knobs) if gate is None else gate, **rest, knobs=own)

@@ -5,8 +5,15 @@ from __future__ import annotations
 from ..reading import Reading, Readings
 from .checks import check_threshold
 from .common import Verdict, below, digits, excluded, proof
+from .registry import gate
 
 
+def limit(_reading: Reading, threshold: float) -> float:
+    """Return the cosine below which a module is merged: the threshold itself."""
+    return threshold
+
+
+@gate(knob="threshold", limit=limit, most=1.0)
 def threshold(readings: Readings, *, threshold: float) -> dict[str, Verdict]:
     """Merge where cosine < threshold, strictly and unrounded.
 
@@ -15,11 +22,6 @@ def threshold(readings: Readings, *, threshold: float) -> dict[str, Verdict]:
     """
     check_threshold(threshold)
     return {name: excluded(reading) or _compared(reading, threshold) for name, reading in readings.items()}
-
-
-def limit(_reading: Reading, threshold: float) -> float:
-    """Return the cosine below which a module is merged: the threshold itself."""
-    return threshold
 
 
 def _compared(reading: Reading, threshold: float) -> Verdict:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...decision import (
     DEFAULT_WEIGHTS,
+    GATES,
     check_merge,
     check_module_weights,
     check_operator,
@@ -83,15 +84,15 @@ def _check_gate(config: SafeMergeConfig) -> None:
     for name in ("threshold", "z_threshold", "reference_fraction"):
         setattr(config, name, float(getattr(config, name)))
         value = getattr(config, name)
-        if config.gate == "all" and value != getattr(type(config), name):
+        if GATES[config.gate].whole and value != getattr(type(config), name):
             raise ConfigError(
-                f"{name} is {shown(value)}, and gate 'all', the default, merges every module whatever it is: give "
-                f"gate={gate_of({name: value}, config.gate)!r}, or leave {name} out"
+                f"{name} is {shown(value)}, and gate {config.gate!r}, the default, merges every module whatever it is: "
+                f"give gate={gate_of({name: value}, config.gate)!r}, or leave {name} out"
             )
-    if config.gate == "reference" and config.safety_adapter is None:
+    if "safety_cosines" in GATES[config.gate].needs and config.safety_adapter is None:
         raise ConfigError(
-            "safety_adapter is missing: gate 'reference' compares with its own cosines; give its folder or Hub id, or "
-            "choose another gate"
+            f"safety_adapter is missing: gate {config.gate!r} compares with its own cosines; give its folder or Hub "
+            "id, or choose another gate"
         )
 
 

@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ...decision import DEFAULT_GATE, KNOBS, Gate, gate_of
+from ...decision import DEFAULT_GATE, GATES, KNOBS, Gate, gate_of
 from ...errors import ConfigError, nearest, shown
 from ...io.addresses import source_name
 from ...io.documents import read_yaml
@@ -252,7 +252,7 @@ class SafeMergeConfig:
     @property
     def merges(self) -> bool:
         """Whether any check may change the model; False for gate watch."""
-        return self.gate != "watch"
+        return GATES[self.gate].merges
 
 
 def resolve_config(config: SafeMergeConfig | str | PathLike[str] | None, knobs: Mapping[str, Any]) -> SafeMergeConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ...decision import share_left
+from ...decision import GATES, share_left
 from ...decision.weights import pattern_of
 from ...methods import get_method
 from ..config.settings import SafeMergeConfig
@@ -46,7 +46,7 @@ def forecast(
     if not config.merges:
         return Forecast(0, None, exact=True)
     merges = sum(at > step for at in merge_steps(config, max_steps))
-    exact = config.gate == "all"
+    exact = GATES[config.gate].whole
     if not get_method(config.method).takes_away:
         return Forecast(merges, None, exact)
     past, weights = task_weights or {}, _task_weights(config, names, max_steps)

@@ -1,16 +1,20 @@
-"""`all` and `watch`: everything, and nothing."""
+"""`watch`: nothing."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..reading import Readings
 from .common import Verdict, not_finite
+from .registry import gate
 
 
-def all_modules(readings: Readings) -> dict[str, Verdict]:
-    """Merge every module whose update is finite, moved or not (RESTA, arXiv:2402.11746, has no gate)."""
-    return {name: not_finite(reading) or Verdict(True, "gate all") for name, reading in readings.items()}
+def asks(**_knobs: Any) -> bool:
+    """Return False: no verdict depends on a cosine."""
+    return False
 
 
+@gate(asks=asks, merges=False)
 def watch(readings: Readings) -> dict[str, Verdict]:
     """Merge nothing: readings are for the record."""
     return {name: not_finite(reading) or Verdict(False, "gate watch") for name, reading in readings.items()}
