@@ -165,7 +165,7 @@ def build_trainer(
     )
     guard: list[TrainerCallback] = [SafeMergeCallback(safemerge)] if safemerge else []
     if data.probe_every:
-        from recipes.comparison.probe import validation_probe
+        from recipes.data.probe import validation_probe
 
         settings: Any = data.chat_template_kwargs
         sizes = {"every": data.probe_every, "n": data.probe_prompts}

@@ -60,7 +60,7 @@ def test_the_two_commands_are_targets(command):
 
 def test_links_and_extras_and_paths_exist():
     links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
-    paths = re.findall(r"(?:recipes|configs)/[\w/]+\.(?:py|yaml)", README)
+    paths = re.findall(r"(?:recipes|configs|method_comparison)/[\w/]+\.(?:py|yaml)", README)
     assert [p for p in links + paths if not (ROOT / p).exists()] == []
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     named = re.search(r'pip install "\.\[([^\]]+)\]"', README)[1].split(",")

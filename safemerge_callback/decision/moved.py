@@ -39,8 +39,9 @@ class Band(NamedTuple):
         return f"{side} {self.edge:g}, {told}"
 
 
-# From docs/drift.md, which `python -m recipes.drift --config configs/compare/smollm2.yaml --take-published` writes: 42
-# runs of one model of 135M parameters whose updates were left as they were. Another model may have another scale.
+# From docs/drift.md, which `python -m method_comparison.drift --config GRID --take-published` writes, of the grid
+# smollm2.yaml: 42 runs of one model of 135M parameters whose updates were left as they were. Another model may have
+# another scale.
 BAND = Band(edge=-0.55, runs_below=21, lost_below=19, runs_above=21, lost_above=0)
 
 

@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipes.comparison.grid import load_grid
+from method_comparison.grid import load_grid
 from recipes.finetune import parse_finetune
 from safemerge_callback import SafeMergeConfig
 from safemerge_callback.errors import ConfigError, SubspaceError

@@ -1,16 +1,12 @@
 """Every YAML file of the repository is parsed by the recipe that it names, and counted."""
 
 import re
-from collections import Counter
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
-from recipes.comparison import resolve
-from recipes.comparison.grid import cells_of, load_grid
-from recipes.comparison.resolve import check_cells
 from recipes.evaluate import EvaluateArguments
 from recipes.finetune import PREFIX, SafeMergeArguments, parse, parse_finetune
 from recipes.models import PACKAGED
@@ -24,7 +20,6 @@ CONFIGS = ROOT / "configs"
 COUNTS = {
     "accelerate": 6,
     "align": 1,
-    "compare": 5,
     "evaluate": 5,
     "finetune": 20,
     "merge": 13,
@@ -60,7 +55,7 @@ def test_the_first_line_is_the_command_that_runs_the_file(path):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_files_that_a_header_or_a_value_names_exist(path):
-    mentioned = re.findall(r"(?:configs|recipes)/[\w./]*\w", path.read_text())
+    mentioned = re.findall(r"(?:configs|recipes|method_comparison)/[\w./]*\w", path.read_text())
     assert [name for name in mentioned if not (ROOT / name).exists()] == []
 
 
@@ -142,38 +137,6 @@ def test_evaluate_files(path):
     assert arguments.n_task > 0, "harm is never reported without utility"
     made = {yaml.safe_load(file.read_text())["output_dir"] for file in files("finetune")}
     assert arguments.adapter is None or arguments.adapter in made
-
-
-@pytest.mark.parametrize("path", files("compare"), ids=lambda p: p.stem)
-def test_compare_files(path, monkeypatch):
-    # What a packaged model's checkpoint says is not asked here: it would be unpacked for that.
-    monkeypatch.setattr(resolve, "_read_config", lambda model: None)
-    if path.stem.startswith("smollm2_full_rank"):
-        # Not shipped: it belongs to a model that is trained on the spot.
-        made = {parse_train(on_cpu(file))[1].output_dir for file in files("train_safety_adapter")}
-        monkeypatch.setattr(
-            resolve, "_read_adapter", lambda name: name in made or pytest.fail(f"{name} is made nowhere")
-        )
-    grid = load_grid(path)
-    cells = cells_of(grid)
-    check_cells(replace(grid, finetune={**grid.finetune, "use_cpu": True}), cells)
-    assert {cell.arm.name for cell in cells} == set(grid.arms)
-    assert all(arm.about for arm in grid.arms.values())
-    if path.stem == "smollm2":
-        benign, poisoned = (
-            Counter(cell.arm.name for cell in cells if (cell.task, cell.poisoned_share) == ("sentiment", share))
-            for share in (0.0, 0.1)
-        )
-        assert sum(number >= 5 for number in benign.values()) >= 6
-        assert {name for name, number in benign.items() if number < 2} == {"aligned", "demo", "demo_plain"}
-        assert {name for name, number in poisoned.items() if number < 2} == {"probed_plain", "probed_every_10"}
-        # The demo is a row of it.
-        guarded = yaml.safe_load((CONFIGS / "finetune" / "smollm2_sentiment_safemerge.yaml").read_text())
-        demo = next(resolve.resolved(grid, cell) for cell in cells if cell.arm.name == "demo")
-        own = {"output_dir", "bf16", f"{PREFIX}subspace", f"{PREFIX}at_train_end"}
-        assert {key: demo.get(key) for key in guarded if key not in own} == {
-            key: value for key, value in guarded.items() if key not in own
-        }
 
 
 @pytest.mark.parametrize("path", files("accelerate"), ids=lambda p: p.stem)

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from recipes import data
-from recipes.comparison.splits import LEAST, SETS, SPLITS, dealt, prompts_of, rows_of
-from recipes.comparison.tasks import TASKS, get_task, says_name, says_number, text_of
 from recipes.data.mixing import COMPLIANCE, mixed, poisoned_examples, refusal_examples
 from recipes.data.near_duplicates import are_near, content_words, groups
 from recipes.data.prompts import training_prompts
 from recipes.data.safety import REFUSALS
+from recipes.data.splits import LEAST, SETS, SPLITS, dealt, prompts_of, rows_of
+from recipes.data.tasks import TASKS, get_task, says_name, says_number, text_of
 from recipes.finetune import DataArguments, load_data
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.evaluation import KeywordJudge

@@ -3,8 +3,8 @@ import json
 import pytest
 import torch
 
+from method_comparison import measures
 from recipes import evaluate
-from recipes.comparison import measures
 from recipes.evaluate import EvaluateArguments, accuracy, evaluate_model, generate, refusal_rate
 from recipes.finetune import parse
 from safemerge_callback.errors import AdapterError, ConfigError

@@ -5,11 +5,11 @@ import json
 import pytest
 import yaml
 
+from method_comparison.grid import load_grid
+from method_comparison.measures import _asking
+from method_comparison.stamp import settings_digest
 from recipes import evaluate
-from recipes.comparison.grid import load_grid
-from recipes.comparison.measures import _asking
-from recipes.comparison.stamp import settings_digest
-from recipes.comparison.tasks import says_name, says_number
+from recipes.data.tasks import says_name, says_number
 from recipes.evaluate import EvaluateArguments, accuracy
 from recipes.finetune import DataArguments, load_data, parse
 from safemerge_callback.errors import ConfigError

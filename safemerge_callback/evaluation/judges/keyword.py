@@ -29,8 +29,8 @@ class KeywordJudge:
 
     The practice is that of GCG (Zou et al., arXiv:2307.15043). Differs: the beginning only, since a later "I cannot" is
     seldom a refusal, and whatever the case and the shape of apostrophes. Quick and repeatable, and fallible: it takes a
-    refusal in other words for compliance, and an apology for a refusal. `python -m recipes.judge_accuracy` measures it
-    against human labels.
+    refusal in other words for compliance, and an apology for a refusal. `python -m method_comparison.judge_accuracy`
+    measures it against human labels.
     """
 
     name = "keywords"

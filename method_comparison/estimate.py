@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from recipes.data.splits import SETS, prompts_of, rows_of
+from recipes.data.tasks import get_task
 from recipes.processor import measured_pace
 
 from .grid import Cell, Grid
 from .resolve import resolved
-from .splits import SETS, prompts_of, rows_of
-from .tasks import get_task
 
 # SmolLM2-135M on 2 CPU cores in float32: 60 steps of 8 rows took 60 to 125 s, generation made 126 to 255 tokens/s.
 SECONDS_A_ROW = (60 / 480, 125 / 480)
@@ -59,5 +59,5 @@ def _slower(grid: Grid) -> str:
         return ""
     return (
         f", and longer in bfloat16 ({pace}): take a grid with finetune: {{bf16: false}} and "
-        "evaluate: {dtype: float32}, such as configs/compare/smollm2_float32.yaml"
+        "evaluate: {dtype: float32}, such as method_comparison/grids/smollm2_float32.yaml"
     )

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from recipes.comparison import plots
-from recipes.comparison.arms import chosen, read_arms
-from recipes.comparison.figures import HARM, matched, places_of, reference_arms, reference_of
-from recipes.comparison.grid import cells_of, make_grid
-from recipes.comparison.markdown import table
-from recipes.comparison.measures import share_of
-from recipes.comparison.page import write_page
-from recipes.comparison.repeat import beside_published, elsewhere, published_results
-from recipes.comparison.resolve import resolved
-from recipes.comparison.stamp import COMPARED, differences, digest, settings_digest
-from recipes.comparison.trail import trail_of
+from method_comparison import plots
+from method_comparison.arms import chosen, read_arms
+from method_comparison.figures import HARM, matched, places_of, reference_arms, reference_of
+from method_comparison.grid import cells_of, make_grid
+from method_comparison.markdown import table
+from method_comparison.measures import share_of
+from method_comparison.page import write_page
+from method_comparison.repeat import beside_published, elsewhere, published_results
+from method_comparison.resolve import resolved
+from method_comparison.stamp import COMPARED, differences, digest, settings_digest
+from method_comparison.trail import trail_of
 from safemerge_callback.errors import ConfigError
 
 STAMP = {
@@ -184,7 +184,7 @@ def test_differences_are_paired_by_seed_and_prompt(grid, made):
 def test_the_page_holds_the_figures_and_what_they_come_from(grid, made):
     failed = result(grid, "plain", 3, 0, 0, error="RuntimeError: no | room\nmore", measures=[])
     other = {**made[0], "other": ["peft 0.1 and not 0.21.2"]}
-    page = write_page(grid, "configs/compare/x.yaml", [*made, failed], [other, other]).read_text()
+    page = write_page(grid, "method_comparison/grids/x.yaml", [*made, failed], [other, other]).read_text()
     assert "cells: 9 of 9 done, 1 failed; split: test" in page
     assert "hours spent: 15.0" in page
     assert "versions: torch 2.13.0, peft 0.21.2" in page

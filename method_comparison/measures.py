@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from recipes.data.splits import SETS, Split, prompts_of, rows_of
+from recipes.data.tasks import get_task
 from recipes.evaluate import generate
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.evaluation import Judge, judged, load_judge, measure_name, wilson
-
-from .splits import SETS, Split, prompts_of, rows_of
-from .tasks import get_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -8,13 +8,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from recipes.data.splits import LEAST, Split, check_split_name
+from recipes.data.tasks import TASKS, get_task
 from safemerge_callback.errors import ConfigError, nearest
 from safemerge_callback.io.documents import read_yaml
 from safemerge_callback.signals.chat import template_settings
 
 from .arms import Arm, chosen, read_arms
-from .splits import LEAST, Split, check_split_name
-from .tasks import TASKS, get_task
 
 
 @dataclass(frozen=True)

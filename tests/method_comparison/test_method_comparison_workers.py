@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes.comparison import workers
-from recipes.comparison.cells import RESULT
-from recipes.comparison.grid import cells_of, make_grid
+from method_comparison import workers
+from method_comparison.cells import RESULT
+from method_comparison.grid import cells_of, make_grid
 from safemerge_callback.errors import ConfigError
 
 # transformers 5.23 calls it activation_checkpointing; trl 1.x, and earlier transformers, know the old name alone

@@ -13,26 +13,26 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from recipes.data.splits import SETS, prompts_of, rows_of
+from recipes.data.tasks import get_task
 from recipes.processor import measured_pace, vector_instructions
 
 from .grid import Grid, cells_of
-from .splits import SETS, prompts_of, rows_of
-from .tasks import get_task
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
 # What makes a result: a change of how results are shown does not change them.
+FLOORS = (
+    *("adapters", "decision", "evaluation", "io", "live", "methods", "offline", "ops", "record", "signals"),
+    *("subspace", "training"),
+)
 CODE = (
     "safemerge_callback/*.py",
-    *(f"safemerge_callback/{floor}/**/*.py" for floor in ("adapters", "decision", "evaluation", "methods", "offline")),
-    *(f"safemerge_callback/{floor}/**/*.py" for floor in ("ops", "subspace", "training")),
+    *(f"safemerge_callback/{floor}/**/*.py" for floor in FLOORS),
     "safemerge_callback/evaluation/*.json",
     "recipes/data/*.py",
     *(f"recipes/{name}.py" for name in ("finetune", "evaluate", "models")),
-    *(
-        f"recipes/comparison/{name}.py"
-        for name in ("cells", "measures", "random_subspace", "resolve", "splits", "tasks")
-    ),
+    *(f"method_comparison/{name}.py" for name in ("cells", "measures", "random_subspace", "resolve")),
 )
 # A result that differs in one of these is another's; `commit`, `host`, `threads` and `pace` are told and not compared:
 # what a cell runs in is its settings', whatever is the quicker here.

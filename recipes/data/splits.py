@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Literal
 
-from recipes.data import load_prompts
-from recipes.data.near_duplicates import groups
 from safemerge_callback.errors import ConfigError
 
+from . import load_prompts
+from .near_duplicates import groups
 from .tasks import Task, task_rows, text_of
 
 Split = Literal["validation", "test"]

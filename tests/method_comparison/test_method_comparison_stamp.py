@@ -3,9 +3,9 @@
 import torch
 from safetensors.torch import save_file
 
-from recipes.comparison import stamp
-from recipes.comparison.grid import make_grid
-from recipes.comparison.stamp import differences, name_with_digest
+from method_comparison import stamp
+from method_comparison.grid import make_grid
+from method_comparison.stamp import differences, name_with_digest
 
 RAW = {
     "model": "org/aligned",
@@ -55,3 +55,11 @@ def test_the_host_is_told_with_its_vector_instructions(monkeypatch):
     monkeypatch.setattr(stamp, "_data", lambda grid: {})
     monkeypatch.setattr(stamp, "vector_instructions", lambda: "AVX0")
     assert " AVX0, " in stamp.stamp_of(make_grid(RAW))["host"]
+
+
+def test_all_code_that_makes_a_result_is_in_its_stamp():
+    """A folder of the package that is new is either here or shows results alone."""
+    shown = {"cli", "integrations", "reports"}
+    package = stamp.ROOT / "safemerge_callback"
+    assert set(stamp.FLOORS) == {path.parent.name for path in package.glob("*/__init__.py")} - shown
+    assert [pattern for pattern in stamp.CODE if not any(stamp.ROOT.glob(pattern))] == []

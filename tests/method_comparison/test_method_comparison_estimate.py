@@ -2,9 +2,9 @@
 
 import pytest
 
-from recipes.comparison import estimate as module
-from recipes.comparison.estimate import estimate
-from recipes.comparison.grid import cells_of, make_grid
+from method_comparison import estimate as module
+from method_comparison.estimate import estimate
+from method_comparison.grid import cells_of, make_grid
 from recipes.processor import Pace
 
 SLOW, QUICK = Pace("an EPYC", 124.0, 82.0), Pace("a GPU", 10.0, 100.0)

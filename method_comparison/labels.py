@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from recipes.data.splits import prompts_of
 from safemerge_callback.errors import ConfigError, nearest
 from safemerge_callback.evaluation import wilson
 
@@ -17,7 +18,6 @@ from .grid import Cell, Grid
 from .measures import LETTERS
 from .resolve import folder_of
 from .results import result_of
-from .splits import prompts_of
 from .stamp import digest
 from .statistics import Interval
 

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from recipes.comparison.drift import correlation_interval, rank_correlation
-from recipes.comparison.statistics import Scored, at_score, front, mean_interval, paired_difference, refusal_at
+from method_comparison.drift_measures import correlation_interval, rank_correlation
+from method_comparison.statistics import Scored, at_score, front, mean_interval, paired_difference, refusal_at
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.evaluation import wilson
 

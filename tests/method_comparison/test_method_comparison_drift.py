@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from recipes import drift
-from recipes.comparison.drift import Drift, band_of, published_drifts
-from recipes.comparison.grid import load_grid
+from method_comparison import drift
+from method_comparison.drift_measures import Drift, band_of, published_drifts
+from method_comparison.grid import load_grid
 from safemerge_callback.decision import BAND, Band
 
 ROOT = Path(__file__).parents[2]
-CONFIG = ROOT / "configs" / "compare" / "smollm2.yaml"
+CONFIG = ROOT / "method_comparison" / "grids" / "smollm2.yaml"
 
 
 def run(moved, harm):
@@ -27,9 +27,9 @@ def test_the_band_is_that_of_the_published_runs(monkeypatch):
 def test_a_clone_writes_the_page_on_drift_anew(tmp_path, monkeypatch):
     """Neither the adapters nor the subspaces are there: the table beside the page is enough."""
     shutil.copytree(ROOT / "docs" / "results", tmp_path / "docs" / "results")
-    shutil.copytree(CONFIG.parent, tmp_path / "configs" / "compare")
+    shutil.copytree(CONFIG.parent, tmp_path / "method_comparison" / "grids")
     monkeypatch.chdir(tmp_path)
-    drift.main(["--config", "configs/compare/smollm2.yaml", "--since", "2026-11-22T03:46", "--take-published"])
+    drift.main(["--config", "method_comparison/grids/smollm2.yaml", "--since", "2026-11-22T03:46", "--take-published"])
     assert (tmp_path / "docs" / "drift.md").read_text() == (ROOT / "docs" / "drift.md").read_text()
 
 

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from recipes.data import load_examples
-from recipes.data.near_duplicates import without_near
 from safemerge_callback.errors import ConfigError, nearest
 from safemerge_callback.evaluation import says
 from safemerge_callback.signals import answer_of
+
+from . import load_examples
+from .near_duplicates import without_near
 
 
 @dataclass(frozen=True)

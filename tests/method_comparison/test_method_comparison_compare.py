@@ -15,14 +15,14 @@ import pytest
 import torch
 import yaml
 
-from recipes import compare, drift, label_responses
-from recipes.comparison import cells as cells_module
-from recipes.comparison.cells import RESULT, run_cell
-from recipes.comparison.drift import _merges_adapter
-from recipes.comparison.grid import cells_of, load_grid, make_grid
-from recipes.comparison.labels import agreements, responses_of
-from recipes.comparison.page import write_page
-from recipes.comparison.results import LINES, TABLE
+from method_comparison import cells as cells_module
+from method_comparison import compare, drift, label_responses
+from method_comparison.cells import RESULT, run_cell
+from method_comparison.drift_measures import _merges_adapter
+from method_comparison.grid import cells_of, load_grid, make_grid
+from method_comparison.labels import agreements, responses_of
+from method_comparison.page import write_page
+from method_comparison.results import LINES, TABLE
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.evaluation.prompts import package_files
 
@@ -179,7 +179,7 @@ def test_a_grid_runs_and_its_page_says_what_came_out(raw, tmp_path):
 
 def test_adapters_are_measured_beside_their_refusals(raw, tmp_path):
     config = written(raw, tmp_path)
-    with pytest.raises(ConfigError, match="holds no adapter with a result: run `python -m recipes"):
+    with pytest.raises(ConfigError, match="holds no adapter with a result: run `python -m method_comparison"):
         drift.main(["--config", str(config)])
     compare.run_grid(load_grid(config), cells_of(load_grid(config)))
     drift.main(["--config", str(config)])
@@ -389,7 +389,7 @@ def test_a_cell_that_fails_is_recorded_the_rest_go_on_and_it_is_tried_again(raw,
 
 def test_a_killed_run_loses_one_cell(raw, tmp_path):
     config = written({**raw, "arms": {name: raw["arms"][name] for name in ("plain", "every_2")}}, tmp_path)
-    command = [sys.executable, "-m", "recipes.compare", "--config", str(config)]
+    command = [sys.executable, "-m", "method_comparison.compare", "--config", str(config)]
     made = yaml.safe_load(config.read_text())
     # Long enough to be killed in.
     made["arms"]["every_2"]["settings"]["max_steps"] = 100_000
@@ -598,7 +598,7 @@ def test_cells_that_cannot_run_are_refused_by_name(raw, folder):
 
 
 def test_one_merge_with_the_total_weight_of_many(raw):
-    from recipes.comparison.resolve import resolved, total_weights
+    from method_comparison.resolve import resolved, total_weights
 
     many = {"max_steps": 60, "safemerge_every": 10, "safemerge_weights": [0.8, 0.2]}
     assert total_weights(many) == [round(0.8**6, 6), round(1 - 0.8**6, 6)]
@@ -623,7 +623,7 @@ def test_one_merge_with_the_total_weight_of_many(raw):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_quick_grid_runs_on_the_embedded_model(tmp_path):
-    raw = yaml.safe_load((ROOT / "configs" / "compare" / "smollm2_quick.yaml").read_text())
+    raw = yaml.safe_load((ROOT / "method_comparison" / "grids" / "smollm2_quick.yaml").read_text())
     raw |= {"output_dir": str(tmp_path / "quick"), "page": str(tmp_path / "results.md")}
     raw["finetune"]["use_cpu"] = not torch.accelerator.is_available()
     compare.main(["--config", str(written(raw, tmp_path)), "--workers", "0"])
@@ -646,7 +646,7 @@ def shrunk(value, folder):
 # In four steps of a random model some gates find nothing to merge, which is told.
 @pytest.mark.filterwarnings("ignore:safemerge. .*nothing was merged", "ignore:safemerge. .*planned merges")
 def test_every_arm_of_the_configuration_runs(raw, folder):
-    arms = yaml.safe_load((ROOT / "configs" / "compare" / "smollm2.yaml").read_text())["arms"]
+    arms = yaml.safe_load((ROOT / "method_comparison" / "grids" / "smollm2.yaml").read_text())["arms"]
     few = {"seeds": [1], "tasks": ["cities"], "poisoned_shares": [0.1]}
     arms = {name: {**arm, **few} for name, arm in shrunk(arms, folder).items()}
     grid = make_grid({**raw, "reference": "every_10", "arms": arms})

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from recipes.comparison.grid import load_grid
+from method_comparison.grid import load_grid
 from safemerge_callback.errors import ConfigError
 
 UNDER = {

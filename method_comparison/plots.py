@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .drift import Drift
+    from .drift_measures import Drift
 
 _MARKS = "osD^v<>PX*hp"
 # The SVG's ids and date would otherwise change with every run.

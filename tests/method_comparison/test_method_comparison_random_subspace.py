@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from recipes.comparison.random_subspace import random_subspace
+from method_comparison.random_subspace import random_subspace
 from safemerge_callback import build_subspace
 from safemerge_callback.ops import Factored
 from safemerge_callback.subspace import Subspace

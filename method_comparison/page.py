@@ -7,13 +7,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from recipes.data.splits import SETS
+
 from .answers import answers
 from .figures import HARM, SHOWN, Place, matched, places_of, reference_arms, reference_of
 from .grid import Grid, cells_of
 from .markdown import percent, points, table
 from .plots import write_plots
 from .results import Result
-from .splits import SETS
 from .statistics import AtScore
 
 TITLES = {
@@ -60,7 +61,7 @@ def _head(grid: Grid, config: str | Path, results: Sequence[Result]) -> str:
     versions = {f"{name} {number}": None for stamp in stamps for name, number in stamp["versions"].items()}
     lines = [
         "# Results",
-        f"Written by `python -m recipes.compare --config {config}`; edit the configuration, not this page.",
+        f"Written by `python -m method_comparison.compare --config {config}`; edit the configuration, not this page.",
         "",
         f"- cells: {len(results) - failed} of {every} done, {failed} failed; split: {grid.split}",
         f"- seeds: {_several(sorted(result['seed'] for result in results))}; hours spent: {hours:.1f}",
@@ -187,7 +188,7 @@ def _notes(grid: Grid, config: str | Path) -> str:
             "- The validation split is for choosing thresholds and weights, the test split is read once. Both hold "
             "whole groups of near-duplicates, and none of what is trained on.",
             f"- Every figure, prompt by prompt: `{Path(grid.page).stem}/results.jsonl`, `results.csv`.",
-            f"- One row: `python -m recipes.compare --config {config} --only ARM --seeds N --tasks TASK "
+            f"- One row: `python -m method_comparison.compare --config {config} --only ARM --seeds N --tasks TASK "
             "--poisoned-shares X`, and with `--repeat-in DIR` the same cell again, compared with the published one. "
             f"Each cell's own YAML and journal are in `{grid.output_dir}/cells/`.",
         ]

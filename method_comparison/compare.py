@@ -1,0 +1,132 @@
+"""Which arm keeps refusals, at what price? A grid of arms × tasks × poisoned shares × seeds, and its page.
+
+    python -m method_comparison.compare --config method_comparison/grids/smollm2.yaml
+    python -m method_comparison.compare --config GRID --only plain every_10 --seeds 1 2 --tasks sentiment
+    python -m method_comparison.compare --config GRID --take-published --only ema --seeds 2
+    python -m method_comparison.compare --config GRID --page-only
+    python -m method_comparison.compare --config GRID --only plain --seeds 1 --repeat-in runs/again
+
+Everything is resolved and checked before the first cell. A cell is a run of recipes/finetune.py with its own YAML, or
+a merge of another cell's adapter, or a model as it is; its result is beside it, so a grid that was stopped goes on
+where it was. Cells run in processes of their own, `--workers` at a time, the cores shared out among them. A cell that
+fails is recorded, the rest go on, and it is tried again next time. The page, its plots, results.jsonl and results.csv
+are written from the results that there are. `--take-published` counts the results beside the page as done: a clone has
+those and no cells. `--repeat-in` runs cells again in another folder and compares them with the published ones, prompt
+by prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from .estimate import estimate
+from .grid import Cell, Grid, cells_of, load_grid
+from .page import write_page
+from .repeat import beside_published, elsewhere, published_results, run_since, take_published
+from .resolve import check_cells
+from .results import one_version, others_of, result_of, sort_out, with_parents, write_results
+from .stamp import stamp_of
+from .workers import run_cells, share_threads
+
+Say = Callable[[str], None]
+
+
+def run_grid(grid: Grid, cells: Sequence[Cell], keep_others: bool = False, say: Say = print, workers: int = 0) -> None:
+    """Run every cell that has no result yet, as `run_cells` does; results.jsonl and results.csv grow with each.
+
+    Raises ConfigError, before the first cell, for settings that cannot be and for results of other versions.
+    """
+    check_cells(grid, cells)
+    stamp = stamp_of(grid)
+    # Of all cells, whichever are run now: an arm run today is not to be compared with one of another version.
+    everywhere = sort_out(grid, cells_of(grid), stamp, keep_others)
+    left = with_parents(grid, [cell for cell in cells if cell in everywhere])
+    say(f"{len(cells) - len(left)} of {len(cells)} cells are done. To do: {estimate(grid, left)}.")
+    if any(cell.arm.kind != "model" for cell in left):
+        build_subspaces(grid)
+    for place, (cell, result) in enumerate(run_cells(grid, left, stamp, workers), 1):
+        write_results(grid, cells_of(grid))
+        spent = sum(result["seconds"].values())
+        say(f"[{place}/{len(left)}] {cell.name}: {result['error'] or 'done'} ({spent:.0f} s)")
+
+
+def build_subspaces(grid: Grid) -> None:
+    """Write the safety subspace and its random control, unless they are there."""
+    from recipes.models import checkpoint
+    from safemerge_callback import build_subspace
+
+    from .random_subspace import random_subspace
+
+    if not grid.subspace.is_file():
+        aligned, unaligned = checkpoint(grid.model), checkpoint(grid.unaligned)
+        build_subspace(grid.subspace, aligned=aligned, unaligned=unaligned, target_modules=list(grid.target_modules))
+    if not grid.random_subspace.is_file():
+        random_subspace(grid.subspace, grid.random_subspace, seed=grid.random_subspace_seed)
+
+
+def repeat(grid: Grid, cells: Sequence[Cell], folder: Path, workers: int = 0, say: Say = print) -> None:
+    """Run the cells again in `folder`, and say a line a cell: what is as published. ConfigError where nothing is."""
+    published, again = published_results(grid), elsewhere(grid, folder)
+    run_grid(again, cells, say=say, workers=workers)
+    repeated = [(cell, result) for cell in cells if (result := result_of(again, cell)) is not None]
+    for line in beside_published(grid, repeated, published):
+        say(line)
+
+
+def go_on(grid: Grid, cells: Sequence[Cell], keep_others: bool = False, workers: int = 0, say: Say = print) -> None:
+    """Run the cells that are not published, and say a line for each published one that had to be run again for them.
+
+    ConfigError where nothing is published, or what is does not mix with what would be run now.
+    """
+    published = published_results(grid)
+    taken = take_published(grid, cells_of(grid), published, stamp_of(grid))
+    say(f"{len(taken)} published results taken as done.")
+    run_grid(grid, cells, keep_others, say, workers)
+    for line in beside_published(grid, run_since(grid, cells_of(grid), published), published):
+        say(line)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the grid, or the part of it that is asked for, and write the page."""
+    given = _parser().parse_args(args)
+    # Threads that spin while they wait slow a busy machine down, and forked tokenizers warn.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    share_threads(given.workers)
+    grid = load_grid(given.config)
+    cells = cells_of(grid, given.only, given.seeds, given.tasks, given.poisoned_shares)
+    if given.repeat_in:
+        repeat(grid, cells, given.repeat_in, given.workers)
+        return
+    if given.take_published:
+        go_on(grid, cells, given.keep_others, given.workers)
+    elif not given.page_only:
+        run_grid(grid, cells, given.keep_others, workers=given.workers)
+    # Beside the page, too: what is published with it, it can be checked against.
+    written = write_results(grid, cells_of(grid), Path(grid.page).with_suffix(""))
+    results, others = one_version(written, given.keep_others, grid.same_code)
+    page = write_page(grid, given.config, results, [*others, *others_of(grid)])
+    print(f"{len(results)} results; page: {page}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="the grid, a YAML file in method_comparison/grids")
+    parser.add_argument("--only", nargs="+", default=[], metavar="ARM", help="these arms, and those they build on")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[], metavar="N", help="these of the grid's seeds")
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="these of the grid's tasks")
+    parser.add_argument("--poisoned-shares", nargs="+", type=float, default=[], metavar="X", help="these of the grid's")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--page-only", action="store_true", help="write the page of the results there are; run nothing")
+    what.add_argument("--repeat-in", type=Path, metavar="DIR", help="run again in DIR; compare with the published")
+    what.add_argument("--take-published", action="store_true", help="count the results beside the page as done")
+    parser.add_argument("--keep-others", action="store_true", help="set results of other versions apart, list them")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="cells at a time, each a process (0: none)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
