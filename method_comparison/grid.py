@@ -10,8 +10,8 @@ from typing import Any
 
 from recipes.data.splits import LEAST, Split, check_split_name
 from recipes.data.tasks import TASKS, get_task
+from recipes.settings import read_settings
 from safemerge_callback.errors import ConfigError, nearest
-from safemerge_callback.io.documents import read_yaml
 from safemerge_callback.signals.chat import template_settings
 
 from .arms import Arm, chosen, read_arms
@@ -97,30 +97,10 @@ MORE = ("chat_template_kwargs",)
 
 
 def load_grid(path: str | Path) -> Grid:
-    """Read a grid from YAML; ConfigError for keys, arms, tasks, splits and counts that cannot be.
-
-    `base: FILE`, a path from its folder, takes in another grid: what is said here goes before what is said there, in
-    mappings (arms, finetune, evaluate, ...) key by key.
+    """Read a grid from YAML, over its `base` as `read_settings`; ConfigError for keys, arms, tasks, splits and counts
+    that cannot be.
     """
-    raw = _read(Path(path))
-    if (base := raw.pop("base", None)) is None:
-        return make_grid(raw)
-    if not isinstance(base, str) or "base" in (under := _read(Path(path).parent / base)):
-        asked = "name a grid that has none itself, by its path from this one's folder"
-        raise ConfigError(f"base of grid {str(path)!r} is {base!r}: {asked}")
-    return make_grid({**under, **{key: _over(under.get(key), value) for key, value in raw.items()}})
-
-
-def _read(path: Path) -> dict[str, Any]:
-    raw = read_yaml(path, f"grid {str(path)!r}", advice="Give a YAML file")
-    if not isinstance(raw, dict):
-        raise ConfigError(f"grid {str(path)!r} holds {type(raw).__name__}: it must map settings to values")
-    return raw
-
-
-def _over(under: Any, value: Any) -> Any:
-    both = isinstance(under, Mapping) and isinstance(value, Mapping)
-    return {**under, **value} if both else value
+    return make_grid(read_settings(path, "grid", advice="Give a YAML file"))
 
 
 def make_grid(raw: Mapping[str, Any]) -> Grid:

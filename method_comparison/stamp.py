@@ -31,7 +31,7 @@ CODE = (
     *(f"safemerge_callback/{floor}/**/*.py" for floor in FLOORS),
     "safemerge_callback/evaluation/*.json",
     "recipes/data/*.py",
-    *(f"recipes/{name}.py" for name in ("finetune", "evaluate", "models")),
+    *(f"recipes/{name}.py" for name in ("finetune", "evaluate", "models", "settings")),
     *(f"method_comparison/{name}.py" for name in ("cells", "measures", "random_subspace", "resolve")),
 )
 # A result that differs in one of these is another's; `commit`, `host`, `threads` and `pace` are told and not compared:

@@ -4,7 +4,8 @@
     accelerate launch recipes/finetune.py --config configs/finetune/smollm2_sentiment_safemerge.yaml
     python -m recipes.finetune --config configs/finetune/smollm2_sentiment.yaml --max_steps 10 --safemerge_subspace S
 
-A YAML file maps settings to values, and the command line overrides it. Settings are those of TRL's SFTConfig and
+A YAML file maps settings to values, over those of its `base` if it names one (another file, by its path from this one's
+folder), and the command line overrides it. Settings are those of TRL's SFTConfig and
 ModelConfig, the data's below, and every knob of SafeMergeConfig with `safemerge_` before its name; the callback is used
 when `safemerge_subspace` is given.
 """
@@ -12,19 +13,23 @@ when `safemerge_subspace` is given.
 from __future__ import annotations
 
 import sys
+import tempfile
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 if __package__ in (None, ""):  # run as a script by `accelerate launch`
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from recipes.data.mixing import check_share
 from recipes.models import load_model
+from recipes.settings import read_settings
 from safemerge_callback.errors import ConfigError, nearest
-from safemerge_callback.io.documents import read_yaml
 from safemerge_callback.signals.chat import template_settings
 from safemerge_callback.training import SafeMergeCallback, SafeMergeConfig
 
@@ -110,18 +115,31 @@ def parse(classes: Sequence[type], args: Sequence[str] | None = None) -> tuple[A
     """Parse `--config FILE` and overrides into instances of `classes`; ConfigError for a key that none of them has."""
     from trl import TrlParser
 
-    given = sys.argv[1:] if args is None else list(args)
-    if "--config" in given[:-1]:
-        # TrlParser's own reading keeps the last of two equal keys.
-        file = given[given.index("--config") + 1]
-        read_yaml(file, f"config file {file!r}")
-    *parsed, unknown = TrlParser(classes).parse_args_and_config(args, return_remaining_strings=True)
+    with _config_file(sys.argv[1:] if args is None else list(args)) as given:
+        *parsed, unknown = TrlParser(classes).parse_args_and_config(given, return_remaining_strings=True)
     keys = [text.removeprefix("--") for text in unknown if text.startswith("--")]
     if unknown:
         allowed = [knob.name for one in classes for knob in fields(one)]
         key = keys[0] if keys else unknown[0]
         raise ConfigError(f"setting {key!r} is unknown{nearest(key, allowed)}; see --help for all of them")
     return tuple(parsed)
+
+
+@contextmanager
+def _config_file(args: list[str]) -> Iterator[list[str]]:
+    """The arguments, with a file that holds all settings in the place of one that may have a base.
+
+    TrlParser's own reading knows of none, and keeps the last of two equal keys.
+    """
+    if "--config" not in args[:-1]:
+        yield args
+        return
+    place = args.index("--config") + 1
+    settings = read_settings(args[place], "config file")
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / Path(args[place]).name
+        whole.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        yield [*args[:place], str(whole), *args[place + 1 :]]
 
 
 def parse_finetune(args: Sequence[str] | None = None) -> Settings:

@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 
 from method_comparison import resolve
 from method_comparison.grid import cells_of, load_grid
 from method_comparison.resolve import check_cells
 from recipes.finetune import PREFIX
+from recipes.settings import read_settings
 from recipes.train_safety_adapter import parse_train
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +65,7 @@ def test_every_grid_can_run(path, monkeypatch):
         assert {name for name, number in benign.items() if number < 2} == {"aligned", "demo", "demo_plain"}
         assert {name for name, number in poisoned.items() if number < 2} == {"probed_plain", "probed_every_10"}
         # The demo is a row of it.
-        guarded = yaml.safe_load((CONFIGS / "finetune" / "smollm2_sentiment_safemerge.yaml").read_text())
+        guarded = read_settings(CONFIGS / "finetune" / "smollm2_sentiment_safemerge.yaml", "config file")
         demo = next(resolve.resolved(grid, cell) for cell in cells if cell.arm.name == "demo")
         own = {"output_dir", "bf16", f"{PREFIX}subspace", f"{PREFIX}at_train_end"}
         assert {key: demo.get(key) for key in guarded if key not in own} == {

@@ -10,6 +10,7 @@ import yaml
 from recipes.evaluate import EvaluateArguments
 from recipes.finetune import PREFIX, SafeMergeArguments, parse, parse_finetune
 from recipes.models import PACKAGED
+from recipes.settings import read_settings
 from recipes.train_safety_adapter import parse_train
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.training import SafeMergeConfig
@@ -31,6 +32,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is depr
 
 def files(folder):
     return sorted((CONFIGS / folder).glob("*.yaml"))
+
+
+def settings(path):
+    """Those of a file over those of its base."""
+    return read_settings(path, "config file")
 
 
 def on_cpu(path):
@@ -62,7 +68,7 @@ def test_files_that_a_header_or_a_value_names_exist(path):
 @pytest.mark.parametrize("path", files("finetune"), ids=lambda p: p.stem)
 def test_finetune_files(path):
     data, sft, model, safemerge = parse_finetune(on_cpu(path))
-    given = yaml.safe_load(path.read_text())
+    given = settings(path)
     assert model.use_peft
     assert sft.completion_only_loss
     assert sft.gradient_checkpointing is given["gradient_checkpointing"]
@@ -100,17 +106,24 @@ def test_no_page_shows_a_schedule_in_steps(page):
 
 @pytest.mark.parametrize("path", [p for p in files("finetune") if "_safemerge" in p.stem], ids=lambda p: p.stem)
 def test_a_guarded_file_differs_from_the_plain_one_by_the_callback_alone(path):
-    plain = yaml.safe_load(path.with_stem(path.stem.partition("_safemerge")[0]).read_text())
-    guarded = yaml.safe_load(path.read_text())
+    plain = settings(path.with_stem(path.stem.partition("_safemerge")[0]))
+    guarded = settings(path)
     differing = {key for key in guarded.keys() | plain.keys() if guarded.get(key) != plain.get(key)}
     assert {key for key in differing if not key.startswith(PREFIX)} == {"output_dir"}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_a_file_repeats_nothing_that_its_base_says(path):
+    own = yaml.safe_load(path.read_text())
+    base = settings(path.parent / own["base"]) if "base" in own else {}
+    assert [key for key, value in own.items() if key in base and base[key] == value] == []
 
 
 @pytest.mark.parametrize("path", files("align"), ids=lambda p: p.stem)
 def test_align_files(path):
     data, sft, model, safemerge = parse_finetune(on_cpu(path))
     assert (data.data, model.use_peft, sft.completion_only_loss, safemerge) == ("safety", False, True, None)
-    made = [yaml.safe_load(file.read_text()).get("model_name_or_path") for file in files("train_safety_adapter")]
+    made = [settings(file).get("model_name_or_path") for file in files("train_safety_adapter")]
     assert sft.output_dir in made
 
 
@@ -127,7 +140,7 @@ def test_train_safety_adapter_files(path):
 
 def test_every_safety_adapter_that_a_run_needs_has_a_file_that_makes_it():
     made = {parse_train(on_cpu(path))[1].output_dir for path in files("train_safety_adapter")}
-    needed = {yaml.safe_load(path.read_text()).get("safemerge_safety_adapter") for path in files("finetune")} - {None}
+    needed = {settings(path).get("safemerge_safety_adapter") for path in files("finetune")} - {None}
     assert needed <= made
 
 
@@ -135,7 +148,7 @@ def test_every_safety_adapter_that_a_run_needs_has_a_file_that_makes_it():
 def test_evaluate_files(path):
     (arguments,) = parse((EvaluateArguments,), ["--config", str(path)])
     assert arguments.n_task > 0, "harm is never reported without utility"
-    made = {yaml.safe_load(file.read_text())["output_dir"] for file in files("finetune")}
+    made = {settings(file)["output_dir"] for file in files("finetune")}
     assert arguments.adapter is None or arguments.adapter in made
 
 
