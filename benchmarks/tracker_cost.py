@@ -29,8 +29,7 @@ from benchmarks.hardware import hardware, timed, title
 from safemerge_callback.decision import MergePlan, Reading, Readings
 from safemerge_callback.record.metrics import check_metrics
 from safemerge_callback.record.progress import Progress
-from safemerge_callback.training.entries import decision_rows
-from safemerge_callback.training.trackers import TRACKERS, Report, Run, Trackers
+from safemerge_callback.training.trackers import TRACKERS, Report, Run, Trackers, decision_rows
 
 TYPES = [*(f"self_attn.{p}_proj" for p in "qkvo"), *(f"mlp.{p}_proj" for p in ("gate", "up", "down"))]
 

@@ -34,7 +34,8 @@ from ..decision.gates import KNOB, Knobs
 from ..decision.weights import pattern_of
 from ..methods import get_method
 from ..ops import LowRank
-from ..record import VERSION, check_entry, merge_entry
+from ..record.entries import Sources, check_entry, end_entry, merge_entry, start_entry
+from ..record.progress import Progress
 from ..subspace import Subspace
 from ..version import __version__
 from .bake import BAKED_ADAPTER, BaseModel
@@ -232,17 +233,10 @@ def _entries(
     config |= plan.taken | ({"module_weights": dict(plan.module_weights)} if plan.module_weights else {})
     if plan.gate in KNOB:
         config[KNOB[plan.gate]] = plan.rule.knob
-    sources = {"path": parts["subspace"], "aligned": parts["aligned"], "unaligned": parts["unaligned"]}
-    start = {
-        "kind": "start",
-        "version": VERSION,
-        "step": 0,
-        "config": {**parts, **config},
-        "versions": {"torch": torch.__version__, "safemerge-callback": __version__},
-        "subspace": sources,
-        "num_modules": len(plan.readings),
-    }
+    sources = Sources(parts["subspace"], parts["aligned"], parts["unaligned"])
+    versions = {"torch": torch.__version__, "safemerge-callback": __version__}
+    start = start_entry(0, {**parts, **config}, versions, sources, len(plan.readings))
     left = {name: plan.task_weight_of(name) for name in plan.selected}
     merges = [merge_entry(0, plan, edits, left, merging)] if edits else []
-    end = {"kind": "end", "step": 0, "checks": 1, "merges": len(merges), "modules_merged": len(edits)}
-    return [start, check_entry(0, plan, measuring), *merges, {**end, "seconds": measuring + merging}]
+    counts = Progress(checks=1, merges=len(merges), modules_merged=len(edits))
+    return [start, check_entry(0, plan, measuring), *merges, end_entry(0, counts, measuring + merging)]

@@ -19,6 +19,7 @@ from ..errors import AdapterError, ConfigError
 from ..io.paths import as_path
 from ..io.whole_file import settle
 from ..record import JOURNAL_FILE, Journal, read_journal
+from ..record.entries import undo_entry, undo_noted
 
 MERGED_FOLDER = "merged"
 # An engine trains in float32 and saves in half precision: the norms of one and the other differ by less than this.
@@ -53,12 +54,12 @@ def take_back(run: str | Path) -> Undone:
     snapshot = load_snapshot(home)
     place, merged = _merged(folder, snapshot, str(run))
     journal = Journal(home / JOURNAL_FILE)
-    entry = {"kind": "undo", "step": snapshot.step, "folder": _named(place, home), "modules": list(snapshot.factors)}
+    entry = undo_entry(snapshot.step, _named(place, home), snapshot.factors)
     restored = _restored(merged, snapshot)
     if not _equal(restored, merged):
         save_adapter(place / MERGED_FOLDER, merged)
         save_adapter(place, restored)
-    elif _noted(journal, entry):
+    elif undo_noted(read_journal(journal.path), entry):
         raise ConfigError(f"run {str(run)!r}: its merge at step {snapshot.step} was undone already")
     journal.append(entry)
     return Undone(tuple(snapshot.factors), place / MERGED_FOLDER)
@@ -142,13 +143,3 @@ def _equal(one: Adapter, other: Adapter) -> bool:
 def _named(place: Path, home: Path) -> str:
     """What the journal calls the adapter's folder: as seen from the run's, which has a name of its own."""
     return place.name if place == home else place.relative_to(home).as_posix()
-
-
-def _noted(journal: Journal, entry: dict[str, object]) -> bool:
-    """Whether the journal knows of this undoing, and of no merge at that step since."""
-    noted = False
-    for old in read_journal(journal.path):
-        if old.get("kind") == "merge" and old.get("step") == entry["step"]:
-            noted = False
-        noted |= all(old.get(key) == entry[key] for key in ("kind", "step", "folder"))
-    return noted

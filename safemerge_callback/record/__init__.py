@@ -1,12 +1,11 @@
 """Floor 5: what a run leaves in writing: its journal, its metrics, how far it is, its model card."""
 
+from .entries import check_entry, merge_entry
 from .journal import (
     JOURNAL_FILE,
     PAGE_FILE,
     VERSION,
     Journal,
-    check_entry,
-    merge_entry,
     numbered_entries,
     parse_lines,
     read_journal,

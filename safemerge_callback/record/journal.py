@@ -14,14 +14,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..decision.apply import Edit
-from ..decision.gates import KNOB
-from ..decision.plan import MergePlan
 from ..errors import JournalError
 from ..io.addresses import without_folders
 from ..io.paths import as_path
 
-VERSION = 1
+# Of the lines: 2 has each module's `limit` in a check. What was written with an older one is read as before.
+VERSION = 2
 JOURNAL_FILE = "safemerge.jsonl"
 # The page that a report of the journal is, in its folder.
 PAGE_FILE = "safemerge_report.html"
@@ -180,10 +178,11 @@ def _parsed(lines: Sequence[bytes], tail: bytes, path: Path) -> tuple[dict[int, 
     entries, torn = parse_lines(lines, path)
     if torn and not entries:
         raise JournalError(f"journal {str(path)!r}, line {torn[0]}: not JSON. Give a journal ({JOURNAL_FILE}).")
-    first = next(iter(entries.values()), {"kind": "none yet"})
+    first = next(iter(entries), None)
+    strange = first is not None and "kind" not in entries[first]
     begun = tail.strip(b"\0")
-    if "kind" not in first or not begun.startswith(_BEGINNING[: len(begun)]):
-        where = "its end" if "kind" in first else f"line {next(iter(entries))}"
+    if strange or not begun.startswith(_BEGINNING[: len(begun)]):
+        where = f"line {first}" if strange else "its end"
         raise JournalError(f"{str(path)!r} exists and is no journal, {where}: not an entry of ours. Give another file.")
     return entries, [*torn, len(lines) + 1] if tail else torn
 
@@ -220,46 +219,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-def check_entry(step: int, plan: MergePlan, seconds: float) -> dict[str, Any]:
-    """Return the entry of one check: every reading with the gate's verdict. `seconds` is the time it took."""
-    modules = [
-        {
-            "name": name,
-            "cosine": reading.cosine,
-            "null_cosine": reading.null_cosine,
-            "update_norm": reading.update_norm,
-            "merge": plan.verdicts[name].merge,
-            "reason": plan.verdicts[name].reason,
-            **({} if reading.signed_z is None else {"signed_z": reading.signed_z}),
-            **({"interval": list(reading.interval)} if reading.interval else {}),
-            **({"reread": True} if reading.reread else {}),
-            **{note: getattr(reading, note) for note in plan.rule.criterion.notes},
-        }
-        for name, reading in plan.readings.items()
-    ]
-    gate = {"gate": plan.gate, "threshold": plan.threshold, "num_layers": plan.num_layers}
-    if plan.gate in KNOB:
-        gate[KNOB[plan.gate]] = plan.rule.knob
-    return {"kind": "check", "step": step, **gate, "seconds": seconds, "modules": modules}
-
-
-def merge_entry(
-    step: int, plan: MergePlan, edits: Sequence[Edit], task_weights: Mapping[str, float], seconds: float
-) -> dict[str, Any]:
-    """Return the entry of one merge. `task_weights`: module name -> product of all w_live so far, this one's too."""
-    modules = [
-        {
-            "name": e.name,
-            "residual": e.residual,
-            "change": e.change,
-            "task_weight": task_weights[e.name],
-            **({"weights": list(plan.weights_of(e.name))} if plan.varied else {}),
-        }
-        for e in edits
-    ]
-    how = {"method": plan.method, "space": plan.space, "weights": list(plan.weights), **plan.taken}
-    if plan.module_weights:
-        how["module_weights"] = {pattern: list(own) for pattern, own in plan.module_weights.items()}
-    return {"kind": "merge", "step": step, **how, "seconds": seconds, "modules": modules}

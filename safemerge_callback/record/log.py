@@ -9,6 +9,7 @@ from typing import Any
 
 from ..io.printable import printable
 from ..live.faults import Fault, attempt
+from .entries import error_entry
 from .journal import Journal
 from .progress import Progress
 
@@ -71,7 +72,7 @@ class Log:
 
         The kind is where it went wrong, unless another is given. With `alert`, a title, a person is told elsewhere too.
         """
-        self.note({"kind": "error", "step": step, "where": fault.where, "error": fault.error})
+        self.note(error_entry(step, fault.where, fault.error))
         self.warn(kind or fault.where, message, stacklevel=3)
         if alert and self.alert:
             text = f"{fault.where}, step {step}: {fault.error}"

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..io.numbers import is_number
 from ..io.whole_file import whole_file
-from . import read_journal
+from .journal import read_journal
 
 # Where the state was before it was a part of the trainer's own file.
 OLDER_FILE = "safemerge_state.json"

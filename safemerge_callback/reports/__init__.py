@@ -1,9 +1,9 @@
 """Floor 7: what a journal tells, as a table, as pictures, as a page and, while it grows, in the terminal."""
 
 from ..record import PAGE_FILE
-from .entries import read_history
+from ..record.entries import read_history
+from ..record.history import Cell, Event, History, Measured, Probe
 from .heatmap import draw_heat_map, write_heat_map
-from .history import Cell, Event, History, Measured, Probe
 from .measurement import readings_json, readings_text
 from .page import render_page, write_page
 from .plots import PLOTS, draw_plot, write_report

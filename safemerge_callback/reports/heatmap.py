@@ -7,7 +7,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from .history import History, counted
+from ..record.history import History
+from .counted import counted
 from .layout import LEFT, OUTSIDE, Grid, Panel, grid_for, panels
 from .saving import checked_name, figure_module, save_figure
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..decision import BAND
-from .history import Cell, History, Measured
+from ..record.history import Cell, History, Measured
 from .layout import panels
 
 SCALE = 10_000

@@ -14,8 +14,8 @@ from ..evaluation.units import SHARE
 from ..io.choices import one_of
 from ..io.paths import as_path
 from ..record import JOURNAL_FILE, PAGE_FILE
+from ..record.history import LOSS, History, Measured
 from .heatmap import draw_heat_map
-from .history import LOSS, History, Measured
 from .page import write_page
 from .saving import FORMATS, figure_module, save_figure
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 
 from ..io.printable import printable
 from ..io.text_table import render
-from .history import Cell, History, counted
+from ..record.history import Cell, History
+from .counted import counted
 from .layout import Panel, panels
 
 _COLUMNS = ("type", "modules", "moved", "null", "first", "last", "lowest", "where", "merges", "task left")

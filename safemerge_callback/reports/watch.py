@@ -17,8 +17,9 @@ from ..evaluation.units import SHARE
 from ..io.paths import as_path
 from ..io.printable import printable
 from ..record import JOURNAL_FILE, parse_lines, require_journal_file, tell_torn
-from .entries import add_entry
-from .history import Cell, History, counted, title_of
+from ..record.entries import add_entry
+from ..record.history import Cell, History, title_of
+from .counted import counted
 from .layout import OUTSIDE, panels
 
 WORST = 10

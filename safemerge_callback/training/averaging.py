@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..adapters import Adapter
 from ..decision import Average
@@ -38,14 +38,6 @@ def follow(session: Session, step: int) -> None:
     if isinstance(done, Fault):
         words = f"the average of the run's updates lacks step {step}, training goes on: {done.error}"
         session.log.fault(step, done, words)
-
-
-def about(average: Average | None) -> dict[str, Any]:
-    """Return what a merge's entry says of the average; nothing where there is none."""
-    if average is None:
-        return {}
-    told = {"decay": average.decay, "followed": average.followed, "residual": average.residual}
-    return {"average": told}
 
 
 def save_average(average: Average | None, folder: Path, save: str = "") -> None:

@@ -13,10 +13,9 @@ from ..record import JOURNAL_FILE, Journal, check_entry, merge_entry
 from ..record.log import Log
 from ..record.metrics import check_metrics
 from ..record.progress import Progress
-from .entries import decision_rows
 from .run.artifact import Outcome
 from .run.lines import nothing_merged
-from .trackers import Report, Run, Trackers, known
+from .trackers import Report, Run, Trackers, decision_rows, known
 
 
 class LoopLog:

@@ -17,8 +17,8 @@ from ..live.optimizer.copy import copy_optimizer_states
 from ..live.optimizer.moments import edit_moments
 from ..live.ranks import agree, many
 from ..ops import LowRank
-from ..record import merge_entry
-from .averaging import about, sources
+from ..record.entries import merge_entry, rollback_entry
+from .averaging import sources
 from .run.lines import rollback_line
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def merge(session: Session, step: int, plan: MergePlan, keep_in: Path | None) ->
     session.progress.record_merge(step, {name: plan.task_weight_of(name) for name in plan.selected})
     took, shares = time.perf_counter() - began, session.progress.task_weights
     session.log.tell(
-        step, lambda: session.log.note(merge_entry(step, plan, edits, shares, took) | about(session.average))
+        step, lambda: session.log.note(merge_entry(step, plan, edits, shares, took, session.average))
     )
     reason = session.witness.after_merge(step) if session.witness else None
     if reason and _taken_back(session, step, before, reason):
@@ -116,7 +116,7 @@ def _taken_back(session: Session, step: int, before: Before, reason: str) -> boo
         agree(f"the factors put back at step {step}", digest(now))
     for name, value in before.progress.items():
         setattr(session.progress, name, value)
-    session.log.note({"kind": "rollback", "step": step, "modules": list(before.factors), "reason": reason})
+    session.log.note(rollback_entry(step, before.factors, reason))
     session.log.say(rollback_line(step, reason))
     return True
 

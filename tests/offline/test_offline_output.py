@@ -3,6 +3,8 @@
 import shutil
 
 import pytest
+from safemerge_callback.reports.history import Cell as Drift
+from safemerge_callback.reports.history import History
 
 from safemerge_callback import merge_adapters
 from safemerge_callback.adapters import load_adapter, save_adapter
@@ -12,8 +14,6 @@ from safemerge_callback.errors import ConfigError, SafeMergeError
 from safemerge_callback.offline.sweep.table import Cell, Sweep
 from safemerge_callback.ops import LowRank
 from safemerge_callback.reports import read_history, write_page, write_report
-from safemerge_callback.reports.history import Cell as Drift
-from safemerge_callback.reports.history import History
 from safemerge_callback.reports.saving import save_figure
 from safemerge_callback.subspace import compress_subspace
 from safemerge_callback.training.checkpoints import replace_values

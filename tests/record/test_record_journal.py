@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from safemerge_callback.decision import Edit, MergePlan, Reading, Readings
 from safemerge_callback.errors import JournalError
-from safemerge_callback.record import Journal, check_entry, merge_entry, read_journal
+from safemerge_callback.record import Journal, read_journal
 from safemerge_callback.record.progress import continue_journal
 from safemerge_callback.record.progress import cut as kept_entries
 
@@ -23,17 +22,6 @@ journal = Journal(sys.argv[1])
 for step in range(10**9):
     journal.append({"kind": "check", "step": step, "modules": [{"name": "m" * 2000}] * 20})
 """
-
-
-def a_plan():
-    readings = Readings(
-        [
-            Reading("a", 0.2, 0.7, 1.5, 4, (8, 8)),
-            Reading("b", 0.9, 0.7, 2.5, 4, (8, 8)),
-            Reading("c", math.nan, 0.7, math.inf, 4, (8, 8)),
-        ]
-    )
-    return MergePlan.decide(readings, threshold=0.35)
 
 
 def test_entries_come_back_in_order_with_the_time(tmp_path):
@@ -184,44 +172,6 @@ def test_a_value_without_a_word_in_json_is_refused_and_nothing_is_written(tmp_pa
 def test_other_ranks_touch_nothing(tmp_path):
     Journal(tmp_path / "deep" / "j.jsonl", enabled=False).append({"kind": "end"})
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_check_holds_every_reading_and_verdict(tmp_path):
-    journal = Journal(tmp_path / "j.jsonl")
-    journal.append(check_entry(10, a_plan(), 0.25))
-    entry = read_journal(journal.path)[0]
-    assert {k: entry[k] for k in ("kind", "step", "gate", "threshold", "seconds")} == {
-        "kind": "check",
-        "step": 10,
-        "gate": "threshold",
-        "threshold": 0.35,
-        "seconds": 0.25,
-    }
-    assert entry["modules"][0] == {
-        "name": "a",
-        "cosine": 0.2,
-        "null_cosine": 0.7,
-        "update_norm": 1.5,
-        "merge": True,
-        "reason": "cosine 0.2000 < 0.35",
-    }
-    assert (entry["modules"][2]["cosine"], entry["modules"][2]["update_norm"]) == (None, None)
-    assert [m["merge"] for m in entry["modules"]] == [True, False, False]
-
-
-def test_a_merge_holds_every_edit_and_the_compounded_weight(tmp_path):
-    journal = Journal(tmp_path / "j.jsonl")
-    journal.append(merge_entry(20, a_plan(), (Edit("a", 0.05, math.inf),), {"a": 0.64, "b": 0.8}, 0.5))
-    entry = read_journal(journal.path)[0]
-    assert {k: entry[k] for k in ("kind", "step", "method", "space", "weights", "seconds", "modules")} == {
-        "kind": "merge",
-        "step": 20,
-        "method": "linear",
-        "space": "delta",
-        "weights": [0.8, 0.2],
-        "seconds": 0.5,
-        "modules": [{"name": "a", "residual": 0.05, "change": None, "task_weight": 0.64}],
-    }
 
 
 @pytest.mark.parametrize(

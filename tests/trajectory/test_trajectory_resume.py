@@ -9,6 +9,8 @@ import torch
 from transformers import TrainerCallback
 
 from safemerge_callback.decision import merge_batch as merging
+from safemerge_callback.record import VERSION
+from safemerge_callback.record.entries import read_history
 
 
 def told(entry):
@@ -134,3 +136,32 @@ def test_restoring_callbacks_from_a_checkpoint_does_no_harm(world, runs, tmp_pat
     trainer = world.trainer(tmp_path, world.guard(every=2), **saving)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert [e["step"] for e in runs.entries(tmp_path, "merge")] == [2, 4, 6]
+
+
+def test_a_run_goes_on_with_a_journal_of_version_1(world, runs, tmp_path):
+    """Its lines stay as they are, those of now follow, and all are read as the unbroken run's."""
+    knobs, saving = {"gate": "threshold", "threshold": 0.75, "every": 1}, {"save_strategy": "steps", "save_steps": 2}
+    world.trainer(tmp_path / "whole", world.guard(**knobs), **saving).train()
+    part = tmp_path / "part"
+    part.mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", part / "checkpoint-2")
+    older = [as_version_1(entry) for entry in runs.entries(tmp_path / "whole")]
+    (part / "safemerge.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in older))
+    trainer = world.trainer(part, world.guard(**knobs), **saving)
+    trainer.train(resume_from_checkpoint=str(part / "checkpoint-2"))
+    lines = runs.entries(part)
+    kept = [entry for entry in older if entry["kind"] != "end" and entry["step"] <= 2]
+    assert lines[: len(kept)] == kept
+    assert [(e["step"], e["version"]) for e in lines if e["kind"] == "start"] == [(0, 1), (2, VERSION)]
+    whole, found = read_history(tmp_path / "whole"), read_history(part)
+    assert found.cells == whole.cells
+    assert {cell.limit for cell in found.cells.values()} == {0.75}
+    assert (found.merges, found.steps, found.ended) == (whole.merges, [1, 2, 3, 4, 5, 6], True)
+
+
+def as_version_1(entry):
+    """A line as it was before a check said each module's limit."""
+    older = {"version": 1} if "version" in entry else {}
+    if entry["kind"] == "check":
+        older = {"modules": [{k: v for k, v in m.items() if k not in ("limit", "null_std")} for m in entry["modules"]]}
+    return {**entry, **older}

@@ -11,7 +11,7 @@ from typing import Any
 from ...errors import ConfigError
 from ...io.outputs import FileKind, new_output
 from ...io.paths import as_path
-from ..history import History
+from ...record.history import History
 from ..payload import page_data
 from .shown import shown
 

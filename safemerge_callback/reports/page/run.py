@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..history import History, counted
+from ...record.history import History
+from ..counted import counted
 
 
 def happenings(history: History) -> list[tuple[int | None, str, str]]:

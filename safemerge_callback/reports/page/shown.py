@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from ...decision import BAND
 from ...evaluation.units import SHARE, amount, number
-from ..history import LOSS, Cell, History, Measured, Probe, counted
+from ...record.history import LOSS, Cell, History, Measured, Probe
+from ..counted import counted
 from ..layout import panels
 from .run import costs, happenings, seconds_text, share_text, sources
 

@@ -13,6 +13,7 @@ from ...errors import ConfigError
 from ...evaluation.probe import Answers, Asking, Measured, Questions, ask
 from ...evaluation.units import amount, interval
 from ...live.faults import Fault, attempt
+from ...record.entries import probe_entry, stop_entry, trigger_entry
 from ...record.log import Log
 from ...signals.thoughts import ADVICE
 from ..run.session import Session
@@ -108,7 +109,7 @@ class Probing:
         if latest and self.rules.stop:
             reason, self.standing = stops(self.rules.stop, self.standing, latest)
             if reason:
-                self.log.note({"kind": "stop", "step": self.state.global_step, "reason": reason})
+                self.log.note(stop_entry(self.state.global_step, reason))
                 self.log.say(f"step {self.state.global_step:,}: training ends, {reason}", who=WHO)
                 control.should_training_stop = True
 
@@ -141,7 +142,7 @@ class Probing:
         if guard is None:
             return
         step = self.state.global_step
-        self.log.note({"kind": "trigger", "step": step, "reason": reason})
+        self.log.note(trigger_entry(step, reason))
         self.log.say(f"step {step:,}: asks for a merge, {reason}", who=WHO)
         with guard.timed():
             guard.settle(self.args, self.state, hold="the safety probe asks for a check of this step")
@@ -150,9 +151,7 @@ class Probing:
                 guard.seal_weights(step)
 
     def _tell(self, step: int, when: When, answers: Answers) -> None:
-        settings = {"settings": self.settings()} if when == "begin" else {}
-        entry = {"kind": "probe", "step": step, "when": when, "seconds": answers.seconds}
-        self.log.note({**entry, "measures": list(answers.measures), "mean_tokens": answers.mean_tokens, **settings})
+        self.log.note(probe_entry(step, when, answers, self.settings() if when == "begin" else None))
         if any(m["unfinished"] for m in answers.measures):
             self.log.warn("thoughts", f"at step {step} responses end within a thought and have no answer: {ADVICE}")
         self.trackers.numbers(self.args, self.state, numbers(answers, when, self.spent.seconds + answers.seconds))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import replace
@@ -18,9 +17,9 @@ from ...adapters import load_adapter, save_adapter
 from ...adapters.files import saved_adapter
 from ...live.faults import Fault, attempt
 from ...live.ranks import from_first
+from ...record.entries import best_entry, end_entry
 from ...record.metrics import BEST_METRICS
 from ..averaging import rewind_average
-from ..entries import end_entry
 from ..trackers import finite
 from .lines import closing_line, nothing_merged
 from .model_card import mark_card, mark_model
@@ -53,7 +52,8 @@ def after_training(
     if session.witness:
         session.witness.closing()
     session.progress.training_seconds, session.begun = session.training_seconds, None
-    session.log.note(end_entry(state.global_step, session.progress, session.seconds))
+    progress, seconds = session.progress, session.seconds
+    session.log.note(end_entry(state.global_step, progress, seconds, progress.training_seconds))
     session.log.tell(state.global_step, lambda: _say_the_end(session))
     # No adapter where it is sharded: all ranks would have to save it together.
     session.trackers.finish(state.global_step, session.outcome(None if session.writer.sharded else model).write)
@@ -147,13 +147,11 @@ def _note_best(
     session: Session, args: TrainingArguments, state: TrainerState, before: float, after: float | Fault
 ) -> None:
     """Tell what the final merge did to the best model, on batches that both were seen on."""
-    values = (before, after if isinstance(after, float) else math.nan)
-    losses = dict(zip(BEST_METRICS, map(finite, values), strict=True))
-    best = {"checkpoint": Path(str(state.best_model_checkpoint)).name, "best_metric": state.best_metric}
-    plain = {key.rpartition("/")[2]: value for key, value in losses.items()}
-    session.log.note({"kind": "best", "step": state.global_step, **best, **plain})
-    numbers = {key: value for key, value in losses.items() if value is not None}
-    session.trackers.numbers(args, state, numbers)
+    losses = finite(before), finite(after if isinstance(after, float) else None)
+    checkpoint = Path(str(state.best_model_checkpoint)).name
+    session.log.note(best_entry(state.global_step, checkpoint, state.best_metric, *losses))
+    numbers = dict(zip(BEST_METRICS, losses, strict=True))
+    session.trackers.numbers(args, state, {key: value for key, value in numbers.items() if value is not None})
 
 
 def _save_again(session: Session, state: TrainerState) -> None:

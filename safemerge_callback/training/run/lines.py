@@ -83,6 +83,17 @@ def nothing_merged(progress: Progress, last: MergePlan | None) -> str:
     return f"in {_count(progress.checks, 'check')} {nothing_selected(last)}"
 
 
+def broken_modules(step: int, plan: MergePlan) -> str | None:
+    """Return what to warn of where updates are not finite; None where all are."""
+    broken = [name for name, reading in plan.readings.items() if not reading.finite]
+    if not broken:
+        return None
+    return (
+        f"{len(broken)} modules hold NaN or infinite updates at step {step} and are not merged, first "
+        f"{broken[0]!r}: lower the learning rate or resume from an earlier checkpoint"
+    )
+
+
 def _left(method: str, progress: Progress) -> str:
     if not get_method(method).takes_away or not progress.task_weights:
         return ""

@@ -25,11 +25,11 @@ from ...live.optimizer.edit import check_optimizer
 from ...live.ranks import from_first, together
 from ...ops import LowRank
 from ...record import JOURNAL_FILE, Journal, read_journal
+from ...record.entries import Sources, start_entry, versions_of
 from ...record.log import Log
 from ...record.progress import Progress, changed_settings, continue_journal, rebuilt
 from ...subspace import Subspace
 from ..config.settings import SafeMergeConfig, public_settings
-from ..entries import start_entry
 from ..trackers import Trackers
 from .decide import check_schedule_of_run, plan_knobs
 from .forecast import forecast, too_strong
@@ -40,6 +40,8 @@ from .state import Past, resumed
 
 # The callback and the run that hold a model, while both live.
 _HELD: WeakKeyDictionary[nn.Module, tuple[Any, Any]] = WeakKeyDictionary()
+# Whose versions the journal tells.
+_VERSIONED = ("torch", "transformers", "peft", "safemerge-callback")
 # Share of a merged update's norm that truncation may lose before it is told.
 WORTH_TELLING = 0.5
 
@@ -113,8 +115,19 @@ def open_session(
     _rehearse(config, factors, subspace, (average.adapter(factors),) if average else safety, part, reference)
     progress, journal, restored = _records(config, past, args, state)
     plan = forecast(config, list(factors), state.max_steps, state.global_step, progress.task_weights)
-    start = start_entry(state.global_step, config, subspace, len(factors), args.world_size, choice, plan)
-    progress.journal_entries += journal.append({**start, "restored": restored, "left_out": left})
+    start = start_entry(
+        state.global_step,
+        config.to_publish(),
+        versions_of(*_VERSIONED),
+        Sources(source_name(config.subspace), subspace.aligned, subspace.unaligned),
+        len(factors),
+        placement=choice.to_dict(),
+        world_size=args.world_size,
+        planned=plan.to_dict(),
+        restored=restored,
+        left_out=left,
+    )
+    progress.journal_entries += journal.append(start)
     log, trackers = _outlets(config, state, journal, progress)
     session = Session(config, writer, subspace, safety, journal, progress, log, trackers)
     session.optimizer, session.part, session.reference, session.begun = optimizer, part, reference, began

@@ -19,20 +19,20 @@ from ...live import Writer
 from ...live.faults import Fault, attempt
 from ...live.fingerprint import digest
 from ...live.ranks import from_first
-from ...record import Journal, check_entry
+from ...record import Journal
+from ...record.entries import check_entry
 from ...record.log import Log
 from ...record.metrics import check_metrics
 from ...record.progress import Progress
 from ...subspace import Subspace
 from ..averaging import follow
 from ..config.settings import SafeMergeConfig
-from ..entries import broken_modules, decision_rows
 from ..merging import Witness, merge
-from ..trackers import Report, Trackers
+from ..trackers import Report, Trackers, decision_rows
 from .artifact import Outcome, Section, run_section
 from .background import Pending, begin, undisturbed
 from .decide import Moment, agreed_plan, decided, still_disarmed
-from .lines import merge_line
+from .lines import broken_modules, merge_line
 from .model_card import mark_card
 from .schedule import due, final_due, interval
 from .shares import Part, join, measure_own
@@ -163,8 +163,8 @@ class Session:
             return ()
         plan = agreed_plan(agreed, self.config, moment)
         self.progress.disarmed = still_disarmed(self.progress.disarmed, agreed.seen)
-        late = {} if measured_at is None else {"measured_at": measured_at}
-        self.log.tell(step, lambda: self.log.note({**check_entry(step, plan, time.perf_counter() - began), **late}))
+        seconds = time.perf_counter() - began
+        self.log.tell(step, lambda: self.log.note(check_entry(step, plan, seconds, measured_at)))
         if words := broken_modules(step, plan):
             self.log.warn("broken", words)
         left_out = self.left_out

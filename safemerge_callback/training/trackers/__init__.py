@@ -5,6 +5,7 @@ before `report_to` names it; `together` sends to all and catches what fails; `dr
 """
 
 from .protocol import COLUMNS, Report, Row, Run, Tracker, finite
+from .rows import decision_rows
 from .trackers import TRACKERS, Trackers, known
 
-__all__ = ["COLUMNS", "TRACKERS", "Report", "Row", "Run", "Tracker", "Trackers", "finite", "known"]
+__all__ = ["COLUMNS", "TRACKERS", "Report", "Row", "Run", "Tracker", "Trackers", "decision_rows", "finite", "known"]

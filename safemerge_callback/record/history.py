@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from ..decision import BAND, mean_moved
 from ..errors import JournalError
 from ..evaluation.units import amount, interval
 from ..io.paths import as_path
-from ..record import JOURNAL_FILE
+from .journal import JOURNAL_FILE
 
 # The trainer's own measure, beside what was asked.
 LOSS = "eval_loss"
@@ -54,7 +54,8 @@ class Measured(NamedTuple):
     """One figure of a probe in its `unit`: a `share` lies in [0, 1] at all probes of the run, others may be any number.
 
     `kind` is harm, over_refusal, task or coherence; `n` how many responses count, 0 where that is not known, of which
-    `incoherent` were neither refusal nor answer; `unjudged` ones are not among them. NaN where there is no such value.
+    `incoherent` were neither refusal nor answer; `unjudged` ones are not among them. `thoughts` held thoughts, which
+    were cut, `unfinished` ended within one. NaN where there is no such value.
     """
 
     measure: str
@@ -66,6 +67,8 @@ class Measured(NamedTuple):
     incoherent: int = 0
     unjudged: int = 0
     unit: str = ""
+    thoughts: int = 0
+    unfinished: int = 0
 
     @property
     def text(self) -> str:
@@ -104,6 +107,19 @@ class Event(NamedTuple):
     modules: tuple[str, ...] = ()
 
 
+class Best(NamedTuple):
+    """The best model, reloaded at the end of a run and merged at `step`; None for a number that is not known.
+
+    `checkpoint` is its folder's name, `metric` what it was chosen by, the others its evaluation loss.
+    """
+
+    step: int
+    checkpoint: str
+    metric: float | None
+    loss_before: float | None
+    loss_after: float | None
+
+
 @dataclass
 class History:
     """What happened in a run, by module and step; `read_history` makes it.
@@ -113,7 +129,7 @@ class History:
     `residuals`: (module, step) -> the share of a merged update that did not fit the rank. `gate`, `threshold`,
     `num_layers` and `knob` (the one that says how much another gate merges): of the last check; `how`: of the last
     merge. `starts` and `end`: the journal's own entries. `faults`: one line each. `seconds`: spent on checks and
-    merges, `check_seconds` and `merge_seconds` of it.
+    merges, `check_seconds` and `merge_seconds` of it. `best`: what the last merge did to a reloaded best model.
     """
 
     title: str
@@ -134,6 +150,7 @@ class History:
     end: Mapping[str, Any] = field(default_factory=dict)
     check_seconds: float = 0.0
     merge_seconds: float = 0.0
+    best: Best | None = None
 
     @cached_property
     def modules(self) -> list[str]:
@@ -204,6 +221,10 @@ class History:
         return found
 
 
+# What a history works out of its fields once, until an entry is added.
+DERIVED = tuple(name for name, value in vars(History).items() if isinstance(value, cached_property))
+
+
 def title_of(path: Path) -> str:
     """Return what a journal's run is called: its folder, or the file where that has a name of its own."""
     resolved = path.resolve()
@@ -220,8 +241,3 @@ def journal_in(source: str | Path) -> Path:
     below = sorted(path.glob(f"*/{JOURNAL_FILE}"))
     hint = f"; there is one in {below[0].parent.name!r}" if below else ""
     raise JournalError(f"folder {str(path)!r} holds no {JOURNAL_FILE}{hint}: give a run's folder, or the journal.")
-
-
-def counted(things: Sized, noun: str) -> str:
-    """Return `1 merge`, `2 merges`."""
-    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"

@@ -6,8 +6,8 @@ import math
 import pytest
 
 from safemerge_callback.errors import JournalError
-from safemerge_callback.reports import read_history, summary
-from safemerge_callback.reports.layout import panels
+from safemerge_callback.record.entries import read_history
+from safemerge_callback.reports import summary
 
 
 def check(step, cosines, **changed):
@@ -122,18 +122,6 @@ def test_folders_without_a_journal(write, tmp_path):
         read_history(tmp_path / "nowhere.jsonl")
 
 
-def test_panels_group_by_type_and_sort_by_layer():
-    names = [f"layers.{i}.{t}" for i in (10, 2) for t in ("attn.c_proj", "mlp.c_proj", "mlp.c_fc")]
-    names += [f"layers.0.mlp.experts.{e}.w1" for e in (1, 0)] + ["embed_tokens", "lm_head"]
-    found = {panel.title: panel for panel in panels(names)}
-    assert list(found) == ["attn.c_proj", "mlp.c_proj", "c_fc", "w1", "outside the layers"]
-    assert found["c_fc"].modules == ("layers.2.mlp.c_fc", "layers.10.mlp.c_fc")
-    assert found["c_fc"].labels == ("2", "10")
-    assert found["w1"].labels == ("0.0", "0.1")
-    assert found["outside the layers"].labels == ("embed_tokens", "lm_head")
-    assert sorted(name for panel in found.values() for name in panel.modules) == sorted(names)
-
-
 def probe(step, when="every", value=0.5):
     figure = {"measure": "advbench_refused", "kind": "harm", "n": 8, "value": value, "low": 0.2, "high": 0.8}
     loss = {"measure": "eval_loss", "kind": "task", "n": 4, "value": 2.5, "low": None, "high": None}
@@ -204,19 +192,13 @@ def test_a_rollback_gives_the_share_of_before_back(write):
     assert row[-2:] == ["2", "1"]
 
 
-def test_the_limit_is_what_the_gate_merges_below(write):
-    modules = {Q: 0.3}
-    for gate, knob, extra, limit in (
-        ("threshold", {}, {}, 0.35),
-        ("calibrated", {"z_threshold": -2.0}, {"null_std": 0.1}, 0.3),
-        ("reference", {"reference_fraction": 0.5}, {"reference": 0.5}, 0.25),
-        ("num_layers", {}, {}, math.nan),
-    ):
-        entry = check(0, modules, gate=gate, **knob)
-        entry["modules"][0].update(extra)
+def test_the_limit_is_what_the_line_says_whatever_its_gate(write):
+    for gate, limit in (("threshold", 0.3), ("a later release's", 0.25), ("num_layers", None)):
+        entry = check(0, {Q: 0.3}, gate=gate)
+        entry["modules"][0]["limit"] = limit
         cell = read_history(write(entry)).cells[Q, 0]
-        assert cell.limit == pytest.approx(limit, nan_ok=True), gate
-        assert cell.margin == pytest.approx(0.3 if math.isnan(limit) else 0.3 - limit), gate
+        assert cell.limit == pytest.approx(math.nan if limit is None else limit, nan_ok=True), gate
+        assert cell.margin == pytest.approx(0.3 if limit is None else 0.3 - limit), gate
 
 
 def test_a_run_with_a_probe_alone_is_reported(write):
