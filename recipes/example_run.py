@@ -17,8 +17,11 @@ from typing import Any
 
 from safemerge_callback.decision import Edit, Gate, MergePlan, Reading, Readings
 from safemerge_callback.evaluation import wilson
-from safemerge_callback.evaluation.units import LOSS_UNIT, SHARE
-from safemerge_callback.record import JOURNAL_FILE, Journal, check_entry, merge_entry
+from safemerge_callback.evaluation.probe import Answers, Kind, measured
+from safemerge_callback.evaluation.units import SHARE
+from safemerge_callback.record import JOURNAL_FILE, Journal
+from safemerge_callback.record.entries import Sources, check_entry, end_entry, merge_entry, probe_entry, start_entry
+from safemerge_callback.record.progress import Progress
 
 # Name, (d_out, d_in) and null cosine of the module types of a Llama.
 TYPES = {
@@ -75,8 +78,8 @@ def _entries(rule: Gate, names: Sequence[str], checks: int) -> Iterator[dict[str
             if asked:
                 yield _probe(step, "after", min(0.97, 1.7 * sum(heights.values()) / len(heights)), number / checks)
     yield _probe(10 * checks, "end", min(0.97, 1.7 * sum(heights.values()) / len(heights)), 1.0)
-    seconds = {"seconds": 0.12 * checks + 0.35 * merges, "training_seconds": 24.0 * checks}
-    yield {"kind": "end", "step": 10 * checks, "checks": checks, "merges": merges, "modules_merged": merges, **seconds}
+    counts = Progress(checks=checks, merges=merges, modules_merged=merges)
+    yield end_entry(10 * checks, counts, 0.12 * checks + 0.35 * merges, 24.0 * checks)
 
 
 def _readings(heights: dict[str, float]) -> Readings:
@@ -91,21 +94,18 @@ def _readings(heights: dict[str, float]) -> Readings:
 
 
 def _probe(step: int, when: str, refused: float, learned: float) -> dict[str, Any]:
-    shares = {
+    shares: dict[tuple[str, Kind, int], float] = {
         ("advbench_refused", "harm", 64): refused,
         ("benign_refused", "over_refusal", 32): 0.06 + 0.05 * refused,
         ("pubmedqa_accuracy", "task", 100): 0.45 + 0.3 * learned,
     }
-    measures = []
-    for (measure, kind, n), share in shares.items():
-        count = round(share * n)
-        low, high = wilson(count, n)
-        bounds = {"value": count / n, "low": low, "high": high, "incoherent": 0, "unjudged": 0}
-        measures.append({"measure": measure, "kind": kind, "n": n, "unit": SHARE, **bounds})
-    loss = {"measure": "eval_loss", "kind": "task", "n": 100, "value": 2.1 - 0.8 * learned, "low": None, "high": None}
-    loss["unit"] = LOSS_UNIT
-    told = {"kind": "probe", "step": step, "when": when, "seconds": 8.2}
-    return {**told, "measures": [*measures, loss], "mean_tokens": 21.5}
+    counts = {key: round(share * key[2]) for key, share in shares.items()}
+    measures = [
+        measured(measure, kind, count / n, n, *wilson(count, n), unit=SHARE)
+        for (measure, kind, n), count in counts.items()
+    ]
+    loss = measured("eval_loss", "task", 2.1 - 0.8 * learned, 100)
+    return probe_entry(step, when, Answers((*measures, loss), 21.5, 8.2))
 
 
 def _start(rule: Gate, modules: int) -> dict[str, Any]:
@@ -120,16 +120,10 @@ def _start(rule: Gate, modules: int) -> dict[str, Any]:
         for side, digit in (("aligned", "a"), ("unaligned", "b"))
     }
     settings = {"gate": rule.name, "threshold": rule.threshold, "weights": list(WEIGHTS), "method": "linear"}
-    return {
-        "kind": "start",
-        "version": 1,
-        "step": 0,
-        "config": {"subspace": "made-up.subspace.safetensors", "safety_adapter": "made-up/safety", **settings},
-        "versions": {"safemerge-callback": "made up"},
-        "subspace": {"path": "made-up.subspace.safetensors", **sources},
-        "num_modules": modules,
-        "world_size": 1,
-    }
+    name = "made-up.subspace.safetensors"
+    config = {"subspace": name, "safety_adapter": "made-up/safety", **settings}
+    versions = {"safemerge-callback": "made up"}
+    return start_entry(0, config, versions, Sources(name, **sources), modules, world_size=1)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -76,9 +76,7 @@ def merge(session: Session, step: int, plan: MergePlan, keep_in: Path | None) ->
         session.log.fault(step, edited, f"the optimizer's state was kept at step {step}: {edited.error}")
     session.progress.record_merge(step, {name: plan.task_weight_of(name) for name in plan.selected})
     took, shares = time.perf_counter() - began, session.progress.task_weights
-    session.log.tell(
-        step, lambda: session.log.note(merge_entry(step, plan, edits, shares, took, session.average))
-    )
+    session.log.tell(step, lambda: session.log.note(merge_entry(step, plan, edits, shares, took, session.average)))
     reason = session.witness.after_merge(step) if session.witness else None
     if reason and _taken_back(session, step, before, reason):
         return ()

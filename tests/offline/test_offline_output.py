@@ -3,8 +3,6 @@
 import shutil
 
 import pytest
-from safemerge_callback.reports.history import Cell as Drift
-from safemerge_callback.reports.history import History
 
 from safemerge_callback import merge_adapters
 from safemerge_callback.adapters import load_adapter, save_adapter
@@ -13,6 +11,8 @@ from safemerge_callback.decision import Readings
 from safemerge_callback.errors import ConfigError, SafeMergeError
 from safemerge_callback.offline.sweep.table import Cell, Sweep
 from safemerge_callback.ops import LowRank
+from safemerge_callback.record.history import Cell as Drift
+from safemerge_callback.record.history import History
 from safemerge_callback.reports import read_history, write_page, write_report
 from safemerge_callback.reports.saving import save_figure
 from safemerge_callback.subspace import compress_subspace

@@ -163,5 +163,5 @@ def as_version_1(entry):
     """A line as it was before a check said each module's limit."""
     older = {"version": 1} if "version" in entry else {}
     if entry["kind"] == "check":
-        older = {"modules": [{k: v for k, v in m.items() if k not in ("limit", "null_std")} for m in entry["modules"]]}
+        older = {"modules": [{k: v for k, v in m.items() if k != "limit"} for m in entry["modules"]]}
     return {**entry, **older}

@@ -115,18 +115,8 @@ def open_session(
     _rehearse(config, factors, subspace, (average.adapter(factors),) if average else safety, part, reference)
     progress, journal, restored = _records(config, past, args, state)
     plan = forecast(config, list(factors), state.max_steps, state.global_step, progress.task_weights)
-    start = start_entry(
-        state.global_step,
-        config.to_publish(),
-        versions_of(*_VERSIONED),
-        Sources(source_name(config.subspace), subspace.aligned, subspace.unaligned),
-        len(factors),
-        placement=choice.to_dict(),
-        world_size=args.world_size,
-        planned=plan.to_dict(),
-        restored=restored,
-        left_out=left,
-    )
+    of_a_run = {"placement": choice.to_dict(), "world_size": args.world_size, "planned": plan.to_dict()}
+    start = _start(state.global_step, config, subspace, len(factors), restored=restored, left_out=left, **of_a_run)
     progress.journal_entries += journal.append(start)
     log, trackers = _outlets(config, state, journal, progress)
     session = Session(config, writer, subspace, safety, journal, progress, log, trackers)
@@ -158,6 +148,12 @@ def _outlets(
     trackers = Trackers(log)
     log.alert = trackers.alert
     return log, trackers
+
+
+def _start(step: int, config: SafeMergeConfig, subspace: Subspace, num_modules: int, **of_a_run: Any) -> dict[str, Any]:
+    """The journal's entry of this training, with what `start_entry` takes of a training besides."""
+    sources = Sources(source_name(config.subspace), subspace.aligned, subspace.unaligned)
+    return start_entry(step, config.to_publish(), versions_of(*_VERSIONED), sources, num_modules, **of_a_run)
 
 
 def _initial(
