@@ -40,7 +40,7 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/deptry safemerge_callback
-	$(BIN)/deptry recipes method_comparison benchmarks tests --exclude tests/trajectory/engines --ignore DEP002,DEP004
+	$(BIN)/deptry recipes method_comparison benchmarks tests --ignore DEP002,DEP004
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -40,6 +40,22 @@ def _frozen():
     gc.freeze()
 
 
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Two checkpoints, their subspace, a safety adapter, and a way to train; not to be changed."""
+    from tests.support.world import make_world
+
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def runs():
+    """What tests/support/trainer.py knows of the real Trainer's runs; transformers is imported by who asks."""
+    from tests.support import trainer
+
+    return trainer
+
+
 @pytest.fixture
 def tiny_llama():
     """A factory of randomly initialised two-layer Llamas; keywords override the config."""
@@ -62,18 +78,9 @@ def _factory(family, **defaults):
     def make(seed=0, **overrides):
         import transformers
 
-        sizes = {
-            "vocab_size": 64,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 64,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        }
-        config = getattr(transformers, f"{family}Config")(**{**sizes, **defaults, **overrides})
+        from tests.support.world import SIZES
+
+        config = getattr(transformers, f"{family}Config")(**{**SIZES, **defaults, **overrides})
         torch.manual_seed(seed)
         return getattr(transformers, f"{family}ForCausalLM")(config)
 

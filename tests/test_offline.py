@@ -15,45 +15,15 @@ from safemerge_callback.errors import AdapterError, ConfigError, PlanError, Subs
 from safemerge_callback.live import live_factors, writer_for
 from safemerge_callback.offline import measure_adapter, merge_adapters
 from safemerge_callback.record import read_journal
-from safemerge_callback.subspace import Subspace, build_subspace
-
-TARGETS = ["q_proj", "v_proj", "down_proj"]
-
-
-def save_lora(make, folder, seed, targets=TARGETS, dtype=None, **lora):
-    """A random adapter of a fresh model, saved by PEFT."""
-    from peft import LoraConfig, get_peft_model
-
-    model = get_peft_model(make(seed=1), LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": targets, **lora}))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad(), warnings.catch_warnings():
-        # peft tells that it saves an adapted embedding's base weight as well
-        warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-        if dtype:
-            for name, parameter in model.named_parameters():
-                parameter.data = parameter.data.to(dtype) if "lora_" in name else parameter.data
-        model.save_pretrained(folder)
-    return folder
+from safemerge_callback.subspace import Subspace
+from tests.support.world import ADAPTED as TARGETS
+from tests.support.world import save_lora, write_checkpoints, write_subspace
 
 
 def build_world(tmp_path, make, targets=TARGETS):
     """Two checkpoints and their subspace; low-rank noise in q_proj sets its cosines apart from the others'."""
-    aligned, unaligned = make(seed=1), make(seed=1)
-    with torch.no_grad():
-        for parameter in unaligned.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    aligned.save_pretrained(tmp_path / "aligned")
-    unaligned.save_pretrained(tmp_path / "unaligned")
-    build_subspace(
-        tmp_path / "s.safetensors",
-        aligned=tmp_path / "aligned",
-        unaligned=tmp_path / "unaligned",
-        target_modules=targets,
-        progress=False,
-    )
+    write_checkpoints(tmp_path, make(seed=1), noise=0.05)
+    write_subspace(tmp_path, "s.safetensors", targets)
     return tmp_path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from safemerge_callback import SafeMergeCallback, build_subspace
+from safemerge_callback import SafeMergeCallback
+from tests.support.world import IDS, write_checkpoints, write_safety, write_subspace
+from tests.support.world import SIZES as SHORT
 
 VOCABULARY = 64
 SPECIALS = ["<pad>", "<s>", "</s>", "<unk>", "user", "assistant", "system", "yes", "no"]
@@ -20,17 +21,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}assistant {% endif %}"
 )
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    **IDS,
-}
+SIZES = {**SHORT, "max_position_embeddings": 128}
 LLAMA = ("LlamaConfig", "AutoModelForCausalLM", SIZES, [*LINEAR, "embed_tokens", "lm_head"])
 # Family: class of the config, class of the model, the config, and the modules of its safety adapter.
 FAMILIES: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
@@ -101,33 +92,11 @@ def make_base(folder: Path, family: str) -> Base:
     config, kind, sizes, targets = FAMILIES[family]
     torch.manual_seed(0)
     aligned = getattr(transformers, kind).from_config(getattr(transformers, config)(**sizes))
-    aligned.save_pretrained(folder / "aligned")
     tokenizer().save_pretrained(folder / "aligned")
-    unaligned = copy.deepcopy(aligned)
-    with torch.no_grad():
-        for parameter in unaligned.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.02)
-    unaligned.save_pretrained(folder / "unaligned")
-    build_subspace(
-        folder / "subspace.safetensors",
-        aligned=folder / "aligned",
-        unaligned=folder / "unaligned",
-        target_modules=targets,
-        progress=False,
-    )
-    _save_safety_adapter(folder / "safety", aligned, targets, fan_in_fan_out=family == "gpt2")
+    write_checkpoints(folder, aligned)
+    write_subspace(folder, targets=targets)
+    write_safety(folder, aligned, targets, fan_in_fan_out=family == "gpt2")
     return Base(folder, family)
-
-
-def _save_safety_adapter(folder: Path, aligned: nn.Module, targets: list[str], **lora: Any) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    safety = get_peft_model(copy.deepcopy(aligned), LoraConfig(r=3, lora_alpha=6, target_modules=targets, **lora))
-    with torch.no_grad():
-        for name, parameter in safety.named_parameters():
-            if "lora_B" in name or "lora_embedding_A" in name:
-                parameter.normal_(std=0.05)
-    safety.save_pretrained(folder, save_embedding_layers=False)
 
 
 def tokenizer() -> Any:

@@ -4,16 +4,8 @@ import importlib
 import importlib.util
 import sys
 import types
-from pathlib import Path
 
 import pytest
-
-_spec = importlib.util.spec_from_file_location("training_runs", Path(__file__).parents[1] / "training" / "conftest.py")
-_module = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_module)
-
-runs = _module.runs
-world = _module.world
 
 
 def installed(name):

@@ -1,38 +1,21 @@
-"""Moments on two processes, on every engine: the step after an edit, against Adam in float64 on what each rank holds.
-
-Run by two processes, this file runs the cases named on its command line; run by pytest, it starts them.
-"""
+"""Moments on two processes, on every engine: the step after an edit, against Adam in float64 on each rank's part."""
 
 import importlib.util
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from safemerge_callback.live import writer_for
 from safemerge_callback.live.optimizer.edit import check_optimizer, edit_optimizer_states
+from tests.support.ranks import run_on
+from tests.support.world import odd_model
 
-ROOT = Path(__file__).parents[2]
 LR, BETAS, EPS = 1e-2, (0.9, 0.999), 1e-8
 ADAM = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": 0.0}
 # Scales of A and B of the merged module; powers of two, so that scaling rounds nothing.
 SCALES = (0.5, 4.0)
 KEYS = ("exp_avg", "exp_avg_sq")
-
-
-def odd_model():
-    """Two linear maps whose sizes two ranks cannot share evenly; alike on all ranks."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(0)
-    layers = nn.Sequential(nn.Linear(7, 5, bias=False), nn.Linear(5, 3, bias=False))
-    return get_peft_model(layers, LoraConfig(r=3, target_modules=["0", "1"], init_lora_weights=False))
 
 
 def trained(model):
@@ -225,27 +208,11 @@ def case_zero():
 def test_on_every_engine_the_next_step_is_adams_from_the_edited_moments(cases):
     if "zero" in cases and not importlib.util.find_spec("deepspeed"):
         pytest.skip("deepspeed is not installed: pip install 'safemerge-callback[engines]'")
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        port = str(listener.getsockname()[1])
-    base = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "WORLD_SIZE": "2"}
-    base |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    processes = [subprocess.Popen([sys.executable, __file__, *cases], env={**base, **r}, **pipes) for r in ranks]
-    try:
-        said = [process.communicate(timeout=540)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "".join(words[-4000:] for words in said)
+    run_on(2, run_cases, *cases)
 
 
-if __name__ == "__main__":
+def run_cases(*cases):
+    """What each process runs."""
     dist.init_process_group("gloo")
-    for case in sys.argv[1:]:
+    for case in cases:
         globals()[f"case_{case}"]()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    # DeepSpeed's own threads may abort a process that has done all its work while the interpreter ends.
-    os._exit(0)

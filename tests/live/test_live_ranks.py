@@ -1,9 +1,4 @@
-"""What processes tell each other; run by two processes, this file runs the checks, run by pytest, it starts them."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""What processes tell each other."""
 
 import pytest
 import torch
@@ -11,8 +6,7 @@ import torch.distributed as dist
 
 from safemerge_callback.errors import AdapterError, PlanError, SafeMergeError
 from safemerge_callback.live.ranks import ProcessesError, agree, copy_from_first, everyones, from_first, many, together
-
-ROOT = Path(__file__).parents[2]
+from tests.support.ranks import run_on
 
 
 def raising(error):
@@ -64,23 +58,13 @@ def check_errors():
         together(lambda: raising(AdapterError("gone")) if rank == 0 else None)
 
 
-def test_two_processes_raise_alike():
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
-    done = subprocess.run(
-        [sys.executable, *launcher, "--rdzv-endpoint", "localhost:0", __file__],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=540,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
-if __name__ == "__main__":
+def check_all():
     dist.init_process_group("gloo")
     assert dist.get_world_size() == 2
     check_values()
     check_disagreement()
     check_errors()
-    dist.destroy_process_group()
+
+
+def test_two_processes_raise_alike():
+    run_on(2, check_all)

@@ -1,15 +1,8 @@
-"""Writers on two processes: odd shapes, ranks that differ, ranks that fail, a rank that dies.
-
-Run by two processes, this file runs the cases named on its command line; run by pytest, it starts them.
-"""
+"""Writers on two processes: odd shapes, ranks that differ, ranks that fail, a rank that dies."""
 
 import importlib.util
 import os
-import subprocess
-import sys
 import time
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,17 +15,8 @@ from safemerge_callback.live import writer_for
 from safemerge_callback.live.ranks import ProcessesError
 from safemerge_callback.live.writers import commit, fsdp1
 from safemerge_callback.ops import LowRank
-
-ROOT = Path(__file__).parents[2]
-
-
-def odd_model(rank=3, **lora):
-    """Two linear maps whose sizes two ranks cannot share evenly; alike on all ranks."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(0)
-    layers = nn.Sequential(nn.Linear(7, 5, bias=False), nn.Linear(5, 3, bias=False))
-    return get_peft_model(layers, LoraConfig(r=rank, target_modules=["0", "1"], init_lora_weights=False, **lora))
+from tests.support.ranks import run_on, started
+from tests.support.world import odd_model
 
 
 def own_values(factors, seed):
@@ -108,13 +92,13 @@ class failing_second_write:  # noqa: N801  read as a verb
         commit._store = self.store
 
 
-def started(model):
+def originals(model):
     return {n: LowRank(f.A.clone(), f.B.clone()) for n, f in writer_for(model).gather().items()}
 
 
 def case_plain():
     model = odd_model()
-    check_writer(writer_for(model), started(model))
+    check_writer(writer_for(model), originals(model))
 
 
 def case_fsdp2():
@@ -123,7 +107,7 @@ def case_fsdp2():
 
     for rank in (1, 3):
         model = odd_model(rank)
-        start, mesh = started(model), init_device_mesh("cpu", (2,))
+        start, mesh = originals(model), init_device_mesh("cpu", (2,))
         fully_shard(model, mesh=mesh)
         local = [p.to_local().numel() for n, p in model.named_parameters() if "lora_A" in n]
         assert all(n in (0, 7, 5) for n in local) if rank == 1 else min(local) > 0
@@ -136,7 +120,7 @@ def case_fsdp1():
 
     for kept in (True, False):
         model = odd_model()
-        start = started(model)
+        start = originals(model)
         # Flat parameters that are not kept apart must be all trained or all frozen: a unit for each linear map.
         policy = ModuleWrapPolicy({type(model.base_model.model[0])}) if kept else leaf
         sharded = FullyShardedDataParallel(
@@ -220,7 +204,7 @@ def case_zero():
         with torch.no_grad():
             for p in model.parameters():
                 p.copy_(p.bfloat16())
-        start = started(model)
+        start = originals(model)
         frozen = {n: f.low_rank() for n, f in writer_for(model, adapter_name="ref").gather().items()}
         frozen = {n: LowRank(f.A.clone(), f.B.clone()) for n, f in frozen.items()}
         engine = engine_of(model, stage, half, **zero)
@@ -252,62 +236,32 @@ def case_dies(folder):
     writer.write(own_values(writer.gather(), 0))
 
 
-@contextmanager
-def launch(*cases):
-    """Two processes without a launcher, which would itself end the second when the first has died."""
-    base = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "WORLD_SIZE": "2"}
-    base |= {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
-    command = [sys.executable, __file__, *cases]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    processes = [subprocess.Popen(command, env={**base, **rank}, **pipes) for rank in ranks]
-    try:
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return str(listener.getsockname()[1])
+def run_cases(*cases):
+    """What each process runs: cases by name, each with its argument behind a `=`."""
+    dist.init_process_group("gloo")
+    for case in cases:
+        name, _, argument = case.partition("=")
+        globals()[f"case_{name}"](*([argument] if argument else []))
 
 
 @pytest.mark.parametrize("case", ["plain,fsdp2,fsdp1", "zero"])
 def test_all_ranks_write_the_same_or_nothing(case):
     if case == "zero" and not importlib.util.find_spec("deepspeed"):
         pytest.skip("deepspeed is not installed: pip install 'safemerge-callback[engines]'")
-    with launch(*case.split(",")) as processes:
-        said = [process.communicate(timeout=540)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "".join(words[-4000:] for words in said)
+    run_on(2, run_cases, *case.split(","))
 
 
 def test_when_a_rank_dies_in_a_merge_the_other_stops_and_the_checkpoint_is_whole(tmp_path):
     began = time.monotonic()
-    with launch(f"dies={tmp_path}") as (first, second):
-        said, _ = first.communicate(timeout=100)
-        second.communicate(timeout=100)
-    assert second.returncode == 7
-    assert first.returncode not in (0, 7), said
-    assert "Connection closed" in said or "Connection reset" in said, said[-3000:]
+    with started(2, run_cases, f"dies={tmp_path}") as (first, second):
+        code, other = first.wait(100), second.wait(100)
+        said = first.said()
+    assert other == 7
+    assert code not in (0, 7), said
+    assert "Connection closed" in said or "Connection reset" in said, said
     assert time.monotonic() - began < 60
     torch.manual_seed(0)
     saved = load_adapter(tmp_path).factors
     assert {n: (f.A.shape, f.rank) for n, f in saved.items()} == {"0": ((3, 7), 3), "1": ((3, 5), 3)}
     expected = writer_for(odd_model()).gather()
     assert all(torch.equal(f.A, saved[n].A) and torch.equal(f.B, saved[n].B) for n, f in expected.items())
-
-
-if __name__ == "__main__":
-    dist.init_process_group("gloo")
-    for case in sys.argv[1:]:
-        name, _, argument = case.partition("=")
-        globals()[f"case_{name}"](*([argument] if argument else []))
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    # DeepSpeed's own threads may abort a process that has done all its work while the interpreter ends.
-    os._exit(0)

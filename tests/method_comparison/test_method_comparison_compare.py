@@ -1,6 +1,5 @@
 """The grid on a model made on the spot: cells, what stops them, what they leave, and the page."""
 
-import copy
 import csv
 import json
 import os
@@ -25,6 +24,7 @@ from method_comparison.page import write_page
 from method_comparison.results import LINES, TABLE
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.evaluation.prompts import package_files
+from tests.support import world as support
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -56,37 +56,10 @@ COUNTS = {"harmbench": 3, "strongreject": 3, "advbench": 3, "benign": 3, "task":
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, chat_tokenizer):
     """Aligned and unaligned checkpoints with a tokenizer, and a safety adapter."""
-    import transformers
-    from peft import LoraConfig, get_peft_model
-
     made = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    aligned = transformers.LlamaForCausalLM(config)
-    unaligned = copy.deepcopy(aligned)
-    with torch.no_grad():
-        for parameter in unaligned.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.02)
-    for name, model in (("aligned", aligned), ("unaligned", unaligned)):
-        model.save_pretrained(made / name)
-        chat_tokenizer.save_pretrained(made / name)
-    lora = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    safety = get_peft_model(aligned, lora)
-    with torch.no_grad():
-        for name, parameter in safety.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.05)
-    safety.save_pretrained(made / "safety")
+    aligned = support.grouped_llama()
+    support.write_checkpoints(made, aligned, tokenizer=chat_tokenizer)
+    support.write_safety(made, aligned, rank=2, task_type="CAUSAL_LM")
     return made
 
 

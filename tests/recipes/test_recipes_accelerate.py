@@ -21,6 +21,9 @@ import yaml
 from transformers import TrainerCallback
 
 from safemerge_callback import load_adapter, writer_for
+from tests.support.ranks import leave
+from tests.support.world import make_world
+from tests.trajectory.engines.cpu_fsdp import allow_fsdp_on_cpu
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "accelerate"
@@ -32,13 +35,6 @@ EXPECTED = {
     "zero2": ("DEEPSPEED", "fragment"),
     "zero3": ("DEEPSPEED", "partition"),
 }
-
-
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def mark(parameter):
@@ -69,13 +65,13 @@ class Look(TrainerCallback):
 
 def main(out, *arguments):
     """The recipe's own main, with one callback more."""
-    load(ROOT / "tests" / "trajectory" / "engines" / "cpu_fsdp.py").allow_fsdp_on_cpu()
+    allow_fsdp_on_cpu()
     from recipes import finetune
 
     build = finetune.build_trainer
     finetune.build_trainer = lambda *given: build(*given, callbacks=[Look(out)])
     finetune.main(list(arguments))
-    load(ROOT / "tests" / "training" / "conftest.py").leave()
+    leave()
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +81,7 @@ def world(tmp_path_factory):
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
-    made = load(ROOT / "tests" / "training" / "conftest.py").world.__wrapped__(tmp_path_factory)
+    made = make_world(tmp_path_factory.mktemp("world"))
     words = ["<pad>", "<s>", "</s>", "<unk>", "user", "assistant", "the", "a", "film", "good", "bad"]
     tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -2,87 +2,71 @@
 
 import json
 import logging
-import os
 import shutil
-import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from safemerge_callback import SafeMergeConfig, Subspace, measure, writer_for
 from safemerge_callback.adapters import LoraFactors
 from safemerge_callback.decision import Gate
 from safemerge_callback.decision.batches import batches
 from safemerge_callback.errors import ConfigError, SubspaceError
+from safemerge_callback.training.run import shares as shares_module
 from safemerge_callback.training.run.shares import Part, measure_part, place, shares, stored_bytes
+from tests.support.ranks import run_on
+from tests.support.trainer import Recorder, lora_weights
+from tests.support.world import World
 
-SCRIPT = """
-import importlib.util, json, os, sys, warnings
-import torch, torch.distributed as dist
-import transformers
-from pathlib import Path
 
-spec = importlib.util.spec_from_file_location("runs", sys.argv[1])
-runs = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(runs)
+def train(folder, out):
+    """What each process runs: matrices measured by one rank or by both, at once or later, and a rank that fails."""
+    world, out = World.load(folder), Path(out)
+    sizes, broken = [], []
+    measured = shares_module.measure
 
-from safemerge_callback.training.run import shares
+    def counted(factors, subspace, **knobs):
+        sizes.append(len(factors))
+        if broken and dist.get_rank() == 1:
+            raise OSError("rank 1 lost its disk")
+        return measured(factors, subspace, **knobs)
 
-out = Path(sys.argv[3])
-world = runs.World(Path(sys.argv[2]), transformers.LlamaForCausalLM.from_pretrained(Path(sys.argv[2]) / "aligned"))
-rank, sizes, broken = int(os.environ["RANK"]), [], []
-measure = shares.measure
+    def act(step, model):
+        broken[:] = [step] if step in (2, 3) else []
 
-def counted(factors, subspace, **knobs):
-    sizes.append(len(factors))
-    if rank == 1 and broken:
-        raise OSError("rank 1 lost its disk")
-    return measure(factors, subspace, **knobs)
-
-shares.measure = counted
-told = {}
-for placement in ("disk", "sharded"):
-    for later in (False, True):
-        name = f"{placement}-{later}"
-        sizes.clear()
-        trainer = world.trainer(out / name, world.guard(every=2, placement=placement, asynchronous=later),
-            max_steps=5, ddp_find_unused_parameters=False)
+    def run(name, *callbacks, **knobs):
+        guard = world.guard(every=2, **knobs)
+        trainer = world.trainer(out / name, *callbacks, guard, max_steps=5, ddp_find_unused_parameters=False)
         trainer.train()
-        told[name] = {"sizes": list(sizes), "end": {n: w.tolist() for n, w in runs.lora_weights(trainer.model).items()}}
+        return trainer.model
 
-def act(step, model):
-    broken[:] = [step] if step in (2, 3) else []
-
-for later in (False, True):
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        world.trainer(out / f"broken-{later}", runs.Recorder(act), world.guard(every=2, placement="sharded",
-            asynchronous=later), max_steps=5, ddp_find_unused_parameters=False).train()
-    told[f"broken-{later}"] = [str(w.message) for w in seen if "safemerge" in str(w.message)]
-assert dist.get_world_size() == 2
-(out / f"rank{rank}.json").write_text(json.dumps(told))
-runs.leave()
-"""
+    shares_module.measure = counted
+    told = {}
+    for placement in ("disk", "sharded"):
+        for later in (False, True):
+            name = f"{placement}-{later}"
+            sizes.clear()
+            model = run(name, placement=placement, asynchronous=later)
+            end = {n: w.tolist() for n, w in lora_weights(model).items()}
+            told[name] = {"sizes": list(sizes), "end": end}
+    for later in (False, True):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            run(f"broken-{later}", Recorder(act), placement="sharded", asynchronous=later)
+        told[f"broken-{later}"] = [str(w.message) for w in seen if "safemerge" in str(w.message)]
+    assert dist.get_world_size() == 2
+    (out / f"rank{dist.get_rank()}.json").write_text(json.dumps(told))
 
 
 @pytest.fixture(scope="module")
 def ranks(world, tmp_path_factory):
     """Runs of two processes, each matrix measured by both of them or by one: what each rank told, and the folder."""
     out = tmp_path_factory.mktemp("ranks")
-    (out / "train.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "localhost:0", str(out / "train.py"), str(Path(__file__).with_name("conftest.py"))]
-    done = subprocess.run(
-        [*command, str(world.folder), str(out)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=540,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_on(2, train, world.folder, out)
     return [json.loads((out / f"rank{n}.json").read_text()) for n in (0, 1)], out
 
 

@@ -1,72 +1,56 @@
 """Two processes: one journal, one set of factors, equal to the bit."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-SCRIPT = '''
-import importlib.util, json, os, sys
 import torch
 import torch.distributed as dist
+from transformers import TrainerCallback
 
-spec = importlib.util.spec_from_file_location("runs", sys.argv[1])
-runs = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(runs)
-
-from pathlib import Path
 from safemerge_callback import live_factors
 from safemerge_callback.live.fingerprint import digest
-import transformers
+from tests.support.ranks import run_on
+from tests.support.trainer import Recorder
+from tests.support.world import World
 
-out = Path(sys.argv[3])
-world = runs.World(Path(sys.argv[2]), transformers.LlamaForCausalLM.from_pretrained(Path(sys.argv[2]) / "aligned"))
-rank = int(os.environ["RANK"])
 
-def drift(step, model):
+class Digests(TrainerCallback):
+    """The digest of the factors at the end of every step."""
+
+    def __init__(self):
+        self.steps = {}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.steps[state.global_step] = digest(live_factors(model))
+
+
+def stray(step, model):
     """Rank 1's factors leave rank 0's by a little, as another host's linear algebra might let them."""
-    if step == 2 and rank == 1:
+    if step == 2 and dist.get_rank() == 1:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_" in name:
                     parameter.add_(1e-4)
 
-seen = {}
-class Seals(transformers.TrainerCallback):
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        seen[state.global_step] = digest(live_factors(model))
 
-knobs = json.loads((out / "knobs.json").read_text())
-trainer = world.trainer(out / "run", runs.Recorder(drift), world.guard(**{"every": 2, **knobs}), Seals(),
-    max_steps=4, save_strategy="steps", save_steps=2, ddp_find_unused_parameters=False)
-trainer.train(resume_from_checkpoint=sys.argv[4] if len(sys.argv) > 4 else None)
-assert dist.get_world_size() == 2
-assert "wandb" not in sys.modules
-(out / f"rank{rank}.json").write_text(json.dumps({"end": digest(live_factors(trainer.model)), "steps": seen}))
-runs.leave()
-'''
+def train(folder, out, knobs, *resume):
+    """What each process runs."""
+    world, out, seen = World.load(folder), Path(out), Digests()
+    saving = {"save_strategy": "steps", "save_steps": 2, "ddp_find_unused_parameters": False}
+    guard = world.guard(**{"every": 2, **json.loads(knobs)})
+    trainer = world.trainer(out / "run", Recorder(stray), guard, seen, max_steps=4, **saving)
+    trainer.train(resume_from_checkpoint=resume[0] if resume else None)
+    assert dist.get_world_size() == 2
+    assert "wandb" not in sys.modules
+    told = {"end": digest(live_factors(trainer.model)), "steps": seen.steps}
+    (out / f"rank{dist.get_rank()}.json").write_text(json.dumps(told))
 
 
 def two_processes(world, tmp_path, *resume, **knobs):
-    """Run the script above in two processes with these settings; return what each ended with."""
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    (tmp_path / "knobs.json").write_text(json.dumps(knobs))
-    conftest = Path(__file__).parents[1] / "training" / "conftest.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "localhost:0", str(script), str(conftest), str(world.folder), str(tmp_path), *resume]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=540,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    """Train in two processes with these settings; return what each ended with."""
+    run_on(2, train, world.folder, tmp_path, json.dumps(knobs), *resume)
     return [json.loads((tmp_path / f"rank{n}.json").read_text()) for n in (0, 1)]
 
 

@@ -3,11 +3,7 @@
 import importlib.util
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +13,9 @@ from safemerge_callback.decision import MergePlan, measure
 from safemerge_callback.decision.apply import merged_factors
 from safemerge_callback.ops import LowRank
 from safemerge_callback.subspace import Subspace
+from tests.support.ranks import finish, run_on, started
+from tests.trajectory.engines import run as engine_runs
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = Path(__file__).parent / "engines" / "run.py"
-CONFTEST = ROOT / "tests" / "training" / "conftest.py"
 DTYPES, KINDS, EVENTS = ("fp32", "bf16"), ("plain", "merge", "survive", "guard", "reset"), (4, 8, 12)
 WORDS = ("refusal", "disagreement")
 
@@ -34,23 +29,14 @@ def kinds(engine):
     return KINDS if engine != "fsdp1flat" else tuple(kind for kind in KINDS if kind != "reset")
 
 
-def train(world, out, work, processes):
-    """Start the processes; the single one without a launcher, so that nothing is distributed in it."""
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv-backend", "c10d"]
-    command = [sys.executable, *([*launcher, "--rdzv-endpoint", "localhost:0"] if processes > 1 else [])]
-    out.mkdir(exist_ok=True)
-    return subprocess.Popen(
-        [*command, str(SCRIPT), str(CONFTEST), str(world.folder), str(out), *work],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finished(process, timeout=540):
-    said, _ = process.communicate(timeout=timeout)
-    assert process.returncode == 0, said[-6000:]
+def train_beside_one_process(world, out, work, alone, seconds=540):
+    """Jobs in two processes, and beside them jobs in a single one, in which nothing is distributed."""
+    with (
+        started(2, engine_runs.main, world.folder, out, *work) as two,
+        started(1, engine_runs.main, world.folder, out, *alone) as one,
+    ):
+        finish(one, seconds)
+        finish(two, seconds)
 
 
 def read(out, engine, dtype, kind, rank=0):
@@ -176,9 +162,7 @@ def skip_without_its_package(engine):
 @pytest.mark.parametrize("engines", [TORCH, DEEPSPEED], ids=["torch", "deepspeed"])
 def test_every_engine_trains_merges_and_keeps_the_edits(world, tmp_path, engines):
     skip_without_its_package(engines[0])
-    many, alone = train(world, tmp_path, jobs(engines), 2), train(world, tmp_path, jobs(("single",)), 1)
-    finished(alone)
-    finished(many)
+    train_beside_one_process(world, tmp_path, jobs(engines), jobs(("single",)))
     for engine in engines:
         for dtype in DTYPES:
             check_ranks_agree(tmp_path, engine, dtype, kinds(engine))
@@ -198,7 +182,8 @@ def test_pissa_merges_as_in_one_process(world, tmp_path, engine):
     skip_without_its_package(engine)
     trainings = [f"{kind}+pissa" for kind in ("plain", "merge", "guard")]
     for e, processes in (("single", 1), (engine, 2)):
-        finished(train(world, tmp_path, [f"{e}:fp32:{kind}" for kind in trainings], processes))
+        work = [f"{e}:fp32:{kind}" for kind in trainings]
+        run_on(processes, engine_runs.main, world.folder, tmp_path, *work)
     check_ranks_agree(tmp_path, engine, "fp32", trainings)
     check_equal_to_one_process(tmp_path, engine, "fp32", "+pissa")
     guard, merge = (read(tmp_path, engine, "fp32", f"{kind}+pissa") for kind in ("guard", "merge"))
@@ -230,8 +215,7 @@ def test_over_ten_orders_of_the_data_merges_add_no_distance(world, tmp_path, eng
     work = {
         e: [f"{e}:fp32:{kind}:{order}" for order in ORDERS for kind in ("plain", "merge")] for e in (engine, "single")
     }
-    for process in [train(world, tmp_path, work["single"], 1), train(world, tmp_path, work[engine], 2)]:
-        finished(process, 1500)
+    train_beside_one_process(world, tmp_path, work[engine], work["single"], 1500)
     found = []
     for order in ORDERS:
         mine, alone = (

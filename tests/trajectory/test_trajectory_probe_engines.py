@@ -2,17 +2,13 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = Path(__file__).parent / "engines" / "probe.py"
-CONFTEST = ROOT / "tests" / "training" / "conftest.py"
+from tests.support.ranks import run_on
+from tests.trajectory.engines import probe
+
 # What must equal what, to the bit.
 PAIRS = {"probed": "plain", "both": "guarded", "undone": "plain"}
 TORCH = ("ddp", "fsdp1", "fsdp2")
@@ -20,20 +16,9 @@ DEEPSPEED = ("zero2", "zero3")
 
 
 def train(world, out, tokenizer, engines, processes, kinds):
-    """Start the processes; the single one without a launcher, so that nothing is distributed in it."""
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv-backend", "c10d"]
-    command = [sys.executable, *([*launcher, "--rdzv-endpoint", "localhost:0"] if processes > 1 else [])]
+    """Every kind of training on every engine, in so many processes."""
     jobs = [f"{engine}:fp32:{kind}" for engine in engines for kind in kinds]
-    done = subprocess.run(
-        [*command, str(SCRIPT), str(CONFTEST), str(world.folder), str(tokenizer), str(out), *jobs],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=540,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
+    run_on(processes, probe.main, world.folder, tokenizer, out, *jobs)
 
 
 def read(out, engine, kind, rank=0):

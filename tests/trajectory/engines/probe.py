@@ -1,24 +1,23 @@
 """What each process of a probe's engine test runs: short trainings, with and without a probe, one after the other.
 
-    probe.py CONFTEST WORLD TOKENIZER OUT JOB...      where a JOB is engine:dtype:what
+    main(WORLD, TOKENIZER, OUT, JOB...)      where a JOB is engine:dtype:what
 
 `what` is `plain`, `probed` (every step), `guarded` (merges at 2 and 4, moments rescaled), `both` (the two) or `undone`
 (the merges taken back). Each process writes OUT/<engine>-<dtype>-<what>-rank<n>.pt.
 """
 
-import gc
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import transformers
-from cpu_fsdp import allow_fsdp_on_cpu
-from run import MARKS, RANK, WORLD_SIZE, forget, load, settings
 
 from safemerge_callback import SafetyEvalCallback
 from safemerge_callback.live import writer_for
 from safemerge_callback.training import Rollback
+from tests.support.world import World
+from tests.trajectory.engines.cpu_fsdp import allow_fsdp_on_cpu
+from tests.trajectory.engines.run import MARKS, RANK, WORLD_SIZE, forget, settings
 
 SETS = {"prompts": {"bad": ["a b", "c d e", "f"]}, "benign": {"good": ["x y", "z q w e r"]}}
 
@@ -84,18 +83,11 @@ def run(world, job, out, tokenizer):
     forget()
 
 
-def main(conftest, folder, tokenizer, out, *jobs):
+def main(folder, tokenizer, out, *jobs):
+    """The jobs, one after the other; the first rank says which is done."""
     allow_fsdp_on_cpu()
-    runs = load(conftest)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer)
-    gc.freeze()  # what is imported by now need not be walked over before and after each training
     for job in jobs:
-        model = transformers.LlamaForCausalLM.from_pretrained(Path(folder) / "aligned")
-        run(runs.World(Path(folder), model), job, Path(out), tokenizer)
+        run(World.load(folder), job, Path(out), tokenizer)
         if RANK == 0:
             print("done", job, flush=True)
-    runs.leave()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

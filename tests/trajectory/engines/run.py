@@ -1,6 +1,6 @@
 """What each process of an engine test runs: short trainings of the real Trainer, one after the other.
 
-    run.py CONFTEST WORLD OUT JOB...      where a JOB is engine:dtype:what, or engine:dtype:what:order
+    main(WORLD, OUT, JOB...)      where a JOB is engine:dtype:what, or engine:dtype:what:order
 
 `what` is `plain` (12 steps), `merge` (12 steps, merges after 4, 8 and 12, by a loop's own verbs), `guard` (the same by
 SafeMergeCallback), `reset` (the same, moments reset) or `survive` (3 steps: a merge that fails on one rank after the
@@ -9,16 +9,12 @@ order, 3 if not given.
 Each process writes OUT/<job, with dashes>-rank<n>.pt.
 """
 
-import gc
-import importlib.util
 import os
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import transformers
-from cpu_fsdp import allow_fsdp_on_cpu
 
 from safemerge_callback.adapters import load_adapter
 from safemerge_callback.decision import MergePlan, apply, measure
@@ -26,6 +22,8 @@ from safemerge_callback.errors import PlanError
 from safemerge_callback.live import writer_for
 from safemerge_callback.live.ranks import ProcessesError
 from safemerge_callback.subspace import Subspace
+from tests.support.world import World
+from tests.trajectory.engines.cpu_fsdp import allow_fsdp_on_cpu
 
 FSDP = {"min_num_params": 0, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
 # Its syncing of states at the start asks for an accelerator; both ranks load the same model here.
@@ -53,13 +51,6 @@ EVERY = 4
 KNOBS = {"gate": "num_layers", "num_layers": 2, "weights": [0.7, 0.3], "every": EVERY}
 STATES = {"guard": "keep", "reset": "reset"}
 RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-
-
-def load(path):
-    spec = importlib.util.spec_from_file_location("runs", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def settings(engine, dtype):
@@ -200,17 +191,10 @@ def forget():
         os.environ.pop(name, None)
 
 
-def main(conftest, folder, out, *jobs):
+def main(folder, out, *jobs):
+    """The jobs, one after the other; the first rank says which is done."""
     allow_fsdp_on_cpu()
-    runs = load(conftest)
-    gc.freeze()  # what is imported by now need not be walked over before and after each training
     for job in jobs:
-        model = transformers.LlamaForCausalLM.from_pretrained(Path(folder) / "aligned")
-        run(runs.World(Path(folder), model), job, Path(out))
+        run(World.load(folder), job, Path(out))
         if RANK == 0:
             print("done", job, flush=True)
-    runs.leave()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
