@@ -14,6 +14,7 @@ import yaml
 from recipes.finetune import PREFIX, parse_finetune
 from recipes.models import placed
 from safemerge_callback.adapters import load_adapter
+from safemerge_callback.corrections.schedule import merge_events
 from safemerge_callback.decision import KNOBS, as_gate, check_merge
 from safemerge_callback.errors import ConfigError, SafeMergeError, nearest
 from safemerge_callback.evaluation import load_judge
@@ -21,7 +22,6 @@ from safemerge_callback.evaluation.judges import check_ready
 from safemerge_callback.methods import check_density, check_majority_sign, get_method
 from safemerge_callback.offline import merge_adapters
 from safemerge_callback.training.config.settings import SafeMergeConfig
-from safemerge_callback.training.run.schedule import merge_events
 
 from .arms import Arm
 from .grid import Cell, Grid, parent_of

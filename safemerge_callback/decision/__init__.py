@@ -3,8 +3,7 @@
 from typing import TYPE_CHECKING
 
 from ..io.renamed import renamed
-from .apply import Edit, apply, merged_factors
-from .average import AVERAGE_FILE, Average
+from .apply import Edit, agreed_factors, apply, merged_factors
 from .certify import undecided
 from .empty import nothing_selected
 from .fit import check_safety_adapter
@@ -20,14 +19,12 @@ from .vetoes import above, held_back, not_rearmed, under_floor, without
 from .weights import DEFAULT_WEIGHTS, check_merge, check_module_weights, merge_weights, method_of
 
 __all__ = [
-    "AVERAGE_FILE",
     "BAND",
     "DEFAULT_WEIGHTS",
     "DEFAULT_GATE",
     "GATES",
     "KNOB",
     "KNOBS",
-    "Average",
     "Band",
     "Edit",
     "Gate",
@@ -36,6 +33,7 @@ __all__ = [
     "Readings",
     "Verdict",
     "above",
+    "agreed_factors",
     "apply",
     "as_gate",
     "default_gate",
@@ -68,6 +66,8 @@ if not TYPE_CHECKING:
     __getattr__ = renamed(
         __name__,
         {
+            "AVERAGE_FILE": "safemerge_callback.corrections.average",
+            "Average": "safemerge_callback.corrections.average",
             "Journal": "safemerge_callback.record",
             "check_entry": "safemerge_callback.record",
             "merge_entry": "safemerge_callback.record",

@@ -55,17 +55,31 @@ def apply(
     With many processes every rank calls this with the same plan, each computes, and rank 0's factors and edits count.
     What one rank raises, all raise; ProcessesError where the plans decide differently.
     """
+    new, edits = agreed_factors(plan, writer, safety, subspace, device=device)
+    if not new:
+        return ()
+    writer.write(new)
+    return from_first(edits)
+
+
+def agreed_factors(
+    plan: MergePlan,
+    writer: Writer,
+    safety: Adapter | Sequence[Adapter] | None = None,
+    subspace: Subspace | None = None,
+    *,
+    device: torch.device | str | None = None,
+) -> tuple[dict[str, LowRank], tuple[Edit, ...]]:
+    """Return what `apply` would write into the live adapter, and the edits; nothing is written. Raises as it does."""
     agree("the merge plan", _decisions(plan))
     if not plan.selected:
-        return ()
+        return {}, ()
     if not get_method(plan.method).keeps_rank:
         raise PlanError(
             f"method {plan.method!r} changes the rank, which a live adapter keeps: use it offline, or 'linear'"
         )
     factors = writer.gather()
-    new, edits = together(lambda: merged_factors(plan, factors, safety, subspace, device))
-    writer.write(new)
-    return from_first(edits)
+    return together(lambda: merged_factors(plan, factors, safety, subspace, device))
 
 
 @full_precision()

@@ -14,7 +14,6 @@ from .checkpoints import at_each_save, no_more_saves
 from .config.keywords import Settings
 from .config.settings import SafeMergeConfig, resolve_config
 from .run.artifact import Section
-from .run.ending import after_training
 from .run.model_card import mark_card, mark_push
 from .run.opening import alone, dismissed, open_session
 from .run.session import Session
@@ -54,12 +53,12 @@ class SafeMergeCallback(TrainerCallback):
     @property
     def seconds(self) -> float:
         """Seconds spent in this callback since training began, over all resumes."""
-        return self.session.seconds if self.session else self.progress.seconds
+        return self.session.clock.seconds if self.session else self.progress.seconds
 
     @property
     def share(self) -> float:
         """Share of the training time, from 0 to 1, that this callback took."""
-        return self.session.share if self.session else self.progress.share
+        return self.session.clock.now.share if self.session else self.progress.share
 
     def on_train_begin(
         self,
@@ -74,21 +73,21 @@ class SafeMergeCallback(TrainerCallback):
         self.session, self.progress, self.section = None, Progress(), None
         self.session = session = open_session(self.config, model, args, state, kwargs.get("optimizer"))
         self.progress = session.progress
-        at_each_save(state, lambda folder: session.save(state, folder))
+        at_each_save(state, session.save)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check, and perhaps merge, before this step is evaluated and saved."""
         if self.session:
-            with self.session.timed():
-                self.session.after_step(args, state, stopping=control.should_training_stop)
+            with self.session.clock.hook():
+                self.session.after_step(stopping=control.should_training_stop)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Remember the weights where the trainer may put its best ones in their place."""
         if self.session and args.load_best_model_at_end:
-            with self.session.timed():
-                self.session.remember_epoch()
+            with self.session.clock.hook():
+                self.session.marks.end_epoch()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Remember which checkpoint it is that was just saved."""
@@ -113,9 +112,8 @@ class SafeMergeCallback(TrainerCallback):
     ) -> None:
         """Make sure that the weights the user is left with had their final check; close the journal."""
         if self.session:
-            with self.session.timed():
-                self.session.settle(args, state, hold="training ended before this check could be applied")
-                after_training(self.session, args, state, model, kwargs.get("eval_dataloader"))
+            with self.session.clock.hook():
+                self.session.end(model, kwargs.get("eval_dataloader"))
             self.section = self.session.section()
         self.session = None
         no_more_saves(state)

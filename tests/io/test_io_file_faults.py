@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from safemerge_callback import load_adapter
 from safemerge_callback.adapters.snapshot import SNAPSHOT_FILE, SNAPSHOT_FOLDER, Snapshot, load_snapshot, save_snapshot
-from safemerge_callback.decision.average import AVERAGE_FILE, Average
+from safemerge_callback.corrections.average import AVERAGE_FILE, Average
 from safemerge_callback.errors import SafeMergeError
 from safemerge_callback.io.file_faults import reading_fault
 from safemerge_callback.live.initial import INITIAL_FILE, load_initial, save_initial

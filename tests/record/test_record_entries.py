@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from safemerge_callback.decision import Average, Edit, MergePlan, Reading, Readings
+from safemerge_callback.decision import Edit, MergePlan, Reading, Readings
 from safemerge_callback.evaluation.probe import Answers, measured
 from safemerge_callback.record import VERSION, Journal, numbered_entries
 from safemerge_callback.record.entries import (
@@ -131,7 +131,7 @@ def test_each_module_has_the_limit_that_its_gate_merged_below(read, gate, knobs,
 
 
 def test_merge(read):
-    average = Average(0.9, {}, 7, 0.01)
+    average = {"decay": 0.9, "followed": 7, "residual": 0.01}
     edits = (Edit("a", 0.05, math.inf),)
     (line,), history = read(merge_entry(20, a_plan(), edits, {"a": 0.64, "b": 0.8}, 0.5, average))
     assert history.merges == {("a", 20): 0.64}

@@ -96,7 +96,7 @@ def test_a_checkpoint_without_an_average_is_told(world, runs, tmp_path):
 
 
 def test_an_average_that_fails_costs_no_training(world, runs, tmp_path, monkeypatch):
-    from safemerge_callback.decision import Average
+    from safemerge_callback.corrections.average import Average
 
     def fail(self, factors):
         raise RuntimeError("no room")

@@ -385,7 +385,7 @@ def test_a_merge_that_fails_leaves_the_weights_and_training_goes_on(world, runs,
 
     def act(step, model):
         if step == 3:
-            next(iter(guard.session.safety[0].factors.values())).A[0, 0] = math.nan
+            next(iter(guard.session.start.safety[0].factors.values())).A[0, 0] = math.nan
 
     before, after = runs.Recorder(act), runs.Recorder()
     trainer = world.trainer(tmp_path, before, guard, after)

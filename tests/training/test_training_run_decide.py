@@ -26,8 +26,8 @@ def readings(*cosines):
 
 def decide(settings, progress, step, *cosines, hold=None, max_steps=100):
     """One check as a session makes it: decide, let those seen above go, merge."""
-    moment = Moment(step, step, max_steps)
-    decision = decided(readings(*cosines), settings, progress, moment, hold)
+    moment = Moment(step, step, max_steps, hold=hold)
+    decision = decided(readings(*cosines), settings, progress, moment)
     plan = agreed_plan(decision, settings, moment)
     progress.disarmed = still_disarmed(progress.disarmed, decision.seen)
     if plan.selected:

@@ -157,9 +157,9 @@ def test_no_folder_of_this_machine_leaves_with_the_journal_or_a_checkpoint(world
     fails = {3: "cannot read '/home/someone/secret/x.safetensors'"}
     after_step = Session.after_step
 
-    def failing(self, args, state, *, stopping):
-        after_step(self, args, state, stopping=stopping)
-        if state.global_step in fails:
+    def failing(self, *, stopping):
+        after_step(self, stopping=stopping)
+        if self.step in fails:
             self.log.note({"kind": "error", "step": 3, "where": "measure", "error": f"OSError: {fails[3]}"})
 
     monkeypatch.setattr(Session, "after_step", failing)

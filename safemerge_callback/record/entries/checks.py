@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ...decision import KNOB, Average, Edit, MergePlan, Reading
+from ...decision import KNOB, Edit, MergePlan, Reading
 from ..history import Cell, Event, History
 from ..metrics import limit_of
 from .values import count, known, module_name, number
@@ -78,11 +78,11 @@ def merge_entry(
     edits: Sequence[Edit],
     task_weights: Mapping[str, float],
     seconds: float,
-    average: Average | None = None,
+    average: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the entry of one merge. `task_weights`: module name -> product of all w_live so far, this one's too.
 
-    `average` is the run's own, where the method goes to that.
+    `average`: what is told of the run's own, where the method goes to that.
     """
     modules = [
         {
@@ -97,12 +97,8 @@ def merge_entry(
     how = {"method": plan.method, "space": plan.space, "weights": list(plan.weights), **plan.taken}
     if plan.module_weights:
         how["module_weights"] = {pattern: list(own) for pattern, own in plan.module_weights.items()}
-    goal = {} if average is None else {"average": _average(average)}
+    goal = {} if average is None else {"average": dict(average)}
     return {"kind": "merge", "step": step, **how, "seconds": seconds, "modules": modules, **goal}
-
-
-def _average(average: Average) -> dict[str, Any]:
-    return {"decay": average.decay, "followed": average.followed, "residual": average.residual}
 
 
 def read_merge(history: History, entry: Mapping[str, Any]) -> None:

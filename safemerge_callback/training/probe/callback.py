@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ...corrections.schedule import due
 from ...errors import ConfigError, shown
 from ...evaluation.judges import KeywordJudge, check_ready, decides, load_judge, measure_name
 from ...evaluation.probe import Asking, Questions
@@ -22,7 +23,6 @@ from ...signals.chat import template_settings, text_part
 from ...signals.responses import check_vocabulary
 from ..checkpoints import at_each_save, no_more_saves
 from ..run.opening import guard_of
-from ..run.schedule import due
 from .opening import (
     EvalLoss,
     Prompts,
@@ -152,7 +152,7 @@ class SafetyEvalCallback(TrainerCallback):
             return
         self.begun, probing = True, self.probing
         guard = guard_of(probing.model, state)
-        connect(probing, guard.session if guard else None, self.journal)
+        connect(probing, guard.session.guarded() if guard and guard.session else None, self.journal)
         if isinstance(self.asking.loss, EvalLoss):
             with left_as_found(probing.model):
                 self.asking.loss.load()

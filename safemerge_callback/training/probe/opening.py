@@ -18,7 +18,7 @@ from ...live.ranks import together
 from ...record import JOURNAL_FILE, Journal
 from ...record.progress import continue_journal
 from ..run.ending import COMPARED_BATCHES, mean_loss
-from ..run.session import Session
+from ..run.guarded import GuardedRun
 from .probing import Probing, Rules
 
 Kind = Literal["harm", "benign"]
@@ -129,25 +129,23 @@ def check_judges(judge: Judge, benign_judge: Judge, benign: Iterable[str]) -> No
         measure_name(name, judge)
 
 
-def connect(probing: Probing, guard: Session | None, journal: str | None) -> None:
+def connect(probing: Probing, guard: GuardedRun | None, journal: str | None) -> None:
     """Let `probing` look at the merges of `guard` and write where it writes; without one, open a journal of its own.
 
     Raises ConfigError where a rule needs a guard that merges, and where the guard is watched already.
     """
     for name in ("rollback", "trigger"):
-        if getattr(probing.rules, name) and not (guard and guard.config.merges):
+        if getattr(probing.rules, name) and not (guard and guard.merges):
             lacking = "no SafeMergeCallback" if guard is None else "a SafeMergeCallback that never merges"
             raise ConfigError(f"rule {name} is set and the trainer has {lacking}: add one that merges, or leave it out")
     if guard is None:
         # A refusal on the first rank alone would leave the others waiting for it.
         probing.log.journal = together(lambda: _opened(journal, probing.args, probing.state))
         return
-    if guard.witness is not None:
-        raise ConfigError("this trainer has two SafetyEvalCallbacks: keep one, and give it all prompts")
+    guard.watch(probing)
     if journal is not None:
         raise ConfigError(f"journal is {journal!r}: the journal is the SafeMergeCallback's, set it there")
-    guard.witness, probing.guard, probing.trackers = probing, guard, guard.trackers
-    probing.log.beneath = guard.log
+    probing.guard, probing.trackers, probing.log.beneath = guard, guard.trackers, guard.log
 
 
 def _opened(journal: str | None, args: TrainingArguments, state: TrainerState) -> Journal:

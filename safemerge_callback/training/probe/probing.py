@@ -16,7 +16,7 @@ from ...live.faults import Fault, attempt
 from ...record.entries import probe_entry, stop_entry, trigger_entry
 from ...record.log import Log
 from ...signals.thoughts import ADVICE
-from ..run.session import Session
+from ..run.guarded import GuardedRun
 from ..trackers import Trackers
 from .rules import Rollback, Standing, Stop, Trigger, costs_too_much, lacking, stops, triggers
 
@@ -52,7 +52,7 @@ class Probing:
     asking: Asking
     rules: Rules
     template_settings: Mapping[str, Any] = field(default_factory=dict)
-    guard: Session | None = None
+    guard: GuardedRun | None = None
     trackers: Trackers = field(default_factory=Trackers)
     standing: Standing = field(default_factory=Standing)
     spent: Spent = field(default_factory=Spent)
@@ -83,7 +83,7 @@ class Probing:
         took = time.perf_counter() - began
         self.spent.seconds += took
         if self.guard:
-            self.guard.leave_out(took)
+            self.guard.clock.leave_out(took)
         return answers
 
     def _check_rules(self, answers: Answers | None, failures: Sequence[str]) -> None:
@@ -144,11 +144,7 @@ class Probing:
         step = self.state.global_step
         self.log.note(trigger_entry(step, reason))
         self.log.say(f"step {step:,}: asks for a merge, {reason}", who=WHO)
-        with guard.timed():
-            guard.settle(self.args, self.state, hold="the safety probe asks for a check of this step")
-            guard.check(self.args, self.state, final=False)
-            if guard.seal and guard.seal[0] == step:
-                guard.seal_weights(step)
+        guard.check_now("the safety probe asks for a check of this step")
 
     def _tell(self, step: int, when: When, answers: Answers) -> None:
         self.log.note(probe_entry(step, when, answers, self.settings() if when == "begin" else None))

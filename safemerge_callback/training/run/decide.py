@@ -5,20 +5,28 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
+from ...corrections.schedule import cooling, merge_events, periodic_checks
 from ...decision import DEFAULT_WEIGHTS, MergePlan, Readings, Verdict, above, not_rearmed, spread, under_floor, without
 from ...errors import ConfigError
 from ...live.faults import Fault
 from ...record.progress import Progress
 from ..config.settings import SafeMergeConfig
-from .schedule import cooling, merge_events, periodic_checks
 
 
 class Moment(NamedTuple):
-    """Where a run stands at a check: optimizer step, the step its weights are from, and the run's last step."""
+    """Where a run stands at a check: optimizer step, the step its weights are from, and the run's last step.
+
+    `began` is a clock. `final`: whether it is the run's last check. `hold` says why nothing must be merged.
+    `measured_at`: the step beside which the weights were measured, where it is an earlier one.
+    """
 
     step: int
     weights_of: int
     max_steps: int
+    began: float = 0.0
+    final: bool = False
+    hold: str | None = None
+    measured_at: int | None = None
 
 
 def plan_knobs(config: SafeMergeConfig, step: int = 0, max_steps: int | None = None) -> dict[str, Any]:
@@ -86,19 +94,19 @@ class Decision(NamedTuple):
 
 
 def decided(
-    readings: Readings | Fault, config: SafeMergeConfig, progress: Progress, moment: Moment, hold: str | None = None
+    readings: Readings | Fault, config: SafeMergeConfig, progress: Progress, moment: Moment
 ) -> Decision | Fault:
     """Return what a check decides; a fault stays one.
 
-    Held back, the reason saying so: every merge where `hold` says why or the cooldown lasts, those of modules that were
-    merged and not yet seen above the gate again, and those that would push a module's compounded task weight under the
-    floor. Raises as `MergePlan.decide`.
+    Held back, the reason saying so: every merge where the moment says why or the cooldown lasts, those of modules that
+    were merged and not yet seen above the gate again, and those that would push a module's compounded task weight under
+    the floor. Raises as `MergePlan.decide`.
     """
     if isinstance(readings, Fault):
         return readings
     plan = MergePlan.decide(readings, **plan_knobs(config, moment.step, moment.max_steps))
     seen = above(plan)
-    pause = hold or cooling(moment.weights_of, last_merge=progress.last_merge, cooldown=config.cooldown)
+    pause = moment.hold or cooling(moment.weights_of, last_merge=progress.last_merge, cooldown=config.cooldown)
     if pause is not None:
         plan = without(plan, dict.fromkeys(plan.selected, pause))
     plan = without(plan, not_rearmed(plan, still_disarmed(progress.disarmed, seen)))

@@ -6,13 +6,13 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...corrections.schedule import interval
 from ...decision import BAND, Edit, MergePlan, nothing_selected
 from ...methods import get_method
 from ...record import JOURNAL_FILE
 from ...record.progress import Progress
 from ..config.settings import SafeMergeConfig
 from .forecast import Forecast, percent
-from .schedule import interval
 
 
 def opening_line(config: SafeMergeConfig, plan: Forecast, num_modules: int, max_steps: int, step: int = 0) -> str:
@@ -36,11 +36,6 @@ def merge_line(step: int, plan: MergePlan, edits: Sequence[Edit], progress: Prog
     )
     merged = f"step {step:,}: {len(edits)} of {_count(len(plan.readings), 'module')} merged, {told}"
     return merged + _left(plan.method, progress)
-
-
-def rollback_line(step: int, reason: str) -> str:
-    """Return the line of a merge that was taken back."""
-    return f"step {step:,}: the merge was taken back: {reason}"
 
 
 def closing_line(

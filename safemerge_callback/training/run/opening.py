@@ -15,7 +15,11 @@ from transformers import TrainerState, TrainingArguments
 
 from ...adapters import Adapter, LoraFactors, load_adapter
 from ...adapters.snapshot import set_aside_snapshot
-from ...decision import Average, MergePlan, Readings, check_safety_adapter, merged_factors, own_cosines
+from ...corrections.average import Average, RunAverage
+from ...corrections.change import ChangeEngine
+from ...corrections.merge import Merge
+from ...corrections.protocol import Kept, RunPoint
+from ...decision import MergePlan, Readings, check_safety_adapter, merged_factors, own_cosines
 from ...decision.unmerged import base_tensors, unmerged, warning_of
 from ...errors import AdapterError, ConfigError, JournalError
 from ...io.addresses import source_name
@@ -31,9 +35,11 @@ from ...record.progress import Progress, changed_settings, continue_journal, reb
 from ...subspace import Subspace
 from ..config.settings import SafeMergeConfig, public_settings
 from ..trackers import Trackers
+from .clock import Clock
 from .decide import check_schedule_of_run, plan_knobs
 from .forecast import forecast, too_strong
 from .lines import opening_line
+from .marks import Marks
 from .session import Session
 from .shares import Part, measure_together, own_part, place
 from .state import Past, resumed
@@ -111,20 +117,23 @@ def open_session(
     reference = own_cosines(safety[0], factors, subspace) if safety and config.gate == "reference" else None
     choice = place(config, subspace, factors)
     part = own_part(choice, factors, subspace)
-    average = _average(config, past, state)
-    _rehearse(config, factors, subspace, (average.adapter(factors),) if average else safety, part, reference)
+    at = RunPoint(state.global_step, state.max_steps, writer, subspace, safety, optimizer)
+    merge = _merge(config, past)
+    _rehearse(config, at, merge, part, reference)
     progress, journal, restored = _records(config, past, args, state)
     plan = forecast(config, list(factors), state.max_steps, state.global_step, progress.task_weights)
     of_a_run = {"placement": choice.to_dict(), "world_size": args.world_size, "planned": plan.to_dict()}
     start = _start(state.global_step, config, subspace, len(factors), restored=restored, left_out=left, **of_a_run)
     progress.journal_entries += journal.append(start)
     log, trackers = _outlets(config, state, journal, progress)
-    session = Session(config, writer, subspace, safety, journal, progress, log, trackers)
-    session.optimizer, session.part, session.reference, session.begun = optimizer, part, reference, began
-    session.average, session.unmerged = average, left
+    engine = ChangeEngine(writer, optimizer, config.optimizer_state, log)
+    clock, marks = Clock(progress, begun=began), Marks(writer, config.at_train_end)
+    session = Session(config, args, state, at, journal, log, trackers, clock, engine, merge, marks)
+    session.kept = () if merge.average is None else (merge.average,)
+    session.part, session.reference, session.unmerged = part, reference, left
     if words := warning_of(left):
         log.warn("left out", words)
-    session.seal_weights(state.global_step)
+    marks.seal(state.global_step)
     trackers.open(args, state, config.to_publish())
     log.say(opening_line(config, plan, len(factors), state.max_steps, state.global_step))
     for kind, words in (("strength", too_strong(config, plan, state.max_steps)), ("schedule", idle)):
@@ -134,9 +143,9 @@ def open_session(
     pending, progress.pending = progress.pending, None
     if pending == state.global_step:
         # The checkpoint holds the weights that were being measured: the same readings come again.
-        with session.timed():
-            if not session.begin(state.global_step):
-                session.check(args, state, final=False)
+        with clock.hook():
+            if not session.begin():
+                session.check(final=False)
     return session
 
 
@@ -182,34 +191,38 @@ def _unmerged(model: nn.Module, safety: Sequence[Adapter], modules: Collection[s
     return {source_name(adapter.source): words for adapter in safety if (words := unmerged(adapter, modules, base))}
 
 
-def _average(config: SafeMergeConfig, past: Past, state: TrainerState) -> Average | None:
-    """The average of the checkpoint that the run goes on from, or a new one; None for methods that need none."""
+def _merge(config: SafeMergeConfig, past: Past) -> Merge:
+    """The merge, with the average of the run's updates where its method goes to that."""
     if not config.merges or "average" not in config.rule.needs:
-        return None
-    found = from_first(together(lambda: past.average(config) if state.is_world_process_zero else None))
+        return Merge()
+    average = RunAverage(Average(float(config.ema_decay or 0.0)), int(config.ema_every or 1))
+    _take_up(average, past)
+    return Merge(average)
+
+
+def _take_up(kept: Kept, past: Past) -> None:
+    """Go on from what the checkpoint that the run goes on from holds of it."""
+    found = kept.load(past.folders, past.save)
     # Without any state there is one warning for all of it.
-    if found is None and past.progress is not None:
-        warnings.warn(
-            "safemerge: the checkpoint holds no average of the run's updates, so it starts anew", stacklevel=4
-        )
-    return found or Average(float(config.ema_decay or 0.0))
+    if not found and past.progress is not None:
+        warnings.warn(f"safemerge: the checkpoint holds no {kept.noun}, so it starts anew", stacklevel=5)
 
 
 def _rehearse(
     config: SafeMergeConfig,
-    factors: Mapping[str, LoraFactors],
-    subspace: Subspace,
-    safety: Sequence[Adapter],
+    at: RunPoint,
+    merge: Merge,
     part: Part | None,
     reference: Mapping[str, float] | None,
 ) -> None:
     """Measure, decide and compute a merge of every module, and drop it: what cannot work shows now, not at step 50."""
-    readings = measure_together(factors, subspace, part, {"gate": config.gate_at(), "reference": reference})
+    factors = at.factors()
+    readings = measure_together(factors, at.subspace, part, {"gate": config.gate_at(), "reference": reference})
     _require_finite(readings)
     MergePlan.decide(readings, **plan_knobs(config))
     if config.merges:
         everything = MergePlan.decide(readings, **{**plan_knobs(config), "gate": "all", "seed": config.seed})
-        _, edits = merged_factors(everything, factors, safety, subspace)
+        _, edits = merged_factors(everything, factors, merge.sources(at), at.subspace)
         _tell_losses([edit.residual for edit in edits if factors[edit.name].initial is not None])
 
 

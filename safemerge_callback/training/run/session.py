@@ -3,200 +3,219 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
-import torch
+from torch import nn
 from transformers import TrainerState, TrainingArguments
 
-from ...adapters import Adapter
-from ...decision import Average, Edit, MergePlan, Readings
+from ...corrections.change import ChangeEngine, Witness, report_failure
+from ...corrections.merge import Merge
+from ...corrections.protocol import Kept, RunPoint
+from ...corrections.schedule import due, final_due, interval
+from ...decision import Edit, MergePlan, Readings
+from ...errors import ConfigError
 from ...io.addresses import source_name
 from ...live import Writer
 from ...live.faults import Fault, attempt
-from ...live.fingerprint import digest
 from ...live.ranks import from_first
 from ...record import Journal
-from ...record.entries import check_entry
+from ...record.entries import check_entry, end_entry
 from ...record.log import Log
 from ...record.metrics import check_metrics
 from ...record.progress import Progress
-from ...subspace import Subspace
-from ..averaging import follow
 from ..config.settings import SafeMergeConfig
-from ..merging import Witness, merge
 from ..trackers import Report, Trackers, decision_rows
 from .artifact import Outcome, Section, run_section
 from .background import Pending, begin, undisturbed
+from .clock import Clock
 from .decide import Moment, agreed_plan, decided, still_disarmed
-from .lines import broken_modules, merge_line
-from .model_card import mark_card
-from .schedule import due, final_due, interval
+from .ending import (
+    engine_keeps_weights,
+    is_reloaded,
+    log_model_again,
+    loss_of,
+    note_best,
+    rewrite_adapter,
+)
+from .guarded import GuardedRun
+from .lines import broken_modules, closing_line, merge_line, nothing_merged
+from .marks import Marks
+from .model_card import mark_card, mark_model
 from .shares import Part, join, measure_own
-from .state import Saved, save_run
+from .state import Saved, past_of, save_run, save_run_again
 
 
 @dataclass
 class Session:
-    """What one call of `trainer.train()` needs: made by `open_session`, after every check has passed."""
+    """What one call of `trainer.train()` needs: made by `open_session`, after every check has passed.
+
+    It hands out its parts and is handed to nobody.
+    """
 
     config: SafeMergeConfig
-    writer: Writer
-    subspace: Subspace
-    safety: Sequence[Adapter]
+    args: TrainingArguments
+    state: TrainerState
+    start: RunPoint
     journal: Journal
-    progress: Progress
     log: Log
     trackers: Trackers
-    optimizer: Any = None
+    clock: Clock
+    engine: ChangeEngine
+    merge: Merge
+    marks: Marks
+    kept: Sequence[Kept] = ()
     part: Part | None = None
     reference: Mapping[str, float] | None = None
-    average: Average | None = None
+    unmerged: Mapping[str, str] = field(default_factory=dict)
     pending: Pending | None = None
     plan: MergePlan | None = None
-    seal: tuple[int, str] | None = None
-    left: str | None = None
-    begun: float | None = field(default_factory=time.perf_counter)
-    since: float | None = None
-    witness: Witness | None = None
-    left_out: float = 0.0
-    unmerged: Mapping[str, str] = field(default_factory=dict)
     saved: Saved | None = None
     checkpoint: Saved | None = None
 
-    @contextmanager
-    def timed(self) -> Iterator[None]:
-        """Count the wall clock of a hook, and let no gradient be recorded in it."""
-        self.since = time.perf_counter()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.progress.seconds, self.since = self.seconds, None
+    @property
+    def progress(self) -> Progress:
+        """The counts of the run."""
+        return self.log.progress
 
     @property
-    def seconds(self) -> float:
-        """Seconds spent in hooks since training began, the hook that runs now included."""
-        return self.progress.seconds + (0.0 if self.since is None else time.perf_counter() - self.since)
-
-    def leave_out(self, seconds: float) -> None:
-        """Count `seconds` that have just passed neither as this callback's nor as training's."""
-        self.left_out += seconds
-        self.since = None if self.since is None else self.since + seconds
-        self.begun = None if self.begun is None else self.begun + seconds
+    def writer(self) -> Writer:
+        """Who reads and writes the live factors."""
+        return self.engine.writer
 
     @property
-    def training_seconds(self) -> float:
-        """Seconds of training so far, over all resumes."""
-        return self.progress.training_seconds + (0.0 if self.begun is None else time.perf_counter() - self.begun)
+    def step(self) -> int:
+        """The optimizer steps done."""
+        return self.state.global_step
 
     @property
-    def share(self) -> float:
-        """Share of the training time, from 0 to 1, that the hooks took."""
-        return replace(self.progress, seconds=self.seconds, training_seconds=self.training_seconds).share
+    def point(self) -> RunPoint:
+        """Where the run stands now, as a correction sees it."""
+        return replace(self.start, step=self.step)
 
-    def after_step(self, args: TrainingArguments, state: TrainerState, *, stopping: bool) -> None:
+    def after_step(self, *, stopping: bool) -> None:
         """Apply what was measured beside this step; check if it is due, or the last: its checkpoint holds the merge."""
-        config, step = self.config, state.global_step
-        follow(self, step)
-        last = stopping or step >= state.max_steps
-        final = config.at_train_end and self.final_due(state, stopping=stopping)
-        self.settle(args, state, hold="the final check at this step decides" if final else None)
-        every = interval(config.every, state.max_steps)
+        config, step = self.config, self.step
+        self._follow()
+        last = stopping or step >= self.state.max_steps
+        final = config.at_train_end and self.final_due(stopping=stopping)
+        self.settle(hold="the final check at this step decides" if final else None)
+        every = interval(config.every, self.state.max_steps)
         now = final or due(step, every=every, from_step=config.from_step, until_step=config.until_step)
         # Nothing follows the last step that a check could be measured beside.
-        beside = now and config.asynchronous and not last and self.begin(step)
+        beside = now and config.asynchronous and not last and self.begin()
         if now and not beside:
-            self.check(args, state, final=final)
+            self.check(final=final)
         if last:
-            self.seal_weights(step)
+            self.marks.seal(step)
 
-    def check(
-        self, args: TrainingArguments, state: TrainerState, *, final: bool, at: int | None = None
-    ) -> tuple[Edit, ...]:
-        """Measure, decide, record, merge, record, report. `at` is the step the weights are from, if not this one."""
+    def _follow(self) -> None:
+        """Let what is kept of the run follow this step."""
+        for kept in self.kept:
+            done = attempt(kept.name, partial(kept.after_step, self.point))
+            if isinstance(done, Fault):
+                words = f"the {kept.noun} lacks step {self.step}, training goes on: {done.error}"
+                self.log.fault(self.step, done, words)
+
+    def check(self, *, final: bool, weights_of: int | None = None) -> tuple[Edit, ...]:
+        """Measure, decide, record, merge, record, report. `weights_of`: the step the weights are from, if another."""
         began = time.perf_counter()
-        own = attempt("measure", lambda: measure_own(self.writer.gather(), self.subspace, self.part, self.asked))
-        return self.conclude(args, state, own, began, final=final, at=at)
+        own = attempt("measure", lambda: measure_own(self.writer.gather(), self.start.subspace, self.part, self.asked))
+        return self.conclude(own, self._moment(began, weights_of, final=final))
 
-    def begin(self, step: int) -> bool:
-        """Start to measure the factors of `step` beside the next one; False where that would disturb the training."""
+    def begin(self) -> bool:
+        """Start to measure the factors of this step beside the next; False where that would disturb the training."""
         if not from_first(undisturbed()):
             words = "training allows TF32 products, which a check beside it would forbid: checks are synchronous"
             self.log.warn("asynchronous", words)
             return False
-        self.pending = begin(step, self.writer, self.subspace, self.part, self.asked)
-        self.progress.pending = step
+        self.pending = begin(self.step, self.writer, self.start.subspace, self.part, self.asked)
+        self.progress.pending = self.step
         return True
 
-    def settle(self, args: TrainingArguments, state: TrainerState, *, hold: str | None = None) -> None:
+    def settle(self, *, hold: str | None = None) -> None:
         """Wait for the check that was begun, if one was, and conclude it; `hold` says why it must not merge."""
         if self.pending is None:
             return
         began, pending = time.perf_counter(), self.pending
         self.pending = self.progress.pending = None
-        self.conclude(args, state, pending.result(), began, hold=hold, measured_at=pending.step)
+        self.conclude(pending.result(), self._moment(began, hold=hold, measured_at=pending.step))
 
-    def conclude(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        own: Readings | Fault,
-        began: float,
-        *,
-        final: bool = False,
-        at: int | None = None,
-        hold: str | None = None,
-        measured_at: int | None = None,
-    ) -> tuple[Edit, ...]:
-        """Decide on this process's readings and the others', record, merge, record, report; `began` is a clock."""
-        step = state.global_step
+    def _moment(self, began: float, weights_of: int | None = None, **about: Any) -> Moment:
+        step = self.step
+        return Moment(step, step if weights_of is None else weights_of, self.state.max_steps, began, **about)
+
+    def conclude(self, own: Readings | Fault, moment: Moment) -> tuple[Edit, ...]:
+        """Decide on this process's readings and the others', record, merge, record, report."""
+        step, final = moment.step, moment.final
         self.progress.checks += 1
         self.progress.final_step = step if final else self.progress.final_step
-        found, moment = join(own, self.part), Moment(step, step if at is None else at, state.max_steps)
-        agreed = from_first(attempt("measure", lambda: decided(found, self.config, self.progress, moment, hold)))
+        readings = join(own, self.part)
+        agreed = from_first(attempt("measure", lambda: decided(readings, self.config, self.progress, moment)))
         if isinstance(agreed, Fault):
-            check_failed(self.log, step, agreed)
+            report_failure(self.log, step, agreed)
             return ()
         plan = agreed_plan(agreed, self.config, moment)
         self.progress.disarmed = still_disarmed(self.progress.disarmed, agreed.seen)
-        seconds = time.perf_counter() - began
-        self.log.tell(step, lambda: self.log.note(check_entry(step, plan, seconds, measured_at)))
+        took = time.perf_counter() - moment.began
+        self.log.tell(step, lambda: self.log.note(check_entry(step, plan, took, moment.measured_at)))
         if words := broken_modules(step, plan):
             self.log.warn("broken", words)
-        left_out = self.left_out
-        edits = merge(self, step, plan, Path(args.output_dir) if final else None) if plan.selected else ()
+        left_out = self.clock.left_out
+        at, keep_in = replace(self.point, plan=plan), Path(self.args.output_dir) if final else None
+        edits = self.engine.make(self.merge, at, keep_in) if plan.selected else ()
         self.plan = plan
-        took = time.perf_counter() - began - (self.left_out - left_out)
-        self.log.tell(step, lambda: self._report(args, state, edits, took, final))
+        seconds = time.perf_counter() - moment.began - (self.clock.left_out - left_out)
+        self.log.tell(step, lambda: self._report(plan, edits, seconds, final))
         return edits
 
-    def _report(
-        self, args: TrainingArguments, state: TrainerState, edits: Sequence[Edit], took: float, final: bool
-    ) -> None:
-        """Tell the terminal and the trackers what a check decided and a merge did, in `took` seconds."""
-        step, plan = state.global_step, self.plan
-        assert plan is not None, "nothing was decided"
+    def _report(self, plan: MergePlan, edits: Sequence[Edit], seconds: float, final: bool) -> None:
+        """Tell the terminal and the trackers what a check decided and a merge did, in so many seconds."""
+        step = self.step
         if edits:
             self.log.say(merge_line(step, plan, edits, self.progress))
-        numbers = check_metrics(plan, edits, replace(self.progress, seconds=self.seconds), took)
+        numbers = check_metrics(plan, edits, replace(self.progress, seconds=self.clock.seconds), seconds)
         rows = decision_rows(step, plan, self.progress.task_weights)
-        self.trackers.send(args, state, Report(step, numbers, rows, final))
+        self.trackers.send(self.args, self.state, Report(step, numbers, rows, final))
 
     @property
     def asked(self) -> dict[str, Any]:
         """What `measure` needs of the gate."""
         return {"gate": self.config.gate_at(), "reference": self.reference}
 
-    def save(self, state: TrainerState, folder: Path) -> None:
+    def final_due(self, *, stopping: bool) -> bool:
+        """Whether this step ends the run and still lacks its final check."""
+        known = self.progress.final_step
+        return final_due(self.step, max_steps=self.state.max_steps, stopping=stopping, final_step=known)
+
+    def guarded(self) -> GuardedRun:
+        """Return what a probe of this run works with."""
+        return GuardedRun(self.config.merges, self.log, self.trackers, self.clock, self._watch, self._check_now)
+
+    def _watch(self, witness: Witness) -> None:
+        if self.engine.witness is not None:
+            raise ConfigError("this trainer has two SafetyEvalCallbacks: keep one, and give it all prompts")
+        self.engine.witness = witness
+
+    def _check_now(self, hold: str) -> None:
+        with self.clock.hook():
+            self.settle(hold=hold)
+            self.check(final=False)
+            if self.marks.sealed_at(self.step):
+                self.marks.seal(self.step)
+
+    def save(self, folder: Path) -> None:
         """Let the checkpoint that the trainer is writing into `folder` hold the state, where this process writes."""
         if not self.log.first_rank:
             return
-        with self.timed():
-            done = attempt("state", lambda: save_run(self, state, folder))
+        with self.clock.hook():
+            saved = self.saved = Saved(self.step, folder, uuid4().hex)
+            initial = self.writer.initial
+            done = attempt("state", lambda: save_run(self.state, saved, self.clock.now, initial, self.kept))
             mark_card(folder, self.section())
         if isinstance(done, Fault):
             words = f"the state of {folder.name} could not be saved ({done.error}): a resume from it starts anew"
@@ -218,27 +237,95 @@ class Session:
         parts["settings"] = self.config.words or None
         return Outcome(self.journal.path, self.plan, self.progress, parts, model)
 
-    def seal_weights(self, step: int) -> None:
-        """Remember what the factors are at `step`, to see later whether they are still those."""
-        found = from_first(self.digest()) if self.config.at_train_end else None
-        self.seal = (step, found) if isinstance(found, str) else None
+    def end(self, model: nn.Module | None, batches: Iterable[Any] | None) -> None:
+        """Check once more if the final check has not happened, or the weights are not those it left; close the records.
 
-    def remember_epoch(self) -> None:
-        """Remember what the factors are at an epoch's end, to see later whether the trainer put others there."""
-        found = from_first(self.digest()) if self.config.at_train_end else None
-        self.left = found if isinstance(found, str) else None
+        The weights differ where the trainer reloaded the best checkpoint, or something stopped the run after our last
+        hook.
+        """
+        self.settle(hold="training ended before this check could be applied")
+        self._check_what_is_left(model, batches)
+        if self.engine.witness:
+            self.engine.witness.closing()
+        self.clock.stop()
+        self.log.note(end_entry(self.step, self.progress, self.clock.seconds, self.progress.training_seconds))
+        self.log.tell(self.step, self._say_the_end)
+        # No adapter where it is sharded: all ranks would have to save it together.
+        self.trackers.finish(self.step, self.outcome(None if self.writer.sharded else model).write)
+        self.trackers.close()
+        if self.progress.merges:
+            mark_model(model)
+        if self.log.first_rank:
+            mark_card(Path(self.args.output_dir), self.section(), begin=True)
 
-    def digest(self) -> str | Fault:
-        """Return the fingerprint of all live factors."""
-        return attempt("measure", lambda: digest(self.writer.gather()))
+    def _check_what_is_left(self, model: nn.Module | None, batches: Iterable[Any] | None) -> None:
+        now = self.marks.now()
+        if isinstance(now, Fault):
+            report_failure(self.log, self.step, now)
+        elif now is not None:
+            untouched = self.marks.sealed == (self.step, now)
+            if not untouched or self.final_due(stopping=True):
+                reloaded = not untouched and is_reloaded(self.args, self.state, self.marks.epoch, now)
+                self._last_check(model, batches, untouched=untouched, reloaded=reloaded)
 
-    def final_due(self, state: TrainerState, *, stopping: bool) -> bool:
-        """Whether this step ends the run and still lacks its final check."""
-        at, known = state.global_step, self.progress.final_step
-        return final_due(at, max_steps=state.max_steps, stopping=stopping, final_step=known)
+    def _last_check(
+        self, model: nn.Module | None, batches: Iterable[Any] | None, *, untouched: bool, reloaded: bool
+    ) -> None:
+        weights_of = self.step if untouched else self._provenance(reloaded)
+        compare = reloaded and self.config.merges and model is not None and batches is not None
+        before = loss_of(model, batches) if compare else None
+        edits = self.check(final=True, weights_of=weights_of)
+        if not edits:
+            return
+        if isinstance(before, float):
+            losses = before, loss_of(model, batches)
+            self.log.tell(self.step, lambda: note_best(self.log, self.trackers, self.args, self.state, losses))
+        if not reloaded:
+            self._save_again()
+        # A sharded adapter is saved by all ranks together, and this runs on the first alone.
+        if model is not None and not self.writer.sharded:
+            log_model_again(self.trackers, self.args, self.state, model)
 
+    def _provenance(self, reloaded: bool) -> int:
+        """The step that weights which are not those we left are from; where reloaded, their merges are taken over."""
+        if not reloaded and not self.marks.sealed_at(self.step):
+            return self.step
+        past = past_of(Path(str(self.state.best_model_checkpoint))) if reloaded else None
+        history = from_first(past.progress if past else None)
+        self.progress.rewind(history)
+        if past:
+            if history is None and self.progress.merges:
+                words = f"the best checkpoint {past.reason}: what was merged into it before is not known"
+                self.log.warn("best", words)
+            for kept in self.kept:
+                kept.rewind(past.folders, past.save)
+        best = self.state.best_global_step
+        return best if reloaded and best is not None else self.step
 
-def check_failed(log: Log, step: int, fault: Fault) -> None:
-    """Record that a check or a merge failed, and tell everybody of it."""
-    message = f"{fault.where} failed at step {step}, nothing was merged, training goes on: {fault.error}"
-    log.fault(step, fault, message, alert="a check failed")
+    def _save_again(self) -> None:
+        """Put the merged factors into the checkpoint of this step, which was written before this merge.
+
+        Left alone where an engine keeps its own copy of the weights there, which a resume would read instead.
+        """
+        factors, checkpoint = self.writer.gather(), self.checkpoint
+        if checkpoint is None or checkpoint.step != self.step or not checkpoint.folder.is_dir():
+            return
+        folder = checkpoint.folder
+        if engine_keeps_weights(folder):
+            return
+        try:
+            rewrite_adapter(folder, self.writer.adapter_name, factors)
+            save_run_again(checkpoint, self.clock.now)
+            mark_card(folder, self.section())
+        except (OSError, ValueError, KeyError) as error:
+            self.log.warn("checkpoint", f"{folder.name} holds the weights before the final merge ({error})")
+
+    def _say_the_end(self) -> None:
+        """A run that could have merged and did not is warned of, before the line that ends every run.
+
+        Where a check or a merge failed, that was warned of already.
+        """
+        if self.config.merges and not self.progress.merges and not self.log.warned & {"measure", self.merge.name}:
+            self.log.warn("nothing merged", nothing_merged(self.progress, self.plan))
+        took = self.clock.seconds, self.clock.now.share
+        self.log.say(closing_line(self.config, self.progress, *took, self.journal.path, self.plan))

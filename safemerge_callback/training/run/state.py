@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-from uuid import uuid4
+from typing import Any, NamedTuple
 
 from transformers import TrainerState, TrainingArguments
 
+from ...corrections.protocol import Kept
 from ...errors import AdapterError
 from ...live.initial import load_initial, save_initial
 from ...live.ranks import from_first
 from ...ops import LowRank
 from ...record.progress import OLDER_FILE, Progress
-from ..averaging import load_average, save_average
 from ..checkpoints import put_values, replace_values, resumed_folders, values_in, values_of
-
-if TYPE_CHECKING:
-    from ...decision import Average
-    from ..config.settings import SafeMergeConfig
-    from .session import Session
 
 PART = "run"
 
@@ -46,10 +40,6 @@ class Past(NamedTuple):
     save: str | None
     folders: list[Path]
     reason: str = "holds no state of SafeMergeCallback"
-
-    def average(self, config: SafeMergeConfig) -> Average | None:
-        """Read the average of the run's updates; None where there is none, AdapterError for one that is corrupt."""
-        return load_average(config, self.folders, self.save)
 
     def initial(self) -> dict[str, LowRank]:
         """Read what the factors began as; AdapterError where that cannot be found."""
@@ -79,23 +69,27 @@ def past_of(folder: Path) -> Past:
     return _past(_older(folder) if values is None else values, [folder])
 
 
-def save_run(session: Session, state: TrainerState, folder: Path) -> None:
-    """Let the checkpoint that the trainer is writing into `folder` hold the session's state. Raises OSError."""
-    saved = session.saved = Saved(state.global_step, folder, uuid4().hex)
-    put_values(state, PART, _values(session, saved))
-    if session.writer.initial:
-        save_initial(folder, session.writer.initial, saved.save)
-    save_average(session.average, folder, saved.save)
+def save_run(
+    state: TrainerState, saved: Saved, progress: Progress, initial: Mapping[str, LowRank], kept: Sequence[Kept]
+) -> None:
+    """Let the checkpoint that the trainer is writing hold the run: its counts, initial factors, and what is kept.
+
+    Raises OSError.
+    """
+    put_values(state, PART, _values(saved, progress))
+    if initial:
+        save_initial(saved.folder, initial, saved.save)
+    for one in kept:
+        one.save(saved.folder, saved.save)
 
 
-def save_run_again(session: Session, saved: Saved) -> None:
+def save_run_again(saved: Saved, progress: Progress) -> None:
     """Replace the counts that a whole checkpoint holds; its tensors stay. Raises OSError and ValueError."""
-    replace_values(saved.folder, PART, _values(session, saved))
+    replace_values(saved.folder, PART, _values(saved, progress))
 
 
-def _values(session: Session, saved: Saved) -> dict[str, Any]:
-    now = replace(session.progress, seconds=session.seconds, training_seconds=session.training_seconds)
-    return {"version": 1, "save": saved.save, "progress": asdict(now)}
+def _values(saved: Saved, progress: Progress) -> dict[str, Any]:
+    return {"version": 1, "save": saved.save, "progress": asdict(progress)}
 
 
 def _resumed(args: TrainingArguments, state: TrainerState) -> Past:

@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from safemerge_callback.corrections.schedule import cooling, due, final_due, interval, merge_events
 from safemerge_callback.training.config.settings import SafeMergeConfig
-from safemerge_callback.training.run.schedule import cooling, due, final_due, interval, merge_events
 
 STEPS = st.integers(0, 500)
 

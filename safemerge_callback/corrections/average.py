@@ -1,21 +1,25 @@
-"""The exponential moving average of a run's own updates, at low rank: what method `ema` goes to."""
+"""The exponential moving average of a run's own updates, at low rank: what method `ema` goes to, and its state."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..adapters import Adapter, LoraFactors
 from ..adapters.factor_file import read_pairs, write_pairs
 from ..adapters.host import to_host
+from ..decision.batches import stacked
 from ..errors import AdapterError
 from ..io.file_faults import reading_fault
+from ..live.faults import attempt
+from ..live.ranks import from_first, rank, together
 from ..ops import LowRank, full_precision, truncate, weighted_sum
-from .batches import stacked
+from .protocol import RunPoint
 
 AVERAGE_FILE = "safemerge_average.safetensors"
 # The average holds this many times the live rank. A sum of updates of many steps has more directions than one of them.
@@ -89,3 +93,46 @@ class Average:
         except (OSError, ValueError, KeyError) as error:
             advice = "The run's average is lost with it: take another checkpoint."
             raise AdapterError(f"{str(path)!r} {reading_fault(path, error, advice)}") from error
+
+
+@dataclass
+class RunAverage:
+    """The average of a run's own updates, which takes one in every `every` optimizer steps; a `Kept`."""
+
+    average: Average
+    every: int
+    name: str = "average"
+    noun: str = "average of the run's updates"
+
+    def adapter(self, factors: Mapping[str, LoraFactors]) -> Adapter:
+        """Return the average as an adapter, as `Average.adapter`."""
+        return self.average.adapter(factors)
+
+    def entry(self) -> dict[str, Any]:
+        """Return what a merge's line in the journal says of the average."""
+        average = self.average
+        return {"decay": average.decay, "followed": average.followed, "residual": average.residual}
+
+    def after_step(self, at: RunPoint) -> None:
+        """Take the updates of this step in where it is time; where that raises the average stays as it was."""
+        if at.step % self.every == 0:
+            self.average.follow(at.factors())
+
+    def save(self, folder: Path, save: str) -> None:
+        """Put the average beside the weights of a checkpoint, as part of `save`. Raises OSError."""
+        self.average.save(folder, save)
+
+    def load(self, folders: Sequence[Path], save: str | None) -> bool:
+        """Go on from the average that `save` put into the first of these folders that has one; as `Kept.load`."""
+        found = from_first(together(lambda: self._read(folders, save) if rank() == 0 else None))
+        self.average = found or self.average
+        return found is not None
+
+    def rewind(self, folders: Sequence[Path], save: str | None) -> None:
+        """Take over the average of the checkpoint that the weights were reloaded from; without one it stays."""
+        found = attempt(self.name, lambda: self._read(folders, save))
+        self.average = from_first(found if isinstance(found, Average) else self.average)
+
+    def _read(self, folders: Sequence[Path], save: str | None) -> Average | None:
+        found = (Average.load(folder, self.average.decay, save) for folder in folders)
+        return next((average for average in found if average is not None), None)

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from safemerge_callback.adapters import LoraFactors
-from safemerge_callback.decision import AVERAGE_FILE, Average
-from safemerge_callback.decision.average import ROOM
+from safemerge_callback.corrections.average import AVERAGE_FILE, ROOM, Average
 from safemerge_callback.errors import AdapterError
 from safemerge_callback.ops import LowRank
 

@@ -1,0 +1,99 @@
+"""What a correction is given, and what it gives back; no correction inherits from anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from ..adapters import Adapter, LoraFactors
+from ..decision import Edit, MergePlan
+from ..live import Writer
+from ..ops import LowRank
+from ..subspace import Subspace
+
+# The line of a change in the journal, made of what the engine knows once it is written: module -> the share of the
+# task's update that all changes so far have left, and the seconds that this one took.
+Entry = Callable[[Mapping[str, float], float], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class RunPoint:
+    """Where a run stands when a correction is asked, and what it may look at; nothing of the trainer is in it.
+
+    `step` of `max_steps` optimizer steps is done. `safety`: the safety adapters, `optimizer` what the trainer gives its
+    callbacks. `plan`: what the check of this step decided, where there was one.
+    """
+
+    step: int
+    max_steps: int
+    writer: Writer
+    subspace: Subspace
+    safety: Sequence[Adapter] = ()
+    optimizer: Any = None
+    plan: MergePlan | None = None
+
+    def factors(self) -> dict[str, LoraFactors]:
+        """Return module -> the live factors as they are now, not copied. Collective as `Writer.gather`."""
+        return self.writer.gather()
+
+
+class Change(NamedTuple):
+    """What a correction wants written: computed and checked, nothing written yet.
+
+    `new`: module -> factors in the live adapter's units, A (r, d_in) and B (d_out, r). `edits`: what that does to each
+    of them. `task_weights`: module -> the share of the task's own update that this change leaves in it. `entry` makes
+    its line for the journal. `merge`: whether it counts as a merge, which the cooldown and re-arming go by.
+    """
+
+    new: Mapping[str, LowRank]
+    edits: tuple[Edit, ...]
+    task_weights: Mapping[str, float]
+    entry: Entry
+    merge: bool = False
+
+
+class Correction(Protocol):
+    """Changes the factors of a run."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in the journal and in YAML."""
+
+    def change(self, at: RunPoint) -> Change | None:
+        """Return what is to be written, or None for nothing. Every rank calls it, and must come to the same modules.
+
+        What it raises, on any rank, costs this change and nothing else; rank 0's factors are those that count.
+        """
+
+
+@runtime_checkable
+class Kept(Protocol):
+    """State of a correction that follows the run and that its checkpoints hold."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in the journal, where it fails."""
+
+    @property
+    def noun(self) -> str:
+        """What it is in words that follow `the` and `no`: "average of the run's updates"."""
+
+    def after_step(self, at: RunPoint) -> None:
+        """Follow an optimizer step. Every rank calls it; what it raises costs this step of the state, and is told."""
+
+    def save(self, folder: Path, save: str) -> None:
+        """Write the state into a checkpoint's folder, whole or not at all, as part of `save`. The first rank alone.
+
+        Raises OSError.
+        """
+
+    def load(self, folders: Sequence[Path], save: str | None) -> bool:
+        """Go on from what `save` (None: any) put into the first of these folders that has it; False where none has.
+
+        Every rank calls it, and the first reads. Raises AdapterError, on all ranks, for a state that cannot be read.
+        """
+
+    def rewind(self, folders: Sequence[Path], save: str | None) -> None:
+        """Take over what `load` would, now that the weights are those again; without it the state stays as it is."""
