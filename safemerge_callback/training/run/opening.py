@@ -16,7 +16,6 @@ from transformers import TrainerState, TrainingArguments
 from ...adapters import Adapter, LoraFactors, load_adapter
 from ...adapters.snapshot import set_aside_snapshot
 from ...corrections.average import Average, RunAverage
-from ...corrections.change import ChangeEngine
 from ...corrections.merge import Merge
 from ...corrections.protocol import Kept, RunPoint
 from ...decision import MergePlan, Readings, check_safety_adapter, merged_factors, own_cosines
@@ -24,7 +23,7 @@ from ...decision.unmerged import base_tensors, unmerged, warning_of
 from ...errors import AdapterError, ConfigError, JournalError
 from ...io.addresses import source_name
 from ...io.paths import as_path
-from ...live import base_moved, base_weights, writer_for
+from ...live import Writer, base_moved, base_weights, writer_for
 from ...live.optimizer.edit import check_optimizer
 from ...live.ranks import from_first, together
 from ...ops import LowRank
@@ -39,7 +38,6 @@ from .clock import Clock
 from .decide import check_schedule_of_run, plan_knobs
 from .forecast import forecast, too_strong
 from .lines import opening_line
-from .marks import Marks
 from .session import Session
 from .shares import Part, measure_together, own_part, place
 from .state import Past, resumed
@@ -105,13 +103,7 @@ def open_session(
     factors = writer.gather()
     if config.merges and config.optimizer_state != "keep":
         writer.parameters(factors)
-    # A base weight that gave a part of itself to the factors is not the aligned checkpoint's any more.
-    weights = {} if writer.initial else base_weights(model)
-    subspace = Subspace.load(config.subspace)
-    subspace.check(factors, weights)
-    if config.gate_at().asks_cosines or "subspace" in config.rule.needs:
-        # A compressed file may leave a decision open at any check: its exact one is looked for now.
-        subspace.exact()
+    subspace = _subspace(config, model, writer, factors)
     safety = _safety_adapters(config, factors)
     left = _unmerged(model, safety, factors)
     reference = own_cosines(safety[0], factors, subspace) if safety and config.gate == "reference" else None
@@ -126,27 +118,33 @@ def open_session(
     start = _start(state.global_step, config, subspace, len(factors), restored=restored, left_out=left, **of_a_run)
     progress.journal_entries += journal.append(start)
     log, trackers = _outlets(config, state, journal, progress)
-    engine = ChangeEngine(writer, optimizer, config.optimizer_state, log)
-    clock, marks = Clock(progress, begun=began), Marks(writer, config.at_train_end)
-    session = Session(config, args, state, at, journal, log, trackers, clock, engine, merge, marks)
-    session.kept = () if merge.average is None else (merge.average,)
-    session.part, session.reference, session.unmerged = part, reference, left
+    clock = Clock(progress, begun=began)
+    session = Session(config, args, state, at, merge, log, trackers, clock, part, reference, left)
     if words := warning_of(left):
         log.warn("left out", words)
-    marks.seal(state.global_step)
+    session.marks.seal(state.global_step)
     trackers.open(args, state, config.to_publish())
     log.say(opening_line(config, plan, len(factors), state.max_steps, state.global_step))
     for kind, words in (("strength", too_strong(config, plan, state.max_steps)), ("schedule", idle)):
         if words:
             log.warn(kind, words)
     progress.seconds += time.perf_counter() - began
-    pending, progress.pending = progress.pending, None
-    if pending == state.global_step:
-        # The checkpoint holds the weights that were being measured: the same readings come again.
-        with clock.hook():
-            if not session.begin():
-                session.check(final=False)
+    session.begin_again()
     return session
+
+
+def _subspace(
+    config: SafeMergeConfig, model: nn.Module, writer: Writer, factors: Mapping[str, LoraFactors]
+) -> Subspace:
+    """The subspace, which fits the factors and the base weights."""
+    # A base weight that gave a part of itself to the factors is not the aligned checkpoint's any more.
+    weights = {} if writer.initial else base_weights(model)
+    subspace = Subspace.load(config.subspace)
+    subspace.check(factors, weights)
+    if config.gate_at().asks_cosines or "subspace" in config.rule.needs:
+        # A compressed file may leave a decision open at any check: its exact one is looked for now.
+        subspace.exact()
+    return subspace
 
 
 def _outlets(

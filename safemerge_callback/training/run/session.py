@@ -23,7 +23,6 @@ from ...io.addresses import source_name
 from ...live import Writer
 from ...live.faults import Fault, attempt
 from ...live.ranks import from_first
-from ...record import Journal
 from ...record.entries import check_entry, end_entry
 from ...record.log import Log
 from ...record.metrics import check_metrics
@@ -61,14 +60,10 @@ class Session:
     args: TrainingArguments
     state: TrainerState
     start: RunPoint
-    journal: Journal
+    merge: Merge
     log: Log
     trackers: Trackers
     clock: Clock
-    engine: ChangeEngine
-    merge: Merge
-    marks: Marks
-    kept: Sequence[Kept] = ()
     part: Part | None = None
     reference: Mapping[str, float] | None = None
     unmerged: Mapping[str, str] = field(default_factory=dict)
@@ -76,6 +71,12 @@ class Session:
     plan: MergePlan | None = None
     saved: Saved | None = None
     checkpoint: Saved | None = None
+
+    def __post_init__(self) -> None:
+        writer = self.start.writer
+        self.engine = ChangeEngine(writer, self.start.optimizer, self.config.optimizer_state, self.log)
+        self.marks = Marks(writer, self.config.at_train_end)
+        self.kept: Sequence[Kept] = () if self.merge.average is None else (self.merge.average,)
 
     @property
     def progress(self) -> Progress:
@@ -85,7 +86,13 @@ class Session:
     @property
     def writer(self) -> Writer:
         """Who reads and writes the live factors."""
-        return self.engine.writer
+        return self.start.writer
+
+    @property
+    def journal(self) -> Path:
+        """Where the journal is."""
+        assert self.log.journal is not None, "a run has a journal"
+        return self.log.journal.path
 
     @property
     def step(self) -> int:
@@ -136,6 +143,17 @@ class Session:
         self.pending = begin(self.step, self.writer, self.start.subspace, self.part, self.asked)
         self.progress.pending = self.step
         return True
+
+    def begin_again(self) -> None:
+        """Measure once more what a checkpoint's run was measuring at this step, beside the next one if it may be.
+
+        The checkpoint holds the weights that were being measured: the same readings come again.
+        """
+        pending, self.progress.pending = self.progress.pending, None
+        if pending == self.step:
+            with self.clock.hook():
+                if not self.begin():
+                    self.check(final=False)
 
     def settle(self, *, hold: str | None = None) -> None:
         """Wait for the check that was begun, if one was, and conclude it; `hold` says why it must not merge."""
@@ -235,7 +253,7 @@ class Session:
         left = "; ".join(f"of {source}: {words}" for source, words in self.unmerged.items()) or None
         parts = {"subspace": source_name(self.config.subspace), "safety_adapter": adapters, "left_out": left}
         parts["settings"] = self.config.words or None
-        return Outcome(self.journal.path, self.plan, self.progress, parts, model)
+        return Outcome(self.journal, self.plan, self.progress, parts, model)
 
     def end(self, model: nn.Module | None, batches: Iterable[Any] | None) -> None:
         """Check once more if the final check has not happened, or the weights are not those it left; close the records.
@@ -328,4 +346,4 @@ class Session:
         if self.config.merges and not self.progress.merges and not self.log.warned & {"measure", self.merge.name}:
             self.log.warn("nothing merged", nothing_merged(self.progress, self.plan))
         took = self.clock.seconds, self.clock.now.share
-        self.log.say(closing_line(self.config, self.progress, *took, self.journal.path, self.plan))
+        self.log.say(closing_line(self.config, self.progress, *took, self.journal, self.plan))
