@@ -9,7 +9,7 @@ from safemerge_callback import read_journal
 from safemerge_callback.decision import GATES, Edit, MergePlan, Reading, Readings
 from safemerge_callback.methods import METHODS
 from safemerge_callback.record import VERSION
-from safemerge_callback.record.entries import READERS, check_entry, merge_entry
+from safemerge_callback.record.entries import READERS, change_entry, check_entry, gradient_entry, merge_entry
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "journal.md").read_text(encoding="utf-8")
@@ -52,6 +52,8 @@ def keys_of(entry, closed, before=""):
 
 def lines():
     """Lines of every kind: a stored training's, and a check of every gate and a merge by every method."""
+    yield change_entry(1, "shrink", [Edit("a", 0.0, 0.1)], {"a": 0.8}, 0.1)
+    yield gradient_entry(1, "rows", 0.5, 2.0, 10)
     yield from read_journal(ROOT / "tests" / "record" / "journals" / f"v{VERSION}.jsonl")
     known = {"null_std": 0.1, "reference": 0.5, "signed_cosine": 0.0}
     readings = Readings(Reading(name, 0.4, 0.7, 1.0, 4, (8, 8), **known) for name in ("a", "b"))

@@ -10,14 +10,19 @@ from ..decision import agreed_factors
 from ..record import merge_entry
 from .average import RunAverage
 from .protocol import Change, RunPoint
+from .schedule import Schedule
+
+# What it is called in the journal, and in a list of corrections.
+MERGE = "merge"
 
 
 @dataclass(frozen=True)
 class Merge:
     """Merges by the plan of a check: toward the run's own average where it keeps one, else with the safety adapters."""
 
+    schedule: Schedule
     average: RunAverage | None = None
-    name: str = "merge"
+    name: str = MERGE
 
     def sources(self, at: RunPoint) -> Sequence[Adapter]:
         """Return what the plan's method merges in. Collective as `Writer.gather` where there is an average."""

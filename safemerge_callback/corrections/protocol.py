@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from torch import Tensor, nn
+
 from ..adapters import Adapter, LoraFactors
 from ..decision import Edit, MergePlan
 from ..live import Writer
 from ..ops import LowRank
 from ..subspace import Subspace
+from .schedule import Schedule
 
 # The line of a change in the journal, made of what the engine knows once it is written: module -> the share of the
 # task's update that all changes so far have left, and the seconds that this one took.
@@ -61,10 +64,38 @@ class Correction(Protocol):
     def name(self) -> str:
         """What it is called in the journal and in YAML."""
 
+    @property
+    def schedule(self) -> Schedule:
+        """When: after which optimizer steps."""
+
     def change(self, at: RunPoint) -> Change | None:
         """Return what is to be written, or None for nothing. Every rank calls it, and must come to the same modules.
 
         What it raises, on any rank, costs this change and nothing else; rank 0's factors are those that count.
+        """
+
+
+@runtime_checkable
+class GradientTerm(Protocol):
+    """Adds to the gradient of a run, before its optimizer's step."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in the journal and in YAML."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """When: in which optimizer steps, the first being 1."""
+
+    @property
+    def weight(self) -> float:
+        """What its loss is multiplied by, once an optimizer step and whatever the accumulation; 0 is absence."""
+
+    def loss(self, at: RunPoint, model: nn.Module) -> Tensor:
+        """Return this rank's mean loss on rows of the term's own, a scalar; the mean over the ranks counts.
+
+        Called in training mode with gradients, before the step's own batches. `at.step` steps are done. What it raises,
+        on any rank, costs this step's term and nothing else. Random numbers that it draws are the task's own no fewer.
         """
 
 

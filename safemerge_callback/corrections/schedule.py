@@ -3,6 +3,59 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import ConfigError, shown
+from ..io.choices import truth
+from ..io.numbers import is_number, is_whole
+
+
+def check_every(every: Any) -> float:
+    """Return `every`, optimizer steps or, below 1, a share of the run's; ConfigError for anything else.
+
+    A command line gives whole numbers as floats.
+    """
+    if not is_number(every) or every < 0 or (every > 1 and every % 1):
+        raise ConfigError(f"every is {shown(every)}: give a whole number, or a share of the run's steps below 1")
+    return every if 0 < every < 1 else int(every)
+
+
+def check_bounds(from_step: int, until_step: int | None) -> None:
+    """Raise ConfigError where the last step comes before the first."""
+    if until_step is not None and until_step < from_step:
+        raise ConfigError(f"until_step {until_step} comes before from_step {from_step}: swap them, or leave one out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """When a correction is due, in optimizer steps; a correction's own settings are made of it and what it adds.
+
+    `every`: steps from one time to the next, or, below 1, a share of the run's; 0: never in between. `from_step` and
+    `until_step` bound that, both included. `at_train_end`: once more at the run's last step. ConfigError for anything
+    else, and where it would never be due.
+    """
+
+    every: float = 1
+    from_step: int = 0
+    until_step: int | None = None
+    at_train_end: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "every", check_every(self.every))
+        for name in ("from_step", "until_step"):
+            value = getattr(self, name)
+            if not is_whole(value, 0) and not (value is None and name == "until_step"):
+                raise ConfigError(f"{name} is {shown(value)}: give a whole number of 0 or more")
+        check_bounds(self.from_step, self.until_step)
+        if not truth(self.at_train_end, "at_train_end") and self.every == 0:
+            raise ConfigError("every is 0 and at_train_end is false, so it would never be due: set one of them")
+
+    def due(self, step: int, max_steps: int, *, last: bool = False) -> bool:
+        """Return whether it is due at `step` of `max_steps`, which is the run's last or not."""
+        every = interval(self.every, max_steps)
+        periodic = due(step, every=every, from_step=self.from_step, until_step=self.until_step)
+        return periodic or (last and self.at_train_end)
 
 
 def interval(every: float, max_steps: int) -> int:

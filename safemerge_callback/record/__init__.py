@@ -1,6 +1,6 @@
 """Floor 5: what a run leaves in writing: its journal, its metrics, how far it is, its model card."""
 
-from .entries import check_entry, merge_entry
+from .entries import change_entry, check_entry, merge_entry
 from .journal import (
     JOURNAL_FILE,
     PAGE_FILE,
@@ -20,6 +20,7 @@ __all__ = [
     "Journal",
     "PAGE_FILE",
     "VERSION",
+    "change_entry",
     "check_entry",
     "merge_entry",
     "numbered_entries",

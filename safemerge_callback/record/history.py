@@ -130,6 +130,7 @@ class History:
     `num_layers` and `knob` (the one that says how much another gate merges): of the last check; `how`: of the last
     merge. `starts` and `end`: the journal's own entries. `faults`: one line each. `seconds`: spent on checks and
     merges, `check_seconds` and `merge_seconds` of it. `best`: what the last merge did to a reloaded best model.
+    `losses`: of each gradient term, by step.
     """
 
     title: str
@@ -151,6 +152,7 @@ class History:
     check_seconds: float = 0.0
     merge_seconds: float = 0.0
     best: Best | None = None
+    losses: dict[str, dict[int, float]] = field(default_factory=dict)
 
     @cached_property
     def modules(self) -> list[str]:

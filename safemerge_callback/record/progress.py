@@ -122,6 +122,9 @@ def rebuilt(entries: Sequence[Mapping[str, Any]]) -> Progress | None:
                 left = {module["name"]: float(module["task_weight"]) for module in entry["modules"]}
                 progress.record_merge(int(entry["step"]), dict.fromkeys(left, 1.0))
                 progress.task_weights |= left
+            elif entry["kind"] == "change":
+                before = deepcopy(progress)
+                progress.task_weights |= {m["name"]: float(m["task_weight"]) for m in entry["modules"]}
             elif entry["kind"] == "rollback":
                 progress = replace(before, checks=progress.checks)
     except (KeyError, TypeError, ValueError):

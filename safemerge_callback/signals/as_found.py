@@ -32,6 +32,17 @@ def left_as_found(model: Any, tokenizer: Any = None) -> Iterator[None]:
             tokenizer.padding_side = side
 
 
+@contextmanager
+def random_states_kept(model: Any) -> Iterator[None]:
+    """Put the random states back afterwards, as `left_as_found`, and nothing else."""
+    put_back = _random_states(model)
+    try:
+        yield
+    finally:
+        for action in put_back:
+            action()
+
+
 def _random_states(model: Any) -> list[Callable[[], None]]:
     """What puts each random state back as it is now."""
     import torch

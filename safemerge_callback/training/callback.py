@@ -75,11 +75,26 @@ class SafeMergeCallback(TrainerCallback):
         self.progress = session.progress
         at_each_save(state, session.save)
 
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the gradients that are due: the parameters have none yet, and clipping is still to come."""
+        if self.session and model is not None and self.session.terms.terms:
+            with self.session.clock.hook():
+                self.session.before_step(model)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check, and perhaps merge, before this step is evaluated and saved."""
         if self.session:
             with self.session.clock.hook():
                 self.session.after_step(stopping=control.should_training_stop)
+                if control.should_log:
+                    self.session.tell_losses()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -103,10 +103,16 @@ def merge_entry(
 
 def read_merge(history: History, entry: Mapping[str, Any]) -> None:
     """The share of the task's update that is left in every module, and what of the merged one did not fit the rank."""
-    weights, step = " / ".join(f"{number(weight):g}" for weight in entry["weights"]), count(entry["step"])
+    weights = " / ".join(f"{number(weight):g}" for weight in entry["weights"])
     history.how = f"method {entry['method']}, space {entry['space']}, weights {weights}"
     history.merge_seconds += number(entry["seconds"])
     history.seconds += number(entry["seconds"])
+    read_shares(history, entry)
+
+
+def read_shares(history: History, entry: Mapping[str, Any]) -> None:
+    """What is left in each module after a merge or another change, and what of the new update did not fit."""
+    step = count(entry["step"])
     for module in entry["modules"]:
         key = module_name(module), step
         history.merges[key] = number(module["task_weight"])

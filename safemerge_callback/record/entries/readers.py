@@ -10,6 +10,7 @@ from ...errors import JournalError
 from ..history import DERIVED, History, journal_in, title_of
 from ..journal import numbered_entries
 from .checks import read_check, read_merge, read_taken_back
+from .corrections import read_change, read_gradient
 from .probes import read_probe
 from .rules import read_rule
 from .run import read_best, read_end, read_error, read_start
@@ -18,6 +19,8 @@ READERS: dict[str, Callable[[History, Mapping[str, Any]], None]] = {
     "start": read_start,
     "check": read_check,
     "merge": read_merge,
+    "change": read_change,
+    "gradient": read_gradient,
     "probe": read_probe,
     "rollback": read_taken_back,
     "undo": read_taken_back,

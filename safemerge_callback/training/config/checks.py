@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any
 
+from ...corrections.registry import chosen_corrections, plain
+from ...corrections.schedule import check_bounds, check_every
 from ...decision import (
     DEFAULT_WEIGHTS,
     GATES,
+    KNOBS,
+    Gate,
     check_merge,
     check_module_weights,
     check_operator,
@@ -25,21 +31,49 @@ from ...io.numbers import is_number, is_whole
 from ...live.optimizer.edit import check_optimizer
 from ...methods import METHODS, Method, check_density, check_majority_sign, get_method
 from ...subspace.placement import check_placement
-
-if TYPE_CHECKING:
-    from .settings import SafeMergeConfig
+from .merge_entry import as_list
 
 
-def check_settings(config: SafeMergeConfig) -> None:
-    """Raise ConfigError for a setting that cannot be, or contradicts another; bring numbers into their own type."""
+class Draft(SimpleNamespace):
+    """The settings while they are checked, by name."""
+
+    @property
+    def adapters(self) -> list[str]:
+        """The safety adapters, none, one or several."""
+        return adapters_of(self.safety_adapter)
+
+    @property
+    def merges(self) -> bool:
+        """Whether any check may change the model."""
+        return GATES[self.gate].merges
+
+
+def adapters_of(safety_adapter: Any) -> list[str]:
+    """Return the safety adapters that a setting names, none, one or several."""
+    return [safety_adapter] if isinstance(safety_adapter, str) else list(safety_adapter or [])
+
+
+def gate_at(settings: Mapping[str, Any], step: int = 0) -> Gate:
+    """Return the gate of these settings with its knobs, as it decides at optimizer step `step`."""
+    return Gate(settings["gate"], **{name: settings[name] for name in KNOBS if name != "step"}, step=step)
+
+
+def checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings, numbers in their own type and what is left out worked out; nothing else is changed.
+
+    ConfigError for a setting that cannot be, or contradicts another.
+    """
+    config = Draft(**settings)
     _check_types(config)
     _check_gate(config)
     _check_method(config)
     _check_strength(config)
     _check_schedule(config)
+    _check_corrections(config)
+    return vars(config)
 
 
-def _check_types(config: SafeMergeConfig) -> None:
+def _check_types(config: Draft) -> None:
     """Refuse what YAML or a command line may hold by mistake, such as '50' or true where a count is meant."""
     if not isinstance(config.subspace, str | Path) or not str(config.subspace):
         raise ConfigError(f"subspace is {config.subspace!r}: give the path of a safety-subspace file")
@@ -61,7 +95,7 @@ def _check_types(config: SafeMergeConfig) -> None:
     check_placement(config.placement)
 
 
-def _check_adapters(config: SafeMergeConfig) -> None:
+def _check_adapters(config: Draft) -> None:
     given: Any = config.safety_adapter
     names: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
     names = [str(name) if isinstance(name, Path) else name for name in names]
@@ -75,8 +109,8 @@ def _check_adapters(config: SafeMergeConfig) -> None:
     config.safety_adapter = names[0] if len(names) == 1 else names
 
 
-def _check_gate(config: SafeMergeConfig) -> None:
-    config.gate_at()
+def _check_gate(config: Draft) -> None:
+    gate_at(vars(config))
     if config.threshold == 0:
         raise ConfigError(
             "threshold is 0, below which no cosine is: give one above 0, or set gate='watch' to measure only"
@@ -84,7 +118,7 @@ def _check_gate(config: SafeMergeConfig) -> None:
     for name in ("threshold", "z_threshold", "reference_fraction"):
         setattr(config, name, float(getattr(config, name)))
         value = getattr(config, name)
-        if GATES[config.gate].whole and value != getattr(type(config), name):
+        if GATES[config.gate].whole and value != getattr(Gate, name):
             raise ConfigError(
                 f"{name} is {shown(value)}, and gate {config.gate!r}, the default, merges every module whatever it is: "
                 f"give gate={gate_of({name: value}, config.gate)!r}, or leave {name} out"
@@ -96,7 +130,7 @@ def _check_gate(config: SafeMergeConfig) -> None:
         )
 
 
-def _check_method(config: SafeMergeConfig) -> None:
+def _check_method(config: Draft) -> None:
     config.method = _method_of(config)
     method = get_method(config.method)
     if not method.keeps_rank:
@@ -118,14 +152,14 @@ def _check_method(config: SafeMergeConfig) -> None:
         )
 
 
-def _method_of(config: SafeMergeConfig) -> str:
+def _method_of(config: Draft) -> str:
     """What `auto` stands for: linear, and pull where no safety adapter is named, nor weights for one to come."""
     if not config.merges and config.method == "auto":
         return "linear"
     return method_of(str(config.method), len(config.adapters), config.weights)
 
 
-def _check_weights(config: SafeMergeConfig, method: Method) -> None:
+def _check_weights(config: Draft, method: Method) -> None:
     """Bring the weights into numbers, as many as there are updates; none for a method that reads none."""
     if not method.weighted and method.strength is None:
         _check_idle(config, "weights", "module_weights", "strength")
@@ -153,7 +187,7 @@ def _check_weights(config: SafeMergeConfig, method: Method) -> None:
             )
 
 
-def _check_average(config: SafeMergeConfig) -> None:
+def _check_average(config: Draft) -> None:
     if config.method != "ema":
         return _check_idle(config, "ema_decay", "ema_every")
     config.ema_decay = 0.9 if config.ema_decay is None else config.ema_decay
@@ -165,7 +199,7 @@ def _check_average(config: SafeMergeConfig) -> None:
         raise ConfigError(f"ema_every is {shown(every)}: give a whole number of optimizer steps, 1 or more")
 
 
-def _check_idle(config: SafeMergeConfig, *names: str) -> None:
+def _check_idle(config: Draft, *names: str) -> None:
     """Refuse a knob that the method does not read."""
     for name in names:
         if getattr(config, name) is not None:
@@ -181,7 +215,7 @@ def _read_json(value: Any) -> Any:
     return parse_json(value, f"module_weights {shown(value)}", advice='Give such as {"v_proj": [0.5, 0.5]}')
 
 
-def _check_strength(config: SafeMergeConfig) -> None:
+def _check_strength(config: Draft) -> None:
     floor = config.min_task_weight
     if not is_number(floor) or not 0 <= floor <= 1:
         raise ConfigError(
@@ -193,11 +227,11 @@ def _check_strength(config: SafeMergeConfig) -> None:
     check_spread(config.spread_weights, config.method, config.space)
 
 
-def _check_floor(config: SafeMergeConfig) -> None:
+def _check_floor(config: Draft) -> None:
     """Refuse a floor that holds back the very first merge of every module."""
     if not (config.merges and config.weights) or config.soft or config.spread_weights:
         return
-    first = max(weights[0] for weights in (config.weights, *(config.module_weights or {}).values()))  # type: ignore[union-attr]
+    first = max(weights[0] for weights in (config.weights, *(config.module_weights or {}).values()))
     if get_method(config.method).takes_away and under(first, config.min_task_weight):
         raise ConfigError(
             f"min_task_weight is {config.min_task_weight:g}, and one merge leaves {first:g} of the task's update, so "
@@ -205,8 +239,8 @@ def _check_floor(config: SafeMergeConfig) -> None:
         )
 
 
-def _check_schedule(config: SafeMergeConfig) -> None:
-    _check_every(config)
+def _check_schedule(config: Draft) -> None:
+    config.every = check_every(config.every)
     if config.every == 0 and not config.at_train_end:
         raise ConfigError("every is 0 and at_train_end is false, so no check would ever happen: set one of them")
     if config.every == 0 and config.asynchronous:
@@ -219,10 +253,7 @@ def _check_schedule(config: SafeMergeConfig) -> None:
             f"from_step is {config.from_step} and until_step {config.until_step}, which bound periodic checks, but "
             "every is 0, so there are none: give every, or leave them out"
         )
-    if config.until_step is not None and config.until_step < config.from_step:
-        raise ConfigError(
-            f"until_step {config.until_step} comes before from_step {config.from_step}: swap them, or leave one out"
-        )
+    check_bounds(config.from_step, config.until_step)
     if config.merges and config.operator == "safelora" and config.every > 0:
         raise ConfigError(
             f"method 'project' with every={config.every} would project again and again, and C is not idempotent: "
@@ -230,9 +261,15 @@ def _check_schedule(config: SafeMergeConfig) -> None:
         )
 
 
-def _check_every(config: SafeMergeConfig) -> None:
-    """Optimizer steps, or below 1 a share of the run's; a command line gives whole numbers as floats."""
-    every: Any = config.every
-    if not is_number(every) or every < 0 or (every > 1 and every % 1):
-        raise ConfigError(f"every is {shown(every)}: give a whole number, or a share of the run's steps below 1")
-    config.every = every if 0 < every < 1 else int(every)
+def _check_corrections(config: Draft) -> None:
+    """Bring the list of corrections into what tells every setting of theirs; None where it names none."""
+    given = as_list(config.corrections)
+    chosen = [] if given is None else chosen_corrections(given)
+    config.corrections = plain(chosen) or None
+    if config.safety_adapter is None:
+        for one in chosen:
+            if "safety_adapter" in one.kind.needs:
+                raise ConfigError(
+                    f"safety_adapter is missing: correction {one.kind.name!r} needs one; give its folder or Hub id, or "
+                    "leave the correction out"
+                )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import TypedDict
+from typing import Any, TypedDict
 
 
 class Settings(TypedDict, total=False):
@@ -51,3 +51,4 @@ class Settings(TypedDict, total=False):
     journal: str | PathLike[str] | None
     quiet: bool
     wandb_chart: str | None
+    corrections: Sequence[Mapping[str, Mapping[str, Any] | None]] | str | None

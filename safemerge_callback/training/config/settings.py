@@ -1,4 +1,4 @@
-"""Every knob of the callback, once, and what it means; what it may be is in `refusals`."""
+"""Every knob of the callback, once, and what it means; what it may be is in `checks`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ...decision import DEFAULT_GATE, GATES, KNOBS, Gate, gate_of
+from ...corrections.registry import ChosenCorrection, chosen_corrections
+from ...decision import DEFAULT_GATE, GATES, Gate, gate_of
 from ...errors import ConfigError, nearest, shown
 from ...io.addresses import source_name
 from ...io.documents import read_yaml
 from ...methods import Method, get_method
 from ...methods.aliases import without_alias
-from .checks import check_settings
+from .checks import adapters_of, checked_settings, gate_at
+from .merge_entry import with_merge_entry
 from .presets import with_preset
 
 
@@ -176,17 +178,25 @@ class SafeMergeConfig:
         default=None, metadata={"help": "Saved W&B chart, as ENTITY/NAME, that the heat map is shown with."}
     )
 
+    corrections: list[dict[str, Any]] | str | None = field(
+        default=None,
+        metadata={"help": "What else is done to the run: a list, each entry a correction's name and its settings."},
+    )
+
     def __post_init__(self) -> None:
-        check_settings(self)
+        for name, value in checked_settings(vars(self)).items():
+            setattr(self, name, value)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SafeMergeConfig:
         """Make a config from a mapping; ConfigError for a key that is no setting, with the nearest that is.
 
         `combination_type` is taken as PEFT's alias of `method` and `space`, and `preset` as the settings of a paper,
-        one of `PRESETS`, which those given beside it go before. Without `gate` it is the one whose own knob is given.
+        one of `PRESETS`, which those given beside it go before. An entry `merge` of `corrections` holds settings that
+        may stand by themselves as well, all in one place or the other. Without `gate` it is the one whose own knob is
+        given.
         """
-        knobs = with_preset(without_alias(dict(values)))
+        knobs = with_preset(without_alias(with_merge_entry(dict(values))))
         knobs.setdefault("gate", gate_of(knobs, cls.gate))
         allowed = [f.name for f in fields(cls)]
         for key in knobs:
@@ -230,8 +240,14 @@ class SafeMergeConfig:
         return asdict(self)
 
     def to_publish(self) -> dict[str, Any]:
-        """Return every setting as `to_dict`, with names in the place of this machine's paths."""
-        return public_settings(self.to_dict())
+        """Return every setting as `to_dict`, with names in the place of this machine's paths.
+
+        Of corrections only where there are any.
+        """
+        settings = self.to_dict()
+        if self.corrections is None:
+            del settings["corrections"]
+        return public_settings(settings)
 
     @property
     def rule(self) -> Method:
@@ -240,19 +256,27 @@ class SafeMergeConfig:
 
     def gate_at(self, step: int = 0) -> Gate:
         """The gate with its knobs, as it decides at optimizer step `step`."""
-        knobs = {name: getattr(self, name) for name in KNOBS if name != "step"}
-        return Gate(self.gate, **knobs, step=step)
+        return gate_at(vars(self), step)
 
     @property
     def adapters(self) -> list[str]:
         """The safety adapters, none, one or several."""
-        given = self.safety_adapter
-        return [given] if isinstance(given, str) else list(given or [])
+        return adapters_of(self.safety_adapter)
+
+    @property
+    def chosen_corrections(self) -> list[ChosenCorrection]:
+        """The corrections that the list names, with their settings."""
+        return chosen_corrections(self.corrections or [])
 
     @property
     def merges(self) -> bool:
         """Whether any check may change the model; False for gate watch."""
         return GATES[self.gate].merges
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything may change the model: a check, or another correction."""
+        return self.merges or self.corrections is not None
 
 
 def resolve_config(config: SafeMergeConfig | str | PathLike[str] | None, knobs: Mapping[str, Any]) -> SafeMergeConfig:

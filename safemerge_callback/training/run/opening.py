@@ -16,14 +16,17 @@ from transformers import TrainerState, TrainingArguments
 from ...adapters import Adapter, LoraFactors, load_adapter
 from ...adapters.snapshot import set_aside_snapshot
 from ...corrections.average import Average, RunAverage
+from ...corrections.gradient import check_gradient_engine
 from ...corrections.merge import Merge
-from ...corrections.protocol import Kept, RunPoint
+from ...corrections.protocol import Correction, GradientTerm, Kept, RunPoint
+from ...corrections.schedule import Schedule
 from ...decision import MergePlan, Readings, check_safety_adapter, merged_factors, own_cosines
 from ...decision.unmerged import base_tensors, unmerged, warning_of
 from ...errors import AdapterError, ConfigError, JournalError
 from ...io.addresses import source_name
 from ...io.paths import as_path
 from ...live import Writer, base_moved, base_weights, writer_for
+from ...live.engine import engine_of
 from ...live.optimizer.edit import check_optimizer
 from ...live.ranks import from_first, together
 from ...ops import LowRank
@@ -38,7 +41,7 @@ from .clock import Clock
 from .decide import check_schedule_of_run, plan_knobs
 from .forecast import forecast, too_strong
 from .lines import opening_line
-from .session import Session
+from .session import Session, kept_of
 from .shares import Part, measure_together, own_part, place
 from .state import Past, resumed
 
@@ -93,7 +96,7 @@ def open_session(
     if model is None:
         raise ConfigError("the trainer gave no model to the callback: pass the callback to a Trainer that has a model")
     began = time.perf_counter()
-    if config.merges:
+    if config.changes:
         check_optimizer(optimizer, config.optimizer_state)
     idle = check_schedule_of_run(config, state.max_steps)
     _check_journal(config, args, state)
@@ -101,7 +104,7 @@ def open_session(
     initial = _initial(config, model, past, state)
     writer = writer_for(model, adapter_name=config.adapter_name, optimizer=optimizer, initial=initial)
     factors = writer.gather()
-    if config.merges and config.optimizer_state != "keep":
+    if config.changes and config.optimizer_state != "keep":
         writer.parameters(factors)
     subspace = _subspace(config, model, writer, factors)
     safety = _safety_adapters(config, factors)
@@ -110,7 +113,10 @@ def open_session(
     choice = place(config, subspace, factors)
     part = own_part(choice, factors, subspace)
     at = RunPoint(state.global_step, state.max_steps, writer, subspace, safety, optimizer)
-    merge = _merge(config, past)
+    merge = _merge(config)
+    corrections = _corrections(config, model, args, optimizer)
+    for kept in kept_of(merge, corrections):
+        _take_up(kept, past)
     _rehearse(config, at, merge, part, reference)
     progress, journal, restored = _records(config, past, args, state)
     plan = forecast(config, list(factors), state.max_steps, state.global_step, progress.task_weights)
@@ -119,12 +125,14 @@ def open_session(
     progress.journal_entries += journal.append(start)
     log, trackers = _outlets(config, state, journal, progress)
     clock = Clock(progress, begun=began)
-    session = Session(config, args, state, at, merge, log, trackers, clock, part, reference, left)
+    session = Session(config, args, state, at, merge, log, trackers, clock, part, reference, left, corrections)
     if words := warning_of(left):
         log.warn("left out", words)
     session.marks.seal(state.global_step)
     trackers.open(args, state, config.to_publish())
     log.say(opening_line(config, plan, len(factors), state.max_steps, state.global_step))
+    if corrections:
+        log.say(f"beside that: {', '.join(one.name for one in corrections)}")
     for kind, words in (("strength", too_strong(config, plan, state.max_steps)), ("schedule", idle)):
         if words:
             log.warn(kind, words)
@@ -174,8 +182,9 @@ def _initial(
 
 def _safety_adapters(config: SafeMergeConfig, factors: Mapping[str, LoraFactors]) -> tuple[Adapter, ...]:
     """The safety adapters where they will be merged; kept outside the model, which would save and train them."""
+    listed = any("safety_adapter" in chosen.kind.needs for chosen in config.chosen_corrections)
     needed = "safety_adapter" in config.rule.needs | config.rule.optional or config.gate == "reference"
-    if not config.merges or not needed:
+    if not listed and not (config.merges and needed):
         return ()
     found = tuple(load_adapter(name) for name in config.adapters)
     for safety in found:
@@ -189,13 +198,32 @@ def _unmerged(model: nn.Module, safety: Sequence[Adapter], modules: Collection[s
     return {source_name(adapter.source): words for adapter in safety if (words := unmerged(adapter, modules, base))}
 
 
-def _merge(config: SafeMergeConfig, past: Past) -> Merge:
+def _corrections(
+    config: SafeMergeConfig, model: nn.Module, args: TrainingArguments, optimizer: Any
+) -> list[Correction | GradientTerm]:
+    """The corrections of the list, made anew; ConfigError for one that the engine of this training cannot serve."""
+    made = [(chosen.kind, chosen.made()) for chosen in config.chosen_corrections]
+    engine = engine_of(model, optimizer) if made else ""
+    for kind, one in made:
+        if engine not in kind.engines:
+            raise ConfigError(
+                f"correction {kind.name!r} serves {sorted(kind.engines)}, and this training is under {engine}: train "
+                "with one of those, or leave it out"
+            )
+        if isinstance(one, GradientTerm):
+            check_gradient_engine(kind.name, engine)
+            if getattr(args, "parallelism_config", None) is not None:
+                check_gradient_engine(kind.name, "a parallelism_config")
+    return [one for _, one in made]
+
+
+def _merge(config: SafeMergeConfig) -> Merge:
     """The merge, with the average of the run's updates where its method goes to that."""
+    names = ("every", "from_step", "until_step", "at_train_end")
+    schedule = Schedule(**{name: getattr(config, name) for name in names})
     if not config.merges or "average" not in config.rule.needs:
-        return Merge()
-    average = RunAverage(Average(float(config.ema_decay or 0.0)), int(config.ema_every or 1))
-    _take_up(average, past)
-    return Merge(average)
+        return Merge(schedule)
+    return Merge(schedule, RunAverage(Average(float(config.ema_decay or 0.0)), int(config.ema_every or 1)))
 
 
 def _take_up(kept: Kept, past: Past) -> None:

@@ -14,9 +14,10 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 
 from ...corrections.change import ChangeEngine, Witness, report_failure
+from ...corrections.gradient import GradientEngine
 from ...corrections.merge import Merge
-from ...corrections.protocol import Kept, RunPoint
-from ...corrections.schedule import due, final_due, interval
+from ...corrections.protocol import Correction, GradientTerm, Kept, RunPoint
+from ...corrections.schedule import final_due
 from ...decision import Edit, MergePlan, Readings
 from ...errors import ConfigError
 from ...io.addresses import source_name
@@ -67,6 +68,7 @@ class Session:
     part: Part | None = None
     reference: Mapping[str, float] | None = None
     unmerged: Mapping[str, str] = field(default_factory=dict)
+    corrections: Sequence[Correction | GradientTerm] = ()
     pending: Pending | None = None
     plan: MergePlan | None = None
     saved: Saved | None = None
@@ -76,7 +78,9 @@ class Session:
         writer = self.start.writer
         self.engine = ChangeEngine(writer, self.start.optimizer, self.config.optimizer_state, self.log)
         self.marks = Marks(writer, self.config.at_train_end)
-        self.kept: Sequence[Kept] = () if self.merge.average is None else (self.merge.average,)
+        self.kept = kept_of(self.merge, self.corrections)
+        self.changes = [one for one in self.corrections if not isinstance(one, GradientTerm)]
+        self.terms = GradientEngine([one for one in self.corrections if isinstance(one, GradientTerm)], self.log)
 
     @property
     def progress(self) -> Progress:
@@ -109,16 +113,28 @@ class Session:
         config, step = self.config, self.step
         self._follow()
         last = stopping or step >= self.state.max_steps
+        for one in self.changes:
+            if one.schedule.due(step, self.state.max_steps, last=last):
+                self.engine.make(one, self.point)
         final = config.at_train_end and self.final_due(stopping=stopping)
         self.settle(hold="the final check at this step decides" if final else None)
-        every = interval(config.every, self.state.max_steps)
-        now = final or due(step, every=every, from_step=config.from_step, until_step=config.until_step)
+        now = final or self.merge.schedule.due(step, self.state.max_steps)
         # Nothing follows the last step that a check could be measured beside.
         beside = now and config.asynchronous and not last and self.begin()
         if now and not beside:
             self.check(final=final)
         if last:
             self.marks.seal(step)
+
+    def before_step(self, model: nn.Module) -> None:
+        """Add the gradients that are due to the step that begins."""
+        self.terms.before_step(self.point, model)
+
+    def tell_losses(self) -> None:
+        """Tell the mean losses of the gradient terms since they were last told, where there are any."""
+        numbers = self.terms.report(self.step)
+        if numbers:
+            self.log.tell(self.step, lambda: self.trackers.numbers(self.args, self.state, numbers))
 
     def _follow(self) -> None:
         """Let what is kept of the run follow this step."""
@@ -262,6 +278,7 @@ class Session:
         hook.
         """
         self.settle(hold="training ended before this check could be applied")
+        self.tell_losses()
         self._check_what_is_left(model, batches)
         if self.engine.witness:
             self.engine.witness.closing()
@@ -347,3 +364,8 @@ class Session:
             self.log.warn("nothing merged", nothing_merged(self.progress, self.plan))
         took = self.clock.seconds, self.clock.now.share
         self.log.say(closing_line(self.config, self.progress, *took, self.journal, self.plan))
+
+
+def kept_of(merge: Merge, corrections: Sequence[Correction | GradientTerm]) -> list[Kept]:
+    """Return what checkpoints hold of a run's corrections: the merge's average, and each that has state."""
+    return [one for one in (merge.average, *corrections) if isinstance(one, Kept)]

@@ -1,0 +1,38 @@
+"""What other corrections than the merge did to a run: `change`, `gradient`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...decision import Edit
+from ..history import History
+from .checks import read_shares
+from .values import count, number
+
+
+def change_entry(
+    step: int, correction: str, edits: Sequence[Edit], task_weights: Mapping[str, float], seconds: float
+) -> dict[str, Any]:
+    """Return the entry of a change that is no merge; `task_weights` as `merge_entry`, where the change leaves one."""
+    modules = [
+        {"name": e.name, "residual": e.residual, "change": e.change, "task_weight": task_weights.get(e.name, 1.0)}
+        for e in edits
+    ]
+    return {"kind": "change", "step": step, "correction": correction, "seconds": seconds, "modules": modules}
+
+
+def read_change(history: History, entry: Mapping[str, Any]) -> None:
+    """The modules' shares go on from it as from a merge, and a rollback takes it back."""
+    history.seconds += number(entry["seconds"])
+    read_shares(history, entry)
+
+
+def gradient_entry(step: int, correction: str, weight: float, loss: float, steps: int) -> dict[str, Any]:
+    """Return the entry of a gradient term: its mean loss over so many steps up to this one, and its weight."""
+    return {"kind": "gradient", "step": step, "correction": correction, "weight": weight, "loss": loss, "steps": steps}
+
+
+def read_gradient(history: History, entry: Mapping[str, Any]) -> None:
+    """One loss more of its term."""
+    history.losses.setdefault(str(entry["correction"]), {})[count(entry["step"])] = number(entry["loss"])

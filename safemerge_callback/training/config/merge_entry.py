@@ -1,0 +1,44 @@
+"""A merge in the list of corrections: the settings that otherwise stand by themselves; beside the other shorthands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...corrections.merge import MERGE
+from ...corrections.registry import named_entries
+from ...errors import ConfigError, shown
+from ...io.documents import parse_json
+
+# Settings of a run, whatever is done to it.
+OF_THE_RUN = ("corrections", "adapter_name", "placement", "journal", "quiet", "wandb_chart")
+
+
+def with_merge_entry(knobs: dict[str, Any]) -> dict[str, Any]:
+    """Return `knobs` with the settings of an entry `merge` of `corrections` in the place of that entry.
+
+    ConfigError where some of a merge's settings stand beside it, or where there are two such entries.
+    """
+    listed = as_list(knobs.get("corrections"))
+    if listed is None:
+        return knobs
+    entries = named_entries(listed)
+    merges = [settings for name, settings in entries if name == MERGE]
+    rest = [{name: dict(settings)} for name, settings in entries if name != MERGE]
+    flat = {**{key: value for key, value in knobs.items() if key != "corrections"}, "corrections": rest or None}
+    if not merges:
+        return flat
+    beside = sorted(flat.keys() - set(OF_THE_RUN))
+    if len(merges) > 1 or beside:
+        why = f"settings {beside} of a merge stand beside it" if beside else "there are two"
+        raise ConfigError(f"corrections hold a merge, and {why}: give a merge's settings in one place")
+    twice = sorted((flat.keys() & merges[0].keys()) - {"corrections"})
+    if twice or "corrections" in merges[0]:
+        raise ConfigError(f"corrections hold a merge with {twice or ['corrections']}: give those beside the list")
+    return {**flat, **merges[0]}
+
+
+def as_list(given: Any) -> Any:
+    """Return `given`, or what it holds where it is text, as on a command line."""
+    if not isinstance(given, str):
+        return given
+    return parse_json(given, f"corrections {shown(given)}", advice='Give such as [{"name": {"every": 10}}]')
