@@ -14,9 +14,11 @@ from safemerge_callback.record.entries import (
     Sources,
     add_entry,
     best_entry,
+    change_entry,
     check_entry,
     end_entry,
     error_entry,
+    gradient_entry,
     merge_entry,
     probe_entry,
     rollback_entry,
@@ -203,6 +205,28 @@ def test_end(read):
     assert told.items() <= line.items()
     assert "training_seconds" not in end_entry(0, counts, 1.5)
     assert not read(start)[1].ended
+
+
+def test_a_change_goes_on_from_the_shares_and_is_taken_back(read):
+    edits = [Edit("a", 0.1, 0.2), Edit("b", 0.0, 0.2)]
+    lines = [
+        merge_entry(10, a_plan(), edits, {"a": 0.8, "b": 0.8}, 0.5),
+        change_entry(20, "shrink", edits, {"a": 0.4}, 0.25),
+        rollback_entry(20, ["a"], "it cost too much"),
+    ]
+    told, history = read(*lines)
+    assert [line["task_weight"] for line in told[1]["modules"]] == [0.4, 1.0]
+    assert history.task_weights["a"] == {10: 0.8, 20: 0.8}
+    assert history.task_weights["b"] == {10: 0.8, 20: 1.0}
+    assert history.residuals["a", 20] == 0.1
+    assert history.seconds == 0.75
+
+
+def test_the_losses_of_a_gradient_term(read):
+    _, history = read(gradient_entry(10, "rows", 0.5, 2.0, 10), gradient_entry(20, "rows", 0.5, math.nan, 10))
+    assert history.losses["rows"][10] == 2.0
+    assert math.isnan(history.losses["rows"][20])
+
 
 
 def kinds_written(path):

@@ -1,7 +1,6 @@
 from safemerge_callback.adapters.names import layer_and_type
-from safemerge_callback.training.trackers.columns import MOST_CELLS, MOST_COLUMNS, Drift
+from safemerge_callback.training.trackers.columns import MOST_CELLS, MOST_COLUMNS, Drift, Row
 from safemerge_callback.training.trackers.picture import heat_map
-from safemerge_callback.training.trackers.protocol import Row
 
 
 def rows(step, modules=4, merged=(), cosine=0.5):

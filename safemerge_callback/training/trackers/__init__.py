@@ -1,10 +1,11 @@
 """Send a run's numbers to whatever the trainer already reports to, and to nothing else.
 
 `protocol` says what a tracker is; one file each for W&B, TensorBoard, MLflow and trackio, none of which is imported
-before `report_to` names it; `together` sends to all and catches what fails; `drift` and `picture` are the heat map.
+before `report_to` names it; `trackers` sends to all and catches what fails; `columns` and `picture` are the heat map.
 """
 
-from .protocol import COLUMNS, Report, Row, Run, Tracker, finite
+from .columns import COLUMNS, Row
+from .protocol import Report, Run, Tracker, finite
 from .rows import decision_rows
 from .trackers import TRACKERS, Trackers, known
 

@@ -1,16 +1,44 @@
-"""The cosines of a run so far, in as many columns as a chart can bear."""
+"""A module at a check, and the cosines of a run so far in as many columns as a chart can bear."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from .protocol import Row
+from typing import NamedTuple
 
 # W&B draws a custom chart from 10,000 rows at the most.
 MOST_CELLS = 9_000
 MOST_COLUMNS = 60
+
+
+class Row(NamedTuple):
+    """One module at one check, a row of the decisions table; None where there is no such number.
+
+    `layer` and `type`: the module's name taken apart. `z`: how many standard deviations `cosine` lies from
+    `null_cosine`. `limit`: the cosine below which the gate merges this module. `task_weight`: the share of the task's
+    update that all merges so far have left. `moved`: how far the update goes along V.
+    """
+
+    step: int
+    layer: int | None
+    type: str
+    module: str
+    cosine: float | None
+    null_cosine: float | None
+    z: float | None
+    limit: float | None
+    update_norm: float | None
+    task_weight: float
+    merged: bool
+    reason: str
+    moved: float | None = None
+
+    @property
+    def below(self) -> bool:
+        """Whether the module lies below the gate."""
+        return self.cosine is not None and self.limit is not None and self.cosine < self.limit
+
+
+COLUMNS = Row._fields
 
 
 class Cell(NamedTuple):

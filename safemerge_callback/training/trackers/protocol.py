@@ -6,40 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Protocol
 
-from .columns import Drift
-
-
-class Row(NamedTuple):
-    """One module at one check, a row of the decisions table; None where there is no such number.
-
-    `layer` and `type`: the module's name taken apart. `z`: how many standard deviations `cosine` lies from
-    `null_cosine`. `limit`: the cosine below which the gate merges this module. `task_weight`: the share of the task's
-    update that all merges so far have left. `moved`: how far the update goes along V.
-    """
-
-    step: int
-    layer: int | None
-    type: str
-    module: str
-    cosine: float | None
-    null_cosine: float | None
-    z: float | None
-    limit: float | None
-    update_norm: float | None
-    task_weight: float
-    merged: bool
-    reason: str
-    moved: float | None = None
-
-    @property
-    def below(self) -> bool:
-        """Whether the module lies below the gate."""
-        return self.cosine is not None and self.limit is not None and self.cosine < self.limit
-
-
-COLUMNS = Row._fields
+from .columns import Drift, Row
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from ...adapters.names import layer_and_type
 from ...decision import MergePlan
 from ...record.metrics import limit_of, z_of
-from .protocol import Row, finite
+from .columns import Row
+from .protocol import finite
 
 
 def decision_rows(step: int, plan: MergePlan, task_weights: Mapping[str, float]) -> list[Row]:

@@ -15,8 +15,8 @@ import wandb
 from ...decision import BAND
 from ...errors import TrackerError
 from ...record.metrics import KEYS
-from .columns import Cell, Drift
-from .protocol import Report, Row, Run
+from .columns import Cell, Drift, Row
+from .protocol import Report, Run
 
 AXIS = "train/global_step"
 CHART = "safemerge_heat_map"
