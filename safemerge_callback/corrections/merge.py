@@ -39,6 +39,8 @@ class Merge:
             new,
             edits,
             shares,
-            lambda left, seconds: merge_entry(at.step, plan, edits, left, seconds, about and about.entry()),
+            lambda left, seconds: merge_entry(
+                at.step, plan, edits, left, seconds, None if about is None else about.entry()
+            ),
             merge=True,
         )

@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safemerge_callback.corrections.schedule import cooling, due, final_due, interval, merge_events
+from safemerge_callback.corrections.schedule import Schedule, cooling, due, final_due, interval, merge_events
+from safemerge_callback.errors import ConfigError
 from safemerge_callback.training.config.settings import SafeMergeConfig
 
 STEPS = st.integers(0, 500)
@@ -106,3 +107,27 @@ def test_merge_events_follow_due_and_cooling(every, first, cooldown, last, end):
             expected.append(step)
             before = step
     assert found == expected
+
+
+def test_a_schedule_is_due_between_its_bounds_and_at_the_end():
+    schedule = Schedule(every=0.25, from_step=4, until_step=8)
+    assert [step for step in range(13) if schedule.due(step, 12, last=step == 12)] == [6]
+    ends = Schedule(every=0, at_train_end=True)
+    assert [step for step in range(13) if ends.due(step, 12, last=step == 12)] == [12]
+    assert Schedule(every=3.0).every == 3
+
+
+@pytest.mark.parametrize(
+    ("knobs", "says"),
+    [
+        ({"every": "2"}, "every is '2': give a whole number, or a share"),
+        ({"every": -1}, "every is -1"),
+        ({"from_step": 1.5}, "from_step is 1.5: give a whole number of 0 or more"),
+        ({"until_step": True}, "until_step is True"),
+        ({"at_train_end": "no"}, "at_train_end is 'no': give true or false"),
+        ({"every": 0}, "it would never be due"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused(knobs, says):
+    with pytest.raises(ConfigError, match=says):
+        Schedule(**knobs)

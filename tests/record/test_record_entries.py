@@ -228,7 +228,6 @@ def test_the_losses_of_a_gradient_term(read):
     assert math.isnan(history.losses["rows"][20])
 
 
-
 def kinds_written(path):
     """The kinds of the dict literals of a file that are lines of a journal, with where they stand."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

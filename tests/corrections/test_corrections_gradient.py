@@ -1,0 +1,133 @@
+"""A gradient term under DDP: the mean over the ranks of each rank's own rows, and both ranks end equal."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from safemerge_callback.corrections.gradient import add_gradient, check_gradient_engine
+from safemerge_callback.errors import ConfigError
+from safemerge_callback.live.engine import engine_of
+
+SCRIPT = """
+import importlib.util, json, os, sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch, transformers
+
+spec = importlib.util.spec_from_file_location("runs", sys.argv[1])
+runs = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(runs)
+
+from safemerge_callback.corrections.registry import correction
+from safemerge_callback.corrections.schedule import Schedule
+
+out, rank = Path(sys.argv[3]), int(os.environ["RANK"])
+world = runs.World(Path(sys.argv[2]), transformers.LlamaForCausalLM.from_pretrained(Path(sys.argv[2]) / "aligned"))
+
+@dataclass(frozen=True, kw_only=True)
+class Rows(Schedule):
+    weight: float = 0.5
+
+class OnRows:
+    name = "rows"
+    def __init__(self, settings):
+        self.schedule, self.weight = settings, settings.weight
+    def loss(self, at, model):
+        ids = torch.arange(3, 11).reshape(1, 8) + 8 * rank
+        return model(input_ids=ids, labels=ids).loss
+
+@correction(Rows, cost="one pass each way")
+def rows(settings):
+    return OnRows(settings)
+
+class Gradients(transformers.TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 0:
+            self.first = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+found = {}
+for name, listed in {"with": [{"rows": {}}], "without": None}.items():
+    seen = Gradients()
+    guard = world.guard(gate="watch", safety_adapter=None, every=1, corrections=listed)
+    trainer = world.trainer(out / name, guard, seen, max_steps=2, max_grad_norm=0.0,
+        gradient_accumulation_steps=2, ddp_find_unused_parameters=False)
+    trainer.train()
+    found[name] = seen.first, runs.lora_weights(trainer.model)
+added = {n: found["with"][0][n] - found["without"][0][n] for n in found["with"][0]}
+torch.save({"added": added, "end": found["with"][1]}, out / f"rank{rank}.pt")
+runs.leave()
+"""
+
+
+def test_under_ddp_it_is_the_mean_over_the_ranks(world, tmp_path):
+    (tmp_path / "train.py").write_text(SCRIPT)
+    conftest = Path(__file__).parents[1] / "training" / "conftest.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "localhost:0", str(tmp_path / "train.py"), str(conftest), str(world.folder)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([*command, str(tmp_path)], env=env, capture_output=True, text=True, timeout=540, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    one, other = (torch.load(tmp_path / f"rank{n}.pt", weights_only=True) for n in (0, 1))
+    assert all(torch.equal(one["end"][name], other["end"][name]) for name in one["end"])
+    model = world.model().train()
+    for rank in (0, 1):
+        ids = torch.arange(3, 11).reshape(1, 8) + 8 * rank
+        (0.5 * 0.5 * model(input_ids=ids, labels=ids).loss).backward()
+    want = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert max(float(g.abs().max()) for g in want.values()) > 1e-4
+    for name, gradient in want.items():
+        assert torch.allclose(one["added"][name], gradient, rtol=0, atol=1e-6), name
+    told = [json.loads(line) for line in (tmp_path / "with" / "safemerge.jsonl").read_text().splitlines()]
+    assert [(e["step"], e["steps"]) for e in told if e["kind"] == "gradient"] == [(1, 1), (2, 1)]
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DeepSpeed"])
+def test_where_it_is_not_proven_it_is_refused(engine):
+    with pytest.raises(ConfigError, match=f"'rows' adds a gradient, which is not done under {engine} yet"):
+        check_gradient_engine("rows", engine)
+    check_gradient_engine("rows", "DDP")
+
+
+def test_a_plain_model_is_of_one_process(world):
+    assert engine_of(world.model()) == "one process"
+
+
+class Term:
+    name, weight = "term", 2.0
+
+    def loss(self, at, model):
+        assert model.training
+        return model(torch.ones(3)).square().mean()
+
+
+def test_modes_and_gradients_are_given_back(world):
+    model = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)).eval()
+    model[0].weight.grad = torch.ones(2, 3)
+    random = torch.get_rng_state()
+    loss = add_gradient(Term(), None, model)
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert loss.grad_fn is None
+    added = model[0].weight.grad - 1
+    model.train()
+    model[0].weight.grad = None
+    Term().loss(None, model).backward()
+    assert torch.allclose(added, 2 * model[0].weight.grad, atol=1e-6)
+
+
+def test_a_loss_that_is_no_scalar_is_refused_and_leaves_no_gradient():
+    class Rows(Term):
+        def loss(self, at, model):
+            return model(torch.ones(3))
+
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match=r"the loss of 'term' has the shape \(2,\)"):
+        add_gradient(Rows(), None, model)
+    assert model.weight.grad is None
