@@ -34,13 +34,13 @@ def generate(
     label: str | None = "generate",
     chat_template_kwargs: Mapping[str, Any] | str | None = None,
 ) -> list[str]:
-    """Return the model's greedy response to each prompt as a user's turn, in the order of `prompts`.
+    """Return the model's greedy response to each prompt as a user's turn, a forward pass a token of a batch.
 
-    Padding is masked, and a response ends at its first end-of-turn token, so neither the batch nor the padding token
-    changes a response (up to the rounding of batched arithmetic). Training mode is as before afterwards. `label` names
-    the progress bar; None for no bar. `chat_template_kwargs` go to the chat template, as `{"enable_thinking": False}`.
-    A model's thoughts stand in its response between `<think>` and `</think>`; `answer_of` cuts them. ConfigError as
-    `tokenized` and `check_vocabulary`.
+    In the order of `prompts`. Padding is masked, and a response ends at its first end-of-turn token, so neither the
+    batch nor the padding token changes a response (up to the rounding of batched arithmetic). Training mode is as
+    before afterwards. `label` names the progress bar; None for no bar. `chat_template_kwargs` go to the chat template,
+    as `{"enable_thinking": False}`. A model's thoughts stand in its response between `<think>` and `</think>`;
+    `answer_of` cuts them. ConfigError as `tokenized` and `check_vocabulary`.
     """
     tokens = tokenized(tokenizer, prompts, settings=chat_template_kwargs)
     check_vocabulary(model, tokens)
@@ -107,7 +107,7 @@ def respond(
     label: str | None = None,
     synced: bool | None = None,
 ) -> list[Response]:
-    """Return the greedy response to each sequence of token ids, in their order; as `generate`.
+    """Return the greedy response to each sequence of token ids, in their order and at the cost of `generate`.
 
     `synced` goes on until every rank has finished, which a model needs whose forward pass takes all ranks; None lets
     transformers find out.

@@ -20,11 +20,11 @@ from ...live.ranks import rank, together
 from ...record.log import Log
 from ...signals.as_found import left_as_found
 from ...signals.chat import template_settings, text_part
+from ...signals.losses import EvalLoss
 from ...signals.responses import check_vocabulary
 from ..checkpoints import at_each_save, no_more_saves
 from ..run.opening import guard_of
 from .opening import (
-    EvalLoss,
     Prompts,
     check_judges,
     check_rules,

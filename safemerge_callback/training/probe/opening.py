@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +15,6 @@ from ...io.paths import as_path
 from ...live.ranks import together
 from ...record import JOURNAL_FILE, Journal
 from ...record.progress import continue_journal
-from ..run.ending import COMPARED_BATCHES, mean_loss
 from ..run.guarded import GuardedRun
 from .probing import Probing, Rules
 
@@ -158,32 +155,3 @@ def _opened(journal: str | None, args: TrainingArguments, state: TrainerState) -
         raise
     except OSError as error:
         raise JournalError(f"journal {str(path)!r} cannot be written ({error}): set journal to another") from error
-
-
-@dataclass
-class EvalLoss:
-    """The mean loss on the first 50 evaluation batches, which are read once and kept."""
-
-    source: Iterable[Any] | Callable[[], Iterable[Any]]
-    batches: list[Any] = field(default_factory=list)
-
-    def load(self) -> None:
-        """Read the batches; ConfigError where there are none."""
-        if self.batches:
-            return
-        try:
-            loader: Any = self.source() if callable(self.source) else self.source
-            self.batches = list(islice(loader, COMPARED_BATCHES))
-        except Exception as error:
-            raise ConfigError(f"eval_batches cannot be read ({type(error).__name__}: {error})") from error
-        if not self.batches:
-            raise ConfigError("eval_batches holds no batch: give the trainer's evaluation batches")
-        # A loader that was not read to its end would stay accelerate's active one, in place of the training's.
-        if hasattr(loader, "gradient_state"):
-            loader.end()
-
-    def __call__(self, model: Any) -> float:
-        """Return the loss of the live model; raises what the model raises, or KeyError-like where it gives no loss."""
-        from accelerate.utils import send_to_device
-
-        return mean_loss(model, [send_to_device(batch, model.device) for batch in self.batches])

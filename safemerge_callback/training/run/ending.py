@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 
@@ -19,10 +17,8 @@ from ...live.faults import Fault, attempt
 from ...record.entries import best_entry
 from ...record.log import Log
 from ...record.metrics import BEST_METRICS
+from ...signals.losses import mean_loss
 from ..trackers import Trackers, finite
-
-# Batches of the evaluation set that a reloaded best model is compared on, before and after its merge.
-COMPARED_BATCHES = 50
 
 
 def is_reloaded(args: TrainingArguments, state: TrainerState, epoch: str | None, now: str) -> bool:
@@ -39,21 +35,6 @@ def is_reloaded(args: TrainingArguments, state: TrainerState, epoch: str | None,
 def loss_of(model: Any, batches: Any) -> float | Fault:
     """Return the mean loss as `mean_loss`, or the fault of a model that gives none."""
     return attempt("evaluate", lambda: mean_loss(model, batches))
-
-
-def mean_loss(model: nn.Module, batches: Iterable[Any], limit: int = COMPARED_BATCHES) -> float:
-    """Return the mean loss of `model` on the first `limit` batches of an evaluation loader, in evaluation mode.
-
-    Every rank must call it. Raises whatever a model raises that gives no loss of its own for such batches.
-    """
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        losses = [model(**batch).loss.detach().float() for batch in islice(batches, limit)]
-    finally:
-        for module in training:
-            module.training = True
-    return float(torch.stack(losses).mean())
 
 
 def note_best(
