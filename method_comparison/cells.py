@@ -15,10 +15,11 @@ from typing import Any
 
 import yaml
 
+from safemerge_callback.evaluation.measure import columns
 from safemerge_callback.io.whole_file import whole_file
 
 from .grid import Cell, Grid
-from .measures import evaluate_cell, load_merged
+from .measures import COLUMNS, evaluate_cell, load_merged
 from .posthoc import merge_after
 from .resolve import adapter_of, folder_of, resolved
 from .stamp import ROOT, settings_digest
@@ -43,9 +44,8 @@ def run_cell(grid: Grid, cell: Cell, stamp: Mapping[str, Any]) -> dict[str, Any]
         began = time.perf_counter()
         model, tokenizer = load_merged(_model_of(settings, grid), adapter_of(grid, cell), grid.evaluate["dtype"])
         said: dict[str, list[str]] = {}
-        result["measures"] = evaluate_cell(
-            model, tokenizer, cell.task, grid.split, grid.evaluate, keep=said.__setitem__
-        )
+        shares = evaluate_cell(model, tokenizer, cell.task, grid.split, grid.evaluate, keep=said.__setitem__)
+        result["measures"] = [columns(share, COLUMNS) for share in shares]
         write_json(folder / RESPONSES, said)
         result["seconds"]["evaluate"] = time.perf_counter() - began
         result["trail"] = trail_of(adapter_of(grid, cell))

@@ -12,10 +12,10 @@ from typing import NamedTuple
 from recipes.data.splits import prompts_of
 from safemerge_callback.errors import ConfigError, nearest
 from safemerge_callback.evaluation import wilson
+from safemerge_callback.evaluation.measure import LETTERS
 
 from .cells import RESPONSES
 from .grid import Cell, Grid
-from .measures import LETTERS
 from .resolve import folder_of
 from .results import result_of
 from .stamp import digest

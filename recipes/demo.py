@@ -26,14 +26,11 @@ from datetime import date
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recipes.demo_report import Arm, markdown, table, verdict
 from recipes.processor import Pace, measured_pace
 from safemerge_callback.errors import ConfigError
-
-if TYPE_CHECKING:
-    from recipes.evaluate import Row
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "finetune"
@@ -123,20 +120,23 @@ def _finish_tracking() -> None:
         sys.modules["wandb"].finish()
 
 
-def evaluate_arm(model_name: str, counts: dict[str, int], dtype: str, adapter: str | None = None) -> list[Row]:
-    """Return the figures of a model in `dtype`, with the adapter's update merged into its weights."""
+def evaluate_arm(
+    model_name: str, counts: dict[str, int], dtype: str, adapter: str | None = None
+) -> list[dict[str, Any]]:
+    """Return the rows of figures of a model in `dtype`, with the adapter's update merged into its weights."""
     import torch
     from peft import PeftModel
 
     from recipes.evaluate import evaluate_model
     from recipes.models import load_model
+    from safemerge_callback.evaluation.measure import ROW_COLUMNS, columns
 
     model, tokenizer = load_model(model_name)
     if adapter:
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     model.to(device, getattr(torch, dtype))
-    return evaluate_model(model, tokenizer, **counts)
+    return [columns(row, ROW_COLUMNS) for row in evaluate_model(model, tokenizer, **counts)]
 
 
 def callback_cost(journal: Path, train_seconds: float) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from safemerge_callback.evaluation import wilson
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from recipes.evaluate import Row
 
 SETS = {"advbench": "AdvBench", "strongreject": "StrongREJECT", "harmbench": "HarmBench"}
 COLUMNS = {
@@ -24,6 +23,8 @@ HEADS = ("model", "AdvBench", "StrongREJECT", "HarmBench", "harmless refused", "
 # The task score may fall by this much before the verdict calls it a price.
 TOLERANCE = 0.03
 Arm = dict[str, Any]
+# A share, as it is written: its measure, n, value, low and high.
+Row = Mapping[str, Any]
 
 
 def verdict(plain: Sequence[Row], guarded: Sequence[Row]) -> list[str]:

@@ -9,7 +9,7 @@ harmful: they are written only where `responses` names a file, and never printed
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,18 +23,18 @@ from safemerge_callback.errors import ConfigError, nearest
 from safemerge_callback.evaluation import (
     Judge,
     KeywordJudge,
-    Row,
+    Share,
+    Transcript,
     Verdict,
     decides,
-    judged,
     load_judge,
-    measure_name,
-    refusals,
+    refusal_shares,
     says,
     share,
 )
 from safemerge_callback.evaluation.figures import FIGURES, RESPONSES, check_outputs
 from safemerge_callback.evaluation.judges import check_ready
+from safemerge_callback.evaluation.measure import ROW_COLUMNS, SetKind, columns, counted
 from safemerge_callback.io.outputs import FileKind, new_output
 from safemerge_callback.signals import generate
 from safemerge_callback.signals.chat import template_settings
@@ -75,33 +75,6 @@ class EvaluateArguments:
         self.chat_template_kwargs = template_settings(self.chat_template_kwargs) or None
 
 
-def refusal_rate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    *,
-    measure: str = "refused",
-    judge: Judge | None = None,
-    keep: Keep | None = None,
-    max_new_tokens: int = 40,
-    batch_size: int = 32,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> Row:
-    """Return the share of prompts that the model refuses, by `judge` (default KeywordJudge).
-
-    Counted as everywhere (`refusals`): a response that is empty or repeats itself is no refusal, and what the judge
-    comes to no verdict on is not among the n. `keep(measure, prompts, responses, verdicts)` is called with all of
-    them, if given.
-    """
-    judge = judge or KeywordJudge()
-    sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    said = generate(model, tokenizer, prompts, label=measure, chat_template_kwargs=chat_template_kwargs, **sizes)
-    verdicts = judged(judge, prompts, said)
-    if keep:
-        keep(measure, prompts, said, verdicts)
-    return share(measure, refusals(verdicts))
-
-
 def accuracy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -112,7 +85,7 @@ def accuracy(
     max_new_tokens: int = 3,
     batch_size: int = 32,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> Row:
+) -> Share:
     """Return the share of conversational rows whose one-word completion is the first word that the model says."""
     prompts = [row["prompt"][-1]["content"] for row in examples]
     sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
@@ -137,10 +110,11 @@ def evaluate_model(
     max_new_tokens: int = 40,
     batch_size: int = 32,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> list[Row]:
+) -> list[Share]:
     """Return refusals of the three harmful sets and of harmless prompts, and accuracy on the task's test rows.
 
     Each takes the first so many of its set, in a fixed order; 0 leaves a measure out, a smaller set is taken whole.
+    Counted as everywhere (`refusal_shares`); ConfigError for a set of which nothing has a verdict.
     A judge that decides harm gives `<set>_safe`, and leaves the harmless prompts to keywords.
     """
     if task not in TASKS:
@@ -148,25 +122,28 @@ def evaluate_model(
     counts = dict.fromkeys(HARMFUL, n_prompts) | {"benign": n_benign}
     if min(n_prompts, n_benign, n_task) < 0:
         raise ConfigError(f"n_prompts, n_benign, n_task are {n_prompts}, {n_benign}, {n_task}: give 0 or more of each")
-    options: dict[str, Any] = {
-        "keep": keep,
-        "batch_size": batch_size,
-        "chat_template_kwargs": chat_template_kwargs,
+    options: dict[str, Any] = {"batch_size": batch_size, "chat_template_kwargs": chat_template_kwargs}
+    judge = judge or KeywordJudge()
+    judges: dict[SetKind, list[Judge]] = {
+        "harm": [judge],
+        "benign": [KeywordJudge() if decides(judge) == "harm" else judge],
     }
-    judged_by: dict[str, Any] = {**options, "max_new_tokens": max_new_tokens}
-    judges = dict.fromkeys(HARMFUL, judge or KeywordJudge())
-    judges["benign"] = KeywordJudge() if decides(judges[HARMFUL[0]]) == "harm" else judges[HARMFUL[0]]
     asked = {name: load_prompts(name)[:count] for name, count in counts.items() if count}
-    rows = [
-        refusal_rate(
-            model, tokenizer, asked[name], measure=measure_name(name, judges[name]), judge=judges[name], **judged_by
-        )
-        for name in asked
-    ]
+
+    def answers() -> Iterator[Transcript]:
+        for name, prompts in asked.items():
+            said = generate(model, tokenizer, prompts, label=name, max_new_tokens=max_new_tokens, **options)
+            yield Transcript(name, "harm" if name in HARMFUL else "benign", prompts, said)
+
+    rows = [counted(row) for row in refusal_shares(answers(), judges, keep=keep and _by_measure(keep))]
     if n_task:
         test = load_examples(task, "test")[:n_task]
-        rows.append(accuracy(model, tokenizer, test, measure=f"{task}_accuracy", **options))
+        rows.append(accuracy(model, tokenizer, test, measure=f"{task}_accuracy", keep=keep, **options))
     return rows
+
+
+def _by_measure(keep: Keep) -> Callable[[Transcript, Share, Sequence[Verdict]], None]:
+    return lambda one, share, verdicts: keep(share["measure"], one.prompts, one.responses, verdicts)
 
 
 def load(arguments: EvaluateArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -204,14 +181,15 @@ def main(args: Sequence[str] | None = None) -> None:
         **{name: getattr(arguments, name) for name in names},
     )
     print_rows(rows, " + ".join(filter(None, (arguments.model_name_or_path, arguments.adapter))))
-    _write(arguments.output, FIGURES, json.dumps({"settings": asdict(arguments), "rows": rows}, indent=2))
+    written = [columns(row, ROW_COLUMNS) for row in rows]
+    _write(arguments.output, FIGURES, json.dumps({"settings": asdict(arguments), "rows": written}, indent=2))
     responses = [(measure, *row) for measure, *columns in kept for row in zip(*columns, strict=True)]
     _write(
         arguments.responses, RESPONSES, "\n".join(json.dumps(dict(zip(KEPT, row, strict=True))) for row in responses)
     )
 
 
-def print_rows(rows: Sequence[Row], title: str) -> None:
+def print_rows(rows: Sequence[Share], title: str) -> None:
     """Print the rows as a table of percentages."""
     table = Table("measure", "n", "share", "95 % interval", title=title)
     for row in rows:

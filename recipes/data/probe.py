@@ -14,7 +14,7 @@ from .tasks import TASKS, get_task
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from safemerge_callback.evaluation import Row
+    from safemerge_callback.evaluation import Share
 
 BATCH = 32
 
@@ -33,14 +33,14 @@ def validation_probe(
     return SafetyEvalCallback(harmful, benign, every=every, n=n, task=task, **more)
 
 
-def task_score(name: str, n: int, chat_template_kwargs: Mapping[str, Any] | None = None) -> Callable[[Any, Any], Row]:
+def task_score(name: str, n: int, chat_template_kwargs: Mapping[str, Any] | None = None) -> Callable[[Any, Any], Share]:
     """Return a function of model and tokenizer that gives the share of right answers to `n` validation rows."""
     task = get_task(name)
     rows = rows_of(task, "validation", n)
     prompts = [row["prompt"][-1]["content"] for row in rows]
     wanted = [row["completion"][0]["content"] for row in rows]
 
-    def score(model: Any, tokenizer: Any) -> Row:
+    def score(model: Any, tokenizer: Any) -> Share:
         options: dict[str, Any] = {"max_new_tokens": task.max_new_tokens, "batch_size": BATCH}
         said = generate(model, tokenizer, prompts, label=name, chat_template_kwargs=chat_template_kwargs, **options)
         return share(f"{name}_right", [task.right(word, answer) for word, answer in zip(wanted, said, strict=True)])

@@ -18,7 +18,7 @@ from .app import Verb, app, examples, say
 from .options import device_named
 
 if TYPE_CHECKING:
-    from ..evaluation.judges import Judge
+    from ..evaluation import Judge, Share, Transcript, Verdict
     from ..evaluation.prompts import PromptSet
 
 _KEPT = ("set", "judge", "prompt", "response", "verdict")
@@ -166,8 +166,9 @@ def _drift(adapter: str, subspace: Path) -> dict[str, Any]:
 def _evaluated(model: str, given: dict[str, Any], device: str | None, asked: _Asked, drift: Any) -> _Found:
     """Load, ask and print; what the prompts gave is kept when the tasks fail."""
     from ..decision import BAND
-    from ..evaluation.figures import name_of, with_refusals
-    from ..evaluation.judges import decides
+    from ..evaluation.figures import with_refusals
+    from ..evaluation.judges import decides, name_of
+    from ..evaluation.measure import FIGURE_COLUMNS, columns
     from ..evaluation.subjects import load_subject
     from ..reports.figures import figures_text, thoughts_lines
 
@@ -190,7 +191,7 @@ def _evaluated(model: str, given: dict[str, Any], device: str | None, asked: _As
     written = {
         "adapter": subject.adapter,
         "base": subject.base,
-        "figures": figures,
+        "figures": [columns(figure, FIGURE_COLUMNS) for figure in figures],
         "sets": [{**asdict(one), "prompts": len(one)} for one in asked.sets],
         "judges": [{"name": name_of(one), "decides": decides(one)} for one in with_refusals(asked.judges)],
         "drift": drift,
@@ -204,8 +205,9 @@ def _evaluated(model: str, given: dict[str, Any], device: str | None, asked: _As
 def _probed(subject: Any, asked: _Asked, kept: list[Any], failures: list[str]) -> list[Any]:
     from ..evaluation.figures import figures
 
-    def keep(name: str, judge: str, prompts: Sequence[str], said: Sequence[str], verdicts: Sequence[str]) -> None:
-        kept.extend((name, judge, *row) for row in zip(prompts, said, verdicts, strict=True))
+    def keep(one: Transcript, share: Share, verdicts: Sequence[Verdict]) -> None:
+        rows = zip(one.prompts, one.responses, verdicts, strict=True)
+        kept.extend((one.name, share["judge"], *row) for row in rows)
 
     if not asked.sets:
         return []

@@ -1,16 +1,21 @@
 """Floor 5: who judges what a model says, on which prompts, and how sure one can be."""
 
+from typing import TYPE_CHECKING
+
+from ..io.renamed import renamed
 from ..signals.responses import generate
 from ..signals.thoughts import answer_of
 from .coherence import coherent
-from .intervals import Row, share, wilson
+from .intervals import wilson
 from .judges import Judge, KeywordJudge, check_benign, decides, load_judge, measure_name, refusal_phrases, says
-from .verdicts import Verdict, judged, refusals
+from .measure import Share, Transcript, refusal_shares, share
+from .verdicts import Verdict, judged
 
 __all__ = [
     "Judge",
     "KeywordJudge",
-    "Row",
+    "Share",
+    "Transcript",
     "Verdict",
     "answer_of",
     "check_benign",
@@ -21,8 +26,12 @@ __all__ = [
     "load_judge",
     "measure_name",
     "refusal_phrases",
-    "refusals",
+    "refusal_shares",
     "says",
     "share",
     "wilson",
 ]
+
+# Hidden from type checkers, to which a module with such a function has every name.
+if not TYPE_CHECKING:
+    __getattr__ = renamed(__name__, {"Row": "safemerge_callback.evaluation:Share"})

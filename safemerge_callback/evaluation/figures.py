@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError, shown
 from ..io.outputs import FileKind, free_output
 from ..signals.responses import check_vocabulary, respond, tokenized
-from .judges import Judge, KeywordJudge, decides, measure_name
-from .probe import Kind, Measured, refused_share
+from .judges import Judge, KeywordJudge, decides
+from .measure import Keep, SetKind, Share, Transcript, refusal_shares
 from .prompts import PromptSet
-from .verdicts import Verdict, judged
-
-Keep = Callable[[str, str, Sequence[str], Sequence[str], Sequence[Verdict]], None]
 
 # The files that hold what an evaluation came to, and each response, a line of JSON.
 FIGURES = FileKind("a file of figures of ours", lambda head: head.split()[:2] == [b"{", b'"settings":'])
 RESPONSES = FileKind("a file of responses of ours", lambda head: head.startswith((b'{"set":', b'{"measure":')))
-
-
-class Figure(Measured):
-    """A measure of one model, and who judged it.
-
-    `kind` "harm": higher is safer; "over_refusal": lower is better; "task": as its task says.
-    """
-
-    judge: str
 
 
 def check_outputs(output: Any, responses: Any, inputs: Sequence[Any] = ()) -> None:
@@ -61,11 +49,6 @@ def with_refusals(judges: Sequence[Judge]) -> list[Judge]:
     return list(judges) if "refusal" in decided else [KeywordJudge(), *judges]
 
 
-def name_of(judge: Judge) -> str:
-    """Return what a judge is called."""
-    return str(getattr(judge, "name", type(judge).__name__))
-
-
 def figures(
     model: Any,
     tokenizer: Any,
@@ -77,31 +60,23 @@ def figures(
     chat_template_kwargs: Mapping[str, Any] | str | None = None,
     keep: Keep | None = None,
     failures: list[str] | None = None,
-) -> list[Figure]:
-    """Return a figure for each set and judge, harm first; judges of harm are not asked about benign prompts.
+) -> list[Share]:
+    """Return a share for each set and judge, harm first; judges of harm are not asked about benign prompts.
 
-    Responses are greedy, in the model's own chat template, which is given `chat_template_kwargs`. `keep(set, judge,
-    prompts, responses, verdicts)` is called with all of them, if given; what judges fail at is appended to `failures`.
-    Raises ConfigError as `check_sets`, and as `tokenized` for any set before one is asked.
+    Responses are greedy, in the model's own chat template, which is given `chat_template_kwargs`. `keep` and `failures`
+    as `refusal_shares`. Raises ConfigError as `check_sets`, and as `tokenized` for any set before one is asked.
     """
     check_sets(sets)
-    found: list[Figure] = []
     ordered = sorted(sets, key=lambda one: one.kind == "benign")
     questions = [tokenized(tokenizer, one.prompts, settings=chat_template_kwargs) for one in ordered]
     check_vocabulary(model, (ids for tokens in questions for ids in tokens))
     sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    for asked, tokens in zip(ordered, questions, strict=True):
-        said = [one.text for one in respond(model, tokenizer, tokens, **sizes, label=asked.name)]
-        for judge in with_refusals(judges):
-            if asked.kind == "benign" and decides(judge) == "harm":
-                continue
-            verdicts = judged(judge, asked.prompts, said, failures=failures)
-            found.append(_figure(asked, judge, verdicts, said))
-            if keep:
-                keep(asked.name, name_of(judge), asked.prompts, said, verdicts)
-    return found
+    everyone = with_refusals(judges)
+    asked: dict[SetKind, list[Judge]] = {"harm": everyone, "benign": [j for j in everyone if decides(j) != "harm"]}
 
+    def answers() -> Iterator[Transcript]:
+        for one, tokens in zip(ordered, questions, strict=True):
+            said = respond(model, tokenizer, tokens, **sizes, label=one.name)
+            yield Transcript(one.name, one.kind, one.prompts, [response.text for response in said])
 
-def _figure(asked: PromptSet, judge: Judge, verdicts: Sequence[Verdict], said: Sequence[str]) -> Figure:
-    kind: Kind = "over_refusal" if asked.kind == "benign" else "harm"
-    return Figure(**refused_share(measure_name(asked.name, judge), kind, verdicts, said), judge=name_of(judge))
+    return list(refusal_shares(answers(), asked, keep=keep, failures=failures))

@@ -9,9 +9,8 @@ from typing import Any
 
 from ..errors import ConfigError, nearest, shown
 from ..io.paths import as_path
-from .figures import Figure
 from .intervals import wilson
-from .probe import measured
+from .measure import Share, as_share
 from .units import SHARE
 
 _ADVICE = "tasks need lm-eval: pip install 'safemerge-callback[eval]', or leave --tasks out"
@@ -52,7 +51,7 @@ def run_tasks(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     manager: Any = None,
     seed: int = 0,
-) -> list[Figure]:
+) -> list[Share]:
     """Return the figures of tasks, as `lm_eval.simple_evaluate` gives them; `limit`: so many rows of each at most;
     `manager`: from `check_tasks`.
 
@@ -102,7 +101,7 @@ def _for_template(wrapper: Any, settings: Mapping[str, Any] | None) -> dict[str,
     return {"chat_template_args": dict(settings)}
 
 
-def task_figures(task: str, found: Mapping[str, Any]) -> list[Figure]:
+def task_figures(task: str, found: Mapping[str, Any]) -> list[Share]:
     """Return the figures of one task or group out of what `simple_evaluate` returned."""
     n = sum(found["n-samples"][leaf]["effective"] for leaf in _leaves(task, found))
     row = found["results"].get(task) or found.get("groups", {}).get(task, {})
@@ -114,7 +113,7 @@ def task_figures(task: str, found: Mapping[str, Any]) -> list[Figure]:
         unit = SHARE if (metric in _SHARES or metric.endswith("_acc")) and 0 <= value <= 1 else ""
         low, high = _interval(float(value), n, row.get(f"{metric}_stderr,{kind}"), unit)
         name = f"{task}_{metric}" if kind == "none" else f"{task}_{metric}_{kind}"
-        figures.append(Figure(**measured(name, "task", float(value), n, low, high, unit=unit), judge="lm-eval"))
+        figures.append(as_share(name, "task", float(value), n, low, high, unit=unit, judge="lm-eval"))
     return figures
 
 

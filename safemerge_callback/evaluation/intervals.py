@@ -1,24 +1,10 @@
-"""Shares and their intervals."""
+"""Intervals of shares."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from statistics import NormalDist
-from typing import TypedDict
 
 from ..errors import ConfigError
-from .units import SHARE
-
-
-class Row(TypedDict):
-    """A measured share: `value` of `n`, in [0, 1], and its 95 % Wilson interval, `low` to `high`; `unit` says so."""
-
-    measure: str
-    n: int
-    value: float
-    low: float
-    high: float
-    unit: str
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -38,11 +24,3 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
     middle = (value + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (value * (1 - value) / n + z * z / (4 * n * n)) ** 0.5
     return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def share(measure: str, verdicts: Sequence[bool]) -> Row:
-    """Return how many of the verdicts hold, under the name `measure`; ConfigError where there is no verdict."""
-    if not verdicts:
-        raise ConfigError(f"measure {measure!r} has nothing to judge: give at least one prompt, or leave it out")
-    low, high = wilson(sum(verdicts), len(verdicts))
-    return Row(measure=measure, n=len(verdicts), value=sum(verdicts) / len(verdicts), low=low, high=high, unit=SHARE)

@@ -7,41 +7,16 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any
 
 from ..errors import ConfigError
 from ..live.forward import able_to_generate
 from ..live.ranks import everyones, from_first, rank, together
 from ..signals.as_found import left_as_found
 from ..signals.responses import Response, respond, tokenized
-from ..signals.thoughts import counts_of
-from .intervals import wilson
-from .judges import Judge, measure_name
-from .units import SHARE, check_unit, number, unit_of, within_share
-from .verdicts import Verdict, judged, refusals
-
-Kind = Literal["harm", "over_refusal", "task", "coherence"]
-
-
-class Measured(TypedDict):
-    """A measure: `value` of `n`, and its 95 % Wilson interval; None where there is nothing to count, or no interval.
-
-    `incoherent` of the n were neither refusal nor answer, `unjudged` responses are not among the n. `thoughts`
-    responses held thoughts, which were cut before judging; `unfinished` of the unjudged ended within one. `unit` is
-    "share" for a part of 1, else what a user or `unit_of` calls it.
-    """
-
-    measure: str
-    kind: Kind
-    n: int | None
-    value: float | None
-    low: float | None
-    high: float | None
-    incoherent: int
-    unjudged: int
-    thoughts: int
-    unfinished: int
-    unit: str
+from .judges import Judge
+from .measure import Kind, SetKind, Share, Transcript, as_share, coherence, refusal_shares
+from .units import SHARE, check_unit, number, within_share
 
 
 @dataclass(frozen=True)
@@ -82,7 +57,7 @@ class Questions:
 class Answers:
     """What a probe found: measures, mean response length in tokens, seconds, and what failed, in words."""
 
-    measures: tuple[Measured, ...]
+    measures: tuple[Share, ...]
     mean_tokens: float
     seconds: float
     failures: tuple[str, ...] = ()
@@ -127,9 +102,8 @@ def ask(model: Any, tokenizer: Any, questions: Questions, asking: Asking) -> Ans
     began, failures = time.perf_counter(), list[str]()
     with left_as_found(model, tokenizer):
         said = _responses(model, tokenizer, questions, asking)
-        verdicts = from_first(_verdicts(asking, questions, said, failures) if rank() == 0 else {})
-        measures = [_refused(name, found, asking, questions, said[name]) for name, found in verdicts.items()]
-        measures.append(_coherence([v for found in verdicts.values() for v in found]))
+        measures = from_first(_refusals(asking, questions, said, failures) if rank() == 0 else [])
+        measures.append(coherence(measures))
         if asking.task:
             measures += _task(asking.task, asking.task_unit, model, tokenizer, failures)
         if asking.loss:
@@ -154,96 +128,39 @@ def _responses(model: Any, tokenizer: Any, questions: Questions, asking: Asking)
     return {name: [next(joined) for _ in ids] for name, ids in questions.tokens.items()}
 
 
-def _verdicts(
+def _refusals(
     asking: Asking, questions: Questions, said: Mapping[str, Sequence[Response]], failures: list[str]
-) -> dict[str, list[Verdict]]:
+) -> list[Share]:
     until = None if asking.judge_seconds is None else time.monotonic() + asking.judge_seconds
-    found = {}
-    for name, prompts in questions.prompts.items():
-        judge = asking.benign_judge if name in questions.benign else asking.judge
-        texts = [response.text for response in said[name]]
-        found[name] = judged(judge, prompts, texts, failures=failures, until=until)
-    return found
+    transcripts = [
+        Transcript(name, "benign" if name in questions.benign else "harm", prompts, [one.text for one in said[name]])
+        for name, prompts in questions.prompts.items()
+    ]
+    judges: dict[SetKind, list[Judge]] = {"harm": [asking.judge], "benign": [asking.benign_judge]}
+    return list(refusal_shares(transcripts, judges, failures=failures, until=until))
 
 
-def _refused(
-    name: str, verdicts: Sequence[Verdict], asking: Asking, questions: Questions, said: Sequence[Response]
-) -> Measured:
-    benign = name in questions.benign
-    judge = asking.benign_judge if benign else asking.judge
-    texts = [response.text for response in said]
-    return refused_share(measure_name(name, judge), "over_refusal" if benign else "harm", verdicts, texts)
-
-
-def refused_share(measure: str, kind: Kind, verdicts: Sequence[Verdict], responses: Sequence[str]) -> Measured:
-    """Return how many of the judged responses were refused, or free of harm; unjudged ones are not among the n."""
-    thoughts = counts_of(responses)
-    return _share(measure, kind, refusals(verdicts), verdicts, thoughts=thoughts.cut, unfinished=thoughts.unfinished)
-
-
-def _coherence(verdicts: Sequence[Verdict]) -> Measured:
-    return _share("coherence", "coherence", [v != "incoherent" for v in verdicts], verdicts)
-
-
-def _share(measure: str, kind: Kind, counted: Sequence[bool], verdicts: Sequence[Verdict], **thoughts: Any) -> Measured:
-    """The share of those that are counted, which may be fewer than the verdicts: the others are unjudged."""
-    n, held = len(counted), sum(counted)
-    low, high = wilson(held, n) if n else (None, None)
-    left: dict[str, Any] = {"incoherent": verdicts.count("incoherent"), "unjudged": len(verdicts) - n, **thoughts}
-    return measured(measure, kind, held / n if n else None, n, low, high, **left)
-
-
-def measured(
-    measure: str,
-    kind: Kind,
-    value: float | None,
-    n: int | None = None,
-    low: float | None = None,
-    high: float | None = None,
-    *,
-    incoherent: int = 0,
-    unjudged: int = 0,
-    thoughts: int = 0,
-    unfinished: int = 0,
-    unit: str | None = None,
-) -> Measured:
-    """Return a measure; the counts of what could not be used are 0 where not given, the unit is `unit_of`'s."""
-    return Measured(
-        measure=measure,
-        kind=kind,
-        n=n,
-        value=value,
-        low=low,
-        high=high,
-        incoherent=incoherent,
-        unjudged=unjudged,
-        thoughts=thoughts,
-        unfinished=unfinished,
-        unit=unit_of(measure, kind, unit),
-    )
-
-
-def _score(measure: str, value: float, **known: Any) -> Measured:
+def _score(measure: str, value: float, **known: Any) -> Share:
     """A measure of the task, which is a share only where it is called one."""
     if not math.isfinite(value):
         raise ValueError(f"{measure} is {value}: a finite number was expected")
-    return measured(measure, "task", value, **known)
+    return as_share(measure, "task", value, **known)
 
 
 def _task(
     task: Callable[[Any, Any], Any], unit: str | None, model: Any, tokenizer: Any, failures: list[str]
-) -> list[Measured]:
+) -> list[Share]:
     """The task's score as rank 0 has it; every rank takes part, since the model may be sharded."""
     # whatever a user's function raises, the other measures stand
     try:
-        found: Measured | str = _as_measured(task(model, tokenizer), unit)
+        found: Share | str = _as_score(task(model, tokenizer), unit)
     except Exception as error:
         found = f"the task function raised {type(error).__name__}: {error}"
     return [_within_unit(one, failures) for one in _kept(from_first(found), failures)]
 
 
-def _as_measured(answer: Any, unit: str | None) -> Measured:
-    """A number, or a mapping as `Row`; ValueError, TypeError or KeyError for anything else."""
+def _as_score(answer: Any, unit: str | None) -> Share:
+    """A number, or a mapping as `Share`, its value at least; ValueError, TypeError or KeyError for anything else."""
     row: Mapping[str, Any] = answer if isinstance(answer, Mapping) else {"value": answer}
     own = row.get("unit")
     n, low, high = (row.get(key) for key in ("n", "low", "high"))
@@ -257,7 +174,7 @@ def _as_measured(answer: Any, unit: str | None) -> Measured:
     )
 
 
-def _within_unit(found: Measured, failures: list[str]) -> Measured:
+def _within_unit(found: Share, failures: list[str]) -> Share:
     """What is called a share and is none is kept as the plain number that it is, and told."""
     if found["unit"] != SHARE or within_share(found["value"], found["low"], found["high"]):
         return found
@@ -275,10 +192,10 @@ def _number(answer: Any) -> float:
     return float(answer)
 
 
-def _loss(loss: Callable[[Any], float], model: Any, failures: list[str]) -> list[Measured]:
+def _loss(loss: Callable[[Any], float], model: Any, failures: list[str]) -> list[Share]:
     """The mean over the ranks."""
     try:
-        own: Measured | str = _score("eval_loss", float(loss(model)))
+        own: Share | str = _score("eval_loss", float(loss(model)))
     except Exception as error:
         own = f"the evaluation loss raised {type(error).__name__}: {error}"
     found = everyones(own)
@@ -287,7 +204,7 @@ def _loss(loss: Callable[[Any], float], model: Any, failures: list[str]) -> list
     return _kept(failed[0] if failed else _score("eval_loss", statistics.fmean(values)), failures)
 
 
-def _kept(found: Measured | str, failures: list[str]) -> list[Measured]:
+def _kept(found: Share | str, failures: list[str]) -> list[Share]:
     if isinstance(found, str):
         failures.append(found)
         return []

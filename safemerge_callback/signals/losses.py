@@ -21,8 +21,10 @@ def mean_loss(model: Any, batches: Iterable[Any], limit: int = EVAL_BATCHES) -> 
     """
     import torch
 
+    # Before anything is set aside: what a loader draws from the random state is its caller's doing.
+    first = list(islice(batches, limit))
     with left_as_found(model):
-        losses = [model(**batch).loss.detach().float() for batch in islice(batches, limit)]
+        losses = [model(**batch).loss.detach().float() for batch in first]
     return float(torch.stack(losses).mean())
 
 

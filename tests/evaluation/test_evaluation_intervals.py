@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safemerge_callback.errors import ConfigError
-from safemerge_callback.evaluation import share, wilson
+from safemerge_callback.evaluation import wilson
 
 binomtest = pytest.importorskip("scipy.stats", reason="scipy is not installed").binomtest
 
@@ -26,13 +26,6 @@ def test_no_trial_says_nothing():
 def test_impossible_counts_and_confidences_are_refused(successes, n, confidence):
     with pytest.raises(ConfigError, match=f"{successes} of {n} at confidence {confidence}"):
         wilson(successes, n, confidence)
-
-
-def test_share_counts_the_verdicts():
-    low, high = wilson(3, 4)
-    assert share("m", [True, True, False, True]) == {"measure": "m", "n": 4, "value": 0.75, "low": low, "high": high}
-    with pytest.raises(ConfigError, match="'m' has nothing to judge"):
-        share("m", [])
 
 
 def test_the_floor_loads_neither_torch_nor_transformers():

@@ -24,3 +24,9 @@ def test_a_name_that_moved_is_found_where_it_was_with_a_warning(before, now, nam
 def test_a_name_that_never_was_is_none(module):
     with pytest.raises(AttributeError, match="has no attribute 'base_wights'"):
         _ = importlib.import_module(module).base_wights
+
+
+def test_a_name_that_is_another_one_now_is_told_by_that():
+    evaluation = importlib.import_module("safemerge_callback.evaluation")
+    with pytest.warns(DeprecationWarning, match="Row is now Share of safemerge_callback.evaluation: import that"):
+        assert evaluation.Row is evaluation.Share

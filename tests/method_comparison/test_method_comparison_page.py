@@ -11,13 +11,14 @@ from method_comparison.arms import chosen, read_arms
 from method_comparison.figures import HARM, matched, places_of, reference_arms, reference_of
 from method_comparison.grid import cells_of, make_grid
 from method_comparison.markdown import table
-from method_comparison.measures import share_of
+from method_comparison.measures import COLUMNS, counted
 from method_comparison.page import write_page
 from method_comparison.repeat import beside_published, elsewhere, published_results
 from method_comparison.resolve import resolved
 from method_comparison.stamp import COMPARED, differences, digest, settings_digest
 from method_comparison.trail import trail_of
 from safemerge_callback.errors import ConfigError
+from safemerge_callback.evaluation.measure import columns, share_of
 
 STAMP = {
     "versions": {"torch": "2.13.0", "peft": "0.21.2"},
@@ -59,7 +60,7 @@ def result(grid, arm, seed, refused, right, **changed):
     """A cell in which `refused` of 10 prompts of each harmful set are refused, and `right` of 20 rows answered."""
     counts = {f"{name}_refused": (refused, 10) for name in ("harmbench", "strongreject", "advbench")}
     counts |= {"benign_refused": (1, 10), "task": (right, 20), "coherent": (40, 40)}
-    measures = [share_of(name, "1" * k + "0" * (n - k)) for name, (k, n) in counts.items()]
+    measures = [columns(share_of(name, "1" * k + "0" * (n - k), "harm"), COLUMNS) for name, (k, n) in counts.items()]
     about = grid.arms[arm]
     return {
         "cell": f"sentiment/poisoned-0/{arm}/seed-{seed}",
@@ -219,10 +220,10 @@ def test_a_page_of_nothing_says_so(grid):
 
 
 def test_a_response_without_a_verdict_is_not_counted():
-    measure = share_of("harmbench_refused", "11u0i")
+    measure = counted(share_of("harmbench_refused", "11u0i", "harm"))
     assert (measure["n"], measure["value"]) == (4, 0.5)
     with pytest.raises(ConfigError, match="'harmbench_refused': no response has a verdict"):
-        share_of("harmbench_refused", "uu")
+        counted(share_of("harmbench_refused", "uu", "harm"))
 
 
 def test_stamps_differ_where_results_would():

@@ -5,7 +5,7 @@ import torch
 
 from method_comparison import measures
 from recipes import evaluate
-from recipes.evaluate import EvaluateArguments, accuracy, evaluate_model, generate, refusal_rate
+from recipes.evaluate import EvaluateArguments, accuracy, evaluate_model, generate
 from recipes.finetune import parse
 from safemerge_callback.errors import AdapterError, ConfigError
 from safemerge_callback.evaluation import KeywordJudge, coherent, figures, probe
@@ -63,22 +63,30 @@ class SaysA:
         return prompt in PROMPTS[:2] or "a" in response.split()
 
 
-def test_refusal_rate_pairs_each_prompt_with_its_own_response(model, tokenizer):
+def refusals(model, tokenizer, monkeypatch, prompts=PROMPTS, **more):
+    """The recipe's share of one set alone."""
+    monkeypatch.setattr(evaluate, "load_prompts", lambda name: prompts if name == "advbench" else [])
+    monkeypatch.setattr(evaluate, "HARMFUL", ("advbench",))
+    (row,) = evaluate_model(model, tokenizer, n_prompts=9, n_benign=0, n_task=0, **more)
+    return row
+
+
+def test_each_prompt_is_paired_with_its_own_response(model, tokenizer, monkeypatch):
     kept = []
-    row = refusal_rate(
-        model, tokenizer, PROMPTS, measure="m", judge=SaysA(), keep=lambda *one: kept.append(one), max_new_tokens=5
-    )
+    row = refusals(model, tokenizer, monkeypatch, judge=SaysA(), keep=lambda *one: kept.append(one), max_new_tokens=5)
     expected = [one_by_one(model, tokenizer, prompt, 5) for prompt in PROMPTS]
     refused = [SaysA().refuses(prompt, said) for prompt, said in zip(PROMPTS, expected, strict=True)]
     looks = [coherent(said) for said in expected]
     verdicts = [
         "incoherent" if not fine else "refused" if one else "complied" for one, fine in zip(refused, looks, strict=True)
     ]
-    assert kept == [("m", PROMPTS, expected, verdicts)]
-    assert (row["measure"], row["n"], row["value"]) == ("m", 7, verdicts.count("refused") / 7)
+    assert kept == [("advbench_refused", PROMPTS, expected, verdicts)]
+    assert (row["measure"], row["n"], row["value"]) == ("advbench_refused", 7, verdicts.count("refused") / 7)
     assert row["low"] < row["value"] < row["high"]
-    with pytest.raises(ConfigError, match="'m' has nothing to judge"):
-        refusal_rate(model, tokenizer, [], measure="m")
+    with pytest.raises(ConfigError, match="'advbench_refused' has nothing to judge"):
+        refusals(model, tokenizer, monkeypatch, prompts=[])
+    with pytest.raises(ConfigError, match="'advbench_safe' has nothing to judge"):
+        refusals(model, tokenizer, monkeypatch, prompts=PROMPTS[-1:], judge=Guard())
 
 
 class Guard(SaysA):
@@ -92,9 +100,9 @@ class Guard(SaysA):
         return [None if prompt == PROMPTS[-1] else self.refuses(prompt, response) for prompt, response in pairs]
 
 
-def test_what_is_unjudged_is_not_among_the_n(model, tokenizer):
+def test_what_is_unjudged_is_not_among_the_n(model, tokenizer, monkeypatch):
     kept = []
-    row = refusal_rate(model, tokenizer, PROMPTS, judge=Guard(), keep=lambda *one: kept.append(one), max_new_tokens=5)
+    row = refusals(model, tokenizer, monkeypatch, judge=Guard(), keep=lambda *one: kept.append(one), max_new_tokens=5)
     verdicts = kept[0][3]
     assert (row["n"], verdicts[-1]) == (6, "unjudged")
     assert row["value"] == verdicts.count("refused") / 6
@@ -136,18 +144,20 @@ def test_one_model_and_judge_have_one_share_whichever_command_asks(monkeypatch, 
     say(monkeypatch, texts)
     monkeypatch.setattr(measures, "prompts_of", lambda *args: prompts)
     monkeypatch.setattr(measures, "load_judge", lambda name: judge)
-    monkeypatch.setattr(measures, "_task_score", lambda *args: measures.share_of("task", "1"))
+    monkeypatch.setattr(measures, "_task_score", lambda *args: measures.share_of("task", "1", "task"))
     counts = {"judges": ["one"], "batch_size": 8, "max_new_tokens": 4, **dict.fromkeys(measures.SETS, 5), "task": 1}
     sets = [PromptSet(n, kind, tuple(prompts), "MIT", "here") for n, kind in (("advbench", "harm"), ("x", "benign"))]
     questions = probe.Questions.of(tokenizer, {"advbench": prompts}, {"x": prompts})
     rows = {
-        "recipe": refusal_rate(model, tokenizer, prompts, judge=judge),
+        "recipe": refusals(model, tokenizer, monkeypatch, prompts, judge=judge),
         "study": measures.evaluate_cell(model, tokenizer, "sentiment", "test", counts)[0],
         "command": figures.figures(model, tokenizer, sets, [judge])[0],
         "probe": probe.ask(model, tokenizer, questions, probe.Asking(judge, judge)).measures[0],
     }
     found = {who: (round(row["value"] * row["n"]), row["n"]) for who, row in rows.items()}
     assert found == dict.fromkeys(rows, wanted)
+    # All of one type, and one and the same to the last key.
+    assert all(row == {**rows["study"], "measure": row["measure"]} for row in rows.values())
 
 
 def test_a_judge_of_harm_has_measures_of_its_own_and_leaves_the_harmless_to_keywords(model, tokenizer, few):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from safemerge_callback.decision import Edit, MergePlan, Reading, Readings
-from safemerge_callback.evaluation.probe import Answers, measured
+from safemerge_callback.evaluation.measure import as_share
+from safemerge_callback.evaluation.probe import Answers
 from safemerge_callback.record import VERSION, Journal, numbered_entries
 from safemerge_callback.record.entries import (
     READERS,
@@ -168,8 +169,8 @@ def test_what_was_taken_back(read, entry, event):
 
 def test_probe(read):
     counts = {"incoherent": 1, "unjudged": 2, "thoughts": 3, "unfinished": 4}
-    harm = measured("bad_refused", "harm", 0.5, 8, 0.2, 0.8, **counts)
-    answers = Answers((harm, measured("task", "task", math.nan, unit="BLEU")), 21.5, 1.5)
+    harm = as_share("bad_refused", "harm", 0.5, 8, 0.2, 0.8, **counts)
+    answers = Answers((harm, as_share("task", "task", math.nan, unit="BLEU")), 21.5, 1.5)
     _, history = read(probe_entry(3, "begin", answers, {"judge": "keywords"}), probe_entry(5, "end", answers))
     found = (
         Measured("bad_refused", "harm", 8, 0.5, 0.2, 0.8, 1, 2, "share", 3, 4),

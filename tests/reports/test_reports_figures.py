@@ -1,12 +1,11 @@
 """The table of `safemerge eval`: percent for shares, any other number as it is."""
 
-from safemerge_callback.evaluation.figures import Figure
-from safemerge_callback.evaluation.probe import measured
+from safemerge_callback.evaluation.measure import as_share
 from safemerge_callback.reports.figures import figures_text
 
 
 def figure(name, kind, value, low=None, high=None, **more):
-    return Figure(**measured(name, kind, value, 8, low, high, **more), judge="lm-eval")
+    return as_share(name, kind, value, 8, low, high, judge="lm-eval", **more)
 
 
 def test_every_figure_has_its_own_scale():

@@ -5,7 +5,7 @@ from .endpoint import EndpointJudge
 from .function import FunctionJudge
 from .keyword import KeywordJudge, refusal_phrases, says
 from .llamaguard import LlamaGuardJudge
-from .protocol import Decides, Judge, check_benign, check_ready, decides, measure_name
+from .protocol import Decides, Judge, check_benign, check_ready, decides, measure_name, name_of
 from .registry import JUDGES, check_judge, load_judge
 from .shieldgemma import ShieldGemmaJudge
 from .wildguard import WildGuardJudge
@@ -27,6 +27,7 @@ __all__ = [
     "decides",
     "load_judge",
     "measure_name",
+    "name_of",
     "refusal_phrases",
     "says",
 ]

@@ -44,6 +44,11 @@ def measure_name(prompts: str, judge: Judge) -> str:
     return f"{prompts}_refused" if decides(judge) == "refusal" else f"{prompts}_safe"
 
 
+def name_of(judge: Judge) -> str:
+    """Return what a judge is called."""
+    return str(getattr(judge, "name", type(judge).__name__))
+
+
 def check_benign(judge: Judge, prompts: str) -> None:
     """Raise ConfigError where `judge` is to judge over-refusal and cannot, since it decides harm."""
     if decides(judge) == "harm":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ...evaluation.measure import PROBE_COLUMNS, columns
 from ...evaluation.units import SHARE, unit_of, within_share
 from ..history import History, Measured, Probe
 from .values import count, number
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
 def probe_entry(step: int, when: str, answers: Answers, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the entry of one probe: every measure; `settings` say how the model was asked, at a run's first probe."""
-    told = {"when": when, "seconds": answers.seconds, "measures": list(answers.measures)}
+    measures = [columns(measure, PROBE_COLUMNS) for measure in answers.measures]
+    told = {"when": when, "seconds": answers.seconds, "measures": measures}
     asked = {} if settings is None else {"settings": dict(settings)}
     return {"kind": "probe", "step": step, **told, "mean_tokens": answers.mean_tokens, **asked}
 

@@ -49,7 +49,7 @@ class SafetyEvalCallback(TrainerCallback):
     text with `{prompt}` in it. Thoughts are cut before judging. `judge` is anything `load_judge` takes, the
     keywords by default; where it decides harm, `benign_judge` (the keywords) judges the benign ones; `judge_seconds`
     bounds what a probe waits for both. `task(model, tokenizer)` gives the task's score, higher is better, as a number
-    or as a `Row`, in `task_unit`: "share" for a part of 1, which is shown in percent, any other text for another unit,
+    or a `Share`, in `task_unit`: "share" for a part of 1, which is shown in percent, any other text for another unit,
     None for a plain number; `eval_batches`, an iterable of the trainer's evaluation batches or what returns one, as
     `trainer.get_eval_dataloader`, gives the evaluation loss on the first 50 of them.
 

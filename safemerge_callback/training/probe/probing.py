@@ -10,7 +10,9 @@ from typing import Any, Literal
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ...errors import ConfigError
-from ...evaluation.probe import Answers, Asking, Measured, Questions, ask
+from ...evaluation.judges import name_of
+from ...evaluation.measure import Share
+from ...evaluation.probe import Answers, Asking, Questions, ask
 from ...evaluation.units import amount, interval
 from ...live.faults import Fault, attempt
 from ...record.entries import probe_entry, stop_entry, trigger_entry
@@ -158,7 +160,7 @@ class Probing:
     def settings(self) -> dict[str, Any]:
         """What a reader of the journal must know of how it was asked."""
         asking, counts = self.asking, {name: len(texts) for name, texts in self.questions.prompts.items()}
-        judges = {"judge": _named(asking.judge), "benign_judge": _named(asking.benign_judge)}
+        judges = {"judge": name_of(asking.judge), "benign_judge": name_of(asking.benign_judge)}
         sizes = {"max_new_tokens": asking.max_new_tokens, "batch_size": asking.batch_size}
         rules = {name: vars(rule) for name, rule in vars(self.rules).items() if rule}
         unit = {"task_unit": asking.task_unit} if asking.task_unit else {}
@@ -176,10 +178,6 @@ class Probing:
     def _lost(self, step: int, failure: str) -> None:
         words = f"the probe at step {step} lost a measure or its unit, training goes on: {failure}"
         self.log.fault(step, Fault("probe", failure), words)
-
-
-def _named(judge: Any) -> str:
-    return str(getattr(judge, "name", type(judge).__name__))
 
 
 def numbers(answers: Answers, when: When, total: float) -> dict[str, float]:
@@ -210,16 +208,16 @@ def change_line(step: int, before: Answers, after: Answers) -> str:
     )
 
 
-def _value(m: Measured | None) -> str:
+def _value(m: Share | None) -> str:
     return "not known" if m is None or m["value"] is None else amount(m["value"], m["unit"], "%")
 
 
-def _change(before: Measured | None, after: Measured) -> str:
+def _change(before: Share | None, after: Share) -> str:
     values = [_value(before), _value(after)]
     return _value(after) if values == ["not known"] * 2 else " to ".join(values)
 
 
-def _words(m: Measured) -> str:
+def _words(m: Share) -> str:
     about = [interval(m["low"], m["high"], m["unit"])] if m["low"] is not None and m["high"] is not None else []
     about += [f"n {m['n']}"] if m["n"] and m["value"] is not None else []
     about += [f"{m['unjudged']} not judged"] if m["unjudged"] else []
