@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
 # What makes a result: a change of how results are shown does not change them.
 FLOORS = (
-    *("adapters", "decision", "evaluation", "io", "live", "methods", "offline", "ops", "record", "signals"),
-    *("subspace", "training"),
+    *("adapters", "corrections", "decision", "evaluation", "io", "live", "methods", "offline", "ops", "record"),
+    *("signals", "subspace", "training"),
 )
 CODE = (
     "safemerge_callback/*.py",

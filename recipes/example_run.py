@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from safemerge_callback.decision import Edit, Gate, MergePlan, Reading, Readings
-from safemerge_callback.evaluation import wilson
-from safemerge_callback.evaluation.probe import Answers, Kind, measured
-from safemerge_callback.evaluation.units import SHARE
+from safemerge_callback.evaluation.measure import Kind, as_share, share_of
+from safemerge_callback.evaluation.probe import Answers
 from safemerge_callback.record import JOURNAL_FILE, Journal
 from safemerge_callback.record.entries import Sources, check_entry, end_entry, merge_entry, probe_entry, start_entry
 from safemerge_callback.record.progress import Progress
@@ -101,10 +100,9 @@ def _probe(step: int, when: str, refused: float, learned: float) -> dict[str, An
     }
     counts = {key: round(share * key[2]) for key, share in shares.items()}
     measures = [
-        measured(measure, kind, count / n, n, *wilson(count, n), unit=SHARE)
-        for (measure, kind, n), count in counts.items()
+        share_of(measure, "1" * count + "0" * (n - count), kind) for (measure, kind, n), count in counts.items()
     ]
-    loss = measured("eval_loss", "task", 2.1 - 0.8 * learned, 100)
+    loss = as_share("eval_loss", "task", 2.1 - 0.8 * learned, 100)
     return probe_entry(step, when, Answers((*measures, loss), 21.5, 8.2))
 
 
