@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from safemerge_callback import Subspace, compress_subspace, measure_adapter
+from safemerge_callback.corrections import merge
 from safemerge_callback.errors import AdapterError, SubspaceError
-from safemerge_callback.training import merging
 from safemerge_callback.training.run import session
 
 
@@ -101,7 +101,7 @@ def test_an_adapter_that_diverges_later_is_told_as_that(world, runs, tmp_path):
 
 @pytest.mark.parametrize(
     ("module", "figure"),
-    [(session, "check_entry"), (session, "check_metrics"), (session, "decision_rows"), (merging, "merge_entry")],
+    [(session, "check_entry"), (session, "check_metrics"), (session, "decision_rows"), (merge, "merge_entry")],
 )
 def test_no_figure_ends_a_training(world, runs, tmp_path, monkeypatch, module, figure):
     def broken(*args, **kwargs):
