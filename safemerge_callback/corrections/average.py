@@ -55,8 +55,8 @@ class Average:
             total, residual = truncate(weighted_sum(terms, weights), ROOM * module.rank)
             pairs[name] = LowRank(total.A[0].float(), total.B[0].float())
             dropped.append(residual)
-        held = iter(to_host([tensor for pair in pairs.values() for tensor in pair]))
-        self.pairs = {name: LowRank(next(held), next(held)) for name in pairs}
+        tensors = iter(to_host([tensor for pair in pairs.values() for tensor in pair]))
+        self.pairs = {name: LowRank(next(tensors), next(tensors)) for name in pairs}
         self.followed += 1
         # Residuals of several devices meet on the first, so that the host waits once.
         lost = torch.cat([residual.to(dropped[0].device) for residual in dropped]).tolist() if dropped else []
@@ -124,15 +124,15 @@ class RunAverage:
 
     def load(self, folders: Sequence[Path], save: str | None) -> bool:
         """Go on from the average that `save` put into the first of these folders that has one; as `Kept.load`."""
-        found = from_first(together(lambda: self._read(folders, save) if rank() == 0 else None))
-        self.average = found or self.average
-        return found is not None
+        stored = from_first(together(lambda: self._read(folders, save) if rank() == 0 else None))
+        self.average = stored or self.average
+        return stored is not None
 
     def rewind(self, folders: Sequence[Path], save: str | None) -> None:
         """Take over the average of the checkpoint that the weights were reloaded from; without one it stays."""
-        found = attempt(self.name, lambda: self._read(folders, save))
-        self.average = from_first(found if isinstance(found, Average) else self.average)
+        stored = attempt(self.name, lambda: self._read(folders, save))
+        self.average = from_first(stored if isinstance(stored, Average) else self.average)
 
     def _read(self, folders: Sequence[Path], save: str | None) -> Average | None:
-        found = (Average.load(folder, self.average.decay, save) for folder in folders)
-        return next((average for average in found if average is not None), None)
+        averages = (Average.load(folder, self.average.decay, save) for folder in folders)
+        return next((average for average in averages if average is not None), None)

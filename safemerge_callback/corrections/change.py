@@ -152,16 +152,16 @@ def report_failure(log: Log, step: int, fault: Fault) -> None:
     log.fault(step, fault, message, alert="a check failed")
 
 
-def _agreed(name: str, step: int, own: Change | Fault | None) -> Change | Fault | None:
+def _agreed(name: str, step: int, change: Change | Fault | None) -> Change | Fault | None:
     """One rank's fault is every rank's; ProcessesError where they would change different modules. Collective."""
     if not many():
-        return own
-    faults = everyones(own if isinstance(own, Fault) else None)
+        return change
+    faults = everyones(change if isinstance(change, Fault) else None)
     for rank, fault in enumerate(faults):
         if fault is not None:
             return fault if None not in faults else replace(fault, error=f"{fault.error} (on rank {rank})")
-    agree(f"what {name} changes at step {step}", ", ".join(own.new) if isinstance(own, Change) else "nothing")
-    return own
+    agree(f"what {name} changes at step {step}", ", ".join(change.new) if isinstance(change, Change) else "nothing")
+    return change
 
 
 def _keep(log: Log, run: Path, snapshot: Snapshot) -> None:

@@ -1,91 +1,85 @@
 """A gradient term under DDP: the mean over the ranks of each rank's own rows, and both ranks end equal."""
 
-import json
-import os
-import subprocess
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from transformers import TrainerCallback
 
 from safemerge_callback.corrections.gradient import add_gradient, check_gradient_engine
-from safemerge_callback.errors import ConfigError
-from safemerge_callback.live.engine import engine_of
-
-SCRIPT = """
-import importlib.util, json, os, sys
-from dataclasses import dataclass
-from pathlib import Path
-
-import torch, transformers
-
-spec = importlib.util.spec_from_file_location("runs", sys.argv[1])
-runs = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(runs)
-
 from safemerge_callback.corrections.registry import correction
 from safemerge_callback.corrections.schedule import Schedule
+from safemerge_callback.errors import ConfigError
+from safemerge_callback.live.engine import engine_of
+from tests.support.ranks import run_on
+from tests.support.trainer import lora_weights
+from tests.support.world import World
 
-out, rank = Path(sys.argv[3]), int(os.environ["RANK"])
-world = runs.World(Path(sys.argv[2]), transformers.LlamaForCausalLM.from_pretrained(Path(sys.argv[2]) / "aligned"))
 
 @dataclass(frozen=True, kw_only=True)
 class Rows(Schedule):
     weight: float = 0.5
 
+
 class OnRows:
+    """The model's loss on one row, another on each rank."""
+
     name = "rows"
+
     def __init__(self, settings):
         self.schedule, self.weight = settings, settings.weight
+
     def loss(self, at, model):
-        ids = torch.arange(3, 11).reshape(1, 8) + 8 * rank
-        return model(input_ids=ids, labels=ids).loss
+        return model(**row(dist.get_rank())).loss
 
-@correction(Rows, cost="one pass each way")
-def rows(settings):
-    return OnRows(settings)
 
-class Gradients(transformers.TrainerCallback):
+def row(rank):
+    ids = torch.arange(3, 11).reshape(1, 8) + 8 * rank
+    return {"input_ids": ids, "labels": ids}
+
+
+class FirstGradients(TrainerCallback):
+    """The gradients of the first step as the optimizer gets them."""
+
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if state.global_step == 0:
             self.first = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
-found = {}
-for name, listed in {"with": [{"rows": {}}], "without": None}.items():
-    seen = Gradients()
-    guard = world.guard(gate="watch", safety_adapter=None, every=1, corrections=listed)
-    trainer = world.trainer(out / name, guard, seen, max_steps=2, max_grad_norm=0.0,
-        gradient_accumulation_steps=2, ddp_find_unused_parameters=False)
-    trainer.train()
-    found[name] = seen.first, runs.lora_weights(trainer.model)
-added = {n: found["with"][0][n] - found["without"][0][n] for n in found["with"][0]}
-torch.save({"added": added, "end": found["with"][1]}, out / f"rank{rank}.pt")
-runs.leave()
-"""
+
+def train(folder, out):
+    """What each process runs: the same training with the term and without."""
+    world, out, done = World.load(folder), Path(out), {}
+
+    @correction(Rows, cost="one pass each way")
+    def rows(settings):
+        return OnRows(settings)
+
+    settings = {"max_grad_norm": 0.0, "gradient_accumulation_steps": 2, "ddp_find_unused_parameters": False}
+    for name, listed in {"with": [{"rows": {}}], "without": None}.items():
+        seen = FirstGradients()
+        guard = world.guard(gate="watch", safety_adapter=None, every=1, corrections=listed)
+        trainer = world.trainer(out / name, guard, seen, max_steps=2, **settings)
+        trainer.train()
+        done[name] = seen.first, lora_weights(trainer.model)
+    added = {name: gradient - done["without"][0][name] for name, gradient in done["with"][0].items()}
+    torch.save({"added": added, "end": done["with"][1]}, out / f"rank{dist.get_rank()}.pt")
 
 
-def test_under_ddp_it_is_the_mean_over_the_ranks(world, tmp_path):
-    (tmp_path / "train.py").write_text(SCRIPT)
-    conftest = Path(__file__).parents[1] / "training" / "conftest.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "localhost:0", str(tmp_path / "train.py"), str(conftest), str(world.folder)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([*command, str(tmp_path)], env=env, capture_output=True, text=True, timeout=540, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+def test_under_ddp_it_is_the_mean_over_the_ranks(world, runs, tmp_path):
+    run_on(2, train, world.folder, tmp_path)
     one, other = (torch.load(tmp_path / f"rank{n}.pt", weights_only=True) for n in (0, 1))
     assert all(torch.equal(one["end"][name], other["end"][name]) for name in one["end"])
     model = world.model().train()
     for rank in (0, 1):
-        ids = torch.arange(3, 11).reshape(1, 8) + 8 * rank
-        (0.5 * 0.5 * model(input_ids=ids, labels=ids).loss).backward()
+        (0.5 * 0.5 * model(**row(rank)).loss).backward()
     want = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert max(float(g.abs().max()) for g in want.values()) > 1e-4
     for name, gradient in want.items():
         assert torch.allclose(one["added"][name], gradient, rtol=0, atol=1e-6), name
-    told = [json.loads(line) for line in (tmp_path / "with" / "safemerge.jsonl").read_text().splitlines()]
-    assert [(e["step"], e["steps"]) for e in told if e["kind"] == "gradient"] == [(1, 1), (2, 1)]
+    assert [(e["step"], e["steps"]) for e in runs.entries(tmp_path / "with", "gradient")] == [(1, 1), (2, 1)]
 
 
 @pytest.mark.parametrize("engine", ["FSDP", "DeepSpeed"])

@@ -236,18 +236,15 @@ class SafeMergeConfig:
         return ", ".join(f"{name} {value}" for name, value in self.chosen.items() if name not in paths)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every setting as a JSON-able dict that `from_dict` takes back."""
-        return asdict(self)
-
-    def to_publish(self) -> dict[str, Any]:
-        """Return every setting as `to_dict`, with names in the place of this machine's paths.
-
-        Of corrections only where there are any.
-        """
-        settings = self.to_dict()
+        """Return every setting as a JSON-able dict that `from_dict` takes back; of corrections if there are any."""
+        settings = asdict(self)
         if self.corrections is None:
             del settings["corrections"]
-        return public_settings(settings)
+        return settings
+
+    def to_publish(self) -> dict[str, Any]:
+        """Return every setting as `to_dict`, with names in the place of this machine's paths."""
+        return public_settings(self.to_dict())
 
     @property
     def rule(self) -> Method:

@@ -29,13 +29,13 @@ class Marks:
 
     def seal(self, step: int) -> None:
         """Remember what the factors are at `step`, to see later whether they are still those."""
-        found = self.now()
-        self.sealed = (step, found) if isinstance(found, str) else None
+        fingerprint = self.now()
+        self.sealed = (step, fingerprint) if isinstance(fingerprint, str) else None
 
     def end_epoch(self) -> None:
         """Remember what the factors are at an epoch's end, to see later whether the trainer put others there."""
-        found = self.now()
-        self.epoch = found if isinstance(found, str) else None
+        fingerprint = self.now()
+        self.epoch = fingerprint if isinstance(fingerprint, str) else None
 
     def sealed_at(self, step: int) -> bool:
         """Return whether it was at `step` that the factors were last sealed."""

@@ -228,9 +228,9 @@ def _merge(config: SafeMergeConfig) -> Merge:
 
 def _take_up(kept: Kept, past: Past) -> None:
     """Go on from what the checkpoint that the run goes on from holds of it."""
-    found = kept.load(past.folders, past.save)
+    stored = kept.load(past.folders, past.save)
     # Without any state there is one warning for all of it.
-    if not found and past.progress is not None:
+    if not stored and past.progress is not None:
         warnings.warn(f"safemerge: the checkpoint holds no {kept.noun}, so it starts anew", stacklevel=5)
 
 

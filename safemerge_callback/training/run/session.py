@@ -147,8 +147,10 @@ class Session:
     def check(self, *, final: bool, weights_of: int | None = None) -> tuple[Edit, ...]:
         """Measure, decide, record, merge, record, report. `weights_of`: the step the weights are from, if another."""
         began = time.perf_counter()
-        own = attempt("measure", lambda: measure_own(self.writer.gather(), self.start.subspace, self.part, self.asked))
-        return self.conclude(own, self._moment(began, weights_of, final=final))
+        readings = attempt(
+            "measure", lambda: measure_own(self.writer.gather(), self.start.subspace, self.part, self.gate)
+        )
+        return self.conclude(readings, self._moment(began, weights_of, final=final))
 
     def begin(self) -> bool:
         """Start to measure the factors of this step beside the next; False where that would disturb the training."""
@@ -156,7 +158,7 @@ class Session:
             words = "training allows TF32 products, which a check beside it would forbid: checks are synchronous"
             self.log.warn("asynchronous", words)
             return False
-        self.pending = begin(self.step, self.writer, self.start.subspace, self.part, self.asked)
+        self.pending = begin(self.step, self.writer, self.start.subspace, self.part, self.gate)
         self.progress.pending = self.step
         return True
 
@@ -183,12 +185,12 @@ class Session:
         step = self.step
         return Moment(step, step if weights_of is None else weights_of, self.state.max_steps, began, **about)
 
-    def conclude(self, own: Readings | Fault, moment: Moment) -> tuple[Edit, ...]:
+    def conclude(self, part: Readings | Fault, moment: Moment) -> tuple[Edit, ...]:
         """Decide on this process's readings and the others', record, merge, record, report."""
         step, final = moment.step, moment.final
         self.progress.checks += 1
         self.progress.final_step = step if final else self.progress.final_step
-        readings = join(own, self.part)
+        readings = join(part, self.part)
         agreed = from_first(attempt("measure", lambda: decided(readings, self.config, self.progress, moment)))
         if isinstance(agreed, Fault):
             report_failure(self.log, step, agreed)
@@ -217,7 +219,7 @@ class Session:
         self.trackers.send(self.args, self.state, Report(step, numbers, rows, final))
 
     @property
-    def asked(self) -> dict[str, Any]:
+    def gate(self) -> dict[str, Any]:
         """What `measure` needs of the gate."""
         return {"gate": self.config.gate_at(), "reference": self.reference}
 
@@ -257,11 +259,11 @@ class Session:
 
     def section(self) -> Section | None:
         """What a model card says of the run by now; None where that cannot be told."""
-        found = attempt("card", lambda: run_section(self.outcome()))
-        if isinstance(found, Fault):
-            self.log.warn("card", f"model cards do not say what was merged ({found.error})")
+        section = attempt("card", lambda: run_section(self.outcome()))
+        if isinstance(section, Fault):
+            self.log.warn("card", f"model cards do not say what was merged ({section.error})")
             return None
-        return found
+        return section
 
     def outcome(self, model: Any = None) -> Outcome:
         """What the run leaves behind, with the model where its adapter is to be saved."""
