@@ -15,11 +15,11 @@ from recipes.finetune import PREFIX, parse_finetune
 from recipes.models import placed
 from safemerge_callback.adapters import load_adapter
 from safemerge_callback.corrections.schedule import merge_events
-from safemerge_callback.decision import KNOBS, as_gate, check_merge
+from safemerge_callback.decision import KNOBS, as_gate, needs_of
 from safemerge_callback.errors import ConfigError, SafeMergeError, nearest
 from safemerge_callback.evaluation import load_judge
 from safemerge_callback.evaluation.judges import check_ready
-from safemerge_callback.methods import check_density, check_majority_sign, get_method
+from safemerge_callback.methods import as_how
 from safemerge_callback.offline import merge_adapters
 from safemerge_callback.training.config.settings import SafeMergeConfig
 
@@ -183,12 +183,10 @@ def _check_merge(settings: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"setting {key!r} is unknown{nearest(key, allowed, then=f'choose among {sorted(allowed)}')}"
             )
-    rule = as_gate(settings["gate"], knobs)
-    check_merge(settings["method"], settings["space"], settings["weights"] or _WEIGHTS)
-    check_density(settings["method"], settings["density"])
-    check_majority_sign(settings["method"], settings["majority_sign_method"])
-    if rule.name == "watch":
-        raise ConfigError("gate 'watch' merges nothing: it is the parent's cell; choose another gate")
-    needs = "safety_adapter" in get_method(settings["method"]).needs or rule.name == "reference"
-    if needs and settings["safety"] is None:
+    gate = as_gate(settings["gate"], knobs)
+    own = {name: settings[name] for name in ("space", "density", "majority_sign_method")}
+    how = as_how(settings["method"], {**own, "weights": settings["weights"] or _WEIGHTS})
+    if not gate.merges:
+        raise ConfigError(f"gate {gate.name!r} merges nothing: it is the parent's cell; choose another gate")
+    if "safety_adapter" in needs_of(how, gate) and settings["safety"] is None:
         raise ConfigError("safety is missing: give the folder or Hub id of the safety adapter")

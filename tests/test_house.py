@@ -58,6 +58,46 @@ def test_files_and_functions_stay_small():
     assert sorted(sizes.values())[len(sizes) // 2] <= 15
 
 
+# Where a name of a gate, a method or a weights rule is compared with outside its own file, and why.
+COMPARED = {
+    # Journals that are read hold names, not gates.
+    "record/entries/version_1.py": {"threshold", "calibrated", "reference"},
+    "reports/heatmap.py": {"threshold"},
+    "reports/payload.py": {"threshold"},
+    "reports/plots.py": {"threshold"},
+    # No gates: a setting's name, and a keyword of `measure`.
+    "training/config/checks.py": {"num_layers"},
+    "training/run/shares.py": {"reference"},
+}
+
+
+def compared(path):
+    """The texts that a file compares something with: by ==, in, or a case of match."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        sides = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+        sides += [node.value] if isinstance(node, ast.MatchValue) else []
+        for side in sides:
+            parts = side.elts if isinstance(side, ast.Tuple | ast.List | ast.Set) else [side]
+            found |= {part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str)}
+    return found
+
+
+def test_no_gate_method_or_weights_rule_is_asked_for_by_name_outside_its_own_file():
+    from safemerge_callback.decision import GATES
+    from safemerge_callback.decision.weights import WEIGHTS
+    from safemerge_callback.methods import METHODS
+
+    entries = [*GATES.values(), *METHODS.values(), *WEIGHTS.values()]
+    homes = {(entry.name, sys.modules[entry.function.__module__].__file__) for entry in entries}
+    names = {entry.name for entry in entries}
+    asked = {}
+    for path in SOURCES:
+        if others := {name for name in compared(path) & names if (name, str(path)) not in homes}:
+            asked[path.relative_to(PACKAGE).as_posix()] = others
+    assert asked == COMPARED
+
+
 def test_public_functions_are_documented():
     missing = [
         f"{p.name}:{node.name}"

@@ -137,17 +137,17 @@ def merge(
 def _settings(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     """The file's settings with those of the command line over them; ConfigError where a part is missing."""
     from ..errors import ConfigError
-    from ..offline.merge_yaml import gate_knobs, read_recipe
+    from ..offline.merge_yaml import gate_settings, read_recipe
 
     found = {} if config is None else read_recipe(config)
     own = {"seed", "soft"}
-    if gate_knobs(given).keys() - own:  # another gate, or its knob: the file's gate and its knob go together
-        found = {name: value for name, value in found.items() if name in own or name not in gate_knobs(found)}
+    if gate_settings(given).keys() - own:  # another gate, or its knob: the file's gate and its knob go together
+        found = {name: value for name, value in found.items() if name in own or name not in gate_settings(found)}
     merged = found | given
     lacking = [name for name in ("finetuned", "subspace", "output") if merged.get(name) is None]
     if lacking:
         raise ConfigError(f"{' and '.join(lacking)} not given: name them on the command line, or in a --config file")
-    knobs = gate_knobs(merged)
+    knobs = gate_settings(merged)
     rest = {name: value for name, value in merged.items() if name not in knobs}
     rest["device"] = device_named(str(rest.get("device", "cpu")))
     return {**rest, **gate_options(**{"gate": None, **knobs})}

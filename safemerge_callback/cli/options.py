@@ -108,13 +108,13 @@ def _number(text: str, what: str) -> float:
 
 def gates_named(thresholds: str | None, gates: str | None) -> list[Any]:
     """Return the gates of a sweep: one a threshold, and those named, each with the value of its knob after `=`."""
-    from ..decision import KNOB, Gate
+    from ..decision import GATES, KNOB, Gate
     from ..errors import ConfigError
 
     if thresholds is None and gates is None:
-        from ..offline.sweep.sweep import GATES
+        from ..offline.sweep.sweep import DEFAULT_GATES
 
-        return list(GATES)
+        return list(DEFAULT_GATES)
     found = [Gate(threshold=_number(text, "thresholds")) for text in names_listed(thresholds or "")]
     for word in names_listed(gates or ""):
         name, _, text = word.partition("=")
@@ -124,7 +124,7 @@ def gates_named(thresholds: str | None, gates: str | None) -> list[Any]:
                 Gate(name)
                 raise ConfigError(f"gates: {word!r} has a value, and gate {name!r} has no knob: give {name}")
             number = _number(text, f"gates: {name}")
-            value = {KNOB[name]: int(number) if name == "num_layers" and number.is_integer() else number}
+            value = {KNOB[name]: int(number) if GATES[name].counts and number.is_integer() else number}
         found.append(Gate(name, **value))
     return found
 

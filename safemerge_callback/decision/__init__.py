@@ -5,27 +5,26 @@ from typing import TYPE_CHECKING
 from ..io.renamed import renamed
 from .apply import Edit, agreed_factors, apply, merged_factors
 from .certify import undecided
+from .choices import Choices, choose
 from .empty import nothing_selected
 from .fit import check_safety_adapter
 from .gates import DEFAULT_GATE, GATES, KNOB, KNOBS, Gate, Verdict, as_gate, default_gate, gate_of
 from .measure import measure
 from .moved import BAND, Band, mean_moved
-from .operators import check_operator
+from .needs import needs_of
 from .plan import MergePlan
 from .reading import Reading, Readings
-from .safety_cosines import own_cosines
-from .strength import attenuated, check_soft, check_spread, share_left, spread
-from .vetoes import above, held_back, not_rearmed, under_floor, without
-from .weights import DEFAULT_WEIGHTS, check_merge, check_module_weights, merge_weights, method_of
+from .safety_cosines import cosines_needed, own_cosines
+from .vetoes import above, held_back, not_rearmed, share_left, under_floor, without
 
 __all__ = [
     "BAND",
-    "DEFAULT_WEIGHTS",
     "DEFAULT_GATE",
     "GATES",
     "KNOB",
     "KNOBS",
     "Band",
+    "Choices",
     "Edit",
     "Gate",
     "MergePlan",
@@ -38,24 +37,18 @@ __all__ = [
     "as_gate",
     "default_gate",
     "gate_of",
-    "attenuated",
-    "check_merge",
-    "check_module_weights",
-    "check_operator",
     "check_safety_adapter",
-    "check_soft",
-    "check_spread",
+    "choose",
+    "cosines_needed",
     "held_back",
     "mean_moved",
     "measure",
-    "merge_weights",
     "merged_factors",
-    "method_of",
+    "needs_of",
     "not_rearmed",
     "nothing_selected",
     "own_cosines",
     "share_left",
-    "spread",
     "under_floor",
     "undecided",
     "without",

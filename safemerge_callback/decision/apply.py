@@ -13,7 +13,6 @@ from ..adapters import Adapter, LoraFactors
 from ..errors import PlanError
 from ..live import Writer
 from ..live.ranks import agree, from_first, together
-from ..methods import get_method
 from ..ops import AlignmentMatrix, Basis, LowRank, full_precision
 from ..subspace import Subspace
 from .batches import Batch, batches, split
@@ -21,6 +20,7 @@ from .fit import check_plan, needed_sources, needed_subspace
 from .merge_batch import merge_batch, not_finite
 from .operators import basis_rank, find_bases, known_bases, missing_bases
 from .plan import MergePlan
+from .weights import rules_in_force
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ def agreed_factors(
     agree("the merge plan", _decisions(plan))
     if not plan.selected:
         return {}, ()
-    if not get_method(plan.method).keeps_rank:
+    if not plan.how.kind.keeps_rank:
         raise PlanError(
-            f"method {plan.method!r} changes the rank, which a live adapter keeps: use it offline, or 'linear'"
+            f"method {plan.how.method!r} changes the rank, which a live adapter keeps: use it offline, or 'linear'"
         )
     factors = writer.gather()
     return together(lambda: merged_factors(plan, factors, safety, subspace, device))
@@ -99,7 +99,7 @@ def merged_factors(
         return {}, ()
     check_plan(plan, factors)
     sources = needed_sources(plan, safety, factors)
-    projecting = "subspace" in get_method(plan.method).needs
+    projecting = "subspace" in plan.how.needs
     todo = _batches(plan, factors, sources, needed_subspace(plan, subspace) if projecting else None, device)
     done = [(batch.names, merge_batch(batch, matrix, plan, factors, sources)) for batch, matrix in todo]
     # One row a module: residual, change, finite. Results of several devices meet on the first.
@@ -116,9 +116,9 @@ def merged_factors(
 def _decisions(plan: MergePlan) -> str:
     """What ranks must agree on; not the readings, whose last bits may differ between machines."""
     mark = hashlib.blake2b("\n".join(plan.selected).encode(), digest_size=4).hexdigest()
-    told = [f"{len(plan.selected)} modules (digest {mark})", plan.method, plan.space, f"weights {plan.weights}"]
-    told += ["soft"] if plan.rule.soft else []
-    told += [f"module weights {dict(plan.module_weights)}"] if plan.module_weights else []
+    how = plan.how
+    told = [f"{len(plan.selected)} modules (digest {mark})", how.method, how.space, f"weights {how.weights}"]
+    told += [f"{rule.name} {value}" for rule, value in rules_in_force(plan.rules, plan.gate) if rule.knob]
     return ", ".join([*told, *(f"{name} {value}" for name, value in plan.taken.items()), f"step {plan.step}"])
 
 
@@ -134,17 +134,17 @@ def _batches(
         subspace.check(factors)
         # Of a compressed file only the exact one may be multiplied with.
         subspace = subspace.exact()
-        if plan.operator == "orthogonal":
+        if "bases" in plan.how.needs:
             return _basis_batches(plan, factors, subspace, device)
         return _projected_batches(set(plan.selected), batches(factors, subspace, device), subspace)
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name in plan.selected:
         module = factors[name]
         ranks = tuple(source.factors[name].rank for source in sources)
-        alike = (_where(module, device), module.shape, module.rank, ranks, plan.asked_of(name))
+        alike = (_where(module, device), module.shape, module.rank, ranks, plan.weights[name] if plan.grouped else None)
         groups.setdefault(alike, []).append(name)
     # A mask on the entries of the updates needs them formed: all, all masked, the mean and its decomposition.
-    matrices = 4 + 4 * (1 + len(sources)) if plan.space == "delta" and get_method(plan.method).dense else 0
+    matrices = 4 + 4 * (1 + len(sources)) if plan.how.space == "delta" and plan.how.kind.dense else 0
     return [
         (Batch(part, where, transposed=False, comparable=False), None)
         for (where, (d_out, d_in), rank, others, _), names in groups.items()
@@ -161,13 +161,14 @@ def _basis_batches(
     plan: MergePlan, factors: Mapping[str, LoraFactors], subspace: Subspace, device: torch.device | str | None
 ) -> Iterable[tuple[Batch, Basis]]:
     """Batches with the bases of their modules; V is read only for those whose basis was not found before."""
+    asked = plan.how.knobs["operator_rank"]
     turned = {name: factors[name].transposed for name in plan.selected}
-    lacking = set(missing_bases(subspace, turned.items(), plan.operator_rank))
+    lacking = set(missing_bases(subspace, turned.items(), asked))
     if lacking:
         whole = _projected_batches(lacking, batches(factors, subspace, device), subspace)
-        find_bases(subspace, whole, plan.operator_rank)
+        find_bases(subspace, whole, asked)
     known, groups = known_bases(subspace), dict[tuple[Any, ...], list[str]]()
-    kept = {n: known[n, t, basis_rank(subspace.modules[n], plan.operator_rank)] for n, t in turned.items()}
+    kept = {n: known[n, t, basis_rank(subspace.modules[n], asked)] for n, t in turned.items()}
     for name, U in kept.items():
         module = factors[name]
         groups.setdefault((_where(module, device), module.shape, module.rank, U.shape[-1]), []).append(name)

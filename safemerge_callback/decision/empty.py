@@ -12,9 +12,9 @@ def nothing_selected(plan: MergePlan) -> str:
     """Return what to tell a user whose plan selects no module: the gate, the closest module, and what to do."""
     module = closest(plan)
     if module is None:
-        return f"nothing was merged: gate {plan.rule} had no module to decide on"
+        return f"nothing was merged: gate {plan.gate} had no module to decide on"
     return (
-        f"nothing was merged: gate {plan.rule} selects none of {len(plan.readings)} modules. The closest is {module!r} "
+        f"nothing was merged: gate {plan.gate} selects none of {len(plan.readings)} modules. The closest is {module!r} "
         f"({plan.verdicts[module].reason}). Choose another gate or knob; gate 'all' merges every module"
     )
 
@@ -29,4 +29,4 @@ def closest(plan: MergePlan) -> str | None:
 
 def _distance(plan: MergePlan, name: str) -> float:
     reading = plan.readings[name]
-    return math.inf if excluded(reading) else plan.rule.distance(reading)
+    return math.inf if excluded(reading) else plan.gate.distance(reading)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 from ..adapters import Adapter, LoraFactors
 from ..errors import AdapterError, PlanError, nearest
-from ..methods import get_method
 from ..ops import all_finite
 from ..subspace import Subspace
 from .plan import MergePlan
@@ -72,12 +71,10 @@ def _check_modules(safety: Adapter, factors: Mapping[str, LoraFactors], space: s
 
 def check_plan(plan: MergePlan, factors: Mapping[str, LoraFactors]) -> None:
     """Raise PlanError unless every module to merge is there, of the shape and rank that was measured."""
-    if plan.space not in get_method(plan.method).additive and any(
-        module.initial is not None for module in factors.values()
-    ):
+    if not plan.how.additive and any(module.initial is not None for module in factors.values()):
         raise PlanError(
-            f"method {plan.method!r} in space {plan.space!r} cannot merge factors that began as a part of the base "
-            "weight (PiSSA, OLoRA): use method 'linear' or 'pull' in space 'delta', or train a plain LoRA"
+            f"method {plan.how.method!r} in space {plan.how.space!r} cannot merge factors that began as a part of the "
+            "base weight (PiSSA, OLoRA): use method 'linear' or 'pull' in space 'delta', or train a plain LoRA"
         )
     for name in plan.selected:
         if name not in factors:
@@ -107,33 +104,35 @@ def needed_sources(
     PlanError if there are fewer or more than the plan has weights for, AdapterError if one does not fit the modules to
     merge.
     """
-    rule, given = get_method(plan.method), sources_of(safety)
-    if not (rule.needs | rule.optional) & {"safety_adapter", "average"}:
+    how, given = plan.how, sources_of(safety)
+    if not (how.needs | how.kind.optional) & {"safety_adapter", "average"}:
         return ()
-    if not given and "safety_adapter" in rule.optional:
+    if not given and "safety_adapter" in how.kind.optional:
         return ()
-    if not given and "average" in rule.needs:
+    if not given and "average" in how.needs:
         raise PlanError(
-            f"method {plan.method!r} goes to the average of a run's own updates, got none: use it in training, or give "
+            f"method {how.method!r} goes to the average of a run's own updates, got none: use it in training, or give "
             "`Average.adapter`"
         )
     if not given:
         raise PlanError(
-            f"method {plan.method!r} needs a safety adapter, got none: load one with load_adapter, or decide "
+            f"method {how.method!r} needs a safety adapter, got none: load one with load_adapter, or decide "
             "with method='pull', which needs none"
         )
-    if len(given) != len(plan.weights) - 1:
+    if len(given) != len(how.weights) - 1:
         raise PlanError(
-            f"the plan has {len(plan.weights)} weights {plan.weights} and {len(given)} safety adapters were given: "
+            f"the plan has {len(how.weights)} weights {how.weights} and {len(given)} safety adapters were given: "
             f"give {len(given) + 1} weights, the first for the task's own update"
         )
     for source in given:
-        _check_modules(source, {name: factors[name] for name in plan.selected}, plan.space)
+        _check_modules(source, {name: factors[name] for name in plan.selected}, how.space)
     return given
 
 
 def needed_subspace(plan: MergePlan, subspace: Subspace | None) -> Subspace:
     """Return the subspace; PlanError if there is none."""
     if subspace is None:
-        raise PlanError(f"method {plan.method!r} projects on the safety subspace, got none: give Subspace.load(path)")
+        raise PlanError(
+            f"method {plan.how.method!r} projects on the safety subspace, got none: give Subspace.load(path)"
+        )
     return subspace

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..adapters import Adapter, LoraFactors
 from ..errors import PlanError
-from ..methods import How, Merged, get_method
+from ..methods import Merged
 from ..ops import (
     AlignmentMatrix,
     Basis,
@@ -35,7 +35,7 @@ def merge_batch(
 ) -> tuple[Merged, Tensor]:
     """Return the new factors of a batch and its (n, 3): residual, change, and 1 where all of it is finite.
 
-    Where the plan's weights differ by module, those of a batch are equal, but for what a soft rule makes of them.
+    Where the plan's weights differ by module, those of a batch are equal, unless a rule gives each module its own.
     PlanError where a decomposition refuses the values.
     """
     modules = [factors[name] for name in batch.names]
@@ -44,7 +44,7 @@ def merge_batch(
     others = [stacked(updates, batch.device) for updates in units]
     initial = [module.initial for module in modules if module.initial is not None]
     weights = _weights(plan, batch)
-    if get_method(plan.method).strength is not None:
+    if plan.how.kind.strength is not None:
         # With nothing to go to but the aligned model, whose update is 0, the second weight has no update.
         weights = weights[: 1 + len(others)]
     if initial:
@@ -65,10 +65,10 @@ def merge_batch(
 
 
 def _weights(plan: MergePlan, batch: Batch) -> tuple[float | Tensor, ...]:
-    """Those that the batch's modules share, or where the plan's rule is soft one number a module, (n)."""
-    if not plan.rule.soft:
-        return plan.asked_of(batch.names[0])
-    rows = [plan.weights_of(name) for name in batch.names]
+    """Those that the batch's modules share, or where each has its own one number a module, (n)."""
+    rows = [plan.weights[name] for name in batch.names]
+    if plan.grouped and len(set(rows)) == 1:
+        return rows[0]
     return tuple(torch.tensor(rows, dtype=torch.float64).to(batch.device, wide_dtype(batch.device)).unbind(-1))
 
 
@@ -81,21 +81,13 @@ def _merged(
     V: AlignmentMatrix | Basis | None,
 ) -> Merged:
     """The plan's method on a batch; a random one module by module, so that masks do not depend on the batch."""
-    method = get_method(plan.method)
-    how: How = {
-        "weights": weights,
-        "space": plan.space,
-        "alignment_matrix": V,
-        "density": plan.density,
-        "majority_sign_method": plan.majority_sign_method,
-    }
-    if not method.random:
-        return method.merge(live, others, **how)
+    if not plan.how.kind.random:
+        return plan.how.merge(live, others, weights=weights, alignment_matrix=V)
     done = []
     for i, name in enumerate(names):
         own, *rest = (LowRank(update.A[i], update.B[i]) for update in (live, *others))
         source = torch.Generator().manual_seed(mask_seed(plan.seed, plan.step, name))
-        done.append(method.merge(own, rest, **(how | {"generator": source})))
+        done.append(plan.how.merge(own, rest, weights=weights, alignment_matrix=V, generator=source))
     return Merged(*(torch.stack(parts) for parts in zip(*done, strict=True)))
 
 

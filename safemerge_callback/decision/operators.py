@@ -1,51 +1,22 @@
-"""Which operator method `project` multiplies with, and the bases of the orthogonal one, found once."""
+"""The bases that method `project` multiplies with where its operator is the orthogonal one, found once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from ..errors import ConfigError, shown
-from ..io.choices import one_of
-from ..io.numbers import is_whole
 from ..ops import AlignmentMatrix, full_precision, leading_basis
 from ..subspace import Subspace
 from ..subspace.header import ModuleHeader
 from .batches import Batch
 
-OPERATORS = ("safelora", "orthogonal")
 # The share of V's energy that a basis holds, where the user names no rank and the header tells the spectrum so far.
 _ENERGY = 0.9
 _DEFAULT_RANK = 64
 # Bases on the host, (d_out, k), by module, orientation and rank, for as long as the subspace is open.
 _FOUND: WeakKeyDictionary[Subspace, dict[tuple[str, bool, int], Tensor]] = WeakKeyDictionary()
-
-
-def check_operator(method: str, operator: Any, operator_rank: Any) -> tuple[str | None, int | None]:
-    """Return the operator and its rank for `project`, `safelora` where none is named, and (None, None) for others.
-
-    ConfigError for an unknown operator, a rank that is no whole number above 0, or either where it is not read.
-    """
-    if method != "project":
-        given = {"operator": operator, "operator_rank": operator_rank}
-        idle = [f"{name} is {shown(value)}" for name, value in given.items() if value is not None]
-        if idle:
-            raise ConfigError(f"{idle[0]}, which method {method!r} does not read: leave it out, or choose 'project'")
-        return None, None
-    kind = one_of(OPERATORS[0] if operator is None else operator, OPERATORS, "operator")
-    if operator_rank is None:
-        return kind, None
-    if kind != "orthogonal":
-        raise ConfigError(
-            f"operator_rank is {shown(operator_rank)}, which operator {kind!r} does not read: leave it out, or set "
-            "operator='orthogonal'"
-        )
-    if not is_whole(operator_rank, 1):
-        raise ConfigError(f"operator_rank is {shown(operator_rank)}: give a whole number of 1 or more")
-    return kind, operator_rank
 
 
 def basis_rank(header: ModuleHeader, asked: int | None) -> int:

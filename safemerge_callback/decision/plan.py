@@ -8,54 +8,41 @@ from types import MappingProxyType
 from typing import Any, Unpack
 
 from ..errors import PlanError
+from ..io.knobs import Knob
 from ..io.text_table import Table, html_table, render
-from ..methods import check_density, check_majority_sign, get_method
+from ..methods.how import AUTO, How
 from .certify import undecided
-from .gates import Gate, Knobs, Verdict, as_gate
-from .operators import check_operator
+from .choices import Choices, PlanKnobs, choose
+from .gates import Gate, Verdict
 from .reading import Readings
-from .strength import attenuated, check_soft
-from .weights import check_merge, check_module_weights, check_patterns, merge_weights, method_of, pattern_of
+from .weights import rules_in_force, weights_of
+from .weights.registry import Weights
 
 
 @dataclass(frozen=True, repr=False)
 class MergePlan:
     """Which modules to merge and how, with the readings and reasons it was decided on.
 
-    `verdicts` has one entry a reading; `weights` are (w_live, w_safety, ...), one for each safety adapter, with a soft
-    `rule` those at a cosine of 0. `module_weights`: pattern -> weights for the modules whose name it fits, the first
-    that fits. `operator` and `operator_rank` are method `project`'s. `density` and `majority_sign_method` are for the
-    methods that read them; the rule's seed and step are, with a module's name, what random masks are drawn from. Make
-    one with `MergePlan.decide`. Raises ConfigError for a knob that has no meaning and PlanError for verdicts that do
-    not belong to the readings.
+    `verdicts` and `weights`, (w_live, w_safety, ...), have one entry a reading. `gate` has decided the first; its seed
+    and step are, with a module's name, what random masks are drawn from. `how` holds the weights that were asked for,
+    `rules` the knobs of the weights rules that made the module's of them. Make one with `MergePlan.decide`. Raises
+    ConfigError for a knob that has no meaning and PlanError for verdicts that do not belong to the readings.
     """
 
     readings: Readings
     verdicts: Mapping[str, Verdict]
-    rule: Gate
-    method: str
-    space: str
-    weights: tuple[float, ...]
-    density: float | None = None
-    majority_sign_method: str = "total"
-    module_weights: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    operator: str | None = None
-    operator_rank: int | None = None
+    gate: Gate
+    how: How
+    rules: Mapping[str, Any] = field(default_factory=dict)
+    weights: Weights = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        weights = check_merge(self.method, self.space, self.weights)
-        others = check_module_weights(self.method, self.space, self.module_weights, len(weights) - 1)
-        check_patterns(others, list(self.readings))
-        operator, rank = check_operator(self.method, self.operator, self.operator_rank)
-        check_soft(self.rule.soft, self.method, self.space)
-        object.__setattr__(self, "density", check_density(self.method, self.density))
-        check_majority_sign(self.method, self.majority_sign_method)
+        choices = Choices(self.gate, self.how, self.rules)
         _check_verdicts(self.readings, self.verdicts)
         _check_decided(self)
-        object.__setattr__(self, "weights", weights)
-        object.__setattr__(self, "module_weights", MappingProxyType(others))
-        object.__setattr__(self, "operator", operator)
-        object.__setattr__(self, "operator_rank", rank)
+        weights = self.weights or weights_of(self.readings, self.how, self.gate, choices.rules, self.readings)
+        object.__setattr__(self, "rules", MappingProxyType(dict(choices.rules)))
+        object.__setattr__(self, "weights", MappingProxyType(dict(weights)))
         object.__setattr__(self, "verdicts", MappingProxyType(dict(self.verdicts)))
 
     @classmethod
@@ -64,82 +51,74 @@ class MergePlan:
         readings: Readings,
         *,
         gate: str | Gate | None = None,
-        method: str = "auto",
-        space: str = "delta",
-        weights: Sequence[float] | None = None,
-        module_weights: Mapping[str, Sequence[float]] | None = None,
-        strength: float | None = None,
-        operator: str | None = None,
-        operator_rank: int | None = None,
-        density: float | None = None,
-        majority_sign_method: str = "total",
-        **knobs: Unpack[Knobs],
+        method: str | How = AUTO,
+        **knobs: Unpack[PlanKnobs],
     ) -> MergePlan:
         """Ask the gate about every reading. The defaults are the callback's: every module, by `method_of`.
 
         `gate`: its name with its knobs (those of `Gate`: threshold, num_layers, ...), or a `Gate`; without a name the
-        gate whose knob is given, `all` without any. `method` auto is `linear`, for the adapters that `apply` is given,
-        and `pull`, which needs none, where a strength is. `weights`: (0.8, 0.2) where left out; methods with a
-        `strength` (pull, ema) take that instead. `module_weights`: pattern of names -> weights; a pattern fits a name
-        or its end, as in PEFT's `rank_pattern`. Raises ConfigError for an unknown gate, knob, method, space or
-        operator, weights that cannot be, a pattern that fits no module, more `num_layers` than there are modules, and a
-        `density` that is outside (0, 1], missing, or given to a method that prunes nothing; as the gate does for
-        readings that lack what it needs.
+        gate whose knob is given, `all` without any. `method`: its name with its knobs (`space`, `density`, ...), or a
+        `How`; auto is `linear`, for the adapters that `apply` is given, and `pull`, which needs none, where a strength
+        is. `weights`: (0.8, 0.2) where left out; methods with a `strength` (pull, ema) take that instead.
+        `module_weights`: pattern of names -> weights; a pattern fits a name or its end, as in PEFT's `rank_pattern`.
+        Raises ConfigError for an unknown gate, knob, method, space or operator, weights that cannot be, a pattern that
+        fits no module, more `num_layers` than there are modules, and a `density` that is outside (0, 1], missing, or
+        given to a method that prunes nothing; as the gate does for readings that lack what it needs.
         """
-        rule, adapters = as_gate(gate, knobs), None if strength is None else 0
-        method = method_of(method, adapters, weights, module_weights, space)
-        checked = check_merge(method, space, merge_weights(method, weights, strength))
-        others = check_module_weights(method, space, module_weights, len(checked) - 1)
-        share, sign = check_density(method, density), check_majority_sign(method, majority_sign_method)
-        verdicts = rule.verdicts(readings)
-        if "subspace" in get_method(method).needs:
+        adapters = None if knobs.get("strength") is None else 0
+        return cls.of(readings, choose(gate, method, knobs, adapters))
+
+    @classmethod
+    def of(cls, readings: Readings, choices: Choices) -> MergePlan:
+        """Ask the gate of `choices` about every reading; raises as `decide`."""
+        verdicts = choices.gate.verdicts(readings)
+        if "subspace" in choices.how.needs:
             verdicts = {name: _projectable(readings, name, verdict) for name, verdict in verdicts.items()}
-        return cls(readings, verdicts, rule, method, space, checked, share, sign, others, operator, operator_rank)
+        return cls(readings, verdicts, choices.gate, choices.how, choices.rules)
 
     @property
-    def gate(self) -> str:
-        """The gate's name."""
-        return self.rule.name
+    def method(self) -> str:
+        """The method's name."""
+        return self.how.method
+
+    @property
+    def space(self) -> str:
+        """What is summed: `delta` or `factor`."""
+        return self.how.space
 
     @property
     def threshold(self) -> float:
         """The cosine that gate `threshold` merges below."""
-        return self.rule.threshold
+        return self.gate.threshold
 
     @property
     def num_layers(self) -> int | None:
         """How many modules gate `num_layers` merges; None for gates that do not count."""
-        return self.rule.num_layers
+        return self.gate.num_layers
 
     @property
     def seed(self) -> int:
         """The seed of whatever is drawn, modules or masks."""
-        return self.rule.seed
+        return self.gate.seed
 
     @property
     def step(self) -> int:
         """The optimizer step, by which every event draws anew."""
-        return self.rule.step
-
-    def asked_of(self, name: str) -> tuple[float, ...]:
-        """Return the weights that were asked for a module: those of the first pattern that fits it, or `weights`."""
-        pattern = pattern_of(name, self.module_weights)
-        return self.weights if pattern is None else self.module_weights[pattern]
-
-    def weights_of(self, name: str) -> tuple[float, ...]:
-        """Return (w_live, w_safety, ...) of a module: those asked, for a soft rule less of a change, by its cosine."""
-        reading, asked = self.readings[name], self.asked_of(name)
-        limit = self.rule.limit(reading) if self.rule.soft else None
-        return asked if limit is None else attenuated(asked, reading.cosine, limit)
+        return self.gate.step
 
     @property
     def varied(self) -> bool:
         """Whether modules may have weights of their own."""
-        return self.rule.soft or bool(self.module_weights)
+        return any(rule.by_module for rule, _ in rules_in_force(self.rules, self.gate))
+
+    @property
+    def grouped(self) -> bool:
+        """Whether modules share their weights with others; False where each has its own."""
+        return all(rule.grouped for rule, _ in rules_in_force(self.rules, self.gate))
 
     def task_weight_of(self, name: str) -> float:
         """Return the share of a module's own update that this merge leaves; 1.0 for a method that takes none away."""
-        return self.weights_of(name)[0] if get_method(self.method).takes_away else 1.0
+        return self.weights[name][0] if self.how.kind.takes_away else 1.0
 
     @property
     def selected(self) -> tuple[str, ...]:
@@ -159,19 +138,19 @@ class MergePlan:
     @property
     def taken(self) -> dict[str, Any]:
         """The knobs that this method reads beyond the weights, and their values: what the journal adds."""
-        takes = get_method(self.method).takes
-        names: list[str] = [name for name in ("density", "majority_sign_method") if name in takes]
-        names += ["seed"] if "generator" in takes else []
-        names += ["operator"] if self.operator else []
-        names += ["operator_rank"] if self.operator_rank else []
-        return {name: getattr(self, name) for name in names}
+        return {**self.how.taken, **({"seed": self.seed} if self.how.kind.random else {})}
 
     @property
-    def how(self) -> str:
+    def noted(self) -> dict[str, Any]:
+        """The knobs of the weights rules in force that the journal adds, as JSON and YAML have them."""
+        found = rules_in_force(self.rules, self.gate)
+        return {r.knob.name: listed(value) for r, value in found if r.noted and isinstance(r.knob, Knob)}
+
+    @property
+    def words(self) -> str:
         """Method, space, weights and further knobs, in words."""
-        words = f"method {self.method}, space {self.space}, weights {_shown(self.weights)}"
-        words += " (soft)" if self.rule.soft else ""
-        words += "".join(f", {pattern} {_shown(own)}" for pattern, own in self.module_weights.items())
+        words = f"method {self.how.method}, space {self.how.space}, weights {_shown(self.how.weights)}"
+        words += "".join(rule.told(value) for rule, value in reversed(rules_in_force(self.rules, self.gate)))
         return words + "".join(f", {name} {value}" for name, value in self.taken.items())
 
     def __str__(self) -> str:
@@ -199,8 +178,15 @@ class MergePlan:
 
     def _title(self) -> str:
         proof = f"; {len(self.certified)} certified by interval, {len(self.reread)} re-read exactly"
-        title = f"{len(self.selected)} of {len(self.readings)} modules to merge: gate {self.rule}, {self.how}"
+        title = f"{len(self.selected)} of {len(self.readings)} modules to merge: gate {self.gate}, {self.words}"
         return title + (proof if self.readings.approximate else "")
+
+
+def listed(value: Any) -> Any:
+    """Return `value` with dicts in the place of mappings and lists in that of tuples."""
+    if isinstance(value, Mapping):
+        return {key: listed(item) for key, item in value.items()}
+    return [listed(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _shown(weights: Sequence[float]) -> str:
@@ -225,9 +211,10 @@ def _check_verdicts(readings: Readings, verdicts: Mapping[str, Verdict]) -> None
 
 
 def _check_decided(plan: MergePlan) -> None:
-    open_ones = undecided(plan.readings, plan.rule)
+    open_ones = undecided(plan.readings, plan.gate)
     if open_ones:
+        gate, first, proof = plan.gate.name, open_ones[0], plan.readings[open_ones[0]].proof
         raise PlanError(
-            f"{len(open_ones)} modules were measured on a compressed subspace that leaves gate {plan.gate!r} open, the "
-            f"first is {open_ones[0]!r} ({plan.readings[open_ones[0]].proof}): give `measure` this gate and its knobs"
+            f"{len(open_ones)} modules were measured on a compressed subspace that leaves gate {gate!r} open, "
+            f"the first is {first!r} ({proof}): give `measure` this gate and its knobs"
         )

@@ -13,10 +13,11 @@ from ..errors import ConfigError, nearest, shown
 class Knob:
     """A knob of a merge method, a gate or a weights rule, declared in the file of the one that reads it.
 
-    `check(value, beside)` returns the value in its own type and raises ConfigError, which prints the value, what is
-    allowed and what to do; `beside` holds what was checked before it, and the name of the one that reads it. `default`
-    is what stands where nothing is given, checked like the rest. `idle` ends the sentence on one that is given to a
-    reader that has no use for it. `needs`: what one of its values needs to be there, beyond what its reader needs.
+    `check(value, beside)` returns the value in its own type, which it takes as well, and raises ConfigError, which
+    prints the value, what is allowed and what to do; `beside` holds what was checked before it, and the name of the one
+    that reads it. `default` is what stands where nothing is given, checked like the rest. `idle` ends the sentence on
+    one that is given to a reader that has no use for it. `needs`: what one of its values needs to be there, beyond what
+    its reader needs.
     """
 
     name: str

@@ -16,17 +16,20 @@ from . import (
     slerp,
     ties,
 )
-from .registry import METHODS, How, Merged, Method, check_density, check_majority_sign, get_method
+from .how import How, as_how, method_of
+from .registry import METHODS, Merged, Method, get_method
+from .weights import DEFAULT_WEIGHTS, check_merge, merge_weights
 
 __all__ = [
+    "DEFAULT_WEIGHTS",
     "METHODS",
     "How",
     "Merged",
     "Method",
+    "as_how",
     "breadcrumbs",
     "cat",
-    "check_density",
-    "check_majority_sign",
+    "check_merge",
     "dare_linear",
     "dare_ties",
     "della",
@@ -34,6 +37,8 @@ __all__ = [
     "get_method",
     "linear",
     "magnitude_prune",
+    "merge_weights",
+    "method_of",
     "orthogonal",
     "pcb",
     "project",

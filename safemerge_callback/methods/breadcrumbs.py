@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..ops import LowRank, band_mask
-from .registry import Merged, needed_density, register
+from .density import DENSITY, needed_density
+from .registry import Merged, register
 from .spaces import each, merge_entries, weighted
 
 # The share of entries, the largest of each matrix, that are taken for outliers.
@@ -23,6 +24,7 @@ OUTLIERS = 0.01
     needs=frozenset({"safety_adapter"}),
     dense=True,
     signed=True,
+    knobs=(DENSITY,),
 )
 def breadcrumbs(
     live: LowRank,

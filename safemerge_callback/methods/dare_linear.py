@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..ops import LowRank, dropped
-from .registry import Merged, needed_density, needed_generator, register
+from .density import DENSITY, needed_density
+from .registry import Merged, needed_generator, register
 from .spaces import each, merge_entries, weighted
 
 
@@ -22,6 +23,7 @@ from .spaces import each, merge_entries, weighted
     needs=frozenset({"safety_adapter"}),
     dense=True,
     signed=True,
+    knobs=(DENSITY,),
 )
 def dare_linear(
     live: LowRank,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..ops import LowRank, disjoint_mean, dropped, elected
-from .registry import Merged, needed_density, needed_generator, register
+from .density import DENSITY, MAJORITY_SIGN, needed_density
+from .registry import Merged, needed_generator, register
 from .spaces import each, merge_entries, weighted
 
 
@@ -20,6 +21,7 @@ from .spaces import each, merge_entries, weighted
     spaces=("delta", "factor"),
     needs=frozenset({"safety_adapter"}),
     dense=True,
+    knobs=(DENSITY, MAJORITY_SIGN),
 )
 def dare_ties(
     live: LowRank,

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..ops import LowRank, bernoulli_mask, disjoint_mean, elected, keep_probabilities
-from .registry import Merged, needed_density, needed_generator, register
+from .density import DENSITY, MAJORITY_SIGN, needed_density
+from .registry import Merged, needed_generator, register
 from .spaces import each, merge_entries, weighted
 
 # From the lowest probability to be kept to the highest.
@@ -25,6 +26,7 @@ WINDOW = 0.2
     spaces=("delta", "factor"),
     needs=frozenset({"safety_adapter"}),
     dense=True,
+    knobs=(DENSITY, MAJORITY_SIGN),
 )
 def della(
     live: LowRank,

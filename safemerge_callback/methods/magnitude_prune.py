@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..ops import LowRank, trimmed
-from .registry import Merged, needed_density, register
+from .density import DENSITY, needed_density
+from .registry import Merged, register
 from .spaces import each, merge_entries, weighted
 
 
@@ -20,6 +21,7 @@ from .spaces import each, merge_entries, weighted
     needs=frozenset({"safety_adapter"}),
     dense=True,
     signed=True,
+    knobs=(DENSITY,),
 )
 def magnitude_prune(
     live: LowRank,

@@ -15,11 +15,17 @@ import torch
 from torch import Tensor
 
 from ..ops import LowRank, balances, trimmed
-from .registry import Merged, needed_density, register
+from .density import DENSITY, needed_density
+from .registry import Merged, register
 from .spaces import each, merge_entries, weighted
 
 
-@register(spaces=("delta", "factor"), needs=frozenset({"safety_adapter"}), dense=True)
+@register(
+    spaces=("delta", "factor"),
+    needs=frozenset({"safety_adapter"}),
+    dense=True,
+    knobs=(DENSITY,),
+)
 def pcb(
     live: LowRank,
     safety: Sequence[LowRank],

@@ -6,17 +6,55 @@ be projected again and again, as in training, takes the operator `orthogonal`, U
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
-from ..errors import PlanError
+from ..errors import ConfigError, PlanError, shown
+from ..io.choices import one_of
+from ..io.knobs import Knob
+from ..io.numbers import is_whole
 from ..ops import AlignmentMatrix, Basis, LowRank, accumulation_dtype, project_on_basis
 from ..ops import project as project_on
 from .registry import Merged, register
 
+SAFELORA, ORTHOGONAL = "safelora", "orthogonal"
+OPERATORS = (SAFELORA, ORTHOGONAL)
 
-@register(spaces=("delta",), needs=frozenset({"subspace"}))
+
+def _operator(value: Any, _beside: Mapping[str, Any]) -> str:
+    return one_of(SAFELORA if value is None else value, OPERATORS, "operator")
+
+
+def _rank(value: Any, beside: Mapping[str, Any]) -> int | None:
+    kind = beside["operator"]
+    if value is None:
+        return None
+    if kind != ORTHOGONAL:
+        raise ConfigError(
+            f"operator_rank is {shown(value)}, which operator {kind!r} does not read: leave it out, or set "
+            "operator='orthogonal'"
+        )
+    if not is_whole(value, 1):
+        raise ConfigError(f"operator_rank is {shown(value)}: give a whole number of 1 or more")
+    return int(value)
+
+
+OPERATOR = Knob(
+    "operator",
+    "What project multiplies with: safelora (C, if left out), once at the end, or orthogonal, which may be repeated.",
+    _operator,
+    needs={SAFELORA: frozenset({"one_merge"}), ORTHOGONAL: frozenset({"bases"})},
+)
+OPERATOR_RANK = Knob(
+    "operator_rank",
+    "Rank of the orthogonal operator; by default where 0.9 of V's energy is known to lie, or 64.",
+    _rank,
+)
+
+
+@register(spaces=("delta",), needs=frozenset({"subspace"}), knobs=(OPERATOR, OPERATOR_RANK))
 def project(
     live: LowRank,
     safety: Sequence[LowRank],

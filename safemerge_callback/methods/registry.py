@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, PlanError, shown
+from ..errors import PlanError
 from ..io.choices import one_of
-from ..io.numbers import is_number
-from ..ops import SIGN_METHODS, AlignmentMatrix, Basis, LowRank, accumulation_dtype, full_precision
+from ..io.knobs import Knob
+from ..ops import AlignmentMatrix, Basis, LowRank, accumulation_dtype, full_precision
 
 
 class Merged(NamedTuple):
@@ -25,37 +25,33 @@ class Merged(NamedTuple):
     residual: Tensor
 
 
-class How(TypedDict, total=False):
-    """How a merge is made, one set of keywords for all methods.
+class Keywords(TypedDict, total=False):
+    """What a merge function is given beside its own knobs, the same for all methods.
 
     weights: (w_live, w_safety, ...), each a number or one a module, (*n). space: `delta` or `factor`.
-    alignment_matrix: V of the modules, or a basis of it. density: the share of entries to keep. generator: on the CPU;
-    where a batch has several modules they draw from it in turn.
+    alignment_matrix: V of the modules, or a basis of it. generator: on the CPU; where a batch has several modules they
+    draw from it in turn.
     """
 
     weights: Sequence[float | Tensor]
     space: str
     alignment_matrix: AlignmentMatrix | Basis | None
-    density: float | None
-    majority_sign_method: str
     generator: torch.Generator | None
-
-
-_KNOBS = frozenset({"density", "majority_sign_method", "generator"})
 
 
 @dataclass(frozen=True)
 class Method:
     """A merge method: its function, the spaces it works in, what it needs and reads, whether it keeps the live rank.
 
-    `function(live, safety, *, weights, ...)` declares the keywords of `merge` that it reads, and no others.
+    `function(live, safety, *, weights, ...)` declares those of `Keywords` and of its own knobs that it reads, and no
+    others.
 
     `needs`: what must be there: `safety_adapter`, `subspace` or `average` (the run's own). `optional`: what is used
     where it is there. `dense`: whether space `delta` forms the d_out × d_in updates, which a mask on their entries
     cannot do without. `additive`: the spaces in which the result is Σ wᵢ·ΔWᵢ, so that weights may fade in or be shared
     out over events. `signed`: whether a negative weight means to take an update away. `several`: whether there may be
     more than one safety adapter. `strength`: of a method that goes a share of the way to a target, the share by
-    default; such a one has weights (1 - share, share).
+    default; such a one has weights (1 - share, share). `knobs`: those that it has beside space, weights and strength.
     """
 
     name: str
@@ -69,16 +65,18 @@ class Method:
     several: bool = True
     optional: frozenset[str] = frozenset()
     strength: float | None = None
+    knobs: tuple[Knob, ...] = ()
 
-    def merge(self, live: LowRank, safety: Sequence[LowRank], **how: Unpack[How]) -> Merged:
+    def merge(self, live: LowRank, safety: Sequence[LowRank], **keywords: Any) -> Merged:
         """Return the merged factors of a `LowRank` batch of modules of one shape.
 
-        `safety`: the other adapters' updates in the live adapter's units. The method is given what it reads of `how`;
-        TypeError for a keyword that no method has.
+        `safety`: the other adapters' updates in the live adapter's units. `keywords`: those of `Keywords`, and the
+        knobs of methods; the method is given what it reads of them. TypeError for a keyword that no method has.
         """
-        if unknown := how.keys() - How.__annotations__.keys():
-            raise TypeError(f"merge has no keywords {sorted(unknown)}: it has {sorted(How.__annotations__)}")
-        return self.function(live, safety, **{name: value for name, value in how.items() if name in self.reads})
+        known = {*Keywords.__annotations__, *knobs()}
+        if unknown := keywords.keys() - known:
+            raise TypeError(f"merge has no keywords {sorted(unknown)}: it has {sorted(known)}")
+        return self.function(live, safety, **{name: value for name, value in keywords.items() if name in self.reads})
 
     @cached_property
     def reads(self) -> frozenset[str]:
@@ -87,8 +85,8 @@ class Method:
 
     @property
     def takes(self) -> frozenset[str]:
-        """Those of them that not every method has a use for."""
-        return self.reads & _KNOBS
+        """The knobs that it has and not every method, and `generator` where it draws."""
+        return frozenset(knob.name for knob in self.knobs) | (self.reads & {"generator"})
 
     @property
     def weighted(self) -> bool:
@@ -114,6 +112,7 @@ class More(TypedDict, total=False):
     several: bool
     optional: frozenset[str]
     strength: float | None
+    knobs: tuple[Knob, ...]
 
 
 METHODS: dict[str, Method] = {}
@@ -142,43 +141,14 @@ def get_method(name: str) -> Method:
     return METHODS[one_of(name, sorted(METHODS), "method")]
 
 
-def check_density(method: str, density: Any) -> float | None:
-    """Return `density` as a float in (0, 1], or None for a method that reads none; ConfigError otherwise.
-
-    A method that prunes has no density of its own: one that is left out is refused, too.
-    """
-    able = sorted(name for name, other in METHODS.items() if "density" in other.takes)
-    if "density" not in get_method(method).takes:
-        if density is not None:
-            raise ConfigError(
-                f"density is {shown(density)}, which method {method!r} does not read: leave it out, or choose one of "
-                f"{able}"
-            )
-        return None
-    allowed = "give the share of entries to keep, above 0 and at most 1, such as 0.5"
-    if density is None:
-        raise ConfigError(f"density is missing, method {method!r} prunes by it: {allowed}")
-    if not is_number(density) or not 0 < density <= 1:
-        raise ConfigError(f"density is {shown(density)}: {allowed}")
-    return float(density)
+def knobs() -> dict[str, Knob]:
+    """Return every knob that some method has declared, by name."""
+    return {knob.name: knob for method in METHODS.values() for knob in method.knobs}
 
 
-def check_majority_sign(method: str, majority_sign_method: Any) -> str:
-    """Return `majority_sign_method`; ConfigError if it is unknown, or set for a method that elects no sign."""
-    sign = one_of(majority_sign_method, SIGN_METHODS, "majority_sign_method")
-    if sign != SIGN_METHODS[0] and "majority_sign_method" not in get_method(method).takes:
-        able = sorted(name for name, other in METHODS.items() if "majority_sign_method" in other.takes)
-        raise ConfigError(
-            f"majority_sign_method is {sign!r}, but method {method!r} elects no sign: leave it out, or "
-            f"choose one of {able}"
-        )
-    return sign
-
-
-def needed_density(method: str, density: float | None) -> float:
-    """Return `density` for a method that takes one; ConfigError if it is None or outside (0, 1]."""
-    checked = check_density(method, density)
-    return 1.0 if checked is None else checked
+def readers(knob: str) -> list[str]:
+    """Return the methods that have a knob, in order."""
+    return sorted(name for name, method in METHODS.items() if any(own.name == knob for own in method.knobs))
 
 
 def needed_generator(method: str, generator: torch.Generator | None) -> torch.Generator:

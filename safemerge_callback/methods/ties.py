@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..ops import LowRank, disjoint_mean, elected, trimmed
-from .registry import Merged, needed_density, register
+from .density import DENSITY, MAJORITY_SIGN, needed_density
+from .registry import Merged, register
 from .spaces import each, merge_entries, weighted
 
 
@@ -22,6 +23,7 @@ from .spaces import each, merge_entries, weighted
     spaces=("delta", "factor"),
     needs=frozenset({"safety_adapter"}),
     dense=True,
+    knobs=(DENSITY, MAJORITY_SIGN),
 )
 def ties(
     live: LowRank,

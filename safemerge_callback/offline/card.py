@@ -20,7 +20,7 @@ def model_card(
 
     `parts` names what was put together. Names from outside are escaped.
     """
-    facts = {**parts, "gate": str(plan.rule), "method": plan.how.removeprefix("method ")}
+    facts = {**parts, "gate": str(plan.gate), "method": plan.words.removeprefix("method ")}
     facts["modules"] = f"{len(edits)} of {len(plan.readings)}"
     if edits:
         facts["largest residual"] = f"{max(edit.residual for edit in edits):.4f}"

@@ -18,23 +18,18 @@ from ..decision import (
     Gate,
     MergePlan,
     Readings,
-    as_gate,
-    check_merge,
-    check_module_weights,
-    check_soft,
+    choose,
+    cosines_needed,
     measure,
-    merge_weights,
     merged_factors,
-    method_of,
     nothing_selected,
-    own_cosines,
 )
+from ..decision.choices import PlanKnobs, check_counts
 from ..decision.fit import check_not_zero, needed_sources
-from ..decision.gates import KNOB, Knobs
-from ..decision.weights import pattern_of
-from ..methods import get_method
+from ..methods.how import AUTO, How
 from ..ops import LowRank
 from ..record.entries import Sources, check_entry, end_entry, merge_entry, start_entry
+from ..record.entries.checks import gate_entry, how_entry
 from ..record.progress import Progress
 from ..subspace import Subspace
 from ..version import __version__
@@ -77,19 +72,11 @@ def merge_adapters(
     output: str | Path,
     *,
     gate: str | Gate | None = None,
-    method: str = "auto",
-    space: str = "delta",
-    weights: Sequence[float] | None = None,
-    module_weights: Mapping[str, Sequence[float]] | None = None,
-    strength: float | None = None,
-    operator: str | None = None,
-    operator_rank: int | None = None,
-    density: float | None = None,
-    majority_sign_method: str = "total",
+    method: str | How = AUTO,
     bake: str | Path | None = None,
     overwrite: bool = False,
     device: torch.device | str | None = None,
-    **knobs: Unpack[Knobs],
+    **knobs: Unpack[PlanKnobs],
 ) -> MergePlan:
     """Merge `safety` into the modules of `finetuned` that the gate selects; return the plan that was carried out.
 
@@ -111,27 +98,18 @@ def merge_adapters(
     gate selects no module: the output is then the fine-tuned adapter as it was.
     """
     began = time.perf_counter()
-    rule = as_gate(gate, knobs)
     given = listed(safety)
-    how: dict[str, Any] = {
-        "method": method_of(method, len(given), weights, module_weights, space),
-        "space": space,
-        "weights": weights,
-        "strength": strength,
-        "operator": operator,
-        "operator_rank": operator_rank,
-        "density": density,
-        "majority_sign_method": majority_sign_method,
-    }
-    _check_knobs(rule, how, module_weights, len(given))
+    choices = choose(gate, method, knobs, len(given))
+    check_merges(choices, has_safety=bool(given))
+    if given:
+        check_counts(choices, len(given))
     base = None if bake is None else BaseModel.find(bake)
     target = free_output(output, [finetuned, *given, subspace, bake], overwrite, base.file_names if base else ())
     task, guards, matrices = adapter_of(finetuned), adapters_of(given), subspace_of(subspace)
     for guard in guards:
         check_not_zero(guard, list(guard.factors))
     parts = _fitting_parts(task, guards, matrices, base)
-    readings = _readings(task, guards, matrices, rule, device)
-    plan = MergePlan.decide(readings, gate=rule, module_weights=module_weights, **how)
+    plan = MergePlan.of(_readings(task, guards, matrices, choices.gate, device), choices)
     needed_sources(plan, guards, task.factors)
     if not plan.selected:
         warnings.warn(f"safemerge: {nothing_selected(plan)}", stacklevel=2)
@@ -170,27 +148,11 @@ def _complete(folder: Path, task: Adapter, base: BaseModel | None, device: torch
         base.bake(replace(merged, source=task.source, folder=task.folder), folder, device)
 
 
-def _check_knobs(
-    rule: Gate, how: Mapping[str, Any], module_weights: Mapping[str, Sequence[float]] | None, adapters: int
-) -> None:
-    """Refuse before anything is read what no adapter could make right."""
-    plan = MergePlan.decide(Readings(()), gate="all", **how)
-    check_soft(rule.soft, plan.method, plan.space)
-    check_merges(rule, plan.method, has_safety=adapters > 0)
-    if adapters:
-        check_merge(
-            plan.method, plan.space, merge_weights(plan.method, how["weights"], how["strength"], adapters), adapters
-        )
-        check_module_weights(plan.method, plan.space, module_weights, adapters)
-
-
 def _readings(
-    task: Adapter, guards: Sequence[Adapter], subspace: Subspace, rule: Gate, device: torch.device | str | None
+    task: Adapter, guards: Sequence[Adapter], subspace: Subspace, gate: Gate, device: torch.device | str | None
 ) -> Readings:
-    own = None
-    if guards and rule.name == "reference":
-        own = own_cosines(guards[0], task.factors, subspace, device=device, batch_bytes=CHUNK_BYTES)
-    return measure(task.factors, subspace, device=device, gate=rule, reference=own, batch_bytes=CHUNK_BYTES)
+    cosines = cosines_needed([gate], guards, task.factors, subspace, device=device, batch_bytes=CHUNK_BYTES)
+    return measure(task.factors, subspace, device=device, gate=gate, reference=cosines, batch_bytes=CHUNK_BYTES)
 
 
 def _write_merged(
@@ -203,12 +165,11 @@ def _write_merged(
 ) -> tuple[Edit, ...]:
     """Merge and write the adapter, a run of modules at a time; return the edits in the order of the readings."""
     edits: list[Edit] = []
-    grown = 0 if get_method(plan.method).keeps_rank else 1
+    grown = 0 if plan.how.kind.keeps_rank else 1
     ranks = {n: task.factors[n].rank + grown * sum(g.factors[n].rank for g in guards) for n in plan.selected}
 
     def merged() -> Iterator[tuple[str, LowRank]]:
-        needs = get_method(plan.method).needs
-        for run in chunks(plan.selected, task, subspace if "subspace" in needs else None):
+        for run in chunks(plan.selected, task, subspace if "subspace" in plan.how.needs else None):
             part = {name: task.factors[name] for name in run}
             new, done = merged_factors(_part(plan, run), part, guards, subspace, device)
             edits.extend(done)
@@ -221,18 +182,14 @@ def _write_merged(
 def _part(plan: MergePlan, names: Sequence[str]) -> MergePlan:
     """The plan of some of its modules, decided already: no interval must prove it again by the readings of all."""
     readings = Readings(replace(plan.readings[name], interval=None) for name in names)
-    own = {pattern_of(name, plan.module_weights) for name in names}
-    weights = {pattern: numbers for pattern, numbers in plan.module_weights.items() if pattern in own}
-    return replace(plan, readings=readings, verdicts={n: plan.verdicts[n] for n in names}, module_weights=weights)
+    verdicts = {name: plan.verdicts[name] for name in names}
+    return replace(plan, readings=readings, verdicts=verdicts, weights={name: plan.weights[name] for name in names})
 
 
 def _entries(
     plan: MergePlan, edits: Sequence[Edit], parts: Mapping[str, str | None], measuring: float, merging: float
 ) -> list[dict[str, Any]]:
-    config = {name: getattr(plan, name) for name in ("gate", "threshold", "num_layers", "method", "space", "weights")}
-    config |= plan.taken | ({"module_weights": dict(plan.module_weights)} if plan.module_weights else {})
-    if plan.gate in KNOB:
-        config[KNOB[plan.gate]] = plan.rule.knob
+    config = gate_entry(plan.gate) | how_entry(plan)
     sources = Sources(parts["subspace"], parts["aligned"], parts["unaligned"])
     versions = {"torch": torch.__version__, "safemerge-callback": __version__}
     start = start_entry(0, {**parts, **config}, versions, sources, len(plan.readings))

@@ -9,36 +9,33 @@ from typing import Any
 
 from ..adapters import Adapter
 from ..decision import MergePlan
-from ..decision.gates import KNOBS
+from ..decision.gates import gate_knobs
+from ..decision.weights import weights_knobs
 from ..errors import ConfigError, nearest, shown
 from ..io.documents import read_yaml
 from ..io.paths import as_path, existing
-from ..methods import get_method
 from ..methods.aliases import without_alias
+from ..methods.how import how_knobs
 from ..subspace import Subspace
 
 # What a file may say: the parts, and the knobs of `merge_adapters`.
 PARTS = ("finetuned", "safety", "subspace", "output", "bake")
-_HOW = (
-    "gate",
-    "method",
-    "space",
-    "combination_type",
-    "weights",
-    "module_weights",
-    "strength",
-    "operator",
-    "operator_rank",
-    "density",
-    "majority_sign_method",
-)
-_GATE = tuple(name for name in KNOBS if name not in ("step", "rearm"))
-KEYS = (*PARTS, *_HOW, *_GATE, "force", "allow_empty", "device")
 
 
-def gate_knobs(settings: Mapping[str, Any]) -> dict[str, Any]:
+def keys() -> tuple[str, ...]:
+    """Return every key that a file may have."""
+    how = ("gate", "method", "combination_type", *how_knobs(), *weights_knobs())
+    return (*PARTS, *how, *_gate_keys(), "force", "allow_empty", "device")
+
+
+def _gate_keys() -> tuple[str, ...]:
+    """The knobs of gates that mean something to a merge of files, which happens once."""
+    return tuple(name for name in gate_knobs() if name not in ("step", "rearm"))
+
+
+def gate_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of `settings` that is a gate and its knobs."""
-    return {name: value for name, value in settings.items() if name == "gate" or name in _GATE}
+    return {name: value for name, value in settings.items() if name == "gate" or name in _gate_keys()}
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
@@ -50,10 +47,10 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     found = read_yaml(path, f"config {shown(path)}", advice="Give a YAML file")
     file = as_path(path, "config")
     if not isinstance(found, dict):
-        raise ConfigError(f"config {str(path)!r} holds no settings: write `key: value` lines, keys among {KEYS}")
-    unknown = [key for key in found if key not in KEYS]
+        raise ConfigError(f"config {str(path)!r} holds no settings: write `key: value` lines, keys among {keys()}")
+    unknown = [key for key in found if key not in keys()]
     if unknown:
-        hint = nearest(str(unknown[0]), KEYS, then=f"choose among {KEYS}")
+        hint = nearest(str(unknown[0]), keys(), then=f"choose among {keys()}")
         raise ConfigError(f"config {str(path)!r} has the key {unknown[0]!r}, which is unknown{hint}")
     for part in set(PARTS) & found.keys():
         found[part] = _resolved(part, found[part], file.parent)
@@ -92,18 +89,16 @@ def write_recipe(path: Path, target: Path, parts: Sequence[Any], plan: MergePlan
 
 
 def _knobs(plan: MergePlan) -> dict[str, Any]:
-    rule, method = plan.rule, get_method(plan.method)
-    told: dict[str, Any] = {"gate": rule.name}
-    told |= {name: value for name in _GATE if (value := rule.reads.get(name)) is not None}
-    told |= {"seed": rule.seed, **({"soft": True} if rule.soft else {})}
-    told |= {"method": plan.method, "space": plan.space}
-    if method.strength is not None:
-        told["strength"] = plan.weights[1]
-    elif method.weighted:
-        told["weights"] = list(plan.weights)
-    if plan.module_weights:
-        told["module_weights"] = {pattern: list(own) for pattern, own in plan.module_weights.items()}
-    return told | {name: value for name, value in plan.taken.items() if name != "seed"}
+    gate, how = plan.gate, plan.how
+    told: dict[str, Any] = {"gate": gate.name}
+    told |= {name: value for name in _gate_keys() if (value := gate.reads.get(name)) is not None}
+    told |= {"seed": gate.seed, **({"soft": True} if gate.soft else {})}
+    told |= {"method": how.method, "space": how.space}
+    if how.strength is not None:
+        told["strength"] = how.strength
+    elif how.kind.weighted:
+        told["weights"] = list(how.weights)
+    return told | plan.noted | how.taken
 
 
 def _told(given: Any, target: Path) -> str:

@@ -11,11 +11,10 @@ from pathlib import Path
 from ..adapters import Adapter, open_adapter
 from ..adapters.beside import Base, beside_factors
 from ..adapters.lazy_mapping import OnAccess
-from ..decision import Gate
+from ..decision import Choices, needs_of
 from ..decision.unmerged import unmerged, warning_of
 from ..errors import ConfigError, PlanError, shown
 from ..io.addresses import source_name
-from ..methods import get_method
 from ..subspace import Subspace
 
 Given = str | Path | Adapter
@@ -74,21 +73,20 @@ def chunks(names: Iterable[str], task: Adapter, subspace: Subspace | None = None
         yield run
 
 
-def check_merges(rule: Gate, method: str, *, has_safety: bool) -> None:
+def check_merges(choices: Choices, *, has_safety: bool) -> None:
     """Refuse a gate that merges nothing, a method that only a training has the means for, and a missing safety adapter.
 
     Raises ConfigError for the first two, PlanError for the last.
     """
-    if not rule.merges:
-        raise ConfigError(f"gate {rule.name!r} merges nothing: measure the adapter instead, or choose another gate.")
-    needs = get_method(method).needs
+    gate, needs = choices.gate, needs_of(choices.how, choices.gate, choices.rules)
+    if not gate.merges:
+        raise ConfigError(f"gate {gate.name!r} merges nothing: measure the adapter instead, or choose another gate.")
     if "average" in needs:
-        raise ConfigError(f"method {method!r} goes to the average of a run's own updates: use it in training.")
+        raise ConfigError(f"{needs['average']} goes to the average of a run's own updates: use it in training.")
     if not has_safety and "safety_adapter" in needs:
-        raise PlanError(f"method {method!r} needs a safety adapter, got none: give its folder or Hub id.")
-    if not has_safety and rule.name == "reference":
+        compares = " to compare cosines with" if needs.get("safety_cosines") == needs["safety_adapter"] else ""
         raise PlanError(
-            "gate 'reference' needs a safety adapter to compare cosines with, got none: give its folder or Hub id."
+            f"{needs['safety_adapter']} needs a safety adapter{compares}, got none: give its folder or Hub id."
         )
 
 

@@ -14,22 +14,21 @@ from torch import nn
 from ..adapters import Adapter, LoraFactors, canonical_name
 from ..adapters.rank_pattern import config_with
 from ..decision import (
+    Gate,
     MergePlan,
-    Readings,
-    as_gate,
-    check_soft,
+    choose,
+    cosines_needed,
     measure,
     merged_factors,
-    method_of,
     nothing_selected,
-    own_cosines,
 )
+from ..decision.choices import PlanKnobs
 from ..decision.fit import needed_sources
-from ..decision.gates import Gate, Knobs
 from ..decision.unmerged import base_tensors
 from ..errors import AdapterError, ConfigError
 from ..live import base_weights, live_factors
 from ..live.modules import active_adapter
+from ..methods.how import AUTO, How
 from ..ops import LowRank, full_precision
 from ..subspace import Subspace
 from .parts import Given, adapter_of, check_merges, left_out, listed, subspace_of
@@ -45,17 +44,9 @@ def apply_safemerge(
     adapter_name: str | None = None,
     new_adapter_name: str = "safemerge",
     gate: str | Gate | None = None,
-    method: str = "auto",
-    space: str = "delta",
-    weights: Sequence[float] | None = None,
-    module_weights: Mapping[str, Sequence[float]] | None = None,
-    strength: float | None = None,
-    operator: str | None = None,
-    operator_rank: int | None = None,
-    density: float | None = None,
-    majority_sign_method: str = "total",
+    method: str | How = AUTO,
     device: torch.device | str | None = None,
-    **knobs: Unpack[Knobs],
+    **knobs: Unpack[PlanKnobs],
 ) -> MergePlan:
     """Add an adapter to a PEFT model: `adapter_name` with `safety_adapter` merged into its drifted modules.
 
@@ -73,28 +64,15 @@ def apply_safemerge(
     weights are not those of the aligned checkpoint, PlanError for a merge that is not finite. Warns where the gate
     selects no module.
     """
-    rule, method = as_gate(gate, knobs), method_of(method, len(listed(safety_adapter)), weights, module_weights, space)
-    how: dict[str, Any] = {
-        "method": method,
-        "space": space,
-        "weights": weights,
-        "module_weights": module_weights,
-        "strength": strength,
-        "operator": operator,
-        "operator_rank": operator_rank,
-        "density": density,
-        "majority_sign_method": majority_sign_method,
-    }
+    choices = choose(gate, method, knobs, len(listed(safety_adapter)))
     name = _checked_names(model, adapter_name, new_adapter_name)
-    MergePlan.decide(Readings(()), gate="all", **{**how, "module_weights": None})
-    check_soft(rule.soft, method, space)
-    check_merges(rule, method, has_safety=safety_adapter is not None)
+    check_merges(choices, has_safety=safety_adapter is not None)
     factors, guards, matrices = live_factors(model, name), _guards(model, safety_adapter), subspace_of(subspace)
     matrices.check(factors, base_weights(model))
     left_out(guards, factors, base_tensors(model), level=4)
-    own = own_cosines(guards[0], factors, matrices, device=device) if guards and rule.name == "reference" else None
-    readings = measure(factors, matrices, device=device, gate=rule, reference=own)
-    plan = MergePlan.decide(readings, gate=rule, **how)
+    cosines = cosines_needed([choices.gate], guards, factors, matrices, device=device)
+    readings = measure(factors, matrices, device=device, gate=choices.gate, reference=cosines)
+    plan = MergePlan.of(readings, choices)
     needed_sources(plan, guards, factors)
     if not plan.selected:
         warnings.warn(f"safemerge: {nothing_selected(plan)}", stacklevel=2)

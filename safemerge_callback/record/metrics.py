@@ -98,7 +98,7 @@ def check_metrics(plan: MergePlan, edits: Sequence[Edit], progress: Progress, se
         # Where a part of the modules alone was read exactly, the others' signs are not known.
         **({} if moved is None else _signs([r.signed_z for r in readings if r.signed_z is not None], moved)),
         "modules": float(len(readings)),
-        "modules_below": _below(plan) if plan.rule.limits else math.nan,
+        "modules_below": _below(plan) if plan.gate.limits else math.nan,
         "modules_merged": float(len(edits)),
         "modules_merged_total": float(progress.modules_merged),
         "task_weight_min": min(weights, default=1.0),
@@ -112,7 +112,7 @@ def check_metrics(plan: MergePlan, edits: Sequence[Edit], progress: Progress, se
 
 def limit_of(plan: MergePlan, reading: Reading) -> float | None:
     """Return the cosine below which the plan's gate merges this module; None for a gate that has none."""
-    limit = plan.rule.limit(reading)
+    limit = plan.gate.limit(reading)
     return limit if limit is not None and math.isfinite(limit) else None
 
 

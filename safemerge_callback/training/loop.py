@@ -69,7 +69,7 @@ class LoopLog:
 
         Warns where the loop has checked and no check merged, though its gate is not `watch`.
         """
-        if self.plan and self.plan.rule.merges and not self.progress.merges:
+        if self.plan and self.plan.gate.merges and not self.progress.merges:
             self.log.warn("nothing merged", nothing_merged(self.progress, self.plan))
         self.trackers.finish(self.step, Outcome(self.journal.path, self.plan, self.progress, {}, model).write)
 

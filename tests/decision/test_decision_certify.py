@@ -70,9 +70,7 @@ def test_decisions_are_those_of_exact_readings(drawn, knob, num_layers, rearm):
         assert plans[0].selected == plans[1].selected
         assert above(plans[0]) == above(plans[1])
         if gate.soft:
-            assert [plans[0].weights_of(n) for n in plans[0].selected] == [
-                plans[1].weights_of(n) for n in plans[1].selected
-            ]
+            assert [plans[0].weights[n] for n in plans[0].selected] == [plans[1].weights[n] for n in plans[1].selected]
 
 
 def gates(knob, count, rearm):

@@ -39,7 +39,7 @@ def test_the_closest_module_is_the_gates_own(gate, knobs, name):
     assert closest(plan) == name
     words = nothing_selected(plan)
     assert (
-        f"gate {plan.rule} selects none of 5 modules. The closest is {name!r} ({plan.verdicts[name].reason})" in words
+        f"gate {plan.gate} selects none of 5 modules. The closest is {name!r} ({plan.verdicts[name].reason})" in words
     )
 
 

@@ -32,7 +32,7 @@ def test_its_default_and_its_words():
     assert plan.selected == ("a",)
     assert plan.verdicts["a"].reason == "z -4.0000 < -2: signed cosine -0.5000, unrelated 0"
     assert plan.verdicts["b"].reason == "z -2.0 >= -2: signed cosine -0.2500, unrelated 0"
-    assert plan.rule.knob == -2.0
+    assert plan.gate.knob == -2.0
     with pytest.raises(ConfigError, match="z_threshold=nan: give a finite number"):
         Gate("opposed", z_threshold=math.nan)
     with pytest.raises(ConfigError, match="soft=True with gate 'opposed'"):

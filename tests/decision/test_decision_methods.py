@@ -65,7 +65,7 @@ def test_masks_are_those_of_seed_step_and_module(make_case, safety_for, name):
     torch.manual_seed(99)
     again = merged(plan)
     assert all(torch.equal(first[module].B, again[module].B) for module in first)
-    for other in (replace(plan, rule=replace(plan.rule, seed=2)), replace(plan, rule=replace(plan.rule, step=11))):
+    for other in (replace(plan, gate=replace(plan.gate, seed=2)), replace(plan, gate=replace(plan.gate, step=11))):
         changed = merged(other)
         assert not any(torch.equal(first[module].B, changed[module].B) for module in first)
     # A module's masks are its own, whatever else is merged beside it.

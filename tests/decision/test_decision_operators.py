@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from safemerge_callback.decision import MergePlan, apply, measure
-from safemerge_callback.decision.operators import basis_rank, check_operator, known_bases
+from safemerge_callback.decision.operators import basis_rank, known_bases
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.live import writer_for
+from safemerge_callback.methods import How
 from safemerge_callback.subspace import Subspace
 from safemerge_callback.subspace.compress import compress_subspace
 
@@ -82,9 +83,12 @@ def test_the_rank_follows_the_noted_spectrum(make_case):
 
 
 def test_knobs_of_the_operator():
-    assert check_operator("project", None, None) == ("safelora", None)
-    assert check_operator("project", "orthogonal", 3) == ("orthogonal", 3)
-    assert check_operator("linear", None, None) == (None, None)
+    def knobs(method, operator, rank):
+        return How(method, knobs={"operator": operator, "operator_rank": rank}).knobs
+
+    assert knobs("project", None, None) == {"operator": "safelora", "operator_rank": None}
+    assert knobs("project", "orthogonal", 3) == {"operator": "orthogonal", "operator_rank": 3}
+    assert knobs("linear", None, None) == {}
     for method, operator, rank, says in [
         ("linear", "safelora", None, "operator is 'safelora', which method 'linear' does not read"),
         ("linear", None, 3, "operator_rank is 3, which method 'linear' does not read"),
@@ -93,4 +97,4 @@ def test_knobs_of_the_operator():
         ("project", "orthogonal", True, "operator_rank is True"),
     ]:
         with pytest.raises(ConfigError, match=says):
-            check_operator(method, operator, rank)
+            knobs(method, operator, rank)

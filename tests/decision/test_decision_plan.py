@@ -4,10 +4,11 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
-from safemerge_callback.decision import MergePlan, Reading, Readings, Verdict, check_merge, measure, method_of
+from safemerge_callback.decision import MergePlan, Reading, Readings, Verdict, measure
 from safemerge_callback.decision.gates import as_gate
 from safemerge_callback.errors import ConfigError, PlanError
 from safemerge_callback.live import live_factors
+from safemerge_callback.methods import check_merge, method_of
 from safemerge_callback.training import SafeMergeConfig
 
 
@@ -47,10 +48,10 @@ def test_decisions_equal_the_published_rule(make_case, family):
 
 def test_the_defaults_are_the_callbacks():
     plan, config = MergePlan.decide(some_readings()), SafeMergeConfig(subspace="s", safety_adapter="a")
-    assert (plan.gate, plan.method, plan.space, list(plan.weights)) == ("all", "linear", "delta", [0.8, 0.2])
+    assert (plan.gate.name, plan.method, plan.space, list(plan.how.weights)) == ("all", "linear", "delta", [0.8, 0.2])
     assert (config.gate, config.method, config.space, config.weights) == ("all", "linear", "delta", [0.8, 0.2])
     pulled, config = MergePlan.decide(some_readings(), strength=0.3), SafeMergeConfig(subspace="s", strength=0.3)
-    assert (pulled.gate, pulled.method, list(pulled.weights)) == (config.gate, config.method, config.weights)
+    assert (pulled.gate.name, pulled.method, list(pulled.how.weights)) == (config.gate, config.method, config.weights)
     assert pulled.method == "pull"
     # all but the one that is not finite
     assert plan.selected == ("layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj", "layers.1.self_attn.[v]")
@@ -69,7 +70,7 @@ def test_the_defaults_are_the_callbacks():
 )
 def test_a_knob_still_names_its_gate(knobs, gate):
     method = {"method": "linear"} if "soft" in knobs else {}
-    assert MergePlan.decide(some_readings(), **knobs, **method).gate == as_gate(None, knobs).name == gate
+    assert MergePlan.decide(some_readings(), **knobs, **method).gate.name == as_gate(None, knobs).name == gate
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ def test_knobs_without_meaning_are_refused(knobs, message):
 
 
 def test_weights_may_come_as_a_list_and_need_not_sum_to_one():
-    assert MergePlan.decide(some_readings(), weights=[1, 0.5]).weights == (1.0, 0.5)
+    assert MergePlan.decide(some_readings(), weights=[1, 0.5]).how.weights == (1.0, 0.5)
     assert check_merge("linear", "factor", [0, 2]) == (0.0, 2.0)
 
 

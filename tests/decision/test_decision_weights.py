@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from safemerge_callback.decision import MergePlan, apply, measure, merged_factors
-from safemerge_callback.decision.weights import check_module_weights, merge_weights, pattern_of
+from safemerge_callback.decision.weights.by_pattern import check_module_weights, pattern_of
 from safemerge_callback.errors import AdapterError, ConfigError, PlanError
 from safemerge_callback.live import writer_for
+from safemerge_callback.methods import merge_weights
 from safemerge_callback.record import merge_entry
 
 # As many rows as q_proj has, so that nothing is truncated.
@@ -56,13 +57,13 @@ def test_weights_differ_by_module_and_the_first_pattern_counts(make_case, safety
         "layers.1.self_attn.q_proj": (1.0, -0.2),
         "layers.0.self_attn.q_proj": (0.8, 0.2),
     }
-    assert {n: plan.weights_of(n) for n in before} == {n: want[n.removeprefix("model.")] for n in before}
+    assert {n: plan.weights[n] for n in before} == {n: want[n.removeprefix("model.")] for n in before}
     for name, update in before.items():
-        live, guard = plan.weights_of(name)
+        live, guard = plan.weights[name]
         torch.testing.assert_close(case.updates()[name], live * update + guard * dense[name], rtol=1e-5, atol=1e-6)
         assert plan.task_weight_of(name) == live
     entry = merge_entry(3, plan, edits, dict.fromkeys(before, 1.0), 0.1)
-    assert {m["name"]: tuple(m["weights"]) for m in entry["modules"]} == {n: plan.weights_of(n) for n in before}
+    assert {m["name"]: tuple(m["weights"]) for m in entry["modules"]} == {n: plan.weights[n] for n in before}
     assert entry["module_weights"]["v_proj"] == [0.6, 0.3]
     assert "v_proj 0.6 / 0.3" in str(plan).splitlines()[0]
 
@@ -75,12 +76,12 @@ def test_weights_by_module_fade_in_too(make_case, safety_for):
     for name in plan.selected:
         share = 1 - readings[name].cosine / tau
         asked = (0.5, 0.5) if "v_proj" in name else (0.8, 0.2)
-        assert plan.weights_of(name) == pytest.approx((1 + share * (asked[0] - 1), share * asked[1]))
+        assert plan.weights[name] == pytest.approx((1 + share * (asked[0] - 1), share * asked[1]))
     safety, dense = safety_for(case)
     before, writer = case.updates(), writer_for(case.model)
     apply(plan, writer, safety)
     for name in plan.selected:
-        live, guard = plan.weights_of(name)
+        live, guard = plan.weights[name]
         torch.testing.assert_close(
             case.updates()[name], live * before[name] + guard * dense[name], rtol=1e-5, atol=1e-6
         )

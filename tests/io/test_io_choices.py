@@ -7,11 +7,11 @@ from typer.testing import CliRunner
 
 from safemerge_callback import SafeMergeConfig, build_subspace, merge_adapters
 from safemerge_callback.cli import app
-from safemerge_callback.decision import Gate, check_merge, check_operator
+from safemerge_callback.decision import Gate
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.evaluation.judges.protocol import check_decides
 from safemerge_callback.io.choices import one_of, truth
-from safemerge_callback.methods import check_majority_sign, get_method
+from safemerge_callback.methods import How, check_merge, get_method
 from safemerge_callback.methods.aliases import without_alias
 from safemerge_callback.reports.plots import draw_plot
 from safemerge_callback.subspace.compress import compress_subspace
@@ -25,8 +25,8 @@ ASKED = {
     "combination_type": lambda value: without_alias({"combination_type": value}),
     "preset": lambda value: with_preset({"preset": value}),
     "space": lambda value: check_merge("linear", value, (0.8, 0.2)),
-    "operator": lambda value: check_operator("project", value, None),
-    "majority_sign_method": lambda value: check_majority_sign("ties", value),
+    "operator": lambda value: How("project", knobs={"operator": value}),
+    "majority_sign_method": lambda value: How("ties", knobs={"density": 0.5, "majority_sign_method": value}),
     "decides": check_decides,
     "placement": check_placement,
     "plot": lambda value: draw_plot(None, value),

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safemerge_callback.decision import spread
+from safemerge_callback.decision.weights.spread import spread
 from safemerge_callback.errors import PlanError
 from safemerge_callback.methods import METHODS, get_method
 from safemerge_callback.ops import Basis, LowRank, leading_basis

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safemerge_callback.errors import ConfigError, PlanError
-from safemerge_callback.methods import METHODS, How, check_density, check_majority_sign, get_method
+from safemerge_callback.methods import METHODS, How, get_method
+from safemerge_callback.methods.registry import Keywords
 from safemerge_callback.ops import LowRank
 
 MERGES = sorted(name for name, method in METHODS.items() if "safety_adapter" in method.needs and method.keeps_rank)
@@ -159,21 +160,20 @@ def test_every_method_takes_every_keyword(name):
 @pytest.mark.parametrize("name", PRUNING)
 def test_a_density_outside_is_refused(name, density):
     with pytest.raises(ConfigError, match=r"density is .*above 0 and at most 1"):
-        check_density(name, density)
+        How(name, knobs={"density": density})
     with pytest.raises(ConfigError, match="density is"):
         get_method(name).merge(update(1), [update(2)], weights=(0.8, 0.2), density=density, generator=torch.Generator())
 
 
 def test_a_knob_that_is_not_read_is_refused():
-    assert check_density("linear", None) is None
-    assert check_density("ties", 1) == 1.0
-    assert check_majority_sign("linear", "total") == "total"
+    assert How("linear", knobs={"density": None, "majority_sign_method": "total"}).knobs == {}
+    assert How("ties", knobs={"density": 1}).knobs == {"density": 1.0, "majority_sign_method": "total"}
     with pytest.raises(ConfigError, match=r"density is 0.5, which method 'linear' does not read.*'ties'"):
-        check_density("linear", 0.5)
+        How("linear", knobs={"density": 0.5})
     with pytest.raises(ConfigError, match=r"'dare_linear' elects no sign.*'ties'"):
-        check_majority_sign("dare_linear", "frequency")
+        How("dare_linear", knobs={"density": 0.5, "majority_sign_method": "frequency"})
     with pytest.raises(ConfigError, match=r"'totl' is unknown.*did you mean 'total'"):
-        check_majority_sign("ties", "totl")
+        How("ties", knobs={"density": 0.5, "majority_sign_method": "totl"})
 
 
 @pytest.mark.parametrize("name", sorted(name for name in METHODS if METHODS[name].random))
@@ -211,7 +211,7 @@ def test_a_method_is_given_what_it_declares_and_a_keyword_that_none_has_is_refus
     declared = {name: sorted(method.reads) for name, method in METHODS.items()}
     assert declared["linear"] == ["space", "weights"]
     assert declared["project"] == ["alignment_matrix"]
-    assert all(method.reads <= How.__annotations__.keys() for method in METHODS.values())
+    assert all(m.reads <= {*Keywords.__annotations__, *(k.name for k in m.knobs)} for m in METHODS.values())
     live = LowRank(torch.randn(2, 5, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64))
     merged = get_method("linear").merge(live, [live], weights=(0.5, 0.5), density=0.3, alignment_matrix=torch.eye(4))
     torch.testing.assert_close(merged.B @ merged.A, live.B @ live.A)

@@ -128,9 +128,9 @@ def test_each_module_has_the_limit_that_its_gate_merged_below(read, gate, knobs,
     plan = MergePlan.decide(readings, gate=gate, **knobs)
     (line,), history = read(check_entry(1, plan, 0.1))
     assert [m["limit"] for m in line["modules"]] == [pytest.approx(limit)] * 2
-    assert all(m.keys() >= set(plan.rule.criterion.notes) for m in line["modules"])
+    assert all(m.keys() >= set(plan.gate.criterion.notes) for m in line["modules"])
     assert history.cells["a", 1].limit == pytest.approx(math.nan if limit is None else limit, nan_ok=True)
-    assert history.rule == f"gate {plan.rule}"
+    assert history.rule == f"gate {plan.gate}"
 
 
 def test_merge(read):

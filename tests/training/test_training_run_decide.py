@@ -13,7 +13,7 @@ from safemerge_callback.errors import ConfigError, SubspaceError
 from safemerge_callback.live.faults import Fault
 from safemerge_callback.record.progress import Progress
 from safemerge_callback.training.config.settings import SafeMergeConfig
-from safemerge_callback.training.run.decide import Moment, agreed_plan, decided, events_of, plan_knobs, still_disarmed
+from safemerge_callback.training.run.decide import Moment, agreed_plan, choices_of, decided, events_of, still_disarmed
 
 
 def config(**knobs):
@@ -119,8 +119,8 @@ def test_spread_weights_leave_the_asked_total_whatever_every_is():
             decide(settings, progress, 100, 0.1)
         assert progress.merges == events_of(settings, 100)
         assert progress.task_weights == {"m0": pytest.approx(0.8)}
-    assert plan_knobs(config(), 10, 100)["weights"] == (0.8, 0.2)
-    assert plan_knobs(config(spread_weights=True), 10, 100)["weights"][0] == pytest.approx(0.8 ** (1 / 10))
+    assert choices_of(config(), 10, 100).how.weights == (0.8, 0.2)
+    assert choices_of(config(spread_weights=True), 10, 100).how.weights[0] == pytest.approx(0.8 ** (1 / 10))
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,11 @@ class Criterion:
         """The knobs that the gate reads."""
         return frozenset(p.name for p in signature(self.function).parameters.values() if p.kind is p.KEYWORD_ONLY)
 
+    @property
+    def counts(self) -> bool:
+        """Whether the gate's knob is a number of modules, by what its function declares."""
+        return self.knob is not None and signature(self.function).parameters[self.knob].annotation in (int, "int")
+
 
 class Description(TypedDict, total=False):
     """The fields of `Criterion` that say something of the gate."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...methods import Method
+from ...methods import How, Method
 from ...ops import LowRank, inner_product, squared_norm, weighted_sum, wide_dtype
 
 
@@ -53,14 +53,12 @@ def fits_core(method: Method) -> bool:
     return not method.dense and not method.needs & {"subspace", "average"}
 
 
-def moved_in_core(
-    method: Method, live: LowRank, safety: Sequence[LowRank], scaling: Tensor, knobs: Mapping[str, Any]
-) -> Moved:
-    """Return what `method` would do to n modules given by their cores, times `scaling`², (n).
+def moved_in_core(how: How, live: LowRank, safety: Sequence[LowRank], scaling: Tensor) -> Moved:
+    """Return what a merge would do to n modules given by their cores, times `scaling`², (n).
 
-    `knobs` are those of `MergePlan.decide`. The factors that come back are those of the real merge, rotated.
+    The factors that come back are those of the real merge, rotated.
     """
-    merged = method.merge(live, safety, **{knob: value for knob, value in knobs.items() if knob != "method"})
+    merged = how.merge(live, safety)
     return moved(live, LowRank(merged.A, merged.B), merged.residual, scaling)
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ...decision import KNOB, Edit, MergePlan, Reading
+from ...decision import KNOB, Edit, Gate, MergePlan, Reading
 from ..history import Cell, Event, History
 from ..metrics import limit_of
 from .values import count, known, module_name, number
@@ -21,12 +21,9 @@ def check_entry(step: int, plan: MergePlan, seconds: float, measured_at: int | N
 
     `measured_at` is the step of the weights that were measured, where that is an earlier one.
     """
-    gate = {"gate": plan.gate, "threshold": plan.threshold, "num_layers": plan.num_layers}
-    if plan.gate in KNOB:
-        gate[KNOB[plan.gate]] = plan.rule.knob
     modules = [_module(plan, reading) for reading in plan.readings.values()]
     late = {} if measured_at is None else {"measured_at": measured_at}
-    return {"kind": "check", "step": step, **gate, "seconds": seconds, "modules": modules, **late}
+    return {"kind": "check", "step": step, **gate_entry(plan.gate), "seconds": seconds, "modules": modules, **late}
 
 
 def _module(plan: MergePlan, reading: Reading) -> dict[str, Any]:
@@ -43,8 +40,20 @@ def _module(plan: MergePlan, reading: Reading) -> dict[str, Any]:
         **({} if reading.signed_z is None else {"signed_z": reading.signed_z}),
         **({"interval": list(reading.interval)} if reading.interval else {}),
         **({"reread": True} if reading.reread else {}),
-        **{note: getattr(reading, note) for note in plan.rule.criterion.notes},
+        **{note: getattr(reading, note) for note in plan.gate.criterion.notes},
     }
+
+
+def gate_entry(gate: Gate) -> dict[str, Any]:
+    """What the journal says of the gate: its name and its knob, and two knobs that every line has."""
+    own = {} if gate.criterion.knob is None else {gate.criterion.knob: gate.knob}
+    return {"gate": gate.name, "threshold": gate.threshold, "num_layers": gate.num_layers, **own}
+
+
+def how_entry(plan: MergePlan) -> dict[str, Any]:
+    """What the journal says of how a plan merges: method, space, weights, and the knobs that were read."""
+    how = plan.how
+    return {"method": how.method, "space": how.space, "weights": list(how.weights), **plan.taken, **plan.noted}
 
 
 def read_check(history: History, entry: Mapping[str, Any]) -> None:
@@ -90,15 +99,12 @@ def merge_entry(
             "residual": e.residual,
             "change": e.change,
             "task_weight": task_weights[e.name],
-            **({"weights": list(plan.weights_of(e.name))} if plan.varied else {}),
+            **({"weights": list(plan.weights[e.name])} if plan.varied else {}),
         }
         for e in edits
     ]
-    how = {"method": plan.method, "space": plan.space, "weights": list(plan.weights), **plan.taken}
-    if plan.module_weights:
-        how["module_weights"] = {pattern: list(own) for pattern, own in plan.module_weights.items()}
     goal = {} if average is None else {"average": dict(average)}
-    return {"kind": "merge", "step": step, **how, "seconds": seconds, "modules": modules, **goal}
+    return {"kind": "merge", "step": step, **how_entry(plan), "seconds": seconds, "modules": modules, **goal}
 
 
 def read_merge(history: History, entry: Mapping[str, Any]) -> None:

@@ -9,28 +9,20 @@ from typing import Any
 
 from ...corrections.registry import chosen_corrections, plain
 from ...corrections.schedule import check_bounds, check_every
-from ...decision import (
-    DEFAULT_WEIGHTS,
-    GATES,
-    KNOBS,
-    Gate,
-    check_merge,
-    check_module_weights,
-    check_operator,
-    check_soft,
-    check_spread,
-    gate_of,
-    merge_weights,
-    method_of,
-)
-from ...decision.strength import under
+from ...decision import GATES, Choices, Gate, gate_of
+from ...decision.choices import check_counts
+from ...decision.vetoes import under
+from ...decision.weights.spread import check_spread
 from ...errors import ConfigError, shown
 from ...io.choices import truth
 from ...io.documents import parse_json
+from ...io.knobs import unknown_knob
 from ...io.numbers import is_number, is_whole
 from ...live.optimizer.edit import check_optimizer
-from ...methods import METHODS, Method, check_density, check_majority_sign, get_method
+from ...methods import METHODS, How, Method, get_method, method_of
+from ...methods.how import AUTO
 from ...subspace.placement import check_placement
+from .choices import declared_knobs, gate_at, how_of, rules_of
 from .merge_entry import as_list
 
 
@@ -47,15 +39,15 @@ class Draft(SimpleNamespace):
         """Whether any check may change the model."""
         return GATES[self.gate].merges
 
+    @property
+    def how(self) -> How:
+        """The method with its knobs."""
+        return how_of(vars(self))
+
 
 def adapters_of(safety_adapter: Any) -> list[str]:
     """Return the safety adapters that a setting names, none, one or several."""
     return [safety_adapter] if isinstance(safety_adapter, str) else list(safety_adapter or [])
-
-
-def gate_at(settings: Mapping[str, Any], step: int = 0) -> Gate:
-    """Return the gate of these settings with its knobs, as it decides at optimizer step `step`."""
-    return Gate(settings["gate"], **{name: settings[name] for name in KNOBS if name != "step"}, step=step)
 
 
 def checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,6 +57,7 @@ def checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     config = Draft(**settings)
     _check_types(config)
+    _check_knobs(config)
     _check_gate(config)
     _check_method(config)
     _check_strength(config)
@@ -93,6 +86,17 @@ def _check_types(config: Draft) -> None:
     for name in ("at_train_end", "asynchronous", "soft", "spread_weights", "quiet"):
         truth(getattr(config, name), name)
     check_placement(config.placement)
+
+
+def _check_knobs(config: Draft) -> None:
+    """Refuse knobs that nobody has declared, and those that are settings by themselves."""
+    given = _read_json(config.knobs, "knobs", '{"name": 0.5}')
+    if given is not None and not isinstance(given, Mapping):
+        raise ConfigError(f"knobs is {shown(given)}: map names of knobs to values, or leave it out")
+    known = declared_knobs(vars(config))
+    if unknown := [name for name in given or {} if name not in known]:
+        raise unknown_knob(unknown[0], known, "knobs")
+    config.knobs = dict(given) if given else None
 
 
 def _check_adapters(config: Draft) -> None:
@@ -140,10 +144,11 @@ def _check_method(config: Draft) -> None:
             "or merge after training with `safemerge merge`"
         )
     check_optimizer(None, config.optimizer_state)
-    config.density = check_density(config.method, config.density)
-    check_majority_sign(config.method, config.majority_sign_method)
-    config.operator, config.operator_rank = check_operator(config.method, config.operator, config.operator_rank)
-    _check_weights(config, method)
+    how = _how(config, method)
+    for name, value in how.knobs.items():
+        if name in vars(config):
+            setattr(config, name, value)
+    _check_weights(config, how)
     _check_average(config)
     if config.merges and "safety_adapter" in method.needs and config.safety_adapter is None:
         raise ConfigError(
@@ -154,33 +159,41 @@ def _check_method(config: Draft) -> None:
 
 def _method_of(config: Draft) -> str:
     """What `auto` stands for: linear, and pull where no safety adapter is named, nor weights for one to come."""
-    if not config.merges and config.method == "auto":
+    if not config.merges and config.method == AUTO:
         return "linear"
     return method_of(str(config.method), len(config.adapters), config.weights)
 
 
-def _check_weights(config: Draft, method: Method) -> None:
-    """Bring the weights into numbers, as many as there are updates; none for a method that reads none."""
-    if not method.weighted and method.strength is None:
+def _how(config: Draft, method: Method) -> How:
+    many, weighs = len(config.adapters), _weighs(method)
+    if not weighs:
         _check_idle(config, "weights", "module_weights", "strength")
-        check_merge(config.method, config.space, DEFAULT_WEIGHTS)
-        return
-    many = len(config.adapters)
-    if "safety_adapter" in method.optional and many > 1:
+    elif "safety_adapter" in method.optional and many > 1:
         raise ConfigError(
             f"safety_adapter is {config.safety_adapter!r}, and method {config.method!r} goes toward one: name one, or "
             "use method 'linear'"
         )
+    return how_of(vars(config), many if weighs else None)
+
+
+def _weighs(method: Method) -> bool:
+    return method.weighted or method.strength is not None
+
+
+def _check_weights(config: Draft, how: How) -> None:
+    """Bring the weights into numbers, as many as there are updates; none for a method that reads none."""
+    config.module_weights = _read_json(config.module_weights, "module_weights", '{"v_proj": [0.5, 0.5]}')
+    choices = Choices(gate_at(vars(config)), how, rules_of(vars(config)))
+    if not _weighs(how.kind):
+        return
     # Watching a run needs no adapter; as many weights as were given are those of adapters to come.
-    count = many if many and method.weighted else None
-    asked = merge_weights(config.method, config.weights, config.strength, many)
-    config.weights = list(check_merge(config.method, config.space, asked, count))
-    config.strength = None if method.strength is None else config.weights[1]
-    given = _read_json(config.module_weights)
-    checked = check_module_weights(config.method, config.space, given, len(config.weights) - 1)
-    config.module_weights = {pattern: list(own) for pattern, own in checked.items()} or None
-    for weights in (config.weights, *checked.values()):
-        if weights[0] == 0 and method.takes_away:
+    if config.adapters and how.kind.weighted:
+        check_counts(choices, len(config.adapters))
+    patterns = choices.rules.get("module_weights", {})
+    config.weights, config.strength = list(how.weights), how.strength
+    config.module_weights = {pattern: list(own) for pattern, own in patterns.items()} or None
+    for weights in (config.weights, *patterns.values()):
+        if weights[0] == 0 and how.kind.takes_away:
             raise ConfigError(
                 f"weights are {list(weights)}: the first must be above 0 (a strength below 1), or a merge erases what "
                 "was trained"
@@ -188,7 +201,7 @@ def _check_weights(config: Draft, method: Method) -> None:
 
 
 def _check_average(config: Draft) -> None:
-    if config.method != "ema":
+    if "average" not in config.how.needs:
         return _check_idle(config, "ema_decay", "ema_every")
     config.ema_decay = 0.9 if config.ema_decay is None else config.ema_decay
     config.ema_every = 10 if config.ema_every is None else config.ema_every
@@ -208,11 +221,11 @@ def _check_idle(config: Draft, *names: str) -> None:
             )
 
 
-def _read_json(value: Any) -> Any:
+def _read_json(value: Any, name: str, example: str) -> Any:
     """A mapping that came as text, from a command line."""
     if not isinstance(value, str):
         return value
-    return parse_json(value, f"module_weights {shown(value)}", advice='Give such as {"v_proj": [0.5, 0.5]}')
+    return parse_json(value, f"{name} {shown(value)}", advice=f"Give such as {example}")
 
 
 def _check_strength(config: Draft) -> None:
@@ -223,8 +236,8 @@ def _check_strength(config: Draft) -> None:
         )
     config.min_task_weight = float(floor)
     _check_floor(config)
-    check_soft(config.soft, config.method, config.space)
-    check_spread(config.spread_weights, config.method, config.space)
+    if config.spread_weights:
+        check_spread(config.how)
 
 
 def _check_floor(config: Draft) -> None:
@@ -232,7 +245,7 @@ def _check_floor(config: Draft) -> None:
     if not (config.merges and config.weights) or config.soft or config.spread_weights:
         return
     first = max(weights[0] for weights in (config.weights, *(config.module_weights or {}).values()))
-    if get_method(config.method).takes_away and under(first, config.min_task_weight):
+    if config.how.kind.takes_away and under(first, config.min_task_weight):
         raise ConfigError(
             f"min_task_weight is {config.min_task_weight:g}, and one merge leaves {first:g} of the task's update, so "
             "none would ever happen: lower it, or raise the first weight (lower the strength)"
@@ -254,10 +267,10 @@ def _check_schedule(config: Draft) -> None:
             "every is 0, so there are none: give every, or leave them out"
         )
     check_bounds(config.from_step, config.until_step)
-    if config.merges and config.operator == "safelora" and config.every > 0:
+    if config.merges and "one_merge" in config.how.needs and config.every > 0:
         raise ConfigError(
-            f"method 'project' with every={config.every} would project again and again, and C is not idempotent: "
-            "set every=0, so that it happens once, at the end, or operator='orthogonal'"
+            f"method {config.method!r} with every={config.every} would project again and again, and C is not idempotent"
+            ": set every=0, so that it happens once, at the end, or operator='orthogonal'"
         )
 
 

@@ -39,6 +39,7 @@ class Settings(TypedDict, total=False):
     ema_every: int | None
     density: float | None
     majority_sign_method: str
+    knobs: Mapping[str, object] | str | None
     every: float
     from_step: int
     until_step: int | None

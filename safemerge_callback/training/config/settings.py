@@ -13,9 +13,10 @@ from ...decision import DEFAULT_GATE, GATES, Gate, gate_of
 from ...errors import ConfigError, nearest, shown
 from ...io.addresses import source_name
 from ...io.documents import read_yaml
-from ...methods import Method, get_method
+from ...methods import How
 from ...methods.aliases import without_alias
-from .checks import adapters_of, checked_settings, gate_at
+from .checks import adapters_of, checked_settings
+from .choices import declared_knobs, gate_at, how_of, rules_of
 from .merge_entry import with_merge_entry
 from .presets import with_preset
 
@@ -136,6 +137,13 @@ class SafeMergeConfig:
     majority_sign_method: str = field(
         default="total", metadata={"help": "Whose sign ties, dare_ties and della take: total (of sums) or frequency."}
     )
+    knobs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Knobs of methods, gates and weights rules that are no setting here, as {name: value}; as keywords "
+            "and in YAML they stand by themselves."
+        },
+    )
     # Six checks a run, whatever its length: what docs/results.md has figures of. A little over a sixth, so that the
     # last one is the final one and none comes just before it.
     every: float = field(
@@ -194,11 +202,14 @@ class SafeMergeConfig:
         `combination_type` is taken as PEFT's alias of `method` and `space`, and `preset` as the settings of a paper,
         one of `PRESETS`, which those given beside it go before. An entry `merge` of `corrections` holds settings that
         may stand by themselves as well, all in one place or the other. Without `gate` it is the one whose own knob is
-        given.
+        given. A knob that a method, a gate or a weights rule has declared, and that is no setting, is one of `knobs`.
         """
         knobs = with_preset(without_alias(with_merge_entry(dict(values))))
         knobs.setdefault("gate", gate_of(knobs, cls.gate))
         allowed = [f.name for f in fields(cls)]
+        own = {key: knobs.pop(key) for key in declared_knobs(allowed) if key in knobs}
+        if own:
+            knobs["knobs"] = {**(knobs.get("knobs") or {}), **own}
         for key in knobs:
             if key not in allowed:
                 raise ConfigError(
@@ -236,20 +247,26 @@ class SafeMergeConfig:
         return ", ".join(f"{name} {value}" for name, value in self.chosen.items() if name not in paths)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every setting as a JSON-able dict that `from_dict` takes back; of corrections if there are any."""
-        settings = asdict(self)
-        if self.corrections is None:
-            del settings["corrections"]
-        return settings
+        """Return every setting as a JSON-able dict that `from_dict` takes back.
+
+        Of `corrections` and `knobs` only where there are any.
+        """
+        extra = ("corrections", "knobs")
+        return {name: value for name, value in asdict(self).items() if name not in extra or value is not None}
 
     def to_publish(self) -> dict[str, Any]:
         """Return every setting as `to_dict`, with names in the place of this machine's paths."""
         return public_settings(self.to_dict())
 
     @property
-    def rule(self) -> Method:
-        """The merge method that `method` names."""
-        return get_method(self.method)
+    def how(self) -> How:
+        """The method with its knobs."""
+        return how_of(vars(self))
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        """The knobs of the weights rules."""
+        return rules_of(vars(self))
 
     def gate_at(self, step: int = 0) -> Gate:
         """The gate with its knobs, as it decides at optimizer step `step`."""

@@ -70,7 +70,7 @@ def _facts(outcome: Outcome) -> list[str]:
         **outcome.parts,
         "checks": str(progress.checks),
         "merges": f"{events}, at steps {', '.join(map(str, progress.merged_steps))}" if progress.merges else "none",
-        "gate": str(plan.rule) if plan else None,
+        "gate": str(plan.gate) if plan else None,
         "method": _method(plan) if plan and progress.merges else None,
         "share of the task's early update left": f"{min(left):.1%} to {max(left):.1%}" if left else None,
     }
@@ -90,8 +90,9 @@ def run_card(outcome: Outcome) -> str:
 
 
 def _method(plan: MergePlan) -> str:
-    words = f"{plan.method}, space {plan.space}, weights {plan.weights[0]:g} / {plan.weights[1]:g}"
-    return words + (" (soft)" if plan.rule.soft else "")
+    how = plan.how
+    words = f"{how.method}, space {how.space}, weights {how.weights[0]:g} / {how.weights[1]:g}"
+    return words + (" (soft)" if plan.gate.soft else "")
 
 
 def _module_row(name: str, plan: MergePlan, progress: Progress) -> str:

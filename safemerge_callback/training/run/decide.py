@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ...corrections.schedule import cooling, merge_events, periodic_checks
-from ...decision import DEFAULT_WEIGHTS, MergePlan, Readings, Verdict, above, not_rearmed, spread, under_floor, without
+from ...decision import Choices, MergePlan, Readings, Verdict, above, not_rearmed, under_floor, without
+from ...decision.weights.spread import one_of_many
 from ...errors import ConfigError
 from ...live.faults import Fault
 from ...record.progress import Progress
@@ -29,19 +30,16 @@ class Moment(NamedTuple):
     measured_at: int | None = None
 
 
-def plan_knobs(config: SafeMergeConfig, step: int = 0, max_steps: int | None = None) -> dict[str, Any]:
-    """The settings that `MergePlan.decide` takes at `step`; with `max_steps` the weights are those of one merge event.
+def choices_of(config: SafeMergeConfig, step: int = 0, max_steps: int | None = None) -> Choices:
+    """What the settings choose at `step`; with `max_steps` the weights are those of one merge event.
 
     That is a difference only where the settings spread their weights over the run.
     """
     events = events_of(config, max_steps) if config.spread_weights and max_steps is not None else 1
-    asked = config.module_weights if isinstance(config.module_weights, dict) else {}
-    weights, others = tuple(config.weights or DEFAULT_WEIGHTS), {name: tuple(own) for name, own in asked.items()}
+    how, rules = config.how, config.rules
     if events > 1:
-        weights, others = spread(weights, events), {name: spread(own, events) for name, own in others.items()}
-    names = ("method", "space", "density", "majority_sign_method", "operator", "operator_rank")
-    how = {name: getattr(config, name) for name in names}
-    return {"gate": config.gate_at(step), **how, "weights": weights, "module_weights": others}
+        how, rules = one_of_many(how, rules, events)
+    return Choices(config.gate_at(step), how, rules)
 
 
 def events_of(config: SafeMergeConfig, max_steps: int) -> int:
@@ -104,7 +102,7 @@ def decided(
     """
     if isinstance(readings, Fault):
         return readings
-    plan = MergePlan.decide(readings, **plan_knobs(config, moment.step, moment.max_steps))
+    plan = MergePlan.of(readings, choices_of(config, moment.step, moment.max_steps))
     seen = above(plan)
     pause = moment.hold or cooling(moment.weights_of, last_merge=progress.last_merge, cooldown=config.cooldown)
     if pause is not None:
@@ -116,8 +114,8 @@ def decided(
 
 def agreed_plan(decision: Decision, config: SafeMergeConfig, moment: Moment) -> MergePlan:
     """Return the plan of the first rank's decision, by this rank's own settings: `apply` finds out if they differ."""
-    knobs = plan_knobs(config, moment.step, moment.max_steps)
-    return MergePlan(decision.readings, decision.verdicts, rule=knobs.pop("gate"), **knobs)
+    choices = choices_of(config, moment.step, moment.max_steps)
+    return MergePlan(decision.readings, decision.verdicts, choices.gate, choices.how, choices.rules)
 
 
 def still_disarmed(disarmed: Collection[str], seen: frozenset[str]) -> list[str]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ...decision import GATES, share_left
-from ...decision.weights import pattern_of
-from ...methods import get_method
+from ...decision import share_left
+from ...decision.weights import weights_of
 from ..config.settings import SafeMergeConfig
-from .decide import merge_steps, plan_knobs
+from .decide import choices_of, merge_steps
 
 # Below this share of what the task had trained, a run is told before it begins.
 WORTH_WARNING = 0.2
@@ -46,8 +45,8 @@ def forecast(
     if not config.merges:
         return Forecast(0, None, exact=True)
     merges = sum(at > step for at in merge_steps(config, max_steps))
-    exact = GATES[config.gate].whole
-    if not get_method(config.method).takes_away:
+    exact = config.gate_at().criterion.whole
+    if not config.how.kind.takes_away:
         return Forecast(merges, None, exact)
     past, weights = task_weights or {}, _task_weights(config, names, max_steps)
     left = [share_left(w, merges, config.min_task_weight, past.get(name, 1.0)) for name, w in weights.items()]
@@ -56,10 +55,8 @@ def forecast(
 
 def _task_weights(config: SafeMergeConfig, names: Sequence[str], max_steps: int) -> dict[str, float]:
     """What one merge leaves of each module's update, soft weights where they change it most."""
-    knobs = plan_knobs(config, max_steps=max_steps)
-    own: Mapping[str, Sequence[float]] = knobs["module_weights"]
-    patterns = {name: pattern_of(name, own) for name in names}
-    return {name: (knobs["weights"] if found is None else own[found])[0] for name, found in patterns.items()}
+    choices = choices_of(config, max_steps=max_steps)
+    return {name: weights[0] for name, weights in weights_of(names, choices.how, choices.gate, choices.rules).items()}
 
 
 def too_strong(config: SafeMergeConfig, plan: Forecast, max_steps: int) -> str | None:

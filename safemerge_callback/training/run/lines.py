@@ -35,7 +35,7 @@ def merge_line(step: int, plan: MergePlan, edits: Sequence[Edit], progress: Prog
         f"lowest cosine {lowest:.3f}" if mean is None else f"moved {mean:+z.2f} before it, lowest cosine {lowest:.3f}"
     )
     merged = f"step {step:,}: {len(edits)} of {_count(len(plan.readings), 'module')} merged, {told}"
-    return merged + _left(plan.method, progress)
+    return merged + _left(plan.how.method, progress)
 
 
 def closing_line(
@@ -98,7 +98,7 @@ def _left(method: str, progress: Progress) -> str:
 def _how(config: SafeMergeConfig) -> str:
     others = " and ".join(config.adapters)
     if config.strength is not None:
-        target = "the run's average" if config.method == "ema" else others or "the aligned model"
+        target = "the run's average" if "average" in config.how.needs else others or "the aligned model"
         return f"{config.method} {config.strength:g} toward {target}"
     weights = " / ".join(f"{w:g}" for w in config.weights or ())
     return " ".join(filter(None, (config.method, weights, others and f"with {others}")))

@@ -6,6 +6,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary, ref
@@ -20,7 +21,15 @@ from ...corrections.gradient import check_gradient_engine
 from ...corrections.merge import Merge
 from ...corrections.protocol import Correction, GradientTerm, Kept, RunPoint
 from ...corrections.schedule import Schedule
-from ...decision import MergePlan, Readings, check_safety_adapter, merged_factors, own_cosines
+from ...decision import (
+    Gate,
+    MergePlan,
+    Readings,
+    check_safety_adapter,
+    cosines_needed,
+    merged_factors,
+    needs_of,
+)
 from ...decision.unmerged import base_tensors, unmerged, warning_of
 from ...errors import AdapterError, ConfigError, JournalError
 from ...io.addresses import source_name
@@ -38,7 +47,7 @@ from ...subspace import Subspace
 from ..config.settings import SafeMergeConfig, public_settings
 from ..trackers import Trackers
 from .clock import Clock
-from .decide import check_schedule_of_run, plan_knobs
+from .decide import check_schedule_of_run, choices_of
 from .forecast import forecast, too_strong
 from .lines import opening_line
 from .session import Session, kept_of
@@ -109,7 +118,7 @@ def open_session(
     subspace = _subspace(config, model, writer, factors)
     safety = _safety_adapters(config, factors)
     left = _unmerged(model, safety, factors)
-    reference = own_cosines(safety[0], factors, subspace) if safety and config.gate == "reference" else None
+    reference = cosines_needed([config.gate_at()], safety, factors, subspace)
     choice = place(config, subspace, factors)
     part = own_part(choice, factors, subspace)
     at = RunPoint(state.global_step, state.max_steps, writer, subspace, safety, optimizer)
@@ -149,10 +158,15 @@ def _subspace(
     weights = {} if writer.initial else base_weights(model)
     subspace = Subspace.load(config.subspace)
     subspace.check(factors, weights)
-    if config.gate_at().asks_cosines or "subspace" in config.rule.needs:
+    if config.gate_at().asks_cosines or "subspace" in _needs(config):
         # A compressed file may leave a decision open at any check: its exact one is looked for now.
         subspace.exact()
     return subspace
+
+
+def _needs(config: SafeMergeConfig) -> dict[str, str]:
+    """What a merge by the settings needs to be there, and who says so."""
+    return needs_of(config.how, config.gate_at(), config.rules)
 
 
 def _outlets(
@@ -183,7 +197,7 @@ def _initial(
 def _safety_adapters(config: SafeMergeConfig, factors: Mapping[str, LoraFactors]) -> tuple[Adapter, ...]:
     """The safety adapters where they will be merged; kept outside the model, which would save and train them."""
     listed = any("safety_adapter" in chosen.kind.needs for chosen in config.chosen_corrections)
-    needed = "safety_adapter" in config.rule.needs | config.rule.optional or config.gate == "reference"
+    needed = "safety_adapter" in config.how.kind.optional.union(_needs(config))
     if not listed and not (config.merges and needed):
         return ()
     found = tuple(load_adapter(name) for name in config.adapters)
@@ -221,7 +235,7 @@ def _merge(config: SafeMergeConfig) -> Merge:
     """The merge, with the average of the run's updates where its method goes to that."""
     names = ("every", "from_step", "until_step", "at_train_end")
     schedule = Schedule(**{name: getattr(config, name) for name in names})
-    if not config.merges or "average" not in config.rule.needs:
+    if not config.merges or "average" not in _needs(config):
         return Merge(schedule)
     return Merge(schedule, RunAverage(Average(float(config.ema_decay or 0.0)), int(config.ema_every or 1)))
 
@@ -245,9 +259,10 @@ def _rehearse(
     factors = at.factors()
     readings = measure_together(factors, at.subspace, part, {"gate": config.gate_at(), "reference": reference})
     _require_finite(readings)
-    MergePlan.decide(readings, **plan_knobs(config))
+    choices = choices_of(config)
+    MergePlan.of(readings, choices)
     if config.merges:
-        everything = MergePlan.decide(readings, **{**plan_knobs(config), "gate": "all", "seed": config.seed})
+        everything = MergePlan.of(readings, replace(choices, gate=Gate("all", seed=config.seed)))
         _, edits = merged_factors(everything, factors, merge.sources(at), at.subspace)
         _tell_losses([edit.residual for edit in edits if factors[edit.name].initial is not None])
 

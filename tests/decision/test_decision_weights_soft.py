@@ -5,7 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safemerge_callback.decision import MergePlan, apply, attenuated, measure, spread
+from safemerge_callback.decision import MergePlan, apply, measure
+from safemerge_callback.decision.weights.soft import attenuated
+from safemerge_callback.decision.weights.spread import spread
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.live import writer_for
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import ConfigError, shown
 from ..io.choices import one_of
 from ..io.numbers import is_number
-from ..io.patterns import as_pattern
-from ..methods import METHODS, Method, get_method
+from .registry import METHODS, Method, get_method
 
 LARGEST_WEIGHT = 2.0
 DEFAULT_WEIGHTS = (0.8, 0.2)
@@ -66,73 +64,6 @@ def merge_weights(
     if weights is None and (adapters or 0) > 1:
         raise ConfigError(f"weights are missing with {adapters} safety adapters: {_wanted(adapters or 0)}")
     return DEFAULT_WEIGHTS if weights is None else weights
-
-
-def method_of(
-    method: str,
-    adapters: int | None,
-    weights: Sequence[float] | None = None,
-    module_weights: Mapping[str, Sequence[float]] | None = None,
-    space: str = "delta",
-) -> str:
-    """Return `method`, or what `auto` stands for: `pull` where no safety adapter is named, else `linear`.
-
-    `adapters`: how many are; None where they are named later, as those of a plan are when it is applied. Weights, those
-    of modules, and a space that `pull` has not, tell of one to come.
-    """
-    if method != "auto":
-        return method
-    told = adapters != 0 or weights is not None or module_weights or space not in get_method("pull").spaces
-    return "linear" if told else "pull"
-
-
-def check_module_weights(
-    method: str, space: str, module_weights: Any, adapters: int | None = None
-) -> dict[str, tuple[float, ...]]:
-    """Return pattern -> weights, each checked as `check_merge` does; ConfigError for what is no such mapping."""
-    if module_weights is None:
-        return {}
-    if not isinstance(module_weights, Mapping):
-        raise ConfigError(
-            f"module_weights is {shown(module_weights)}: map patterns of module names to weights, such as "
-            "{'v_proj': [0.5, 0.5]}"
-        )
-    if module_weights and not get_method(method).weighted:
-        raise ConfigError(f"module_weights is set, and method {method!r} reads no weights: leave it out")
-    checked = {}
-    for pattern, weights in module_weights.items():
-        _compiled(pattern)
-        try:
-            checked[pattern] = check_merge(method, space, weights, adapters)
-        except ConfigError as error:
-            raise ConfigError(f"module_weights of {shown(pattern)}: {error}") from error
-    return checked
-
-
-def pattern_of(name: str, patterns: Iterable[str]) -> str | None:
-    """Return the first pattern that a module's name fits, None where none does.
-
-    A pattern is a regular expression of the name or of its end, whole parts: `v_proj` fits every v_proj,
-    `layers.[0-3].*` the first four layers. Source: PEFT's `rank_pattern`.
-    """
-    return next((pattern for pattern in patterns if _compiled(pattern).fullmatch(name)), None)
-
-
-def check_patterns(patterns: Iterable[str], names: Sequence[str]) -> None:
-    """Raise ConfigError for a pattern that fits none of the modules `names`, or only such as an earlier one takes."""
-    given = list(patterns)
-    used = {pattern_of(name, given) for name in names}
-    idle = [pattern for pattern in given if pattern not in used]
-    if idle:
-        shown = f", the first is {names[0]!r}" if names else ""
-        raise ConfigError(
-            f"module_weights of {idle[0]!r} fits none of the {len(names)} modules{shown}, or only such that an earlier "
-            "pattern takes: the first that fits counts; give the end of a name, or a regular expression"
-        )
-
-
-def _compiled(pattern: Any) -> re.Pattern[str]:
-    return as_pattern(pattern, "module_weights:", within=(r"(?:.*\.)?(?:", ")"))
 
 
 def _wanted(adapters: int) -> str:

@@ -1,0 +1,23 @@
+"""What a gate, a method and weights rules need to be there, and who says so: asked in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..methods.how import How
+from .gates import Gate
+from .weights import rules_in_force
+
+
+def needs_of(how: How | None, gate: Gate, rules: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Return need -> who has it, in words, of all that a merge needs; `how` None says nothing.
+
+    `subspace`: alignment matrices to multiply with; `bases`: instead of them. `safety_adapter`. `safety_cosines`: what
+    the safety adapter itself reads. `average`: of the run's own updates. `one_merge`: that it happens once.
+    """
+    found = [] if how is None else [(f"method {how.method!r}", how.needs)]
+    found += [(f"gate {gate.name!r}", gate.criterion.needs)]
+    found += [(f"weights rule {rule.name!r}", rule.needs) for rule, _ in rules_in_force(rules or {}, gate)]
+    # The first that needs it is named.
+    return {need: who for who, needs in reversed(found) for need in needs}

@@ -1,0 +1,152 @@
+"""A gate, a merge method and a weights rule with knobs of their own, registered here and known nowhere else."""
+
+import pytest
+import torch
+from peft import PeftModel
+
+from safemerge_callback import MergePlan, SafeMergeConfig, apply_safemerge, merge_adapters, sweep_adapters
+from safemerge_callback.decision import GATES, KNOB, Gate, Verdict, measure
+from safemerge_callback.decision.gates import gate
+from safemerge_callback.decision.weights import WEIGHTS, weights_rule
+from safemerge_callback.errors import ConfigError
+from safemerge_callback.io.knobs import Knob
+from safemerge_callback.live import live_factors
+from safemerge_callback.methods import METHODS
+from safemerge_callback.methods.linear import linear
+from safemerge_callback.methods.registry import register
+from safemerge_callback.offline.merge_yaml import read_recipe
+from safemerge_callback.ops import LowRank
+from tests.support.trainer import entries
+
+
+def _share(value, beside):
+    if not isinstance(value, float) or not 0 < value <= 1:
+        raise ConfigError(f"boost is {value!r}: give a share, above 0 and at most 1")
+    return value
+
+
+def _parity(value, beside):
+    if value not in (0, 1):
+        raise ConfigError(f"parity is {value!r}: give 0 or 1")
+    return value
+
+
+def _number(value, beside):
+    if value is not None and not value > 0:
+        raise ConfigError(f"halving is {value!r}: give a number above 0")
+    return value
+
+
+@pytest.fixture(autouse=True)
+def _dummies():
+    """Three entries in the registries, which are as they were afterwards."""
+    registries = [(registry, dict(registry)) for registry in (GATES, KNOB, METHODS, WEIGHTS)]
+
+    @gate(knob=Knob("parity", "Which of two modules in turn.", _parity, default=0))
+    def alternate(readings, *, parity):
+        return {name: Verdict(i % 2 == parity, f"number {i}") for i, name in enumerate(readings)}
+
+    @register(spaces=("delta",), needs=frozenset({"safety_adapter"}), knobs=(Knob("boost", "Share.", _share, 0.5),))
+    def boosted(live, safety, *, weights, boost=1.0):
+        return linear(live, [LowRank(u.A, boost * u.B) for u in safety], weights=weights)
+
+    @weights_rule(knob=Knob("halving", "What the weight of safety is divided by in the first layer.", _number))
+    def halved(weights, halving, case):
+        return {n: (w[0], *(x / halving for x in w[1:])) if "layers.0." in n else w for n, w in weights.items()}
+
+    yield
+    for registry, before in registries:
+        registry.clear()
+        registry.update(before)
+
+
+CHOSEN = {"gate": "alternate", "parity": 1, "method": "boosted", "boost": 0.25, "halving": 2.0}
+
+
+def test_a_plan_is_decided_by_them(world):
+    from safemerge_callback import Subspace
+
+    factors = live_factors(world.model())
+    readings = measure(factors, Subspace.load(world.subspace))
+    plan = MergePlan.decide(readings, **CHOSEN)
+    assert plan.selected == tuple(n for n in readings if "v_proj" in n)
+    assert plan.taken == {"boost": 0.25}
+    assert plan.noted == {"halving": 2.0}
+    assert {n: w for n, w in plan.weights.items() if "layers.0" in n} == {
+        n: (0.8, 0.1) for n in readings if "layers.0" in n
+    }
+    assert plan.words == "method boosted, space delta, weights 0.8 / 0.2, halving 2.0, boost 0.25"
+    assert MergePlan.decide(readings, parity=0).gate == Gate("alternate", knobs={"parity": 0})
+    for knobs, says in [
+        ({"parity": 2}, "parity is 2: give 0 or 1"),
+        ({"gate": "all", "parity": 1}, "parity=1 is read by gate 'alternate' only, and gate is 'all'"),
+        ({"method": "boosted", "boost": 2.0}, "boost is 2.0: give a share"),
+        ({"method": "linear", "boost": 0.25}, "boost is 0.25, which method 'linear' does not read.*'boosted'"),
+        ({"halving": -1}, "halving is -1"),
+        ({"halvign": 2}, "did you mean 'halving'"),
+    ]:
+        with pytest.raises(ConfigError, match=says):
+            MergePlan.decide(readings, **knobs)
+
+
+def saved(world, tmp_path):
+    model = world.model(seed=7)
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    model.save_pretrained(tmp_path / "task")
+    return tmp_path / "task"
+
+
+def test_folders_and_models_are_merged_by_them(world, tmp_path):
+    task = saved(world, tmp_path)
+    plan = merge_adapters(task, world.safety, world.subspace, tmp_path / "out", **CHOSEN)
+    # a quarter of the safety update everywhere, and half of that in layer 0
+    same = {"method": "linear", "weights": (0.8, 0.05), "module_weights": {"layers.0.*v_proj": (0.8, 0.025)}}
+    told = (tmp_path / "out" / "safemerge.yaml").read_text()
+    assert "parity: 1\n" in told
+    assert "boost: 0.25\n" in told
+    assert "halving: 2.0\n" in told
+    assert {*read_recipe(tmp_path / "out" / "safemerge.yaml")} >= {"parity", "boost", "halving"}
+    (merge,) = entries(tmp_path / "out", "merge")
+    assert (merge["boost"], merge["halving"]) == (0.25, 2.0)
+    assert {m["name"]: m["weights"] for m in merge["modules"]} == {n: list(plan.weights[n]) for n in plan.selected}
+    (check,) = entries(tmp_path / "out", "check")
+    assert (check["gate"], check["parity"]) == ("alternate", 1)
+    model = PeftModel.from_pretrained(world.model(seed=7).unload(), task)
+    applied = apply_safemerge(model, world.safety, world.subspace, **CHOSEN)
+    assert applied.weights == plan.weights
+    merged = live_factors(model, "safemerge")
+    other = PeftModel.from_pretrained(world.model(seed=7).unload(), task)
+    gates = Gate("alternate", knobs={"parity": 1})
+    apply_safemerge(other, world.safety, world.subspace, gate=gates, **same)
+    for name, module in live_factors(other, "safemerge").items():
+        assert torch.allclose(merged[name].B @ merged[name].A, module.B @ module.A, atol=1e-6)
+        changed = not torch.equal(merged[name].B, live_factors(model, "default")[name].B)
+        assert changed == ("v_proj" in name)
+    cells = sweep_adapters(task, world.safety, world.subspace, gates=["all", gates], methods=["boosted"], boost=0.25)
+    assert [cell.method for cell in cells] == ["boosted", "boosted"]
+
+
+def test_a_run_is_merged_by_them(world, tmp_path):
+    world.trainer(tmp_path, world.guard(**CHOSEN)).train()
+    merges = entries(tmp_path, "merge")
+    assert len(merges) == 3
+    for merge in merges:
+        assert (merge["method"], merge["boost"], merge["halving"]) == ("boosted", 0.25, 2.0)
+        assert all("v_proj" in module["name"] for module in merge["modules"])
+        weights = {m["name"].split("layers.")[1][0]: m["weights"] for m in merge["modules"]}
+        assert weights == {"0": [0.8, 0.1], "1": [0.8, 0.2]}
+    assert {m["merge"] for m in entries(tmp_path, "check")[0]["modules"]} == {True, False}
+
+
+def test_settings_hold_them(world, tmp_path):
+    config = SafeMergeConfig.from_dict(world.knobs(**CHOSEN))
+    assert config.knobs == {"parity": 1, "boost": 0.25, "halving": 2.0}
+    assert config == SafeMergeConfig.from_dict(config.to_dict())
+    assert SafeMergeConfig(**world.knobs(method="boosted", knobs='{"boost": 0.25}')).how == config.how
+    with pytest.raises(ConfigError, match="knob 'boots' of knobs is unknown; did you mean 'boost'"):
+        SafeMergeConfig(**world.knobs(knobs={"boots": 1}))
+    with pytest.raises(ConfigError, match=r"boost is 0\.25, which method 'linear' does not read"):
+        SafeMergeConfig.from_dict(world.knobs(method="linear", boost=0.25))
