@@ -89,7 +89,8 @@ class GradientEngine:
     def before_step(self, at: RunPoint, model: nn.Module) -> None:
         """Add what is due in the step that comes after `at`. Every rank calls it alike; weight 0 is absence."""
         for term in self.terms:
-            if term.weight and term.schedule.due(at.step + 1, at.max_steps):
+            step = at.step + 1
+            if term.weight and term.schedule.due(step, at.max_steps, last=step >= at.max_steps):
                 self._add(term, at, model)
 
     def _add(self, term: GradientTerm, at: RunPoint, model: nn.Module) -> None:

@@ -57,6 +57,7 @@ class Change(NamedTuple):
     merge: bool = False
 
 
+@runtime_checkable
 class Correction(Protocol):
     """Changes the factors of a run."""
 

@@ -42,9 +42,29 @@ class ChosenCorrection(NamedTuple):
     kind: CorrectionKind
     settings: Any
 
-    def made(self) -> Correction | GradientTerm:
-        """Return a new one, for one run."""
-        return self.kind.make(self.settings)
+    def for_run(self, engine: str, max_steps: int) -> Correction | GradientTerm:
+        """Return a new one, for one run of `max_steps` by this engine, one of `ENGINES`.
+
+        ConfigError where the engine cannot serve it, where it would never be due, and for what is no correction.
+        """
+        name, made = self.kind.name, self.kind.make(self.settings)
+        if not isinstance(made, Correction | GradientTerm):
+            raise ConfigError(
+                f"correction {name!r} made a {type(made).__name__}, which is neither a change nor a gradient term: let "
+                "it have a name, a schedule, and a method `change`, or a weight and a method `loss`"
+            )
+        if engine not in self.kind.engines:
+            raise ConfigError(
+                f"correction {name!r} serves {sorted(self.kind.engines)}, and this training is under {engine}: train "
+                "with one of those, or leave it out"
+            )
+        if not made.schedule.ever(max_steps):
+            raise ConfigError(
+                f"correction {name!r} is never due in this run of {max_steps} steps (every={made.schedule.every:g}, "
+                f"from_step={made.schedule.from_step}, until_step={made.schedule.until_step}): choose them so that it "
+                "is, or leave it out"
+            )
+        return made
 
 
 CORRECTIONS: dict[str, CorrectionKind] = {}

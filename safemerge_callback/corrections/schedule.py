@@ -51,6 +51,11 @@ class Schedule:
         if not truth(self.at_train_end, "at_train_end") and self.every == 0:
             raise ConfigError("every is 0 and at_train_end is false, so it would never be due: set one of them")
 
+    def ever(self, max_steps: int) -> bool:
+        """Return whether it is due anywhere in a run of `max_steps`."""
+        bounds = {"every": self.every, "from_step": self.from_step, "until_step": self.until_step}
+        return self.at_train_end or bool(periodic_checks(max_steps, **bounds))  # type: ignore[arg-type]
+
     def due(self, step: int, max_steps: int, *, last: bool = False) -> bool:
         """Return whether it is due at `step` of `max_steps`, which is the run's last or not."""
         every = interval(self.every, max_steps)

@@ -84,7 +84,7 @@ class SafeMergeCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add the gradients that are due: the parameters have none yet, and clipping is still to come."""
-        if self.session and model is not None and self.session.terms.terms:
+        if self.session and model is not None and self.session.gradients.terms:
             with self.session.clock.hook():
                 self.session.before_step(model)
 

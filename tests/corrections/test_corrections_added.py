@@ -315,3 +315,52 @@ def test_an_engine_that_a_correction_does_not_serve_is_refused_before_the_first_
     with pytest.raises(ConfigError, match="correction 'rows' adds a gradient, which is not done under DeepSpeed yet"):
         trainer.train()
     assert seen.steps == []
+
+
+def test_what_would_never_be_due_is_refused_before_the_first_step(world, tmp_path):
+    trainer = world.trainer(tmp_path, world.guard(**WATCH, corrections=[{"shrink": {"every": 5}}]), max_steps=4)
+    with pytest.raises(ConfigError, match=r"correction .shrink. is never due in this run of 4 steps .every=5"):
+        trainer.train()
+
+
+def test_what_is_neither_a_change_nor_a_term_is_refused(world, tmp_path):
+    @correction(Rows, cost="nothing")
+    def neither(settings):
+        return settings
+
+    trainer = world.trainer(tmp_path, world.guard(**WATCH, corrections=[{"neither": {}}]), max_steps=4)
+    with pytest.raises(ConfigError, match="correction 'neither' made a Rows, which is neither a change nor a gradient"):
+        trainer.train()
+
+
+def test_a_change_that_the_engine_cannot_have_is_refused(world, tmp_path, monkeypatch):
+    from safemerge_callback.training.run import opening
+
+    monkeypatch.setattr(opening, "engine_of", lambda *about: "FSDP")
+
+    @correction(Shrinking, cost="nothing", engines={"DDP"})
+    def shrink(settings):
+        return Shrink(settings)
+
+    trainer = world.trainer(tmp_path, world.guard(**WATCH, corrections=[{"shrink": {}}]), max_steps=4)
+    with pytest.raises(ConfigError, match=r"correction 'shrink' serves \['DDP'\], and this training is under FSDP"):
+        trainer.train()
+
+
+def test_a_correction_that_needs_a_safety_adapter_is_given_one_or_refused(world, runs, tmp_path):
+    seen = []
+
+    class Looks(Shrink):
+        def change(self, at):
+            seen.append([sorted(adapter.factors) == sorted(at.factors()) for adapter in at.safety])
+
+    @correction(Shrinking, cost="nothing", needs={"safety_adapter"})
+    def shrink(settings):
+        return Looks(settings)
+
+    with pytest.raises(ConfigError, match="safety_adapter is missing: correction 'shrink' needs one"):
+        world.guard(**WATCH, corrections=[{"shrink": {}}])
+    guard = world.guard(gate="watch", every=3, corrections=[{"shrink": {}}])
+    world.trainer(tmp_path, guard, max_steps=4).train()
+    assert seen == [[True], [True]]
+    assert runs.entries(tmp_path, "change") == []

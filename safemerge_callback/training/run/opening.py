@@ -123,7 +123,7 @@ def open_session(
     part = own_part(choice, factors, subspace)
     at = RunPoint(state.global_step, state.max_steps, writer, subspace, safety, optimizer)
     merge = _merge(config)
-    corrections = _corrections(config, model, args, optimizer)
+    corrections = _corrections(config, model, args, at)
     for kept in kept_of(merge, corrections):
         _take_up(kept, past)
     _rehearse(config, at, merge, part, reference)
@@ -213,22 +213,17 @@ def _unmerged(model: nn.Module, safety: Sequence[Adapter], modules: Collection[s
 
 
 def _corrections(
-    config: SafeMergeConfig, model: nn.Module, args: TrainingArguments, optimizer: Any
+    config: SafeMergeConfig, model: nn.Module, args: TrainingArguments, at: RunPoint
 ) -> list[Correction | GradientTerm]:
-    """The corrections of the list, made anew; ConfigError for one that the engine of this training cannot serve."""
-    made = [(chosen.kind, chosen.made()) for chosen in config.chosen_corrections]
-    engine = engine_of(model, optimizer) if made else ""
-    for kind, one in made:
-        if engine not in kind.engines:
-            raise ConfigError(
-                f"correction {kind.name!r} serves {sorted(kind.engines)}, and this training is under {engine}: train "
-                "with one of those, or leave it out"
-            )
-        if isinstance(one, GradientTerm):
-            check_gradient_engine(kind.name, engine)
-            if getattr(args, "parallelism_config", None) is not None:
-                check_gradient_engine(kind.name, "a parallelism_config")
-    return [one for _, one in made]
+    """The corrections of the list, made anew; ConfigError for one that cannot be in this training."""
+    engine = engine_of(model, at.optimizer)
+    corrections = [chosen.for_run(engine, at.max_steps) for chosen in config.chosen_corrections]
+    # Where a row's tokens are split over processes, no rank has a loss of its own.
+    split = getattr(args, "parallelism_config", None) is not None
+    for term in corrections:
+        if isinstance(term, GradientTerm):
+            check_gradient_engine(term.name, "a parallelism_config" if split else engine)
+    return corrections
 
 
 def _merge(config: SafeMergeConfig) -> Merge:

@@ -80,7 +80,7 @@ class Session:
         self.marks = Marks(writer, self.config.at_train_end)
         self.kept = kept_of(self.merge, self.corrections)
         self.changes = [one for one in self.corrections if not isinstance(one, GradientTerm)]
-        self.terms = GradientEngine([one for one in self.corrections if isinstance(one, GradientTerm)], self.log)
+        self.gradients = GradientEngine([one for one in self.corrections if isinstance(one, GradientTerm)], self.log)
 
     @property
     def progress(self) -> Progress:
@@ -128,11 +128,11 @@ class Session:
 
     def before_step(self, model: nn.Module) -> None:
         """Add the gradients that are due to the step that begins."""
-        self.terms.before_step(self.point, model)
+        self.gradients.before_step(self.point, model)
 
     def tell_losses(self) -> None:
         """Tell the mean losses of the gradient terms since they were last told, where there are any."""
-        numbers = self.terms.report(self.step)
+        numbers = self.gradients.report(self.step)
         if numbers:
             self.log.tell(self.step, lambda: self.trackers.numbers(self.args, self.state, numbers))
 
