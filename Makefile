@@ -10,7 +10,7 @@ OLD := $(OLDEST)/bin/python -m pip --disable-pip-version-check
 # faults: kept, a step takes half as long or less. Nothing else changes, and other systems ignore these variables.
 KEEP := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=8589934592
 # Three workers on two cores: the tests with several processes wait much.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal --durations=20
 # DeepSpeed compiles this on first use, which a test with a time limit should not have to wait for.
 BUILD_SHM := from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=False)
 # A build that was killed leaves a lock that the next one would wait for without end.

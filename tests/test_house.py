@@ -37,7 +37,7 @@ def test_only_trackers_imports_wandb_and_only_training_and_loading_import_transf
     for path in SOURCES:
         imported = set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.MULTILINE))
         assert "wandb" not in imported or path == PACKAGE / "training" / "trackers" / "wandb.py", path
-        loads = path.name == "loading.py" or PACKAGE / "training" in path.parents
+        loads = path == PACKAGE / "evaluation" / "loading.py" or PACKAGE / "training" in path.parents
         assert "transformers" not in imported or loads, path
 
 
@@ -100,7 +100,7 @@ def test_no_gate_method_or_weights_rule_is_asked_for_by_name_outside_its_own_fil
 
 def test_public_functions_are_documented():
     missing = [
-        f"{p.name}:{node.name}"
+        f"{p.relative_to(ROOT)}:{node.name}"
         for p in SOURCES
         for node in ast.parse(p.read_text()).body
         if isinstance(node, ast.FunctionDef | ast.ClassDef)
@@ -114,7 +114,8 @@ def test_no_unfinished_work_and_no_vague_names():
         text = path.read_text()
         assert not re.search(r"\b(TODO|FIXME|XXX)\b|NotImplementedError", text), path
         assert not re.search(VAGUE, text, re.MULTILINE), path
-        assert "zip(" not in text or text.count("zip(") == text.count("strict=True"), path
+        # That `strict` is given at all is ruff's to see (B905).
+        assert "strict=False" not in text, path
 
 
 def test_every_public_name_is_known_to_type_checkers():

@@ -4,7 +4,7 @@ import torch
 from packaging.version import Version
 
 from safemerge_callback.errors import ConfigError, PlanError
-from safemerge_callback.methods import METHODS, get_method
+from safemerge_callback.methods import get_method
 from safemerge_callback.ops import LowRank
 
 
@@ -152,16 +152,3 @@ def test_errors_name_the_value_and_what_is_allowed():
         get_method("linear").merge(
             LowRank(rand(4, 9), rand(5, 4)), [LowRank(rand(2, 9), rand(5, 2))], weights=(0.5, 0.5), space="factor"
         )
-
-
-def test_one_name_in_five_places():
-    """File, registry key and card agree for every method."""
-    from pathlib import Path
-
-    import safemerge_callback.methods as floor
-
-    files = {p.stem for p in Path(floor.__file__).parent.glob("*.py")} - {
-        *("__init__", "aliases", "density", "how", "registry", "spaces", "weights")
-    }
-    cards = {p.stem for p in (Path(__file__).parents[2] / "docs" / "methods").glob("*.md")} - {"README"}
-    assert files == set(METHODS) == cards

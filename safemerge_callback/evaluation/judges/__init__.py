@@ -3,7 +3,7 @@
 from .classifier import ClassifierJudge
 from .endpoint import EndpointJudge
 from .function import FunctionJudge
-from .keyword import KeywordJudge, refusal_phrases, says
+from .keywords import KeywordJudge, refusal_phrases, says
 from .llamaguard import LlamaGuardJudge
 from .protocol import Decides, Judge, check_benign, check_ready, decides, measure_name, name_of
 from .registry import JUDGES, check_judge, load_judge

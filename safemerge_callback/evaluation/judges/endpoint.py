@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from ...errors import ConfigError
-from .keyword import says
+from .keywords import says
 from .protocol import Decides, check_decides, one_verdict
 
 KEY = "SAFEMERGE_JUDGE_KEY"

@@ -12,7 +12,7 @@ from ...io.choices import one_of
 from .classifier import ClassifierJudge
 from .endpoint import endpoint_at
 from .function import FunctionJudge, imported
-from .keyword import KeywordJudge
+from .keywords import KeywordJudge
 from .llamaguard import LlamaGuardJudge
 from .protocol import Judge, decides
 from .shieldgemma import ShieldGemmaJudge
