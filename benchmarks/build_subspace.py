@@ -74,7 +74,7 @@ def write_checkpoint(folder, layers, seed):
     layer = {f"self_attn.{k}": v for k, v in attention.items()} | {f"mlp.{k}": v for k, v in mlp.items()} | norms
     shards = [{f"layers.{i}.{name}": shape for name, shape in layer.items()} for i in range(layers)]
     shards.append({"embed_tokens": (VOCABULARY, HIDDEN), "norm": (HIDDEN,)})
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shapes in enumerate(shards):
         file = f"model-{number:05}.safetensors"
         tensors = {f"model.{name}.weight": 0.02 * torch.randn(shape).bfloat16() for name, shape in shapes.items()}

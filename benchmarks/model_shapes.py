@@ -160,7 +160,7 @@ def compare_merges(shapes: Shapes, rank: int, repeats: int, where: str, with_svd
     if not with_svd:
         return row
     merged, _ = merge()
-    each: dict[str, Any] = {}
+    each: dict[tuple[int, int], dict[str, Any]] = {}
     for shape in dict.fromkeys(shapes.values()):
         name = next(name for name, found in shapes.items() if found == shape)
         pair = (factors[name].low_rank(), others[name].low_rank())

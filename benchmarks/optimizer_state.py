@@ -75,7 +75,7 @@ def study(
         "dtype": measured_pace().dtype,
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
     }
-    results = json.loads(file.read_text()) if file.exists() else {**about, "arms": {}}
+    results: Arm = json.loads(file.read_text()) if file.exists() else {**about, "arms": {}}
     changed = [key for key, value in about.items() if results.get(key) != value]
     if changed:
         raise SystemExit(f"{file} was made with other {changed}: give another --output")
@@ -89,7 +89,7 @@ def study(
         if name in results["arms"]:
             continue
         began = time.perf_counter()
-        arm = {"policy": policy, "seed": seed, **train(policy, seed, output / name, guard, settings)}
+        arm: Arm = {"policy": policy, "seed": seed, **train(policy, seed, output / name, guard, settings)}
         arm["jump"] = jump(arm["losses"], [int(step) for step in arm["merges"]])
         arm["rows"] = evaluate_arm("embedded-aligned", counts, results["dtype"], arm.pop("adapter"))
         arm["seconds"] = time.perf_counter() - began

@@ -70,7 +70,9 @@ def live(name: str, folder: Path) -> Iterator[None]:
 
 def cost_of(name: str, layers: int, checks: int, folder: Path) -> dict[str, float]:
     """Send so many checks to one tracker; raises RuntimeError where it failed, since then nothing was measured."""
-    rng, trackers, plain, drawn = random.Random(0), Trackers(), [], []
+    rng, trackers = random.Random(0), Trackers()
+    plain: list[float] = []
+    drawn: list[float] = []
     with live(name, folder):
         trackers.attach([name], Run(folder, {"gate": "threshold"}))
         for step in range(1, checks + 1):

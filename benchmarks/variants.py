@@ -111,7 +111,8 @@ def main() -> None:
         row for count, size, rank in asked.batches for row in compare_batch(count, size, rank, asked.repeats, where)
     ]
     if not asked.skip_compile:
-        rows.append(compare_compiled(*asked.compiled, asked.repeats, where))
+        size, rank = asked.compiled
+        rows.append(compare_compiled(size, rank, asked.repeats, where))
     results = {"hardware": machine, "seed": asked.seed, "repeats": asked.repeats, "rows": rows}
     report(results)
     if asked.output:

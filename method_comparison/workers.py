@@ -45,9 +45,9 @@ def run_cells(
     left, running = list(cells), dict[SpawnProcess, Cell]()
     try:
         while left or running:
-            while len(running) < workers and (cell := _next(grid, left, list(running.values()))) is not None:
-                left.remove(cell)
-                running[_start(grid, cell, stamp)] = cell
+            while len(running) < workers and (begin := _next(grid, left, list(running.values()))) is not None:
+                left.remove(begin)
+                running[_start(grid, begin, stamp)] = begin
             wait([process.sentinel for process in running])
             for process in [process for process in running if not process.is_alive()]:
                 yield running[process], _result(grid, running.pop(process), stamp, process)

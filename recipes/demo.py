@@ -121,7 +121,7 @@ def _finish_tracking() -> None:
 
 
 def evaluate_arm(
-    model_name: str, counts: dict[str, int], dtype: str, adapter: str | None = None
+    model_name: str, counts: dict[str, Any], dtype: str, adapter: str | None = None
 ) -> list[dict[str, Any]]:
     """Return the rows of figures of a model in `dtype`, with the adapter's update merged into its weights."""
     import torch

@@ -87,8 +87,11 @@ def _readings(heights: dict[str, float]) -> Readings:
         shape, null = TYPES.get(name.split(".", 2)[-1], ((4096, 4096), 0.2))
         cosine = min(cosine, 0.98)
         # A few standard deviations of an unrelated update either way.
-        known = {"null_std": 0.02, "reference": 0.6, "signed_cosine": 0.003 * (cosine - 0.44)}
-        found.append(Reading(name, cosine, null, 1.2 - cosine, 16, shape, **known))
+        signed = 0.003 * (cosine - 0.44)
+        reading = Reading(
+            name, cosine, null, 1.2 - cosine, 16, shape, null_std=0.02, reference=0.6, signed_cosine=signed
+        )
+        found.append(reading)
     return Readings(found)
 
 

@@ -6,6 +6,7 @@ import os
 import warnings
 from contextlib import suppress
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +67,8 @@ def alone(tmp_path, monkeypatch):
     return tmp_path
 
 
+# Nothing is told of it: the path is refused before.
+ANY: Any = None
 TAKERS = {
     "subspace": Subspace.load,
     "checkpoint": locate,
@@ -81,7 +84,7 @@ TAKERS = {
     "recipe": read_recipe,
     "config": SafeMergeConfig.from_yaml,
     "picture": check_picture,
-    "report": lambda path: write_report(None, str(path) + ".nosuch"),
+    "report": lambda path: write_report(ANY, str(path) + ".nosuch"),
     "build": lambda path: build_subspace(path, aligned="circle", unaligned="pipe", progress=False),
     "build of": lambda path: build_subspace("o", aligned=path, unaligned=path, progress=False),
     "compress": lambda path: compress_subspace(path, "o", progress=False),

@@ -22,7 +22,7 @@ from safemerge_callback.live import base_weights, live_factors
 
 datasets.load_dataset = load_stand_in(datasets.load_dataset)
 SEEN: dict[str, dict] = {}
-NOW = Counter()
+NOW: Counter[str] = Counter()
 
 
 class Watch(transformers.TrainerCallback):
@@ -71,8 +71,9 @@ def subspace_for(model) -> Path:
             f"{n}.weight": (w + scale * torch.randn(w.shape, generator=rng)).contiguous() for n, w in weights.items()
         }
         save_file(tensors, folder / which / "model.safetensors")
-    parts = {"aligned": folder / "aligned", "unaligned": folder / "unaligned"}
-    return Path(build_subspace(folder / "s.safetensors", **parts, target_modules=names).path)
+    aligned, unaligned = folder / "aligned", folder / "unaligned"
+    built = build_subspace(folder / "s.safetensors", aligned=aligned, unaligned=unaligned, target_modules=names)
+    return Path(built.path)
 
 
 if os.environ.get("PEERS_WATCH") == "1":

@@ -17,7 +17,7 @@ KINDS = "Adapters"
 MANY = "Several adapters, other trained parts"
 BASES = "Bases"
 LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}
-GIVEN = {"give": "PeftModel"}
+GIVEN: dict[str, Any] = {"give": "PeftModel"}
 EMBEDDED = [*TARGETS, "embed_tokens"]
 
 

@@ -9,7 +9,7 @@ from .cell import Cell
 from .setups import plain, trl
 from .world import Base
 
-ROLLOUT = {"max_completion_length": 6, "num_generations": 2, "per_device_train_batch_size": 2}
+ROLLOUT: dict[str, Any] = {"max_completion_length": 6, "num_generations": 2, "per_device_train_batch_size": 2}
 BEMA = "trl.experimental.bema_for_ref_model.dpo_trainer"
 SERVED = "a generation server (vLLM) and a GPU's attention kernels"
 TEACHER = "a teacher's server (vLLM)"

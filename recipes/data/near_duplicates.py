@@ -49,7 +49,7 @@ def groups(texts: Sequence[str]) -> list[list[int]]:
 def without_near(texts: Iterable[str], seen: Iterable[str]) -> list[str]:
     """Return `texts` less whatever is a near-duplicate of a text in `seen`."""
     candidates, known = list(texts), list(seen)
-    lost = _near(candidates, known).any(1)
+    lost: NDArray[np.bool_] = np.any(_near(candidates, known), axis=1)
     return [text for text, near in zip(candidates, lost, strict=True) if not near]
 
 

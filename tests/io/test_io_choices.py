@@ -1,5 +1,7 @@
 """Every place where one name of a few is chosen: any other value is refused in one sentence, whatever its type."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +21,8 @@ from safemerge_callback.subspace.placement import check_placement
 from safemerge_callback.training.config.presets import with_preset
 from safemerge_callback.training.trackers.trackers import known
 
+# Nothing is drawn of it: the choice is refused before.
+ANY: Any = None
 ASKED = {
     "gate": Gate,
     "method": get_method,
@@ -29,7 +33,7 @@ ASKED = {
     "majority_sign_method": lambda value: How("ties", knobs={"density": 0.5, "majority_sign_method": value}),
     "decides": check_decides,
     "placement": check_placement,
-    "plot": lambda value: draw_plot(None, value),
+    "plot": lambda value: draw_plot(ANY, value),
     "tracker": lambda value: known([value]),
     "kind": lambda value: compress_subspace("s", "o", value),
 }

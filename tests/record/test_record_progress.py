@@ -1,5 +1,6 @@
 import json
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,13 @@ def test_progress_round_trips_whole():
     )
 
 
-WRONG = [{"checks": "3"}, {"merges": None}, {"merges": True}, {"task_weights": {"a": "0.8"}}, {"merged_steps": [1.5]}]
+WRONG: list[dict[str, Any]] = [
+    {"checks": "3"},
+    {"merges": None},
+    {"merges": True},
+    {"task_weights": {"a": "0.8"}},
+    {"merged_steps": [1.5]},
+]
 
 
 @pytest.mark.parametrize("values", [None, [], {}, {"checks": 1}, *({**asdict(Progress()), **one} for one in WRONG)])

@@ -140,6 +140,7 @@ def test_a_configuration_without_packed_tensors_refuses_nothing(world):
 
 
 # Tensors of a plain model's own, beside no weight, under words that quantised ones use.
+UNSAID: tuple[dict[str, str] | None, ...] = (None, {})
 OWN = {
     "codes": torch.ones(4),
     "whole codes": ints(4),
@@ -156,12 +157,7 @@ OWN = {
 @pytest.mark.parametrize(
     ("word", "config"),
     # Whole numbers under such a name, and a configuration that says so, are what they say.
-    [
-        (word, config)
-        for word in OWN
-        for config in (None, {})
-        if not (config == {} and word in ("whole codes", "indices"))
-    ],
+    [(word, config) for word in OWN for config in UNSAID if not (config == {} and word in ("whole codes", "indices"))],
 )
 def test_a_plain_models_own_tensors_are_no_packed_weights(world, word, config):
     for side in ("chat", "base"):

@@ -128,8 +128,8 @@ def write_subspace(folder: Path, name: str = "subspace.safetensors", targets: Se
     """Build the subspace between a folder's two checkpoints into the folder."""
     from safemerge_callback import build_subspace
 
-    pair = {part: folder / part for part in ("aligned", "unaligned")}
-    build_subspace(folder / name, **pair, target_modules=targets, progress=False)
+    aligned, unaligned = folder / "aligned", folder / "unaligned"
+    build_subspace(folder / name, aligned=aligned, unaligned=unaligned, target_modules=targets, progress=False)
     return folder / name
 
 

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -294,7 +295,7 @@ def probe(world, **changed):
     return SafetyEvalCallback(**given)
 
 
-PROBED = {
+PROBED: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "alone": (None, {"eval_batches": batches, "judge": lambda prompt, response: len(response) % 2 == 0}),
     "keywords": ({}, {}),
     "rollback-task": ({}, {"task": Falling, "rollback": {"task": 0.05}, "every": 0}),
