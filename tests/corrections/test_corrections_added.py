@@ -217,15 +217,24 @@ def test_a_change_that_fails_costs_no_training(world, runs, tmp_path, monkeypatc
     assert [(e["step"], e["where"]) for e in runs.entries(tmp_path, "error")] == [(2, "shrink"), (4, "shrink")]
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_gradient_term_adds_the_gradient_of_its_loss(world, runs, tmp_path, accumulation):
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing.*. is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"gradient_accumulation_steps": 2},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    ],
+    ids=["plain", "accumulated", "reentrant", "checkpointed"],
+)
+def test_a_gradient_term_adds_the_gradient_of_its_loss(world, tmp_path, how):
     """Once a step whatever the accumulation, and before clipping, which is off here so that it shows."""
     seen = {}
     for name, listed in {"with": [{"rows": {"weight": 0.5}}], "without": None}.items():
         seen[name] = Gradients()
         guard = world.guard(**{**WATCH, "every": 1}, corrections=listed)
-        settings = {"max_steps": 1, "gradient_accumulation_steps": accumulation, "max_grad_norm": 0.0}
-        world.trainer(tmp_path / name, guard, seen[name], **settings).train()
+        world.trainer(tmp_path / name, guard, seen[name], max_steps=1, max_grad_norm=0.0, **how).train()
     model = world.model().train()
     model(**rows()).loss.backward()
     want = {name: 0.5 * p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -165,8 +165,13 @@ def _subspace(
 
 
 def _needs(config: SafeMergeConfig) -> dict[str, str]:
-    """What a merge by the settings needs to be there, and who says so."""
-    return needs_of(config.how, config.gate_at(), config.rules)
+    """What the settings need to be there, and who says so: the merge, or else another correction."""
+    return {**_listed(config), **needs_of(config.how, config.gate_at(), config.rules)}
+
+
+def _listed(config: SafeMergeConfig) -> dict[str, str]:
+    """What the corrections of the list need, and which of them."""
+    return {need: f"correction {one.kind.name!r}" for one in config.chosen_corrections for need in one.kind.needs}
 
 
 def _outlets(
@@ -196,9 +201,8 @@ def _initial(
 
 def _safety_adapters(config: SafeMergeConfig, factors: Mapping[str, LoraFactors]) -> tuple[Adapter, ...]:
     """The safety adapters where they will be merged; kept outside the model, which would save and train them."""
-    listed = any("safety_adapter" in chosen.kind.needs for chosen in config.chosen_corrections)
-    needed = "safety_adapter" in config.how.kind.optional.union(_needs(config))
-    if not listed and not (config.merges and needed):
+    merged = config.merges and "safety_adapter" in config.how.kind.optional.union(_needs(config))
+    if not merged and "safety_adapter" not in _listed(config):
         return ()
     found = tuple(load_adapter(name) for name in config.adapters)
     for safety in found:
