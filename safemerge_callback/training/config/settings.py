@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from os import PathLike
 from pathlib import Path
@@ -10,15 +10,24 @@ from typing import Any
 
 from ...corrections.registry import ChosenCorrection, chosen_corrections
 from ...decision import DEFAULT_GATE, GATES, Gate, gate_of
+from ...decision.weights.by_pattern import MODULE_WEIGHTS
 from ...errors import ConfigError, nearest, shown
 from ...io.addresses import source_name
 from ...io.documents import read_yaml
-from ...methods import How
+from ...methods import METHODS, How
 from ...methods.aliases import without_alias
+from ...methods.density import DENSITY, MAJORITY_SIGN
+from ...methods.how import AUTO
+from ...methods.project import OPERATOR, OPERATOR_RANK
 from .checks import adapters_of, checked_settings
 from .choices import declared_knobs, gate_at, how_of, rules_of
 from .merge_entry import with_merge_entry
 from .presets import with_preset
+
+
+def _listed(names: Iterable[str]) -> str:
+    *names, last = names
+    return f"{', '.join(names)} or {last}"
 
 
 @dataclass(repr=False)
@@ -34,13 +43,7 @@ class SafeMergeConfig:
         default=None, metadata={"help": "Folder or Hub id of the safety LoRA that is merged in, or a list of them."}
     )
     # In docs/results.md modules of low cosine kept no more refusals than as many at random.
-    gate: str = field(
-        default=DEFAULT_GATE,
-        metadata={
-            "help": "Which modules to merge: threshold, calibrated, reference, opposed, num_layers, quantile, gap, "
-            "all, random, or watch (none)."
-        },
-    )
+    gate: str = field(default=DEFAULT_GATE, metadata={"help": f"Which modules to merge: {_listed(GATES)} (none)."})
     threshold: float = field(
         default=0.35, metadata={"help": "Gate threshold merges the modules whose cosine is below this."}
     )
@@ -83,10 +86,10 @@ class SafeMergeConfig:
         default=False, metadata={"help": "Whether the weights are the run's total, shared out over its merge events."}
     )
     method: str = field(
-        default="auto",
+        default=AUTO,
         metadata={
-            "help": "How two updates become one: auto (linear with a safety adapter, pull without), linear, slerp, "
-            "orthogonal, ties, dare_linear, dare_ties, della, magnitude_prune, breadcrumbs, pcb, project, pull or ema."
+            "help": f"How two updates become one: {AUTO} (linear with a safety adapter, pull without), "
+            f"{_listed(sorted(name for name, method in METHODS.items() if method.keeps_rank))}."
         },
     )
     space: str = field(
@@ -99,30 +102,13 @@ class SafeMergeConfig:
             "negative one takes an update away."
         },
     )
-    module_weights: dict[str, list[float]] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Weights for the modules whose name, or its end, a pattern fits, as {pattern: weights}; the first "
-            "that fits counts."
-        },
-    )
+    module_weights: dict[str, list[float]] | str | None = field(default=None, metadata={"help": MODULE_WEIGHTS.help})
     strength: float | None = field(
         default=None,
         metadata={"help": "Share of the way that pull (0.2 if left out) and ema (1) go to their target, at most 1."},
     )
-    operator: str | None = field(
-        default=None,
-        metadata={
-            "help": "What project multiplies with: safelora (C, if left out), once at the end, or orthogonal, which "
-            "may be repeated."
-        },
-    )
-    operator_rank: int | None = field(
-        default=None,
-        metadata={
-            "help": "Rank of the orthogonal operator; by default where 0.9 of V's energy is known to lie, or 64."
-        },
-    )
+    operator: str | None = field(default=None, metadata={"help": OPERATOR.help})
+    operator_rank: int | None = field(default=None, metadata={"help": OPERATOR_RANK.help})
     ema_decay: float | None = field(
         default=None,
         metadata={"help": "Share of the average that ema keeps when it takes an update in; 0.9 if left out."},
@@ -131,12 +117,8 @@ class SafeMergeConfig:
         default=None,
         metadata={"help": "Optimizer steps from one update taken into ema's average to the next; 10 if left out."},
     )
-    density: float | None = field(
-        default=None, metadata={"help": "Share of entries that methods which prune keep, above 0 and at most 1."}
-    )
-    majority_sign_method: str = field(
-        default="total", metadata={"help": "Whose sign ties, dare_ties and della take: total (of sums) or frequency."}
-    )
+    density: float | None = field(default=None, metadata={"help": DENSITY.help})
+    majority_sign_method: str = field(default=MAJORITY_SIGN.default, metadata={"help": MAJORITY_SIGN.help})
     knobs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
