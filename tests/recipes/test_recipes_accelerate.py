@@ -7,6 +7,7 @@ callback that looks:
     test_recipes_accelerate.py OUT RECIPE_ARGUMENT...
 """
 
+import gc
 import importlib.util
 import json
 import os
@@ -68,6 +69,7 @@ def main(out, *arguments):
     allow_fsdp_on_cpu()
     from recipes import finetune
 
+    gc.freeze()  # as tests/support/ranks.py does, and for the same reason
     build = finetune.build_trainer
     finetune.build_trainer = lambda *given: build(*given, callbacks=[Look(out)])
     finetune.main(list(arguments))
