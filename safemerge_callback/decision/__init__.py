@@ -61,9 +61,16 @@ if not TYPE_CHECKING:
         {
             "AVERAGE_FILE": "safemerge_callback.corrections.average",
             "Average": "safemerge_callback.corrections.average",
+            "DEFAULT_WEIGHTS": "safemerge_callback.methods",
             "Journal": "safemerge_callback.record",
+            "attenuated": "safemerge_callback.decision.weights.soft",
             "check_entry": "safemerge_callback.record",
+            "check_merge": "safemerge_callback.methods",
+            "check_module_weights": "safemerge_callback.decision.weights.by_pattern",
             "merge_entry": "safemerge_callback.record",
+            "merge_weights": "safemerge_callback.methods",
+            "method_of": "safemerge_callback.methods",
             "read_journal": "safemerge_callback.record",
+            "spread": "safemerge_callback.decision.weights.spread",
         },
     )

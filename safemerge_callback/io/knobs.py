@@ -36,6 +36,13 @@ def checked(knobs: tuple[Knob, ...], values: Mapping[str, Any], **beside: Any) -
     return settled
 
 
+def named_values(values: Any) -> Mapping[str, Any]:
+    """Return `values`, a mapping of knobs' names to values; ConfigError for anything else."""
+    if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+        raise ConfigError(f"knobs is {shown(values)}: map names of knobs to values, or leave it out")
+    return values
+
+
 def refuse_idle(knob: Knob, value: Any, kind: str, reader: str, able: list[str]) -> None:
     """Raise ConfigError where `value` says something and `reader`, a `kind` of thing, does not read it.
 

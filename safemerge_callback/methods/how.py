@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from ..errors import ConfigError
-from ..io.knobs import checked, refuse_idle, unknown_knob
+from ..io.knobs import checked, named_values, refuse_idle, unknown_knob
 from ..ops import LowRank
 from .registry import Merged, Method, get_method, knobs, readers
 from .weights import DEFAULT_WEIGHTS, check_merge, merge_weights
@@ -50,7 +50,7 @@ class How:
     def __post_init__(self) -> None:
         weights, own = check_merge(self.method, self.space, self.weights), {knob.name for knob in self.kind.knobs}
         declared = knobs()
-        for name, value in self.knobs.items():
+        for name, value in named_values(self.knobs).items():
             if name not in declared:
                 raise unknown_knob(name, how_knobs(), "a merge")
             if name not in own:

@@ -10,6 +10,8 @@ MOVED = [
     ("safemerge_callback.decision", "safemerge_callback.record", "Journal"),
     ("safemerge_callback.evaluation.generation", "safemerge_callback.signals.responses", "tokenized"),
     ("safemerge_callback.decision", "safemerge_callback.record", "check_entry"),
+    ("safemerge_callback.decision", "safemerge_callback.methods", "check_merge"),
+    ("safemerge_callback.decision", "safemerge_callback.decision.weights.soft", "attenuated"),
 ]
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 from ...errors import ConfigError
 from ...io.choices import one_of
-from ...io.knobs import checked, unknown_knob
+from ...io.knobs import checked, named_values, unknown_knob
 from ..reading import Reading, Readings
 from . import checks
 from .common import Verdict, excluded
@@ -90,7 +90,7 @@ class Gate:
             elif value is not None:
                 self._refuse(knob, value, readers)
         own = {knob.name for knob in self.criterion.own}
-        for knob, value in self.knobs.items():
+        for knob, value in named_values(self.knobs).items():
             if knob not in own:
                 self._refuse(knob, value, [name for name, other in GATES.items() if knob in other.reads])
 

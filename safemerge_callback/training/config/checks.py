@@ -16,7 +16,7 @@ from ...decision.weights.spread import check_spread
 from ...errors import ConfigError, shown
 from ...io.choices import truth
 from ...io.documents import parse_json
-from ...io.knobs import unknown_knob
+from ...io.knobs import named_values, unknown_knob
 from ...io.numbers import is_number, is_whole
 from ...live.optimizer.edit import check_optimizer
 from ...methods import METHODS, How, Method, get_method, method_of
@@ -90,13 +90,12 @@ def _check_types(config: Draft) -> None:
 
 def _check_knobs(config: Draft) -> None:
     """Refuse knobs that nobody has declared, and those that are settings by themselves."""
-    given = _read_json(config.knobs, "knobs", '{"name": 0.5}')
-    if given is not None and not isinstance(given, Mapping):
-        raise ConfigError(f"knobs is {shown(given)}: map names of knobs to values, or leave it out")
+    text = _read_json(config.knobs, "knobs", '{"name": 0.5}')
+    given = {} if text is None else named_values(text)
     known = declared_knobs(vars(config))
-    if unknown := [name for name in given or {} if name not in known]:
+    if unknown := [name for name in given if name not in known]:
         raise unknown_knob(unknown[0], known, "knobs")
-    config.knobs = dict(given) if given else None
+    config.knobs = dict(given) or None
 
 
 def _check_adapters(config: Draft) -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ...decision import Gate, as_gate
+from ...decision import GATES, Gate, as_gate
 from ...decision.gates import gate_knobs
 from ...decision.weights import weights_knobs
+from ...io.choices import one_of
 from ...methods import How, as_how
 from ...methods.how import how_knobs
 
 
 def gate_at(settings: Mapping[str, Any], step: int = 0) -> Gate:
     """Return the gate of these settings with its knobs, as it decides at optimizer step `step`."""
-    return as_gate(settings["gate"], {**_named(settings, gate_knobs()), "step": step})
+    return as_gate(one_of(settings["gate"], GATES, "gate"), {**_named(settings, gate_knobs()), "step": step})
 
 
 def how_of(settings: Mapping[str, Any], adapters: int | None = None) -> How:
