@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,26 @@ from safemerge_callback.errors import ConfigError, SafeMergeError, nearest
 from safemerge_callback.evaluation import load_judge
 from safemerge_callback.evaluation.judges import check_ready
 from safemerge_callback.methods import as_how
-from safemerge_callback.offline import merge_adapters
 from safemerge_callback.training.config.settings import SafeMergeConfig
 
 from .arms import Arm
 from .grid import Cell, Grid, parent_of
 
-# Settings of `merge_adapters` besides the knobs of its gate, and what they are where an arm does not say.
-MERGE: dict[str, Any] = {"safety": None} | {
-    name: list(knob.default) if isinstance(knob.default, tuple) else knob.default
-    for name, knob in signature(merge_adapters).parameters.items()
-    if knob.kind is knob.KEYWORD_ONLY and name not in ("bake", "overwrite", "device")
+# Settings of `merge_adapters` besides the knobs of its gate, and what they are where an arm does not say. The study's
+# own, whatever the defaults become and whatever knobs are added: published cells are known by the digest of these.
+MERGE: dict[str, Any] = {
+    "safety": None,
+    "gate": "threshold",
+    "method": "linear",
+    "space": "delta",
+    "weights": None,
+    "module_weights": None,
+    "strength": None,
+    "operator": None,
+    "operator_rank": None,
+    "density": None,
+    "majority_sign_method": "total",
 }
-# The study's own, whatever the defaults become: published cells are known by the digest of their settings.
-MERGE |= {"gate": "threshold", "method": "linear"}
 # What a training cell owns: an arm that gave these would not be the cell that its name says.
 _MODEL = ("model", "model_name_or_path")
 _OWN = ("output_dir", "data", "poisoned_share", "seed", "mixing_seed")
