@@ -11,6 +11,7 @@ MOVED = [
     ("safemerge_callback.evaluation.generation", "safemerge_callback.signals.responses", "tokenized"),
     ("safemerge_callback.decision", "safemerge_callback.record", "check_entry"),
     ("safemerge_callback.decision", "safemerge_callback.methods", "check_merge"),
+    ("safemerge_callback.evaluation.judges.keyword", "safemerge_callback.evaluation.judges.keywords", "KeywordJudge"),
     ("safemerge_callback.decision", "safemerge_callback.decision.weights.soft", "attenuated"),
 ]
 
