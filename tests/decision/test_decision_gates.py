@@ -155,6 +155,8 @@ def test_knobs_without_meaning_are_refused(gate, threshold, num_layers, message)
         ({"name": "all", "rearm": 0.1}, "leave it out"),
         ({"name": "gap", "soft": True}, "soft=True with gate 'gap'.*calibrated.*reference.*threshold"),
         ({"soft": "yes"}, "soft='yes'"),
+        ({"knobs": {"treshold": 1}}, "'treshold' of a gate is unknown; did you mean 'threshold'"),
+        ({"knobs": [1]}, "knobs is .1.: map names"),
     ],
 )
 def test_each_gates_own_knobs_are_refused_by_value(knobs, message):

@@ -95,6 +95,8 @@ class Gate:
                 self._refuse(knob, value, [name for name, other in GATES.items() if knob in other.reads])
 
     def _refuse(self, knob: str, value: Any, readers: list[str]) -> None:
+        if not readers:
+            raise unknown_knob(knob, gate_knobs(), "a gate")
         told = " and ".join(repr(gate) for gate in readers)
         raise ConfigError(f"{knob}={value!r} is read by gate {told} only, and gate is {self.name!r}: drop one")
 
