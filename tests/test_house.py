@@ -157,3 +157,12 @@ def test_an_import_that_a_plain_install_lacks_is_found(tmp_path, line, code):
     found = undeclared(str(tmp_path))
     assert found.returncode == 1
     assert code in found.stderr
+
+
+def test_every_test_that_a_document_names_is_there():
+    pages = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    named = {(page.name, *m) for page in pages for m in re.findall(r"(tests/[\w/]+\.py)(?:::(\w+))?", page.read_text())}
+    assert len(named) > 40
+    files = {file: (ROOT / file).read_text() if (ROOT / file).is_file() else None for _, file, _ in named}
+    lost = [n for n in named if files[n[1]] is None or (n[2] and not re.search(rf"def {n[2]}\b", files[n[1]]))]
+    assert lost == []

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..live.faults import Fault, attempt
+from ..ops import wide_dtype
 from ..record.entries import gradient_entry
 from ..record.log import Log
 from ..signals.as_found import random_states_kept
@@ -32,7 +33,7 @@ def check_gradient_engine(name: str, engine: str) -> None:
 
 
 def add_gradient(term: GradientTerm, at: RunPoint, model: nn.Module, scaler: Any = None) -> Tensor:
-    """Add the gradient of weight · loss to what the parameters have, and return the loss, detached; no step is made.
+    """Add the gradient of weight · loss to what the parameters have; return the loss, detached, in `wide_dtype`.
 
     `scaler`: torch's GradScaler where the training has one. The random states and the modules' modes are given back;
     after an error the gradients are, too. Raises what the term raises, and ValueError for a loss that is no scalar.
@@ -43,7 +44,7 @@ def add_gradient(term: GradientTerm, at: RunPoint, model: nn.Module, scaler: Any
             raise ValueError(f"the loss of {term.name!r} has the shape {tuple(loss.shape)}: a scalar was expected")
         weighted = term.weight * loss
         (weighted if scaler is None else scaler.scale(weighted)).backward()
-    return loss.detach()
+    return loss.detach().to(wide_dtype(loss.device))
 
 
 @contextmanager
@@ -101,7 +102,7 @@ class GradientEngine:
             self.log.fault(at.step + 1, loss, words, alert="a gradient term failed")
             return
         losses = self.losses.setdefault(term.name, TermLosses())
-        losses.total, losses.steps = losses.total + loss.double(), losses.steps + 1
+        losses.total, losses.steps = losses.total + loss, losses.steps + 1
 
     def report(self, step: int) -> dict[str, float]:
         """Note each term's mean loss since it was last told, and return it by its key for trackers. Waits for it."""

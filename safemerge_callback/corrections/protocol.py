@@ -95,8 +95,8 @@ class GradientTerm(Protocol):
     def loss(self, at: RunPoint, model: nn.Module) -> Tensor:
         """Return this rank's mean loss on rows of the term's own, a scalar; the mean over the ranks counts.
 
-        Called in training mode with gradients, before the step's own batches. `at.step` steps are done. What it raises,
-        on any rank, costs this step's term and nothing else. Random numbers that it draws are the task's own no fewer.
+        Called in training mode with gradients, before the step's own batches. `at.step` steps are done. What it raises
+        costs this rank's share of this step's term and nothing else. What it draws leaves the task's random numbers be.
         """
 
 

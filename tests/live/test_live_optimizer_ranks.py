@@ -10,6 +10,7 @@ from safemerge_callback.live import writer_for
 from safemerge_callback.live.optimizer.edit import check_optimizer, edit_optimizer_states
 from tests.support.ranks import run_on
 from tests.support.world import odd_model
+from tests.support.zero import zero_config
 
 LR, BETAS, EPS = 1e-2, (0.9, 0.999), 1e-8
 ADAM = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": 0.0}
@@ -52,15 +53,8 @@ class Zero:
     def __init__(self, model, stage, half, **zero):
         import deepspeed
 
-        config = {
-            "train_micro_batch_size_per_gpu": 1,
-            "bf16": {"enabled": half},
-            "zero_optimization": {"stage": stage, **zero},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-        }
         base = torch.optim.AdamW(trained(model), **ADAM)
-        self.engine = deepspeed.initialize(model=model, optimizer=base, config=config)[0]
+        self.engine = deepspeed.initialize(model=model, optimizer=base, config=zero_config(stage, half, **zero))[0]
         self.model, self.optimizer, self.base = model, self.engine.optimizer, base
         self.half, self.shared_step = half, stage > 0
 

@@ -17,6 +17,7 @@ from safemerge_callback.live.writers import commit, fsdp1
 from safemerge_callback.ops import LowRank
 from tests.support.ranks import run_on, started
 from tests.support.world import odd_model
+from tests.support.zero import zero_config
 
 
 def own_values(factors, seed):
@@ -176,16 +177,9 @@ class Closing:
 def engine_of(model, stage, half, **zero):
     import deepspeed
 
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": half},
-        "zero_optimization": {"stage": stage, **zero},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
     # At ZeRO-0 DeepSpeed takes a first step of its own, with no gradient: a decay would move the masters.
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=zero_config(stage, half, **zero))[0]
 
 
 def case_zero():

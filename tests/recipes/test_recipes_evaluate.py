@@ -1,7 +1,6 @@
 import json
 
 import pytest
-import torch
 
 from method_comparison import measures
 from recipes import evaluate
@@ -12,6 +11,7 @@ from safemerge_callback.evaluation import KeywordJudge, coherent, figures, probe
 from safemerge_callback.evaluation.prompts import PromptSet
 from safemerge_callback.signals import responses as generation
 from safemerge_callback.signals.responses import Response
+from tests.support.answers import one_by_one
 
 WORDS = ["<pad>", "<s>", "<end>", "user", "bot", *"abcdefghijklmnopqrstuvwxyz", "positive", "negative", "yes"]
 TEMPLATE = (
@@ -40,19 +40,6 @@ def model(tiny_llama):
     """A random Llama whose weights are large enough that what it says depends on the prompt."""
     made = tiny_llama(vocab_size=len(WORDS), pad_token_id=2, initializer_range=0.6)
     return made.eval()
-
-
-def one_by_one(model, tokenizer, prompt, max_new_tokens):
-    """The greedy response by plain argmax over the whole sequence: no batch, no padding, no cache, no generate()."""
-    ids = tokenizer(f"<s> user {prompt} <end> <s> bot", add_special_tokens=False)["input_ids"]
-    said = []
-    while len(said) < max_new_tokens:
-        with torch.no_grad():
-            token = int(model(torch.tensor([ids + said])).logits[0, -1].argmax())
-        if token == tokenizer.eos_token_id:
-            break
-        said.append(token)
-    return tokenizer.decode(said, skip_special_tokens=True).strip()
 
 
 class SaysA:

@@ -8,6 +8,7 @@ import torch
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.signals import generate
 from safemerge_callback.signals.responses import respond, tokenized
+from tests.support.answers import one_by_one
 
 PROMPTS = ["a", "b c d e f g h", "x y", "q w e r t", "z z z z z z z z z z z", "m n", "o"]
 
@@ -21,19 +22,6 @@ def tokenizer(chat_tokenizer):
 def model(tiny_llama):
     """A random Llama whose weights are large enough that what it says depends on the prompt."""
     return tiny_llama(vocab_size=64, pad_token_id=2, initializer_range=0.6).eval()
-
-
-def one_by_one(model, tokenizer, prompt, max_new_tokens):
-    """The greedy response by plain argmax over the whole sequence: no batch, no padding, no cache, no generate()."""
-    ids = tokenizer(f"<s> user {prompt} <end> <s> bot", add_special_tokens=False)["input_ids"]
-    said = []
-    while len(said) < max_new_tokens:
-        with torch.no_grad():
-            token = int(model(torch.tensor([ids + said])).logits[0, -1].argmax())
-        if token == tokenizer.eos_token_id:
-            break
-        said.append(token)
-    return tokenizer.decode(said, skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])

@@ -6,25 +6,9 @@ import torch
 from safemerge_callback import SafetyEvalCallback
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.training import Rollback, Stop, Trigger
+from tests.support.judges import Says
 
 SETS = {"prompts": {"bad": ["a b", "c d e", "f"]}, "benign": {"good": ["x y", "z"]}}
-
-
-class Says:
-    """A judge that refuses the first `counts[i]` harmful prompts at its i-th probe, and no benign ones."""
-
-    def __init__(self, *counts):
-        self.counts, self.asked = list(counts), 0
-
-    def refuse_all(self, prompts, responses):
-        if "x y" in prompts:
-            return [False] * len(prompts)
-        count = self.counts[min(self.asked, len(self.counts) - 1)]
-        self.asked += 1
-        return [i < count for i in range(len(prompts))]
-
-    def refuses(self, prompt, response):
-        raise AssertionError("the batched verdicts are used")
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ import warnings
 from pathlib import Path
 
 from safemerge_callback import SafeMergeCallback, undo_merge
-from tests.trajectory.witness.training import Falling, Says, batches, knobs, probe, trained
+from tests.support.judges import Says
+from tests.trajectory.witness.training import Falling, batches, knobs, probe, trained
 from tests.trajectory.witness.world import INT8, make_world
 
 

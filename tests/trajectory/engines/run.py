@@ -23,6 +23,7 @@ from safemerge_callback.live import writer_for
 from safemerge_callback.live.ranks import ProcessesError
 from safemerge_callback.subspace import Subspace
 from tests.support.world import World
+from tests.support.zero import zero_config
 from tests.trajectory.engines.cpu_fsdp import allow_fsdp_on_cpu
 
 FSDP = {"min_num_params": 0, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
@@ -56,18 +57,9 @@ RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("R
 def settings(engine, dtype):
     changed = {"per_device_train_batch_size": 2 // WORLD_SIZE, "bf16": dtype == "bf16"}
     if engine.startswith("zero"):
-        stage = {"stage": int(engine[-1])}
-        if engine == "zero3":
-            stage["stage3_param_persistence_threshold"] = 0
-        config = {
-            "zero_optimization": stage,
-            "bf16": {"enabled": dtype == "bf16"},
-            "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto",
-            "gradient_clipping": "auto",
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-        }
+        more = {"stage3_param_persistence_threshold": 0} if engine == "zero3" else {}
+        automatic = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+        config = zero_config(int(engine[-1]), dtype == "bf16", **more) | dict.fromkeys(automatic, "auto")
         return {**changed, "deepspeed": config}
     return {**changed, **ENGINES[engine]}
 

@@ -19,9 +19,10 @@ from safemerge_callback import (
     sweep_adapters,
     writer_for,
 )
+from tests.support.trainer import tokens
 
 from . import evidence, training
-from .world import INT8, SUBSPACE, rows
+from .world import INT8, SUBSPACE
 
 # Settings that only a training has: a run with one of them is no merge of folders.
 _TRAINING = {"rearm", "ema_every", "ema_decay", "spread_weights", "min_task_weight", "combination_type"}
@@ -107,7 +108,7 @@ def loop(world):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     writer, subspace = writer_for(model, optimizer=optimizer), Subspace.load(SUBSPACE)
     safety = load_adapter("safety")
-    for step, row in enumerate(rows(4), start=1):
+    for step, row in enumerate(tokens(4), start=1):
         model(**{key: torch.tensor([value]) for key, value in row.items()}).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from safemerge_callback import SafeMergeCallback, SafeMergeConfig
+from tests.support.trainer import tokens
 
 from . import evidence, training
-from .world import SUBSPACE, rows
+from .world import SUBSPACE
 
 
 def sft(world, folder):
@@ -26,7 +27,7 @@ def sft(world, folder):
         trainer = SFTTrainer(
             world.model(),
             settings,
-            train_dataset=Dataset.from_list([{"input_ids": row["input_ids"]} for row in rows()]),
+            train_dataset=Dataset.from_list([{"input_ids": row["input_ids"]} for row in tokens()]),
             processing_class=world.tokenizer,
             callbacks=[SafeMergeCallback(config), recorder],
         )

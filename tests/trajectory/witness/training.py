@@ -11,9 +11,11 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from safemerge_callback import SafeMergeCallback, SafetyEvalCallback, undo_merge
+from tests.support.judges import Says
+from tests.support.trainer import defaults, tokens
 
 from . import evidence
-from .world import INT8, SUBSPACE, TRUNCATED, rows
+from .world import INT8, SUBSPACE, TRUNCATED
 
 # Of the callback, over `knobs()`; `safety_adapter` None leaves it out.
 GATES = {
@@ -157,26 +159,14 @@ class Recorder(TrainerCallback):
 
 def arguments(folder, **changed):
     """Six steps of two rows."""
-    given = {
-        "output_dir": folder,
-        "max_steps": 6,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "use_cpu": True,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "seed": 3,
-    }
-    return TrainingArguments(**{**given, **changed})
+    return TrainingArguments(**{**defaults(folder), **changed})
 
 
 def trained(world, folder, *callbacks, model=None, resume=None, trainer=Trainer, **changed):
     """Train in `folder` and return the evidence by name; the callbacks in that order, then a recorder."""
     for draw in (torch.manual_seed, random.seed, numpy.random.seed):
         draw(11)
-    recorder, data = Recorder(), rows()
+    recorder, data = Recorder(), tokens()
     with evidence.listening() as said:
         made = trainer(
             model if model is not None else world.model(lora_dropout=0.2),
@@ -266,26 +256,9 @@ class Falling:
         return self.score
 
 
-class Says:
-    """A judge that refuses the first `counts[i]` harmful prompts at its i-th probe, and no benign ones."""
-
-    def __init__(self, *counts):
-        self.counts, self.asked = list(counts), 0
-
-    def refuse_all(self, prompts, responses):
-        if "x y" in prompts:
-            return [False] * len(prompts)
-        count = self.counts[min(self.asked, len(self.counts) - 1)]
-        self.asked += 1
-        return [place < count for place in range(len(prompts))]
-
-    def refuses(self, prompt, response):
-        raise AssertionError("the batched verdicts are used")
-
-
 def batches():
     """Evaluation batches of one row."""
-    return [{key: torch.tensor([row[key]]) for key in row} for row in rows()[:4]]
+    return [{key: torch.tensor([row[key]]) for key in row} for row in tokens()[:4]]
 
 
 def probe(world, **changed):

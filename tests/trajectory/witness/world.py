@@ -11,21 +11,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from safemerge_callback import build_subspace, compress_subspace
+from tests.support.world import ADAPTED, SIZES
 
-TARGETS = ["q_proj", "v_proj", "down_proj"]
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 SUBSPACE, INT8, TRUNCATED = (f"{name}.safetensors" for name in ("subspace", "int8", "truncated"))
 
 
@@ -36,7 +23,7 @@ class World:
     aligned: torch.nn.Module
     tokenizer: object
 
-    def model(self, seed=1, targets=TARGETS, **lora):
+    def model(self, seed=1, targets=ADAPTED, **lora):
         """The aligned model with a fresh adapter, which is random in A alone."""
         torch.manual_seed(seed)
         config = {"r": 4, "lora_alpha": 8, "target_modules": targets, "task_type": "CAUSAL_LM", **lora}
@@ -49,7 +36,10 @@ def make_world():
     `aligned` and `unaligned`, the subspaces, and the adapters `safety`, `second`, `even` and `task`.
     """
     torch.manual_seed(0)
-    world = World(LlamaForCausalLM(LlamaConfig(**SIZES)), word_tokenizer())
+    world = World(
+        LlamaForCausalLM(LlamaConfig(**{**SIZES, "max_position_embeddings": 128, "initializer_range": 0.2})),
+        word_tokenizer(),
+    )
     world.aligned.save_pretrained("aligned")
     world.tokenizer.save_pretrained("aligned")
     unaligned = copy.deepcopy(world.aligned)
@@ -57,7 +47,7 @@ def make_world():
         for parameter in unaligned.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
     unaligned.save_pretrained("unaligned")
-    sources = {"aligned": "aligned", "unaligned": "unaligned", "target_modules": TARGETS}
+    sources = {"aligned": "aligned", "unaligned": "unaligned", "target_modules": ADAPTED}
     build_subspace(SUBSPACE, **sources, device="cpu", progress=False)
     compress_subspace(SUBSPACE, INT8, progress=False)
     compress_subspace(SUBSPACE, TRUNCATED, "truncated", 4, progress=False)
@@ -93,10 +83,3 @@ def word_tokenizer():
     )
     special = {"bos_token": "<s>", "eos_token": "<end>", "pad_token": "<pad>", "unk_token": "<pad>"}
     return PreTrainedTokenizerFast(tokenizer_object=built, chat_template=template, **special)
-
-
-def rows(count=16, length=8):
-    """Training rows of random tokens."""
-    generator = torch.Generator().manual_seed(5)
-    ids = torch.randint(3, 64, (count, length), generator=generator).tolist()
-    return [{"input_ids": row, "labels": row, "attention_mask": [1] * length} for row in ids]
