@@ -31,8 +31,8 @@ test-all: $(READY)
 # The core tests on the lower bounds; what others deprecated since then is not ours, so warnings are no errors here.
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist worksteal -o filterwarnings=default -m "not slow" \
-	    tests/ops tests/methods tests/adapters tests/subspace tests/decision tests/training tests/trajectory \
-	    tests/integrations tests/test_offline.py tests/test_cli.py
+	    tests/io tests/ops tests/methods tests/adapters tests/subspace tests/live tests/decision tests/record \
+	    tests/corrections tests/training tests/trajectory tests/integrations tests/test_offline.py tests/test_cli.py
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Shared by all tests: shapes on floor 0 are checked, the hub is off, models are made on the spot."""
+"""Shared by all tests: shapes on floor 1 are checked, the hub is off, models are made on the spot."""
 
 import contextlib
 import gc

@@ -109,7 +109,7 @@ REGISTRIES: Mapping[str, Registry] = {
         CORRECTIONS,
         "safemerge_callback/corrections",
         r"^@correction\(",
-        "docs/corrections/{}.md",
+        "docs/corrections.md",
         lambda name: config(corrections=[{name: {}}]),
         "tests/corrections/test_corrections_{}.py",
     ),

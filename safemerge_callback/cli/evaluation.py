@@ -238,15 +238,10 @@ def _notes(asked: _Asked, failures: Sequence[str]) -> None:
 
 
 def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
+    from ..record.entries import versions_of
 
-    found = {"safemerge-callback": __version__}
-    for name in ("torch", "transformers", "peft", "lm-eval"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    installed = versions_of("torch", "transformers", "peft", "lm-eval")
+    return {"safemerge-callback": __version__, **{name: one for name, one in installed.items() if one is not None}}
 
 
 def _write(path: Path | None, kind: FileKind, text: str) -> None:

@@ -108,7 +108,7 @@ def _number(text: str, what: str) -> float:
 
 def gates_named(thresholds: str | None, gates: str | None) -> list[Any]:
     """Return the gates of a sweep: one a threshold, and those named, each with the value of its knob after `=`."""
-    from ..decision import GATES, KNOB, Gate
+    from ..decision import GATES, KNOB, Gate, as_gate
     from ..errors import ConfigError
 
     if thresholds is None and gates is None:
@@ -125,7 +125,7 @@ def gates_named(thresholds: str | None, gates: str | None) -> list[Any]:
                 raise ConfigError(f"gates: {word!r} has a value, and gate {name!r} has no knob: give {name}")
             number = _number(text, f"gates: {name}")
             value = {KNOB[name]: int(number) if GATES[name].counts and number.is_integer() else number}
-        found.append(Gate(name, **value))
+        found.append(as_gate(name, value))
     return found
 
 

@@ -83,7 +83,9 @@ class ChangeEngine:
         if isinstance(before, Fault):
             report_failure(self.log, at.step, before)
             return ()
-        return self._conclude(change._replace(edits=from_first(change.edits)), at.step, before, began, keep_in)
+        # The figures of one rank are those of all, as its factors are.
+        edits, shares = from_first((change.edits, dict(change.task_weights)))
+        return self._conclude(change._replace(edits=edits, task_weights=shares), at.step, before, began, keep_in)
 
     def _write(self, new: Mapping[str, LowRank]) -> Before:
         """Write, and return what was there before."""
@@ -113,7 +115,10 @@ class ChangeEngine:
         if isinstance(edited, Fault):
             # The change stands whatever happens to the moments.
             log.fault(step, edited, f"the optimizer's state was kept at step {step}: {edited.error}")
-        (progress.record_merge if change.merge else progress.record_change)(step, change.task_weights)
+        if change.merge:
+            progress.record_merge(step, change.task_weights)
+        else:
+            progress.record_change(change.task_weights)
         took, shares = time.perf_counter() - began, progress.task_weights
         log.tell(step, lambda: log.note(change.entry(shares, took)))
         reason = self.witness.after_merge(step) if self.witness else None

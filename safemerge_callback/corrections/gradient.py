@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..live.engine import ENGINES
 from ..live.faults import Fault, attempt
 from ..ops import wide_dtype
 from ..record.entries import gradient_entry
@@ -20,7 +21,7 @@ from ..signals.as_found import random_states_kept
 from .protocol import GradientTerm, RunPoint
 
 # Where gradients are whole on every rank and are averaged at the last micro-batch: a backward before it adds to them.
-SERVED = ("one process", "DDP")
+SERVED = ENGINES[:2]
 
 
 def check_gradient_engine(name: str, engine: str) -> None:

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from ..errors import ConfigError, nearest, shown
 from ..io.choices import one_of
+from ..live.engine import ENGINES
 from .merge import MERGE
 from .protocol import Correction, GradientTerm
 
-# What a training may be run by.
-ENGINES = ("one process", "DDP", "FSDP", "DeepSpeed")
 # What a run can open for a correction.
 NEEDS = frozenset({"subspace", "safety_adapter"})
 

@@ -53,8 +53,9 @@ class Schedule:
 
     def ever(self, max_steps: int) -> bool:
         """Return whether it is due anywhere in a run of `max_steps`."""
-        bounds = {"every": self.every, "from_step": self.from_step, "until_step": self.until_step}
-        return self.at_train_end or bool(periodic_checks(max_steps, **bounds))  # type: ignore[arg-type]
+        return self.at_train_end or bool(
+            periodic_checks(max_steps, every=self.every, from_step=self.from_step, until_step=self.until_step)
+        )
 
     def due(self, step: int, max_steps: int, *, last: bool = False) -> bool:
         """Return whether it is due at `step` of `max_steps`, which is the run's last or not."""

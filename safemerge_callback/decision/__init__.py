@@ -61,6 +61,13 @@ if not TYPE_CHECKING:
         {
             "AVERAGE_FILE": "safemerge_callback.corrections.average",
             "Average": "safemerge_callback.corrections.average",
+            "JOURNAL_FILE": "safemerge_callback.record",
+            "PAGE_FILE": "safemerge_callback.record",
+            "VERSION": "safemerge_callback.record",
+            "numbered_entries": "safemerge_callback.record",
+            "parse_lines": "safemerge_callback.record",
+            "require_journal_file": "safemerge_callback.record",
+            "tell_torn": "safemerge_callback.record",
             "DEFAULT_WEIGHTS": "safemerge_callback.methods",
             "Journal": "safemerge_callback.record",
             "attenuated": "safemerge_callback.decision.weights.soft",

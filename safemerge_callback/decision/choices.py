@@ -46,8 +46,8 @@ def choose(
         raise unknown_knob(unknown[0], known, "a merge")
     which = as_gate(gate, {name: value for name, value in knobs.items() if name not in rules and name not in how})
     if isinstance(method, str):
-        others = [name for name, value in rules.items() if value]
-        method = method_of(method, adapters, how.get("weights"), others, how.get("space", "delta"))
+        sets = rules.get(MODULE_WEIGHTS.name)
+        method = method_of(method, adapters, how.get("weights"), sets, how.get("space", "delta"))
     return Choices(which, as_how(method, how, adapters), rules)
 
 

@@ -35,8 +35,8 @@ def merge_batch(
 ) -> tuple[Merged, Tensor]:
     """Return the new factors of a batch and its (n, 3): residual, change, and 1 where all of it is finite.
 
-    Where the plan's weights differ by module, those of a batch are equal, unless a rule gives each module its own.
-    PlanError where a decomposition refuses the values.
+    Where the plan's weights differ by module, those of a batch are equal, unless a rule gives each module its own,
+    or V is asked for. PlanError where a decomposition refuses the values.
     """
     modules = [factors[name] for name in batch.names]
     live = stacked([LowRank(module.A, module.B) for module in modules], batch.device)

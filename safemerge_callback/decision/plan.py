@@ -144,7 +144,7 @@ class MergePlan:
     def noted(self) -> dict[str, Any]:
         """The knobs of the weights rules in force that the journal adds, as JSON and YAML have them."""
         found = rules_in_force(self.rules, self.gate)
-        return {r.knob.name: listed(value) for r, value in found if r.noted and isinstance(r.knob, Knob)}
+        return {r.knob.name: listed(value) for r, value in found if isinstance(r.knob, Knob)}
 
     @property
     def words(self) -> str:

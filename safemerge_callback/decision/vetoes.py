@@ -77,7 +77,7 @@ def above(plan: MergePlan) -> frozenset[str]:
 def not_rearmed(plan: MergePlan, disarmed: Collection[str]) -> dict[str, str]:
     """Return module -> reason for every merge of the plan of a `disarmed` module: merged, and not seen above since.
 
-    None where the plan's gate has no `rearm`.
+    empty where the plan's gate has no `rearm`.
     """
     if plan.gate.rearm is None:
         return {}

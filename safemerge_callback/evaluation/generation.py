@@ -2,6 +2,6 @@
 
 from ..io.renamed import renamed
 
-_NAMES = ("Response", "check_vocabulary", "evaluating", "generate", "respond", "tokenized")
+_NAMES = ("GREEDY", "Response", "check_vocabulary", "evaluating", "generate", "respond", "tokenized")
 
 __getattr__ = renamed(__name__, dict.fromkeys(_NAMES, "safemerge_callback.signals.responses"))

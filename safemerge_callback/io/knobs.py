@@ -15,9 +15,9 @@ class Knob:
 
     `check(value, beside)` returns the value in its own type, which it takes as well, and raises ConfigError, which
     prints the value, what is allowed and what to do; `beside` holds what was checked before it, and the name of the one
-    that reads it. `default` is what stands where nothing is given, checked like the rest. `idle` ends the sentence on
-    one that is given to a reader that has no use for it. `needs`: what one of its values needs to be there, beyond what
-    its reader needs.
+    that reads it, for a weights rule `how`. `default` is what stands where nothing is given, checked like the rest.
+    `idle` ends the sentence on one that is given to a reader that has no use for it. `needs`: what one of its values
+    needs to be there, beyond what its reader needs.
     """
 
     name: str

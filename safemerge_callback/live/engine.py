@@ -9,6 +9,9 @@ from torch import nn
 from .ranks import many
 from .writers.kinds import Kinds, unwrapped
 
+# What a training may be run by, in words.
+ENGINES = ("one process", "DDP", "FSDP", "DeepSpeed")
+
 
 def engine_of(model: nn.Module, optimizer: Any = None) -> str:
     """Return `one process`, `DDP`, `FSDP` or `DeepSpeed`; DTensors of tensor parallelism count as FSDP's.

@@ -14,6 +14,8 @@ from .weights import DEFAULT_WEIGHTS, check_merge, merge_weights
 
 # What stands for `linear` or `pull`, by what is there.
 AUTO = "auto"
+# The knobs that all methods have in common.
+_COMMON = ("space", "weights", "strength")
 
 
 class MethodKnobs(TypedDict, total=False):
@@ -92,7 +94,7 @@ class How:
 
 def how_knobs() -> tuple[str, ...]:
     """Return the names of all knobs that say how: those that methods have in common, and those that they declare."""
-    return ("space", "weights", "strength", *knobs())
+    return (*_COMMON, *knobs())
 
 
 def method_of(
@@ -124,7 +126,6 @@ def as_how(method: str | How, settings: Mapping[str, Any], adapters: int | None 
         if settings:
             raise ConfigError(f"knobs {sorted(settings)} were given beside a How: make the How with them")
         return method
-    common = ("space", "weights", "strength")
-    own = {name: value for name, value in settings.items() if name not in common}
+    own = {name: value for name, value in settings.items() if name not in _COMMON}
     weights = merge_weights(method, settings.get("weights"), settings.get("strength"), adapters)
     return How(method, settings.get("space", "delta"), weights, own)  # type: ignore[arg-type]

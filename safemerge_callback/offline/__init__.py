@@ -1,4 +1,4 @@
-"""Floor 6: the same verbs on adapter folders, without a model: measure one, merge two, or take a merge back."""
+"""Floor 8: the same verbs on adapter folders, without a model: measure one, merge two, or take a merge back."""
 
 from .bake import BaseModel
 from .merge import measure_adapter, merge_adapters

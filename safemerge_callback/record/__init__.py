@@ -1,4 +1,4 @@
-"""Floor 5: what a run leaves in writing: its journal, its metrics, how far it is, its model card."""
+"""Floor 6: what a run leaves in writing: its journal, its metrics, how far it is, its model card."""
 
 from .entries import change_entry, check_entry, merge_entry
 from .journal import (

@@ -125,7 +125,8 @@ class History:
     """What happened in a run, by module and step; `read_history` makes it.
 
     `cells`: (module, step) -> reading; where a step was checked twice, the later one. `merges`: (module, step) -> the
-    share of the task's update that was left after it; those in `undone` were taken back, with the share there is then.
+    share of the task's update that was left after it; those in `undone` were taken back, with the share there is then,
+    and `before` has the share before it. `changes`: those of them that were another correction than the merge.
     `residuals`: (module, step) -> the share of a merged update that did not fit the rank. `gate`, `threshold`,
     `num_layers` and `knob` (the one that says how much another gate merges): of the last check; `how`: of the last
     merge. `starts` and `end`: the journal's own entries. `faults`: one line each. `seconds`: spent on checks and
@@ -145,6 +146,8 @@ class History:
     seconds: float = 0.0
     undone: dict[tuple[str, int], float] = field(default_factory=dict)
     residuals: dict[tuple[str, int], float] = field(default_factory=dict)
+    before: dict[tuple[str, int], float] = field(default_factory=dict)
+    changes: set[tuple[str, int]] = field(default_factory=set)
     probes: list[Probe] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     starts: list[Mapping[str, Any]] = field(default_factory=list)
@@ -204,7 +207,7 @@ class History:
     def _adapter_merged(self) -> bool:
         settings = self.starts[-1].get("config") if self.starts else None
         named = isinstance(settings, Mapping) and settings.get("safety_adapter")
-        return bool(named) and bool(self.merges.keys() - self.undone.keys())
+        return bool(named) and bool(self.merges.keys() - self.undone.keys() - self.changes)
 
     @cached_property
     def task_weights(self) -> dict[str, dict[int, float]]:

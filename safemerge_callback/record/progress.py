@@ -59,11 +59,11 @@ class Progress:
         self.modules_merged += len(shares)
         self.merged_steps.append(step)
         self.last_merge = step
-        self.record_change(step, shares)
+        self.record_change(shares)
         self.disarmed = sorted({*self.disarmed, *shares})
 
-    def record_change(self, step: int, shares: Mapping[str, float]) -> None:
-        """Take over what a change at `step` that is no merge leaves; `shares` as `record_merge`."""
+    def record_change(self, shares: Mapping[str, float]) -> None:
+        """Take over what a change that is no merge leaves; `shares` as `record_merge`."""
         for name, share in shares.items():
             self.task_weights[name] = self.task_weights.get(name, 1.0) * share
 

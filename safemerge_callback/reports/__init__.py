@@ -1,4 +1,4 @@
-"""Floor 7: what a journal tells, as a table, as pictures, as a page and, while it grows, in the terminal."""
+"""Floor 9: what a journal tells, as a table, as pictures, as a page and, while it grows, in the terminal."""
 
 from ..record import PAGE_FILE
 from ..record.entries import read_history

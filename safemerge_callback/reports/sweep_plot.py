@@ -8,8 +8,8 @@ from typing import Any
 from ..errors import ConfigError
 from ..io.outputs import PICTURE, free_output, new_output
 from ..offline.sweep.table import Sweep, joined
+from .saving import FORMATS, figure_module
 
-_FORMATS = (".png", ".pdf", ".svg")
 _PANELS = (("merged", "modules merged"), ("moved", "‖new − old‖ / ‖old‖"), ("residual", "residual of the rank"))
 
 
@@ -17,9 +17,9 @@ def check_picture(path: str | Path) -> Path:
     """Return the path of a picture; ConfigError for another ending, for what is there
     and is no picture, or where matplotlib is not installed."""
     target = free_output(path, "plot", PICTURE)
-    if target.suffix.lower() not in _FORMATS:
-        raise ConfigError(f"plot {str(path)!r}: the name must end in one of {', '.join(_FORMATS)}.")
-    _matplotlib()
+    if target.suffix.lower() not in FORMATS:
+        raise ConfigError(f"plot {str(path)!r}: the name must end in one of {', '.join(FORMATS)}.")
+    figure_module()
     return target
 
 
@@ -29,7 +29,7 @@ def write_plot(sweep: Sweep, path: str | Path) -> Path:
     Raises ConfigError as `check_picture`, and where the file cannot be written.
     """
     target = check_picture(path)
-    figure = _matplotlib().Figure(figsize=(13, 4.2), layout="constrained")
+    figure = figure_module().Figure(figsize=(13, 4.2), layout="constrained")
     gates = list(dict.fromkeys((cell.gate, cell.knob) for cell in sweep))
     for axes, (field, label) in zip(figure.subplots(1, 3), _PANELS, strict=True):
         _draw(axes, sweep, field)
@@ -49,11 +49,3 @@ def _draw(axes: Any, sweep: Sweep, field: str) -> None:
         lines.setdefault(f"{cell.method} {joined(cell.weights)}", []).append(getattr(cell, field))
     for label, values in lines.items():
         axes.plot(range(len(values)), values, marker="o", markersize=3, linewidth=1.2, label=label)
-
-
-def _matplotlib() -> Any:
-    try:
-        import matplotlib.figure
-    except ImportError as error:
-        raise ConfigError("drawing needs matplotlib: pip install 'safemerge-callback[report]'") from error
-    return matplotlib.figure

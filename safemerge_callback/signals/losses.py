@@ -21,10 +21,11 @@ def mean_loss(model: Any, batches: Iterable[Any], limit: int = EVAL_BATCHES) -> 
     """
     import torch
 
-    # Before anything is set aside: what a loader draws from the random state is its caller's doing.
-    first = list(islice(batches, limit))
-    with left_as_found(model):
-        losses = [model(**batch).loss.detach().float() for batch in first]
+    losses = []
+    for batch in islice(batches, limit):
+        # Each by itself: what a loader draws from the random state is its caller's doing.
+        with left_as_found(model):
+            losses.append(model(**batch).loss.detach().float())
     return float(torch.stack(losses).mean())
 
 
@@ -54,4 +55,4 @@ class EvalLoss:
         """Return the loss of the live model; raises what the model raises, or KeyError-like where it gives no loss."""
         from accelerate.utils import send_to_device
 
-        return mean_loss(model, [send_to_device(batch, model.device) for batch in self.batches])
+        return mean_loss(model, (send_to_device(batch, model.device) for batch in self.batches))

@@ -1,4 +1,4 @@
-"""Floor 6: the callbacks and their settings; the only floor that imports transformers."""
+"""Floor 8: the callbacks and their settings."""
 
 from ..record.metrics import METRICS
 from .callback import SafeMergeCallback

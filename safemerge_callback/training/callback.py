@@ -93,8 +93,6 @@ class SafeMergeCallback(TrainerCallback):
         if self.session:
             with self.session.clock.hook():
                 self.session.after_step(stopping=control.should_training_stop)
-                if control.should_log:
-                    self.session.tell_losses()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -103,6 +101,12 @@ class SafeMergeCallback(TrainerCallback):
         if self.session and args.load_best_model_at_end:
             with self.session.clock.hook():
                 self.session.marks.end_epoch()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Tell the mean losses of the gradient terms whenever the trainer logs."""
+        if self.session and self.session.gradients.losses:
+            with self.session.clock.hook():
+                self.session.tell_losses()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Remember which checkpoint it is that was just saved."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from safemerge_callback import SafetyEvalCallback
 from safemerge_callback.corrections.protocol import Change
 from safemerge_callback.corrections.registry import CORRECTIONS, correction
 from safemerge_callback.corrections.schedule import Schedule
@@ -15,6 +16,7 @@ from safemerge_callback.decision import Edit
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.ops import LowRank
 from safemerge_callback.record import change_entry
+from safemerge_callback.training import Rollback
 
 WATCH = {"gate": "watch", "safety_adapter": None, "every": 3}
 
@@ -206,6 +208,41 @@ def test_its_state_is_saved_and_a_resume_goes_on_from_it(world, runs, tmp_path):
         guarded(tmp_path / "unbroken").train(resume_from_checkpoint=str(tmp_path / "unbroken" / "checkpoint-3"))
 
 
+def test_a_resume_tells_of_corrections_that_came_and_went(world, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
+    world.trainer(tmp_path, world.guard(**WATCH, corrections=[{"shrink": {}}]), **saving).train()
+    with pytest.warns(UserWarning, match=r"settings changed since the checkpoint.*corrections .*'shrink'.* -> None"):
+        world.trainer(tmp_path, world.guard(**WATCH), **saving).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-3")
+        )
+
+
+def test_a_probe_may_take_back_the_changes_of_a_run_that_never_merges(world, chat_tokenizer, runs, tmp_path):
+    probe = SafetyEvalCallback(
+        prompts={"bad": ["a b"]},
+        benign={"good": ["x y"]},
+        tokenizer=chat_tokenizer,
+        task=Falls(),
+        rollback=Rollback(task=0.05),
+        every=0,
+        max_new_tokens=2,
+        quiet=True,
+    )
+    guard = world.guard(**WATCH, corrections=[{"shrink": {"every": 3}}])
+    world.trainer(tmp_path, guard, probe, max_steps=3).train()
+    assert [e["step"] for e in runs.entries(tmp_path, "rollback")] == [3]
+
+
+class Falls:
+    """A score that falls each time."""
+
+    score = 1.0
+
+    def __call__(self, model, tokenizer):
+        self.score -= 0.1
+        return self.score
+
+
 def test_a_change_that_fails_costs_no_training(world, runs, tmp_path, monkeypatch):
     def broken(self, at):
         raise RuntimeError("no room")
@@ -264,6 +301,14 @@ def test_the_terms_loss_stands_in_journal_and_log(world, runs, tmp_path):
     assert logged == [e["loss"] for e in told]
 
 
+@pytest.mark.parametrize(("strategy", "steps"), [("epoch", [4, 8]), ("no", [8])])
+def test_its_loss_is_told_whenever_the_trainer_logs(world, runs, tmp_path, strategy, steps):
+    """Two epochs of four steps; the end of a training is always logged."""
+    guard = world.guard(**WATCH, corrections=[{"rows": {}}])
+    world.trainer(tmp_path, guard, max_steps=8, per_device_train_batch_size=4, logging_strategy=strategy).train()
+    assert [e["step"] for e in runs.entries(tmp_path, "gradient")] == steps
+
+
 def test_weight_0_is_absence_and_the_random_numbers_are_the_tasks(world, runs, tmp_path):
     ends, random = {}, {}
     for name, listed in {"none": None, "zero": [{"rows": {"weight": 0}}], "some": [{"rows": {"weight": 0.5}}]}.items():
@@ -274,7 +319,8 @@ def test_weight_0_is_absence_and_the_random_numbers_are_the_tasks(world, runs, t
         ends[name], random[name] = runs.lora_weights(trainer.model), seen.random
     assert equal(ends["none"], ends["zero"])
     assert not equal(ends["none"], ends["some"])
-    assert all(map(torch.equal, random["none"], random["some"]))
+    assert len(random["none"]) > 1
+    assert all(torch.equal(x, y) for x, y in zip(random["none"], random["some"], strict=True))
 
 
 def test_a_term_that_fails_leaves_no_gradient_and_costs_no_training(world, runs, tmp_path):

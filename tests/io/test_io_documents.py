@@ -21,7 +21,8 @@ from safemerge_callback.integrations.ms_swift import config_of
 from safemerge_callback.io.documents import parse_json, parse_yaml, read_json, read_text, read_yaml
 from safemerge_callback.offline.merge_yaml import read_recipe
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
+YAMLS = sorted(p for folder in ("configs", "method_comparison/grids") for p in (ROOT / folder).rglob("*.yaml"))
 TWICE = "method: linear\nevery: 10\nmethod: ties\n"
 
 
@@ -71,8 +72,9 @@ def test_all_else_is_as_the_libraries_read_it(tmp_path: Path) -> None:
         "t: {deep: {x: &x {<<: &y {a: 1, b: 2}, a: 3}}}\nb: {<<: *x, a: 4}\nc: {<<: [*x, *y], z: 1}\n",
         "a: &a {k: 1}\nb: &b {l: 2}\nc:\n  <<: *a\n  <<: *b\n  k: 5\n",
         "",
-        *(path.read_text(encoding="utf-8") for path in sorted((ROOT / "configs").rglob("*.yaml"))),
+        *(path.read_text(encoding="utf-8") for path in YAMLS),
     ]
+    assert len(YAMLS) > 40
     for text in texts:
         assert parse_yaml(text, "it") == yaml.safe_load(text)
     file = tmp_path / "x"

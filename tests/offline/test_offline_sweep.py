@@ -10,7 +10,7 @@ import torch
 from safemerge_callback.adapters import load_adapter, save_adapter
 from safemerge_callback.decision import Gate
 from safemerge_callback.errors import AdapterError, ConfigError, PlanError
-from safemerge_callback.methods import METHODS, get_method
+from safemerge_callback.methods import METHODS, as_how, get_method
 from safemerge_callback.offline import merge_adapters, sweep_adapters
 from safemerge_callback.offline.sweep.small_space import fits_core, in_core
 from safemerge_callback.ops import LowRank
@@ -107,7 +107,9 @@ def test_a_method_in_the_core_is_the_method_itself():
 
 
 def test_what_is_entrywise_or_reads_v_is_carried_out_instead():
-    small = {name for name, method in METHODS.items() if fits_core(method)}
+    pruned = {"density": 0.5}
+    hows = [as_how(name, pruned if "density" in method.takes else {}) for name, method in METHODS.items()]
+    small = {how.method for how in hows if fits_core(how)}
     assert small >= {"linear", "cat", "slerp", "orthogonal"}
     assert not small & {"project", "ties", "dare_linear", "ema"}
 

@@ -64,6 +64,19 @@ def test_cells_merges_and_totals(write):
     assert read_history(path.parent).merges == history.merges
 
 
+def test_a_merge_that_is_taken_back_leaves_the_change_of_its_step(write):
+    """A change comes before the check of its step, so both may stand at one."""
+    change = {"kind": "change", "step": 10, "correction": "shrink", "seconds": 0.1}
+    change["modules"] = [{"name": Q, "residual": 0.0, "change": 0.5, "task_weight": 0.5}]
+    rollback = {"kind": "rollback", "step": 10, "modules": [Q], "reason": "it cost too much"}
+    entries = [change, check(10, {Q: 0.3}), merge(10, [Q], left=0.4)]
+    assert read_history(write(*entries)).task_weights == {Q: {10: 0.4}}
+    assert read_history(write(*entries)).changes == set()
+    assert read_history(write(*entries, rollback)).task_weights == {Q: {10: 0.5}}
+    alone = read_history(write(change, rollback, check(10, {Q: 0.3})))
+    assert (alone.task_weights, alone.changes) == ({Q: {10: 1.0}}, {(Q, 10)})
+
+
 def test_what_has_not_moved_is_no_cosine(write):
     entry = check(0, {"layers.0.a": 1.0, "layers.0.b": 1.0, "layers.0.c": 1.0})
     entry["modules"][0]["update_norm"] = 0.0

@@ -4,8 +4,9 @@ import pytest
 import torch
 from peft import PeftModel
 
-from safemerge_callback import MergePlan, SafeMergeConfig, apply_safemerge, merge_adapters, sweep_adapters
-from safemerge_callback.decision import GATES, KNOB, Gate, Verdict, measure
+from safemerge_callback import MergePlan, SafeMergeConfig, Subspace, apply_safemerge, merge_adapters, sweep_adapters
+from safemerge_callback.cli.options import gates_named
+from safemerge_callback.decision import GATES, KNOB, Gate, Reading, Readings, Verdict, as_gate, measure, undecided
 from safemerge_callback.decision.gates import gate
 from safemerge_callback.decision.weights import WEIGHTS, weights_rule
 from safemerge_callback.errors import ConfigError
@@ -37,6 +38,15 @@ def _number(value, beside):
     return value
 
 
+def test_a_knob_that_stands_twice_is_refused_and_text_is_read():
+    given = {"subspace": "s", "gate": "alternate", "parity": 1}
+    assert SafeMergeConfig.from_dict({**given, "knobs": "{}"}).knobs == {"parity": 1}
+    with pytest.raises(ConfigError, match="parity is given twice, by itself and in knobs"):
+        SafeMergeConfig.from_dict({**given, "knobs": '{"parity": 0}'})
+    with pytest.raises(ConfigError, match="knobs is 5: map names of knobs"):
+        SafeMergeConfig.from_dict({**given, "knobs": 5})
+
+
 @pytest.fixture(autouse=True)
 def _dummies():
     """Three entries in the registries, which are as they were afterwards."""
@@ -64,8 +74,6 @@ CHOSEN = {"gate": "alternate", "parity": 1, "method": "boosted", "boost": 0.25, 
 
 
 def test_a_plan_is_decided_by_them(world):
-    from safemerge_callback import Subspace
-
     factors = live_factors(world.model())
     readings = measure(factors, Subspace.load(world.subspace))
     plan = MergePlan.decide(readings, **CHOSEN)
@@ -127,6 +135,41 @@ def test_folders_and_models_are_merged_by_them(world, tmp_path):
         assert changed == ("v_proj" in name)
     cells = sweep_adapters(task, world.safety, world.subspace, gates=["all", gates], methods=["boosted"], boost=0.25)
     assert [cell.method for cell in cells] == ["boosted", "boosted"]
+
+
+def test_a_sweep_refuses_a_knob_that_nothing_declares(world, tmp_path):
+    """One of a method that is not swept is left out, as it always was."""
+    task = saved(world, tmp_path)
+    for knobs in ({"bosot": 0.25}, {"strength": 0.5}, {"threshold": 0.3}, {"halving": 2.0}):
+        with pytest.raises(ConfigError, match=f"knob '{next(iter(knobs))}' of a sweep is unknown"):
+            sweep_adapters(task, world.safety, world.subspace, **knobs)
+    assert sweep_adapters(task, world.safety, world.subspace, methods=["linear"], boost=0.25)
+
+
+def test_a_gate_that_says_nothing_of_intervals_is_asked_with_exact_readings():
+    between = Reading("a", 0.3, 0.75, 1.0, 4, (8, 8), interval=(0.2, 0.4))
+    exact = Reading("b", 0.3, 0.75, 1.0, 4, (8, 8))
+    assert undecided(Readings([between, exact]), "alternate", parity=0) == ["a"]
+    assert undecided(Readings([between, exact]), "all") == []
+
+
+def test_a_limit_by_a_knob_of_the_gates_own_may_be_rearmed():
+    @gate(knob=Knob("edge", "Where.", lambda value, beside: value, default=0.5), limit=lambda _, edge: edge)
+    def edged(readings, *, edge):
+        return {name: Verdict(reading.cosine < edge, "edge") for name, reading in readings.items()}
+
+    reading = Reading("a", 0.3, 0.75, 1.0, 4, (8, 8))
+    assert Gate("edged", rearm=0.1).limit(reading) == 0.5
+    assert str(as_gate("edged", {"edge": 0.2})) == "edged 0.2"
+
+
+def test_the_command_line_reads_a_knob_of_the_gates_own():
+    assert gates_named(None, "alternate=1,all") == [Gate("alternate", knobs={"parity": 1}), Gate("all")]
+
+
+def test_a_weights_rule_alone_does_not_tell_of_an_adapter_to_come(world):
+    readings = measure(live_factors(world.model()), Subspace.load(world.subspace))
+    assert MergePlan.decide(readings, strength=0.5, halving=2.0).method == "pull"
 
 
 def test_a_run_is_merged_by_them(world, tmp_path):

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..reading import Readings
 from .common import Verdict, not_finite
-from .registry import gate
+from .registry import gate, never
 
 
-def asks(**_knobs: Any) -> bool:
-    """Return False: no verdict depends on a cosine."""
-    return False
-
-
-@gate(name="all", asks=asks, whole=True)
+@gate(name="all", asks=never, whole=True)
 def all_modules(readings: Readings) -> dict[str, Verdict]:
     """Merge every module whose update is finite, moved or not (RESTA, arXiv:2402.11746, has no gate)."""
     return {name: not_finite(reading) or Verdict(True, "gate all") for name, reading in readings.items()}

@@ -19,6 +19,11 @@ def _always(**_knobs: Any) -> bool:
     return True
 
 
+def never(**_knobs: Any) -> bool:
+    """Return False: no verdict of the gate depends on a cosine."""
+    return False
+
+
 @dataclass(frozen=True)
 class Criterion:
     """A gate's function, and what it says of itself.
@@ -31,7 +36,8 @@ class Criterion:
     module's verdict needs the readings of all. `limit`: the cosine below which a module is merged, by reading and knob;
     `most`: the largest value of the knob at which anything lies below it. `distance`: of a gate that merges below
     something else than a cosine, how far a module lies above it, by reading and knob. `open_of`: which modules an
-    interval leaves open, where that is not whether a limit lies in it. `asks`: whether any verdict depends on a cosine.
+    interval leaves open, where that is not whether a limit lies in it; all for a gate that asks
+    cosines and has neither. `asks`: whether any verdict depends on a cosine.
     `merges`: whether it ever merges; `whole`: whether always everything. `notes`: fields of `Reading`
     that a verdict cannot be understood without, for the record.
     """
@@ -91,7 +97,7 @@ def gate(
 ) -> Callable[[Function], Function]:
     """Enter a gate under `name`, its function's own where that is None; the rest are the fields of `Criterion`.
 
-    `knob`: the name of one of `Gate`'s, or a `Knob` of the gate's own.
+    `knob`: the name of one of `Gate`'s, or a `Knob` of the gate's own, whose value is a number.
     """
     own = (knob,) if isinstance(knob, Knob) else ()
     main = knob.name if isinstance(knob, Knob) else knob

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypedDict
 
-from ...errors import ConfigError
+from ...errors import ConfigError, shown
 from ...io.choices import one_of
 from ...io.knobs import checked, named_values, unknown_knob
 from ..reading import Reading, Readings
@@ -73,14 +73,14 @@ class Gate:
         checks.check_count_of("step", self.step)
         checks.check_rearm(self.rearm)
         self._check_unread()
+        object.__setattr__(self, "knobs", checked(self.criterion.own, self.knobs, gate=self.name))
         self._check_rearm()
         if not isinstance(self.soft, bool) or (self.soft and not self.limits):
             able = sorted(name for name, other in GATES.items() if other.limit)
             raise ConfigError(
-                f"soft={self.soft!r} with gate {self.name!r}: weights grow with the distance below a cosine, so give "
-                f"true with one of {able}, or false"
+                f"soft={shown(self.soft)} with gate {self.name!r}: weights grow with the distance below a cosine, so "
+                f"give true with one of {able}, or false"
             )
-        object.__setattr__(self, "knobs", checked(self.criterion.own, self.knobs, gate=self.name))
 
     def _check_unread(self) -> None:
         for knob, check in _OPTIONAL.items():
@@ -98,7 +98,7 @@ class Gate:
         if not readers:
             raise unknown_knob(knob, gate_knobs(), "a gate")
         told = " and ".join(repr(gate) for gate in readers)
-        raise ConfigError(f"{knob}={value!r} is read by gate {told} only, and gate is {self.name!r}: drop one")
+        raise ConfigError(f"{knob}={shown(value)} is read by gate {told} only, and gate is {self.name!r}: drop one")
 
     def _check_rearm(self) -> None:
         if not self.rearm and (self.rearm is None or self.limits or self.ranked):
@@ -152,6 +152,9 @@ class Gate:
         """Return the modules that intervals leave open, those of exact readings too; see `undecided`."""
         if self.criterion.open_of is not None:
             return frozenset(self.criterion.open_of(readings, **self.reads))
+        if not self.limits and self.asks_cosines:
+            # Nobody says what an interval leaves open: all of it.
+            return frozenset(readings)
         return frozenset(name for name, reading in readings.items() if self._open(reading))
 
     def _open(self, reading: Reading) -> bool:

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..reading import Readings
 from .common import Verdict, not_finite
-from .registry import gate
+from .registry import gate, never
 
 
-def asks(**_knobs: Any) -> bool:
-    """Return False: no verdict depends on a cosine."""
-    return False
-
-
-@gate(asks=asks, merges=False)
+@gate(asks=never, merges=False)
 def watch(readings: Readings) -> dict[str, Verdict]:
     """Merge nothing: readings are for the record."""
     return {name: not_finite(reading) or Verdict(False, "gate watch") for name, reading in readings.items()}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 from ...errors import ConfigError
-from ...io.knobs import Knob, unknown_knob
+from ...io.knobs import Knob, checked, unknown_knob
 from ...methods.how import How
 from ..gates import Gate
 from ..reading import Readings
@@ -37,7 +37,7 @@ class WeightsRule:
     ConfigError where the rule cannot serve what is merged. `needs`: what must be there. `by_module`: whether modules
     may differ, so that the journal says each one's. `grouped`: whether many modules share their weights, so that those
     which do are computed together; False where each has its own, which only a weighted sum takes, as one number a
-    module. `noted`: whether the journal holds the knob. `words(value)` ends the sentence on the weights.
+    module. `words(value)` ends the sentence on the weights.
     """
 
     name: str
@@ -47,7 +47,6 @@ class WeightsRule:
     needs: frozenset[str] = frozenset()
     by_module: bool = True
     grouped: bool = True
-    noted: bool = True
     words: Callable[[Any], str] | None = None
 
     def value(self, knobs: Mapping[str, Any], gate: Gate) -> Any:
@@ -70,7 +69,6 @@ class Description(TypedDict, total=False):
     needs: frozenset[str]
     by_module: bool
     grouped: bool
-    noted: bool
     words: Callable[[Any], str] | None
 
 
@@ -103,11 +101,7 @@ def checked_rules(knobs: Mapping[str, Any], how: How, gate: Gate) -> dict[str, A
     allowed = weights_knobs()
     if unknown := [name for name in knobs if name not in allowed]:
         raise unknown_knob(unknown[0], allowed, "weights")
-    settled: dict[str, Any] = {}
-    for rule in WEIGHTS.values():
-        if isinstance(rule.knob, Knob):
-            name = rule.knob.name
-            settled[name] = rule.knob.check(knobs.get(name, rule.knob.default), {"how": how})
+    settled = checked(tuple(rule.knob for rule in WEIGHTS.values() if isinstance(rule.knob, Knob)), knobs, how=how)
     in_force = rules_in_force(settled, gate)
     for rule, _ in in_force:
         rule.fits(how)

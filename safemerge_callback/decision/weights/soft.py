@@ -31,7 +31,7 @@ def _words(_value: Any) -> str:
     return " (soft)"
 
 
-@weights_rule(knob="soft", fits=check_soft, grouped=False, noted=False, words=_words)
+@weights_rule(knob="soft", fits=check_soft, grouped=False, words=_words)
 def soft(weights: Weights, _value: Any, case: Case) -> Weights:
     """Return weights less of a change, by how far a module's cosine lies below the gate's; see `attenuated`."""
     return {name: _faded(asked, name, case) for name, asked in weights.items()}

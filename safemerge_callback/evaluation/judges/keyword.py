@@ -2,6 +2,6 @@
 
 from ...io.renamed import renamed
 
-_NAMES = ("KeywordJudge", "refusal_phrases")
+_NAMES = ("KeywordJudge", "refusal_phrases", "says")
 
 __getattr__ = renamed(__name__, dict.fromkeys(_NAMES, "safemerge_callback.evaluation.judges.keywords"))

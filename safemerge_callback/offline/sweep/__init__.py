@@ -1,1 +1,1 @@
-"""One merge at many strengths: what each would do, without writing it."""
+"""Merges over gates, weights and methods: what each would do, without writing one."""

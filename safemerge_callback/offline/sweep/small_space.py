@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...methods import How, Method
+from ...methods import How
 from ...ops import LowRank, inner_product, squared_norm, weighted_sum, wide_dtype
 
 
@@ -48,9 +48,9 @@ def _root(gram: Tensor) -> Tensor:
     return (vectors * values.clamp_min(0.0).sqrt()[..., None, :]) @ vectors.mT
 
 
-def fits_core(method: Method) -> bool:
-    """Return whether `method` sees updates only up to a rotation of their spaces: not entry by entry, nor against V."""
-    return not method.dense and not method.needs & {"subspace", "average"}
+def fits_core(how: How) -> bool:
+    """Return whether a merge sees updates only up to a rotation of their spaces: not entry by entry, nor against V."""
+    return not how.kind.dense and not how.needs & {"subspace", "average"}
 
 
 def moved_in_core(how: How, live: LowRank, safety: Sequence[LowRank], scaling: Tensor) -> Moved:

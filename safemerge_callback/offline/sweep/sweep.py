@@ -23,8 +23,10 @@ from ...decision import (
     needs_of,
 )
 from ...errors import ConfigError, PlanError
+from ...io.knobs import unknown_knob
 from ...methods import How, as_how, check_merge, get_method, method_of
 from ...methods.how import AUTO, MethodKnobs
+from ...methods.registry import knobs as declared
 from ...ops import LowRank, full_precision
 from ...subspace import Subspace
 from ..parts import CHUNK_BYTES, Given, adapter_of, adapters_of, chunks, copies_of_base, left_out, subspace_of
@@ -82,6 +84,9 @@ def _merges(
     methods: Sequence[str], weights: Sequence[Sequence[float]], space: str, knobs: Mapping[str, Any]
 ) -> list[How]:
     """How each column merges; a knob that a method does not read is left out of its own."""
+    known = tuple(declared())
+    if unknown := [name for name in knobs if name not in known]:
+        raise unknown_knob(unknown[0], known, "a sweep")
     found = []
     for name in dict.fromkeys(methods):
         method = get_method(name)
@@ -130,11 +135,11 @@ def _columns(
 ) -> list[Column]:
     """How each merge is made, and what it would do to every module with finite weights, by name."""
     names = [name for name, reading in readings.items() if reading.finite]
-    small = any(fits_core(how.kind) for how in merges)
+    small = any(fits_core(how) for how in merges)
     cores = _cores(names, task, guards) if small else []
     columns = []
     for how in merges:
-        if fits_core(how.kind):
+        if fits_core(how):
             parts = (_by_name(run, moved_in_core(how, live, others, scaling)) for run, live, others, scaling in cores)
         else:
             parts = (

@@ -114,13 +114,15 @@ def read_merge(history: History, entry: Mapping[str, Any]) -> None:
     history.merge_seconds += number(entry["seconds"])
     history.seconds += number(entry["seconds"])
     read_shares(history, entry)
+    history.changes -= {(module_name(module), count(entry["step"])) for module in entry["modules"]}
 
 
 def read_shares(history: History, entry: Mapping[str, Any]) -> None:
     """What is left in each module after a merge or another change, and what of the new update did not fit."""
-    step = count(entry["step"])
+    step, left = count(entry["step"]), history.task_weights
     for module in entry["modules"]:
         key = module_name(module), step
+        history.before[key] = next(reversed(left.get(key[0], {}).values()), 1.0)
         history.merges[key] = number(module["task_weight"])
         history.residuals[key] = number(module.get("residual"))
         history.undone.pop(key, None)
@@ -150,8 +152,8 @@ def read_taken_back(history: History, entry: Mapping[str, Any]) -> None:
     """A rollback, or an undo by hand: the module has again the share that its merge before this one left."""
     step, names = count(entry["step"]), tuple(str(name) for name in entry["modules"])
     for name in names:
-        shares = [(at, share) for at, share in history.task_weights.get(name, {}).items() if at <= step]
-        if shares:
-            history.undone[name, shares[-1][0]] = shares[-2][1] if len(shares) > 1 else 1.0
+        last = max((at for at in history.task_weights.get(name, {}) if at <= step), default=None)
+        if last is not None:
+            history.undone[name, last] = history.before[name, last]
     reason = str(entry.get("reason", "undone by hand"))
     history.events.append(Event(step, str(entry["kind"]), reason, names))

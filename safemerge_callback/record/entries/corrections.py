@@ -8,7 +8,7 @@ from typing import Any
 from ...decision import Edit
 from ..history import History
 from .checks import read_shares
-from .values import count, number
+from .values import count, module_name, number
 
 
 def change_entry(
@@ -26,6 +26,7 @@ def read_change(history: History, entry: Mapping[str, Any]) -> None:
     """The modules' shares go on from it as from a merge, and a rollback takes it back."""
     history.seconds += number(entry["seconds"])
     read_shares(history, entry)
+    history.changes |= {(module_name(module), count(entry["step"])) for module in entry["modules"]}
 
 
 def gradient_entry(step: int, correction: str, weight: float, loss: float, steps: int) -> dict[str, Any]:

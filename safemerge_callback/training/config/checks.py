@@ -88,10 +88,22 @@ def _check_types(config: Draft) -> None:
     check_placement(config.placement)
 
 
+def with_own(value: Any, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the setting `knobs` with those that stand by themselves; ConfigError for one that stands twice."""
+    given = _knobs(value)
+    if twice := sorted(given.keys() & own.keys()):
+        raise ConfigError(f"{twice[0]} is given twice, by itself and in knobs: give it once")
+    return {**given, **own}
+
+
+def _knobs(value: Any) -> Mapping[str, Any]:
+    text = _read_json(value, "knobs", '{"name": 0.5}')
+    return {} if text is None else named_values(text)
+
+
 def _check_knobs(config: Draft) -> None:
     """Refuse knobs that nobody has declared, and those that are settings by themselves."""
-    text = _read_json(config.knobs, "knobs", '{"name": 0.5}')
-    given = {} if text is None else named_values(text)
+    given = _knobs(config.knobs)
     known = declared_knobs(vars(config))
     if unknown := [name for name in given if name not in known]:
         raise unknown_knob(unknown[0], known, "knobs")

@@ -19,7 +19,7 @@ from ...methods.aliases import without_alias
 from ...methods.density import DENSITY, MAJORITY_SIGN
 from ...methods.how import AUTO
 from ...methods.project import OPERATOR, OPERATOR_RANK
-from .checks import adapters_of, checked_settings
+from .checks import adapters_of, checked_settings, with_own
 from .choices import declared_knobs, gate_at, how_of, rules_of
 from .merge_entry import with_merge_entry
 from .presets import with_preset
@@ -191,7 +191,7 @@ class SafeMergeConfig:
         allowed = [f.name for f in fields(cls)]
         own = {key: knobs.pop(key) for key in declared_knobs(allowed) if key in knobs}
         if own:
-            knobs["knobs"] = {**(knobs.get("knobs") or {}), **own}
+            knobs["knobs"] = with_own(knobs.get("knobs"), own)
         for key in knobs:
             if key not in allowed:
                 raise ConfigError(

@@ -132,7 +132,8 @@ def connect(probing: Probing, guard: GuardedRun | None, journal: str | None) -> 
     Raises ConfigError where a rule needs a guard that merges, and where the guard is watched already.
     """
     for name in ("rollback", "trigger"):
-        if getattr(probing.rules, name) and not (guard and guard.merges):
+        able = guard and (guard.changes if name == "rollback" else guard.merges)
+        if getattr(probing.rules, name) and not able:
             lacking = "no SafeMergeCallback" if guard is None else "a SafeMergeCallback that never merges"
             raise ConfigError(f"rule {name} is set and the trainer has {lacking}: add one that merges, or leave it out")
     if guard is None:

@@ -55,7 +55,8 @@ def run_section(outcome: Outcome) -> Section:
     progress = outcome.progress
     done = f"{progress.checks} times" if progress.checks != 1 else "once"
     merged = f"merged into it {progress.merges} times" if progress.merges != 1 else "merged into it once"
-    merged = merged if progress.merges else "merged nothing: these are the weights that training left"
+    untouched = "" if progress.task_weights else ": these are the weights that training left"
+    merged = merged if progress.merges else f"merged nothing{untouched}"
     says = f"While this adapter was trained, SafeMerge checked it {done} and {merged}."
     text = "\n".join(["## Safety merge\n", f"{says}\n", *_facts(outcome), "", CAVEAT])
     return Section(text, progress.merges > 0)

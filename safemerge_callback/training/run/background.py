@@ -12,9 +12,10 @@ import torch
 from ...decision import Readings
 from ...live import Writer
 from ...live.faults import Fault, attempt
+from ...live.ranks import rank
 from ...ops import reduced_products
 from ...subspace import Subspace
-from .shares import Part, first_rank, measure_part
+from .shares import Part, measure_part
 
 Answer = TypeVar("Answer")
 
@@ -42,7 +43,7 @@ def begin(step: int, writer: Writer, subspace: Subspace, part: Part | None, gate
 
     def start() -> Future[Readings] | None:
         factors = writer.gather()
-        if part is None and not first_rank():
+        if part is None and rank() != 0:
             return None
         copies = {name: replace(f, A=f.A.detach().clone(), B=f.B.detach().clone()) for name, f in factors.items()}
         device = next(iter(copies.values())).A.device

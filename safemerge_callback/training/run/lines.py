@@ -20,7 +20,7 @@ def opening_line(config: SafeMergeConfig, plan: Forecast, num_modules: int, max_
     since = f"going on from step {step:,}, " if step else ""
     where = f"{since}gate {config.gate_at()}, {_count(num_modules, 'module')}"
     if not config.merges:
-        return f"{where}: measured {_times(config, max_steps)}, nothing is changed"
+        return f"{where}: measured {_times(config, max_steps)}, nothing is {'merged' if config.changes else 'changed'}"
     most, least = ("", "") if plan.exact else ("at most ", "at least ")
     merges = f"{most}{_count(plan.merges, 'merge')} planned"
     left = "" if plan.left is None else f", {least}{percent(plan.left)} of the task's early update left after them"

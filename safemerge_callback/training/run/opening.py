@@ -294,7 +294,9 @@ def _records(
     """The progress of the resumed checkpoint and the journal cut back to it, or new ones; whether it was found."""
     found, first = past.progress, state.is_world_process_zero
     if found:
-        _tell_changes(public_settings(found.config), config.to_publish())
+        # These two stand in a record only where there are any.
+        none = {"corrections": None, "knobs": None}
+        _tell_changes(none | public_settings(found.config), none | config.to_publish())
     path = _journal_path(config, args)
     count = found.journal_entries if found else None
     # A refusal on the first rank alone would leave the others waiting for it.

@@ -14,7 +14,7 @@ from ...adapters import LoraFactors
 from ...decision import Readings, as_gate, measure
 from ...decision.batches import batches
 from ...live.faults import Fault
-from ...live.ranks import everyones, many, together
+from ...live.ranks import everyones, many, rank, together
 from ...subspace import Subspace
 from ...subspace.memory import Memory, device_memory, host_memory
 from ...subspace.placement import Choice, Setting, choose
@@ -30,15 +30,10 @@ def place(config: SafeMergeConfig, subspace: Subspace, factors: Mapping[str, Lor
     every rank, for a placement that has not the room.
     """
     choice = choose(config.placement, _setting(config, subspace, factors))
-    if first_rank():
+    if rank() == 0:
         logger.info("alignment matrices: %s", choice)
     subspace.place(choice.placement())
     return choice
-
-
-def first_rank() -> bool:
-    """Return whether this process is the first, or the only one."""
-    return not many() or dist.get_rank() == 0
 
 
 class Part(NamedTuple):
@@ -96,7 +91,7 @@ def measure_own(
     factors: Mapping[str, LoraFactors], subspace: Subspace, part: Part | None, gate: Mapping[str, Any]
 ) -> Readings | Fault:
     """Measure as `measure_part`; without parts on the first rank alone, whose readings count: a Fault on others."""
-    if part is None and not first_rank():
+    if part is None and rank() != 0:
         return Fault("measure", "the first rank measures")
     return measure_part(factors, subspace, part, gate)
 
@@ -118,9 +113,9 @@ def join(own: Readings | Fault, part: Part | None) -> Readings | Fault:
     if part is None:
         return own
     found = everyones(own)
-    for rank, answer in enumerate(found):
+    for number, answer in enumerate(found):
         if isinstance(answer, Fault):
-            return replace(answer, error=f"{answer.error} (on rank {rank} of {len(found)})")
+            return replace(answer, error=f"{answer.error} (on rank {number} of {len(found)})")
     return _in_order(part, [answer for answer in found if not isinstance(answer, Fault)])
 
 

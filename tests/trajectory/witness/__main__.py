@@ -17,7 +17,7 @@ import time
 from io import BytesIO
 from pathlib import Path
 
-from .comparison import compared, table
+from .comparison import Row, compared, table
 
 ROOT = Path(__file__).parents[3]
 PACKAGE = "safemerge_callback"
@@ -59,6 +59,8 @@ def against(commit, only, *, all_names):
 
 def of_old_files(before, over):
     """The rows of what the working tree makes of the commit's journals and checkpoints."""
+    if not over and any(name.endswith("/report") for name in before):
+        return [Row("of its files", "DIFFERS", "nothing was taken over")]
     old = {name: before[name] for name in over}
     return [row._replace(name=f"{row.name} (of its files)") for row in compared(old, over)]
 
