@@ -17,7 +17,7 @@ from ..live.faults import Fault, attempt
 from ..ops import wide_dtype
 from ..record.entries import gradient_entry
 from ..record.log import Log
-from ..signals.as_found import random_states_kept
+from ..signals.model_state import preserve_random_states
 from .protocol import GradientTerm, RunPoint
 
 # Where gradients are whole on every rank and are averaged at the last micro-batch: a backward before it adds to them.
@@ -39,7 +39,7 @@ def add_gradient(term: GradientTerm, at: RunPoint, model: nn.Module, scaler: Any
     `scaler`: torch's GradScaler where the training has one. The random states and the modules' modes are given back;
     after an error the gradients are, too. Raises what the term raises, and ValueError for a loss that is no scalar.
     """
-    with _gradients_kept(model), random_states_kept(model), _training(model), torch.enable_grad():
+    with _gradients_kept(model), preserve_random_states(model), _training(model), torch.enable_grad():
         loss = term.loss(at, model)
         if loss.ndim:
             raise ValueError(f"the loss of {term.name!r} has the shape {tuple(loss.shape)}: a scalar was expected")

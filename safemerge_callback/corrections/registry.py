@@ -46,24 +46,25 @@ class ChosenCorrection(NamedTuple):
 
         ConfigError where the engine cannot serve it, where it would never be due, and for what is no correction.
         """
-        name, made = self.kind.name, self.kind.make(self.settings)
-        if not isinstance(made, Correction | GradientTerm):
+        name, instance = self.kind.name, self.kind.make(self.settings)
+        if not isinstance(instance, Correction | GradientTerm):
             raise ConfigError(
-                f"correction {name!r} made a {type(made).__name__}, which is neither a change nor a gradient term: let "
-                "it have a name, a schedule, and a method `change`, or a weight and a method `loss`"
+                f"correction {name!r} made a {type(instance).__name__}, which is neither a change nor a gradient term: "
+                "let it have a name, a schedule, and a method `change`, or a weight and a method `loss`"
             )
         if engine not in self.kind.engines:
             raise ConfigError(
                 f"correction {name!r} serves {sorted(self.kind.engines)}, and this training is under {engine}: train "
                 "with one of those, or leave it out"
             )
-        if not made.schedule.ever(max_steps):
+        schedule = instance.schedule
+        if not schedule.ever(max_steps):
             raise ConfigError(
-                f"correction {name!r} is never due in this run of {max_steps} steps (every={made.schedule.every:g}, "
-                f"from_step={made.schedule.from_step}, until_step={made.schedule.until_step}): choose them so that it "
+                f"correction {name!r} is never due in this run of {max_steps} steps (every={schedule.every:g}, "
+                f"from_step={schedule.from_step}, until_step={schedule.until_step}): choose them so that it "
                 "is, or leave it out"
             )
-        return made
+        return instance
 
 
 CORRECTIONS: dict[str, CorrectionKind] = {}
@@ -87,13 +88,13 @@ def correction(
     return enter
 
 
-def chosen_corrections(given: Any) -> list[ChosenCorrection]:
+def chosen_corrections(entries: Any) -> list[ChosenCorrection]:
     """Return the corrections of a list as YAML has it, each a mapping of a name to its settings.
 
     ConfigError for anything else, for an unknown name or setting with the nearest there is, for a setting that its
     correction refuses, and for one that stands there twice. A merge is no entry here: its settings are those beside.
     """
-    chosen = [_chosen(*named) for named in named_entries(given)]
+    chosen = [_chosen(*named) for named in named_entries(entries)]
     names = [one.kind.name for one in chosen]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"corrections name {twice[0]!r} twice: give it once")
@@ -105,13 +106,13 @@ def plain(chosen: Iterable[ChosenCorrection]) -> list[dict[str, Any]]:
     return [{one.kind.name: asdict(one.settings)} for one in chosen]
 
 
-def named_entries(given: Any) -> list[tuple[str, Mapping[str, Any]]]:
+def named_entries(entries: Any) -> list[tuple[str, Mapping[str, Any]]]:
     """Return name and settings of each entry of a list; ConfigError for anything else. Names may be unknown."""
-    if not isinstance(given, list | tuple):
+    if not isinstance(entries, list | tuple):
         raise ConfigError(
-            f"corrections is {shown(given)}: give a list, each entry a correction's name and its settings"
+            f"corrections is {shown(entries)}: give a list, each entry a correction's name and its settings"
         )
-    return [_entry(one) for one in given]
+    return [_entry(one) for one in entries]
 
 
 def _entry(one: Any) -> tuple[str, Mapping[str, Any]]:

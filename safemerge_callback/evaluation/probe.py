@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..live.forward import able_to_generate
 from ..live.ranks import everyones, from_first, rank, together
-from ..signals.as_found import left_as_found
+from ..signals.model_state import preserve_state
 from ..signals.responses import Response, respond, tokenized
 from .judges import Judge
 from .measure import Kind, SetKind, Share, Transcript, as_share, coherence, refusal_shares
@@ -100,7 +100,7 @@ def ask(model: Any, tokenizer: Any, questions: Questions, asking: Asking) -> Ans
     `failures`.
     """
     began, failures = time.perf_counter(), list[str]()
-    with left_as_found(model, tokenizer):
+    with preserve_state(model, tokenizer):
         said = _responses(model, tokenizer, questions, asking)
         measures = from_first(_refusals(asking, questions, said, failures) if rank() == 0 else [])
         measures.append(coherence(measures))

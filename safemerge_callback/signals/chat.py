@@ -96,25 +96,25 @@ def questions(tokenizer: Any, prompts: Sequence[str], settings: Mapping[str, Any
     return texts
 
 
-def template_settings(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
+def template_settings(kwargs: Mapping[str, Any] | str | None) -> dict[str, Any]:
     """Return `chat_template_kwargs` as a dict, from a mapping or its JSON, or empty; ConfigError for anything else."""
-    what, found = "chat_template_kwargs", given
-    if isinstance(given, str):
-        found = parse_json(given, f"{what} {shown(given)}", advice='Give such as {"enable_thinking": false}')
-    if found is None:
+    what, settings = "chat_template_kwargs", kwargs
+    if isinstance(kwargs, str):
+        settings = parse_json(kwargs, f"{what} {shown(kwargs)}", advice='Give such as {"enable_thinking": false}')
+    if settings is None:
         return {}
-    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+    if not isinstance(settings, Mapping) or not all(isinstance(name, str) for name in settings):
         raise ConfigError(
-            f"{what} is {shown(given)}: give a mapping of what the chat template reads, such as "
+            f"{what} is {shown(kwargs)}: give a mapping of what the chat template reads, such as "
             "{'enable_thinking': False}"
         )
-    ours = [name for name in found if name in _OURS]
+    ours = [name for name in settings if name in _OURS]
     if ours:
         raise ConfigError(f"{what} has {ours[0]!r}, which is set by whoever asks: leave it out")
-    return dict(found)
+    return dict(settings)
 
 
-def check_told_apart(prompts: Sequence[str], tokens: Sequence[Sequence[int]]) -> None:
+def check_tokens_differ(prompts: Sequence[str], tokens: Sequence[Sequence[int]]) -> None:
     """Raise ConfigError where different prompts are all the same tokens: the model could not tell them apart."""
     different = len({" ".join(prompt.split()).casefold() for prompt in prompts}) > 1
     if different and len({tuple(ids) for ids in tokens}) == 1:

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 from ..errors import ConfigError
-from .as_found import left_as_found
+from .model_state import preserve_state
 
 # Batches of an evaluation set that a loss is taken on.
 EVAL_BATCHES = 50
@@ -24,7 +24,7 @@ def mean_loss(model: Any, batches: Iterable[Any], limit: int = EVAL_BATCHES) -> 
     losses = []
     for batch in islice(batches, limit):
         # Each by itself: what a loader draws from the random state is its caller's doing.
-        with left_as_found(model):
+        with preserve_state(model):
             losses.append(model(**batch).loss.detach().float())
     return float(torch.stack(losses).mean())
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError
-from .chat import PLACE, check_told_apart, inherited, questions, template_settings, text_part
+from .chat import PLACE, check_tokens_differ, inherited, questions, template_settings, text_part
 from .thoughts import tell_unfinished, with_marks
 
 # Sampling settings that a checkpoint brings along are put back to neutral, or transformers warns of each.
@@ -62,22 +62,22 @@ def tokenized(
     or in `template`, a text that holds `{prompt}`, between the tokenizer's own special tokens. ConfigError where there
     is neither, and where the model would be asked something else than the prompt.
     """
-    given = template_settings(settings)
+    settings = template_settings(settings)
     text = text_part(tokenizer)
     if template is None:
-        texts = questions(text, prompts, {**inherited(tokenizer), **given})
+        texts = questions(text, prompts, {**inherited(tokenizer), **settings})
         tokens = text(texts, add_special_tokens=False)["input_ids"] if texts else []
     else:
         if PLACE not in template:
             raise ConfigError(f"template {template!r} has no place for the prompt: put {PLACE} where it goes")
-        if given:
+        if settings:
             raise ConfigError(
-                f"chat_template_kwargs {given} are read by a chat template, and `template` stands in its place: give "
-                "one of the two"
+                f"chat_template_kwargs {settings} are read by a chat template, and `template` stands in its place: "
+                "give one of the two"
             )
         texts = [template.replace(PLACE, prompt) for prompt in prompts]
         tokens = [_begun_once(text, ids) for ids in text(texts)["input_ids"]] if texts else []
-    check_told_apart(prompts, tokens)
+    check_tokens_differ(prompts, tokens)
     return tokens
 
 

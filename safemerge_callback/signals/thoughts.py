@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 # What opens and closes a thought: Qwen3 and DeepSeek-R1, then other models' words for it.
-_PAIRS = (
+_THOUGHT_MARKS = (
     (r"<think>", r"</think>"),
     (r"<thinking>", r"</thinking>"),
     (r"<thought>", r"</thought>"),
@@ -19,7 +19,9 @@ _PAIRS = (
     # gpt-oss: whatever stands before the channel `final`
     (r"<\|channel\|>\s*(?:analysis|commentary)[^<]*<\|message\|>", r"<\|channel\|>\s*final[^<]*<\|message\|>"),
 )
-_MARK = re.compile("|".join(f"(?P<opens{i}>{opens})|(?P<ends{i}>{ends})" for i, (opens, ends) in enumerate(_PAIRS)))
+_MARK = re.compile(
+    "|".join(f"(?P<opens{i}>{opens})|(?P<ends{i}>{ends})" for i, (opens, ends) in enumerate(_THOUGHT_MARKS))
+)
 OPENS, ENDS = "<think>", "</think>"
 # Tokens at the end of a prompt among which a mark is looked for.
 _LAST = 24
@@ -33,14 +35,14 @@ class Spoken(NamedTuple):
     thought: bool
 
 
-class Counts(NamedTuple):
+class ThoughtCounts(NamedTuple):
     """Of several responses: how many held thoughts, which were cut, and how many of them ended within one."""
 
     cut: int
     unfinished: int
 
 
-class _Piece(NamedTuple):
+class _ResponsePiece(NamedTuple):
     text: str
     thought: bool
     ended: bool = True
@@ -62,10 +64,10 @@ def answer_of(response: str) -> str:
     return spoken(response).answer or ""
 
 
-def counts_of(responses: Sequence[str]) -> Counts:
+def counts_of(responses: Sequence[str]) -> ThoughtCounts:
     """Count the responses with thoughts, and those that end within one."""
     spoke = [spoken(response) for response in responses]
-    return Counts(sum(one.thought for one in spoke), sum(one.answer is None for one in spoke))
+    return ThoughtCounts(sum(one.thought for one in spoke), sum(one.answer is None for one in spoke))
 
 
 def tell_unfinished(responses: Sequence[str]) -> None:
@@ -92,7 +94,7 @@ def with_marks(tokenizer: Any, prompt: Sequence[int], said: Sequence[int], text:
     return "".join(_marked(piece) if piece.thought else piece.text for piece in bare).strip()
 
 
-def _marked(piece: _Piece) -> str:
+def _marked(piece: _ResponsePiece) -> str:
     return f"{OPENS}{piece.text}{ENDS if piece.ended else ''}"
 
 
@@ -103,23 +105,23 @@ def _open_at_end(prompt: str) -> str:
     return last.group() if last and opens else ""
 
 
-def _pieces(response: str) -> list[_Piece]:
+def _pieces(response: str) -> list[_ResponsePiece]:
     """Thoughts and what stands around them, in order; what comes before a first end without a beginning is a thought.
 
     Within a thought only its own end counts.
     """
-    found: list[_Piece] = []
+    pieces: list[_ResponsePiece] = []
     at, opened = 0, ""
     for mark in _MARK.finditer(response):
         name = str(mark.lastgroup)
         if opened and name == opened.replace("opens", "ends"):
-            found.append(_Piece(response[at : mark.start()], True))
+            pieces.append(_ResponsePiece(response[at : mark.start()], True))
             at, opened = mark.end(), ""
         elif not opened and name.startswith("opens"):
-            found.append(_Piece(response[at : mark.start()], False))
+            pieces.append(_ResponsePiece(response[at : mark.start()], False))
             at, opened = mark.end(), name
-        elif not opened and not found:
+        elif not opened and not pieces:
             # the prompt opened it
-            found.append(_Piece(response[: mark.start()], True))
+            pieces.append(_ResponsePiece(response[: mark.start()], True))
             at = mark.end()
-    return [*found, _Piece(response[at:], bool(opened), not opened)]
+    return [*pieces, _ResponsePiece(response[at:], bool(opened), not opened)]

@@ -17,7 +17,7 @@ from safemerge_callback.decision import Gate
 from safemerge_callback.decision.batches import batches
 from safemerge_callback.errors import ConfigError, SubspaceError
 from safemerge_callback.training.run import shares as shares_module
-from safemerge_callback.training.run.shares import Part, measure_part, place, shares, stored_bytes
+from safemerge_callback.training.run.shares import RankShare, measure_share, place, shares, stored_bytes
 from tests.support.ranks import run_on
 from tests.support.trainer import Recorder, lora_weights
 from tests.support.world import World
@@ -122,13 +122,13 @@ def test_shares_hold_every_module_once_and_give_the_same_bits(world, monkeypatch
     assert sorted(n for part in parts for n in part) == sorted(factors)
     whole, found = measure(factors, subspace), {}
     for part in parts:
-        found |= dict(measure_part(factors, subspace, Part(frozenset(part), tuple(factors)), {}))
+        found |= dict(measure_share(factors, subspace, RankShare(frozenset(part), tuple(factors)), {}))
     assert found == dict(whole)
     # no rank has more than its even share and one batch
     loads = [sum(stored_bytes(subspace, n) for n in part) for part in parts]
     largest = max(sum(stored_bytes(subspace, n) for n in b.names) for b in batches(factors, subspace))
     assert max(loads) <= sum(loads) / count + largest
-    assert measure_part(factors, subspace, None, {}) == whole
+    assert measure_share(factors, subspace, None, {}) == whole
 
 
 def test_modules_without_a_matrix_stay_with_a_rank_that_has_others(tmp_path):
@@ -156,7 +156,7 @@ def test_modules_without_a_matrix_stay_with_a_rank_that_has_others(tmp_path):
     assert len(parts[0]) > 1
     found = {}
     for part in parts:
-        found |= dict(measure_part(factors, subspace, Part(frozenset(part), tuple(factors)), {}))
+        found |= dict(measure_share(factors, subspace, RankShare(frozenset(part), tuple(factors)), {}))
     assert found == dict(measure(factors, subspace))
 
 
@@ -257,9 +257,9 @@ def test_a_part_is_read_exactly_where_the_gate_ranks_all_modules(world, compress
     subspace, factors = Subspace.load(compressed), moved(world)
     assert subspace.compressed
     ranked = {**knobs, "reference": dict.fromkeys(factors, 0.5)}
-    alone = Part(frozenset(list(factors)[:2]), tuple(factors))
+    alone = RankShare(frozenset(list(factors)[:2]), tuple(factors))
     exact = measure(factors, Subspace.load(world.subspace))
-    for name, reading in measure_part(factors, subspace, alone, ranked).items():
+    for name, reading in measure_share(factors, subspace, alone, ranked).items():
         assert (reading.interval, reading.reference) == (None, 0.5)
         assert reading.cosine == pytest.approx(exact[name].cosine, abs=1e-6)
-    assert any(r.interval for r in measure_part(factors, subspace, alone, {"gate": "watch"}).values())
+    assert any(r.interval for r in measure_share(factors, subspace, alone, {"gate": "watch"}).values())

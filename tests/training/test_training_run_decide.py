@@ -13,7 +13,14 @@ from safemerge_callback.errors import ConfigError, SubspaceError
 from safemerge_callback.live.faults import Fault
 from safemerge_callback.record.progress import Progress
 from safemerge_callback.training.config.settings import SafeMergeConfig
-from safemerge_callback.training.run.decide import Moment, agreed_plan, choices_of, decided, events_of, still_disarmed
+from safemerge_callback.training.run.decide import (
+    CheckMoment,
+    agreed_plan,
+    choices_of,
+    decided,
+    events_of,
+    still_disarmed,
+)
 
 
 def config(**knobs):
@@ -26,7 +33,7 @@ def readings(*cosines):
 
 def decide(settings, progress, step, *cosines, hold=None, max_steps=100):
     """One check as a session makes it: decide, let those seen above go, merge."""
-    moment = Moment(step, step, max_steps, hold=hold)
+    moment = CheckMoment(step, step, max_steps, hold=hold)
     decision = decided(readings(*cosines), settings, progress, moment)
     plan = agreed_plan(decision, settings, moment)
     progress.disarmed = still_disarmed(progress.disarmed, decision.seen)
@@ -37,7 +44,7 @@ def decide(settings, progress, step, *cosines, hold=None, max_steps=100):
 
 def test_a_fault_stays_one():
     fault = Fault("measure", "broken")
-    assert decided(fault, config(), Progress(), Moment(1, 1, 2)) is fault
+    assert decided(fault, config(), Progress(), CheckMoment(1, 1, 2)) is fault
 
 
 def test_a_merged_module_is_merged_again_only_once_it_was_seen_above():

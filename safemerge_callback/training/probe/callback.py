@@ -18,9 +18,9 @@ from ...io.choices import truth
 from ...io.numbers import is_number
 from ...live.ranks import rank, together
 from ...record.log import Log
-from ...signals.as_found import left_as_found
 from ...signals.chat import template_settings, text_part
 from ...signals.losses import EvalLoss
+from ...signals.model_state import preserve_state
 from ...signals.responses import check_vocabulary
 from ..checkpoints import at_each_save, no_more_saves
 from ..run.opening import guard_of
@@ -154,7 +154,7 @@ class SafetyEvalCallback(TrainerCallback):
         guard = guard_of(probing.model, state)
         connect(probing, guard.session.guarded() if guard and guard.session else None, self.journal)
         if isinstance(self.asking.loss, EvalLoss):
-            with left_as_found(probing.model):
+            with preserve_state(probing.model):
                 self.asking.loss.load()
         load_standing(probing, args, state)
         if state.is_world_process_zero:

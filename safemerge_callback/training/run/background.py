@@ -15,7 +15,7 @@ from ...live.faults import Fault, attempt
 from ...live.ranks import rank
 from ...ops import reduced_products
 from ...subspace import Subspace
-from .shares import Part, measure_part
+from .shares import RankShare, measure_share
 
 Answer = TypeVar("Answer")
 
@@ -34,20 +34,20 @@ class Pending:
         return self.answer or Fault("measure", "the first rank measures")
 
 
-def begin(step: int, writer: Writer, subspace: Subspace, part: Part | None, gate: Mapping[str, Any]) -> Pending:
-    """Copy the factors and start to measure the copies, on the first rank or, in parts, on each.
+def begin(step: int, writer: Writer, subspace: Subspace, share: RankShare | None, gate: Mapping[str, Any]) -> Pending:
+    """Copy the factors and start to measure the copies, on the first rank or, in shares, on each.
 
-    `gate` as `measure_part` has it. Collective as `writer.gather` is. What goes wrong is kept, to be told when the
+    `gate` as `measure_share` has it. Collective as `writer.gather` is. What goes wrong is kept, to be told when the
     result is asked for.
     """
 
     def start() -> Future[Readings] | None:
         factors = writer.gather()
-        if part is None and rank() != 0:
+        if share is None and rank() != 0:
             return None
         copies = {name: replace(f, A=f.A.detach().clone(), B=f.B.detach().clone()) for name, f in factors.items()}
         device = next(iter(copies.values())).A.device
-        return beside(lambda: measure_part(copies, subspace, part, gate), device)
+        return beside(lambda: measure_share(copies, subspace, share, gate), device)
 
     return Pending(step, attempt("measure", start))
 

@@ -14,7 +14,7 @@ from ...record.progress import Progress
 from ..config.settings import SafeMergeConfig
 
 
-class Moment(NamedTuple):
+class CheckMoment(NamedTuple):
     """Where a run stands at a check: optimizer step, the step its weights are from, and the run's last step.
 
     `began` is a clock. `final`: whether it is the run's last check. `hold` says why nothing must be merged.
@@ -92,7 +92,7 @@ class Decision(NamedTuple):
 
 
 def decided(
-    readings: Readings | Fault, config: SafeMergeConfig, progress: Progress, moment: Moment
+    readings: Readings | Fault, config: SafeMergeConfig, progress: Progress, moment: CheckMoment
 ) -> Decision | Fault:
     """Return what a check decides; a fault stays one.
 
@@ -112,7 +112,7 @@ def decided(
     return Decision(readings, dict(plan.verdicts), seen)
 
 
-def agreed_plan(decision: Decision, config: SafeMergeConfig, moment: Moment) -> MergePlan:
+def agreed_plan(decision: Decision, config: SafeMergeConfig, moment: CheckMoment) -> MergePlan:
     """Return the plan of the first rank's decision, by this rank's own settings: `apply` finds out if they differ."""
     choices = choices_of(config, moment.step, moment.max_steps)
     return MergePlan(decision.readings, decision.verdicts, choices.gate, choices.how, choices.rules)

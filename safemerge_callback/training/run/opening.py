@@ -51,11 +51,11 @@ from .decide import check_schedule_of_run, choices_of
 from .forecast import forecast, too_strong
 from .lines import opening_line
 from .session import Session, kept_of
-from .shares import Part, measure_together, own_part, place
+from .shares import RankShare, measure_together, place, rank_share
 from .state import Past, resumed
 
 # The callback and the run that hold a model, while both live.
-_HELD: WeakKeyDictionary[nn.Module, tuple[Any, Any]] = WeakKeyDictionary()
+_HOLDERS: WeakKeyDictionary[nn.Module, tuple[Any, Any]] = WeakKeyDictionary()
 # Whose versions the journal tells.
 _VERSIONED = ("torch", "transformers", "peft", "safemerge-callback")
 # Share of a merged update's norm that truncation may lose before it is told.
@@ -76,18 +76,18 @@ def alone(callback: object, model: nn.Module | None, state: TrainerState) -> Non
         )
     if other is not None:
         raise ConfigError("this trainer has two SafeMergeCallbacks: keep one, and give it the settings of both")
-    _HELD[model] = (ref(callback), ref(state))
+    _HOLDERS[model] = (ref(callback), ref(state))
 
 
 def dismissed(model: nn.Module | None) -> None:
     """Forget who serves this model: its run has ended."""
     if model is not None:
-        _HELD.pop(model, None)
+        _HOLDERS.pop(model, None)
 
 
 def guard_of(model: nn.Module | None, state: TrainerState) -> Any:
     """Return the SafeMergeCallback that serves this run, or None."""
-    holder, run = _HELD.get(model, (lambda: None, lambda: None)) if model is not None else (None, lambda: None)
+    holder, run = _HOLDERS.get(model, (lambda: None, lambda: None)) if model is not None else (None, lambda: None)
     return holder() if holder is not None and run() is state else None
 
 
@@ -120,13 +120,13 @@ def open_session(
     left = _unmerged(model, safety, factors)
     reference = cosines_needed([config.gate_at()], safety, factors, subspace)
     choice = place(config, subspace, factors)
-    part = own_part(choice, factors, subspace)
+    share = rank_share(choice, factors, subspace)
     at = RunPoint(state.global_step, state.max_steps, writer, subspace, safety, optimizer)
     merge = _merge(config)
     corrections = _corrections(config, model, args, at)
     for kept in kept_of(merge, corrections):
         _take_up(kept, past)
-    _rehearse(config, at, merge, part, reference)
+    _rehearse(config, at, merge, share, reference)
     progress, journal, restored = _records(config, past, args, state)
     plan = forecast(config, list(factors), state.max_steps, state.global_step, progress.task_weights)
     of_a_run = {"placement": choice.to_dict(), "world_size": args.world_size, "planned": plan.to_dict()}
@@ -134,7 +134,7 @@ def open_session(
     progress.journal_entries += journal.append(start)
     log, trackers = _outlets(config, state, journal, progress)
     clock = Clock(progress, begun=began)
-    session = Session(config, args, state, at, merge, log, trackers, clock, part, reference, left, corrections)
+    session = Session(config, args, state, at, merge, log, trackers, clock, share, reference, left, corrections)
     if words := warning_of(left):
         log.warn("left out", words)
     session.marks.seal(state.global_step)
@@ -204,10 +204,10 @@ def _safety_adapters(config: SafeMergeConfig, factors: Mapping[str, LoraFactors]
     merged = config.merges and "safety_adapter" in config.how.kind.optional.union(_needs(config))
     if not merged and "safety_adapter" not in _listed(config):
         return ()
-    found = tuple(load_adapter(name) for name in config.adapters)
-    for safety in found:
+    adapters = tuple(load_adapter(name) for name in config.adapters)
+    for safety in adapters:
         check_safety_adapter(safety, factors, space=config.space)
-    return found
+    return adapters
 
 
 def _unmerged(model: nn.Module, safety: Sequence[Adapter], modules: Collection[str]) -> dict[str, str]:
@@ -251,12 +251,12 @@ def _rehearse(
     config: SafeMergeConfig,
     at: RunPoint,
     merge: Merge,
-    part: Part | None,
+    share: RankShare | None,
     reference: Mapping[str, float] | None,
 ) -> None:
     """Measure, decide and compute a merge of every module, and drop it: what cannot work shows now, not at step 50."""
     factors = at.factors()
-    readings = measure_together(factors, at.subspace, part, {"gate": config.gate_at(), "reference": reference})
+    readings = measure_together(factors, at.subspace, share, {"gate": config.gate_at(), "reference": reference})
     _require_finite(readings)
     choices = choices_of(config)
     MergePlan.of(readings, choices)
@@ -292,23 +292,23 @@ def _records(
     config: SafeMergeConfig, past: Past, args: TrainingArguments, state: TrainerState
 ) -> tuple[Progress, Journal, bool]:
     """The progress of the resumed checkpoint and the journal cut back to it, or new ones; whether it was found."""
-    found, first = past.progress, state.is_world_process_zero
-    if found:
+    progress, first = past.progress, state.is_world_process_zero
+    if progress:
         # These two stand in a record only where there are any.
         none = {"corrections": None, "knobs": None}
-        _tell_changes(none | public_settings(found.config), none | config.to_publish())
+        _tell_changes(none | public_settings(progress.config), none | config.to_publish())
     path = _journal_path(config, args)
-    count = found.journal_entries if found else None
+    count = progress.journal_entries if progress else None
     # A refusal on the first rank alone would leave the others waiting for it.
     entries = together(lambda: _continued(path, state.global_step, count) if first else [])
     if first and state.global_step == 0:
         set_aside_snapshot(Path(args.output_dir))
-    if found is None and state.global_step > 0:
-        found = from_first(rebuilt(entries))
-        _tell_loss(past.reason, state.global_step, found)
-    progress = found or Progress()
+    if progress is None and state.global_step > 0:
+        progress = from_first(rebuilt(entries))
+        _tell_loss(past.reason, state.global_step, progress)
+    restored, progress = progress is not None, progress or Progress()
     progress.config, progress.journal_entries = config.to_publish(), len(entries)
-    return progress, Journal(path, enabled=first), found is not None
+    return progress, Journal(path, enabled=first), restored
 
 
 def _journal_path(config: SafeMergeConfig, args: TrainingArguments) -> Path:
@@ -326,9 +326,9 @@ def _check_journal(config: SafeMergeConfig, args: TrainingArguments, state: Trai
         together(lambda: read_journal(path) if first and path.exists() else [])
 
 
-def _tell_loss(reason: str, step: int, found: Progress | None) -> None:
+def _tell_loss(reason: str, step: int, progress: Progress | None) -> None:
     """Warn that a resume goes on from a checkpoint without our state, and what holds instead."""
-    instead = f"counts are the journal's ({found.merges} merges until then)" if found else "all counts begin anew"
+    instead = f"counts are the journal's ({progress.merges} merges until then)" if progress else "all counts begin anew"
     warnings.warn(f"safemerge: the checkpoint of step {step} {reason}: {instead}", stacklevel=5)
 
 

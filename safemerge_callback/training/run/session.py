@@ -33,7 +33,7 @@ from ..trackers import Report, Trackers, decision_rows
 from .artifact import Outcome, Section, run_section
 from .background import Pending, begin, undisturbed
 from .clock import Clock
-from .decide import Moment, agreed_plan, decided, still_disarmed
+from .decide import CheckMoment, agreed_plan, decided, still_disarmed
 from .ending import (
     engine_keeps_weights,
     is_reloaded,
@@ -46,7 +46,7 @@ from .guarded import GuardedRun
 from .lines import broken_modules, closing_line, merge_line, nothing_merged
 from .marks import Marks
 from .model_card import mark_card, mark_model
-from .shares import Part, join, measure_own
+from .shares import RankShare, join, measure_once
 from .state import Saved, past_of, save_run, save_run_again
 
 
@@ -65,7 +65,7 @@ class Session:
     log: Log
     trackers: Trackers
     clock: Clock
-    part: Part | None = None
+    share: RankShare | None = None
     reference: Mapping[str, float] | None = None
     unmerged: Mapping[str, str] = field(default_factory=dict)
     corrections: Sequence[Correction | GradientTerm] = ()
@@ -148,7 +148,7 @@ class Session:
         """Measure, decide, record, merge, record, report. `weights_of`: the step the weights are from, if another."""
         began = time.perf_counter()
         readings = attempt(
-            "measure", lambda: measure_own(self.writer.gather(), self.start.subspace, self.part, self.gate)
+            "measure", lambda: measure_once(self.writer.gather(), self.start.subspace, self.share, self.gate)
         )
         return self.conclude(readings, self._moment(began, weights_of, final=final))
 
@@ -158,7 +158,7 @@ class Session:
             words = "training allows TF32 products, which a check beside it would forbid: checks are synchronous"
             self.log.warn("asynchronous", words)
             return False
-        self.pending = begin(self.step, self.writer, self.start.subspace, self.part, self.gate)
+        self.pending = begin(self.step, self.writer, self.start.subspace, self.share, self.gate)
         self.progress.pending = self.step
         return True
 
@@ -181,16 +181,16 @@ class Session:
         self.pending = self.progress.pending = None
         self.conclude(pending.result(), self._moment(began, hold=hold, measured_at=pending.step))
 
-    def _moment(self, began: float, weights_of: int | None = None, **about: Any) -> Moment:
+    def _moment(self, began: float, weights_of: int | None = None, **about: Any) -> CheckMoment:
         step = self.step
-        return Moment(step, step if weights_of is None else weights_of, self.state.max_steps, began, **about)
+        return CheckMoment(step, step if weights_of is None else weights_of, self.state.max_steps, began, **about)
 
-    def conclude(self, part: Readings | Fault, moment: Moment) -> tuple[Edit, ...]:
+    def conclude(self, readings: Readings | Fault, moment: CheckMoment) -> tuple[Edit, ...]:
         """Decide on this process's readings and the others', record, merge, record, report."""
         step, final = moment.step, moment.final
         self.progress.checks += 1
         self.progress.final_step = step if final else self.progress.final_step
-        readings = join(part, self.part)
+        readings = join(readings, self.share)
         agreed = from_first(attempt("measure", lambda: decided(readings, self.config, self.progress, moment)))
         if isinstance(agreed, Fault):
             report_failure(self.log, step, agreed)
@@ -225,8 +225,8 @@ class Session:
 
     def final_due(self, *, stopping: bool) -> bool:
         """Whether this step ends the run and still lacks its final check."""
-        known = self.progress.final_step
-        return final_due(self.step, max_steps=self.state.max_steps, stopping=stopping, final_step=known)
+        final_step = self.progress.final_step
+        return final_due(self.step, max_steps=self.state.max_steps, stopping=stopping, final_step=final_step)
 
     def guarded(self) -> GuardedRun:
         """Return what a probe of this run works with."""

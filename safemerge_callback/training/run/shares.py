@@ -36,18 +36,18 @@ def place(config: SafeMergeConfig, subspace: Subspace, factors: Mapping[str, Lor
     return choice
 
 
-class Part(NamedTuple):
-    """The modules that this rank measures, and all modules in their order."""
+class RankShare(NamedTuple):
+    """The names of the modules that this rank measures, and of all modules in their order."""
 
-    own: frozenset[str]
+    names: frozenset[str]
     order: tuple[str, ...]
 
 
-def own_part(choice: Choice, factors: Mapping[str, LoraFactors], subspace: Subspace) -> Part | None:
-    """Return this rank's part of the modules; None where each rank measures all of them."""
+def rank_share(choice: Choice, factors: Mapping[str, LoraFactors], subspace: Subspace) -> RankShare | None:
+    """Return this rank's share of the modules; None where each rank measures all of them."""
     if not choice.sharded:
         return None
-    return Part(frozenset(shares(factors, subspace, dist.get_world_size())[dist.get_rank()]), tuple(factors))
+    return RankShare(frozenset(shares(factors, subspace, dist.get_world_size())[dist.get_rank()]), tuple(factors))
 
 
 def shares(factors: Mapping[str, LoraFactors], subspace: Subspace, ranks: int) -> list[list[str]]:
@@ -71,57 +71,57 @@ def stored_bytes(subspace: Subspace, name: str) -> int:
     return header.bytes(name) if header else 0
 
 
-def measure_part(
-    factors: Mapping[str, LoraFactors], subspace: Subspace, part: Part | None, gate: Mapping[str, Any]
+def measure_share(
+    factors: Mapping[str, LoraFactors], subspace: Subspace, share: RankShare | None, gate: Mapping[str, Any]
 ) -> Readings:
-    """Measure this rank's part of the modules, all of them for None. No collective. Raises as `measure`.
+    """Measure this rank's share of the modules, all of them for None. No collective. Raises as `measure`.
 
     `gate`: the knobs that `measure` takes, by which a compressed subspace need not be read exactly everywhere. A rank
-    that sees a part of the modules cannot tell which of all have the lowest cosine, so there it is.
+    that sees a share of the modules cannot tell which of all have the lowest cosine, so there it is.
     """
-    if part is None:
+    if share is None:
         return measure(factors, subspace, **gate)
     knobs = {name: value for name, value in gate.items() if name not in ("gate", "reference")}
     ranked = gate.get("gate") is not None and as_gate(gate["gate"], knobs).ranked
-    own = {n: f for n, f in factors.items() if n in part.own}
-    return measure(own, subspace, **({"reference": gate.get("reference")} if ranked else gate))
+    factors = {n: f for n, f in factors.items() if n in share.names}
+    return measure(factors, subspace, **({"reference": gate.get("reference")} if ranked else gate))
 
 
-def measure_own(
-    factors: Mapping[str, LoraFactors], subspace: Subspace, part: Part | None, gate: Mapping[str, Any]
+def measure_once(
+    factors: Mapping[str, LoraFactors], subspace: Subspace, share: RankShare | None, gate: Mapping[str, Any]
 ) -> Readings | Fault:
-    """Measure as `measure_part`; without parts on the first rank alone, whose readings count: a Fault on others."""
-    if part is None and rank() != 0:
+    """Measure as `measure_share`; without shares on the first rank alone, whose readings count: a Fault on others."""
+    if share is None and rank() != 0:
         return Fault("measure", "the first rank measures")
-    return measure_part(factors, subspace, part, gate)
+    return measure_share(factors, subspace, share, gate)
 
 
 def measure_together(
-    factors: Mapping[str, LoraFactors], subspace: Subspace, part: Part | None, gate: Mapping[str, Any]
+    factors: Mapping[str, LoraFactors], subspace: Subspace, share: RankShare | None, gate: Mapping[str, Any]
 ) -> Readings:
-    """Measure all modules, each rank its part. Collective where there are parts; raises as `measure`, on all ranks."""
-    if part is None:
-        return measure_part(factors, subspace, None, gate)
-    return _in_order(part, everyones(together(lambda: measure_part(factors, subspace, part, gate))))
+    """Measure all modules, each rank its share. Collective where there are shares; raises as `measure`, on each."""
+    if share is None:
+        return measure_share(factors, subspace, None, gate)
+    return _in_order(share, everyones(together(lambda: measure_share(factors, subspace, share, gate))))
 
 
-def join(own: Readings | Fault, part: Part | None) -> Readings | Fault:
-    """Return the readings of all ranks' parts in order, or the first rank's fault; `own` where there are no parts.
+def join(readings: Readings | Fault, share: RankShare | None) -> Readings | Fault:
+    """Return the readings of all ranks in order, or the first rank's fault; `readings` where there are no shares.
 
-    Collective where there are parts; only numbers travel, not matrices.
+    Collective where there are shares; only numbers travel, not matrices.
     """
-    if part is None:
-        return own
-    found = everyones(own)
-    for number, answer in enumerate(found):
+    if share is None:
+        return readings
+    readings_of_ranks = everyones(readings)
+    for number, answer in enumerate(readings_of_ranks):
         if isinstance(answer, Fault):
-            return replace(answer, error=f"{answer.error} (on rank {number} of {len(found)})")
-    return _in_order(part, [answer for answer in found if not isinstance(answer, Fault)])
+            return replace(answer, error=f"{answer.error} (on rank {number} of {len(readings_of_ranks)})")
+    return _in_order(share, [answer for answer in readings_of_ranks if not isinstance(answer, Fault)])
 
 
-def _in_order(part: Part, found: Sequence[Readings]) -> Readings:
-    readings = {name: reading for answer in found for name, reading in answer.items()}
-    return Readings(readings[name] for name in part.order)
+def _in_order(share: RankShare, readings_of_ranks: Sequence[Readings]) -> Readings:
+    readings = {name: reading for answer in readings_of_ranks for name, reading in answer.items()}
+    return Readings(readings[name] for name in share.order)
 
 
 def _setting(config: SafeMergeConfig, subspace: Subspace, factors: Mapping[str, LoraFactors]) -> Setting:

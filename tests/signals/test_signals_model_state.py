@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import set_seed
 
-from safemerge_callback.signals.as_found import left_as_found
+from safemerge_callback.signals.model_state import preserve_state
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_all_is_given_back_after_an_end_and_after_an_exception(model, gradients,
     before = state_of(model, tokenizer)
     with (
         pytest.raises(InterruptedError) if fails else contextlib.nullcontext(),
-        left_as_found(model, tokenizer, gradients=gradients),
+        preserve_state(model, tokenizer, gradients=gradients),
     ):
         assert not any(module.training for module in model.modules())
         disturb(model, tokenizer)
@@ -79,12 +79,12 @@ def test_gradients_are_taken_where_the_caller_takes_none_and_begin_at_none(model
     model.train()
     parameter.grad = torch.ones_like(parameter)
     with outside():
-        with left_as_found(model, gradients=True):
+        with preserve_state(model, gradients=True):
             assert all(p.grad is None for p in model.parameters())
             model(input_ids=ids, labels=ids).loss.backward()
             assert torch.equal(parameter.grad, fresh)
         assert torch.is_grad_enabled() == (outside is torch.enable_grad)
-        with left_as_found(model):
+        with preserve_state(model):
             assert not torch.is_grad_enabled()
     assert torch.equal(parameter.grad, torch.ones_like(parameter))
 
@@ -92,6 +92,6 @@ def test_gradients_are_taken_where_the_caller_takes_none_and_begin_at_none(model
 def test_what_draws_nothing_from_the_random_state_leaves_the_next_draw_as_it_was(model):
     expected = (random.random(), np.random.rand(), torch.rand(1).item())
     set_seed(3)
-    with left_as_found(model, gradients=True):
+    with preserve_state(model, gradients=True):
         random.random(), np.random.rand(), torch.rand(1)
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected

@@ -18,7 +18,7 @@ from .responses import evaluating
 
 
 @contextmanager
-def left_as_found(model: Any, tokenizer: Any = None, *, gradients: bool = False) -> Iterator[None]:
+def preserve_state(model: Any, tokenizer: Any = None, *, gradients: bool = False) -> Iterator[None]:
     """Evaluate within; then put back the random states, each module's mode, and the padding side.
 
     The random states are those of python, numpy, torch on the CPU, and torch on the devices that hold the model.
@@ -28,7 +28,7 @@ def left_as_found(model: Any, tokenizer: Any = None, *, gradients: bool = False)
     import torch
 
     with ExitStack() as afterwards:
-        afterwards.enter_context(random_states_kept(model))
+        afterwards.enter_context(preserve_random_states(model))
         if tokenizer is not None and hasattr(tokenizer, "padding_side"):
             afterwards.callback(setattr, tokenizer, "padding_side", tokenizer.padding_side)
         if gradients:
@@ -38,8 +38,8 @@ def left_as_found(model: Any, tokenizer: Any = None, *, gradients: bool = False)
 
 
 @contextmanager
-def random_states_kept(model: Any) -> Iterator[None]:
-    """Put the random states back afterwards, as `left_as_found`, and nothing else."""
+def preserve_random_states(model: Any) -> Iterator[None]:
+    """Put the random states back afterwards, as `preserve_state`, and nothing else."""
     put_back = _random_states(model)
     try:
         yield
@@ -52,18 +52,18 @@ def _random_states(model: Any) -> list[Callable[[], None]]:
     """What puts each random state back as it is now."""
     import torch
 
-    found: list[Callable[[], None]] = [
+    resets: list[Callable[[], None]] = [
         partial(random.setstate, random.getstate()),
         partial(torch.set_rng_state, torch.get_rng_state()),
     ]
     if numpy := sys.modules.get("numpy"):
-        found.append(partial(numpy.random.set_state, numpy.random.get_state()))
+        resets.append(partial(numpy.random.set_state, numpy.random.get_state()))
     for device in {p.device for p in model.parameters()} - {torch.device("cpu"), torch.device("meta")}:
         module = torch.get_device_module(device)
         # Apple's has one device, and takes none as an argument.
         which = () if device.type == "mps" else (device,)
-        found.append(partial(module.set_rng_state, module.get_rng_state(*which), *which))
-    return found
+        resets.append(partial(module.set_rng_state, module.get_rng_state(*which), *which))
+    return resets
 
 
 def _set_gradients_aside(model: Any, afterwards: ExitStack) -> None:
