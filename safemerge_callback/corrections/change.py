@@ -14,8 +14,7 @@ from ..decision import Edit
 from ..live import Writer
 from ..live.faults import Fault, attempt
 from ..live.fingerprint import digest
-from ..live.optimizer.copy import copy_optimizer_states
-from ..live.optimizer.moments import edit_moments
+from ..live.optimizer import copy_optimizer_states, edit_moments
 from ..live.ranks import agree, everyones, from_first, many
 from ..ops import LowRank
 from ..record.entries import rollback_entry

@@ -1,4 +1,4 @@
-"""Let a model say something in the middle of its training, however an engine keeps its parameters."""
+"""Let a model generate in the middle of its training: apart from who asks it, since engines are known on this floor."""
 
 from __future__ import annotations
 

@@ -21,9 +21,8 @@ from ..ops import full_precision
 from ..subspace.checkpoints.locate import INDEX, locate
 from ..subspace.checkpoints.quantised import quantised, quantised_modules
 from ..subspace.checkpoints.shard_files import LocalFile
-from .blueprint import Blueprint, Part, blueprint
+from .blueprint import Blueprint, Part, blueprint, rewrite_config, tied_embedding
 from .small_files import PATTERNS, copy_model, copy_tokenizer, small_files, tokenizer_files
-from .tied import rewrite_config, tied_embedding
 
 # The folder in a baked output that holds the adapter itself: beside the weights, loaders would add it a second time.
 BAKED_ADAPTER = "adapter"

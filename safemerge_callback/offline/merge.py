@@ -12,7 +12,7 @@ from typing import Any, Unpack
 import torch
 
 from ..adapters import Adapter, open_adapter
-from ..adapters.stream_save import save_changed
+from ..adapters.checkpoint import save_changed
 from ..decision import (
     Edit,
     Gate,
@@ -34,9 +34,8 @@ from ..record.progress import Progress
 from ..subspace import Subspace
 from ..version import __version__
 from .bake import BAKED_ADAPTER, BaseModel
-from .card import model_card
 from .merge_yaml import write_recipe
-from .output import CARD, RECIPE, free_output, new_folder, write_journal
+from .output import CARD, RECIPE, free_output, model_card, new_folder, write_journal
 from .parts import (
     CHUNK_BYTES,
     Given,

@@ -1,19 +1,21 @@
-"""The output folder: nobody's files are lost, and it appears whole or not at all."""
+"""The output folder: whole or not at all, and nobody's files are lost; apart from the merge, which only fills it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ..adapters.files import CONFIG, TOKENIZER, WEIGHTS
+from ..decision import Edit, MergePlan
 from ..errors import AdapterError, ConfigError, shown
 from ..io.choices import truth
 from ..io.outputs import same_place
 from ..io.paths import as_path
 from ..io.whole_file import settle, whole_folder
 from ..record import JOURNAL_FILE, PAGE_FILE, Journal
+from ..record.card import CAVEAT, escaped, front_matter
 
 CARD = "README.md"
 RECIPE = "safemerge.yaml"
@@ -64,3 +66,31 @@ def write_journal(folder: Path, entries: Iterable[Mapping[str, Any]]) -> None:
     journal = Journal(folder / JOURNAL_FILE)
     for entry in entries:
         journal.append(entry)
+
+
+def model_card(
+    plan: MergePlan,
+    edits: Sequence[Edit],
+    parts: Mapping[str, str | None],
+    base_model: str | None,
+    baked: bool = False,
+) -> str:
+    """Return README.md of a merged adapter, or of a model that it was `baked` into.
+
+    `parts` names what was put together. Names from outside are escaped.
+    """
+    facts = {**parts, "gate": str(plan.gate), "method": plan.words.removeprefix("method ")}
+    facts["modules"] = f"{len(edits)} of {len(plan.readings)}"
+    if edits:
+        facts["largest residual"] = f"{max(edit.residual for edit in edits):.4f}"
+    rows = [f"| {key.replace('_', ' ')} | {escaped(value)} |" for key, value in facts.items() if value]
+    modules = [
+        f"| {escaped(e.name)} | {plan.readings[e.name].cosine:.4f} | {plan.readings[e.name].null_cosine:.4f} "
+        f"| {e.change:.4f} | {e.residual:.4f} |"
+        for e in edits
+    ]
+    head = ["| module | cosine | null cosine | change | residual |", "|---|---:|---:|---:|---:|"]
+    title = "# Model with a merged LoRA adapter added in\n" if baked else "# Merged LoRA adapter\n"
+    lines = [front_matter(base_model, baked), title, "## Safety merge\n", "| | |", "|---|---|", *rows, ""]
+    lines += [*head, *modules] if modules else ["No module was selected: the weights are the fine-tuned adapter's."]
+    return "\n".join([*lines, "", f"Every reading and reason is in `{JOURNAL_FILE}`. {CAVEAT}", ""])

@@ -1,4 +1,4 @@
-"""Is a subspace file whole, does it fit the LoRA modules at hand, and is the base model the one it was built from?"""
+"""Is a subspace file whole, does it fit the modules and the base at hand? Apart: it needs the header, and never V."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ from ..ops import AlignmentMatrix, full_precision, turned
 from .check import check_base, check_modules, require_tensors
 from .digests import digest_of
 from .header import PROBE_POSITIONS, PROBES, VERSION, FileHeader, ModuleHeader
-from .null_spread import spread_at, turned_spread
 from .read_ahead import spans_of, will_need
+from .spectrum import spread_at, turned_spread
 from .stack import FromFile, Placement, Request, assemble
 from .table import as_dict, render
 

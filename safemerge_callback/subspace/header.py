@@ -1,20 +1,20 @@
-"""What a subspace file says about itself: the JSON under `__metadata__`, and its one writer and reader."""
+"""What a subspace file says about itself: the JSON under `__metadata__`, its fields, its one writer and reader."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import SubspaceError
+from ..errors import SubspaceError, shown
 from ..io.documents import parse_json
+from ..io.numbers import is_number, is_whole
 from ..io.outputs import FileKind
-from .fields import FILE_FIELDS, MODULE_FIELDS, check_fields
 
 FORMAT = "safemerge.subspace"
 SUBSPACE = FileKind("a safety subspace", lambda head: FORMAT.encode() in head)
@@ -23,6 +23,77 @@ VERSION = "2"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PROBES = "probes"
 PROBE_POSITIONS = "probe_positions"
+_KINDS = ("dense", "factor", "int8", "truncated")
+_STORED_DTYPES = ("float64", "float32", "float16", "bfloat16", "int8")
+# Shares and cosines are computed: a last bit may lie above 1.
+_ROUNDING = 1e-3
+
+
+class FieldRule(NamedTuple):
+    """Which values are allowed: in words, and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def _each(rule: FieldRule, keys: str = "names", key_holds: Callable[[str], bool] = bool) -> FieldRule:
+    """A mapping from `keys`, texts that `key_holds` says are allowed, to what `rule` allows."""
+    return FieldRule(
+        f"a mapping from {keys} to {rule.words}",
+        lambda value: isinstance(value, dict) and all(key_holds(k) and rule.holds(v) for k, v in value.items()),
+    )
+
+
+def _is_rank(text: str) -> bool:
+    return text.isdecimal() and int(text) > 0
+
+
+_TEXT = FieldRule("texts", lambda value: isinstance(value, str))
+_MAPPING = FieldRule("mappings", lambda value: isinstance(value, dict))
+_SIZE = FieldRule("numbers of 0 or more", lambda value: is_number(value) and value >= 0)
+_SHARE = FieldRule("numbers from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1 + _ROUNDING)
+_NAMES = FieldRule("lists of names", lambda value: isinstance(value, list) and all(map(_TEXT.holds, value)))
+
+MODULE_FIELDS: Mapping[str, FieldRule] = {
+    "shape": FieldRule(
+        "two whole numbers of 1 or more",
+        lambda value: isinstance(value, list) and len(value) == 2 and all(is_whole(size, 1) for size in value),
+    ),
+    "kind": FieldRule(f"one of {_KINDS}", lambda value: isinstance(value, str) and value in _KINDS),
+    "rank": FieldRule("null or whole numbers of 1 or more", lambda value: value is None or is_whole(value, 1)),
+    "dtype": FieldRule(f"one of {_STORED_DTYPES}", lambda value: isinstance(value, str) and value in _STORED_DTYPES),
+    "norm": FieldRule("numbers above 0", lambda value: is_number(value) and value > 0),
+    "null_cosine": _SHARE,
+    "null_std": _each(_SIZE, "ranks", _is_rank),
+    "energy": _each(_SHARE, "ranks", _is_rank),
+    "error": _SIZE,
+    "checksums": _each(_TEXT),
+    "cross": _SIZE,
+}
+FILE_FIELDS: Mapping[str, FieldRule] = {
+    "aligned": _MAPPING,
+    "unaligned": _MAPPING,
+    "modules": _each(_MAPPING),
+    "unmoved": _NAMES,
+    "probed": _NAMES,
+    "exact": FieldRule(
+        "an empty mapping or one with `file` and `sha256`",
+        lambda value: _each(_TEXT).holds(value) and (not value or {"file", "sha256"} <= value.keys()),
+    ),
+    "checksums": _each(_TEXT),
+}
+
+
+def check_fields(values: Any, rules: Mapping[str, FieldRule], who: str) -> None:
+    """Raise ValueError for a field of `values` whose rule does not hold; `who` says whose fields they are.
+
+    A field that is not there is for the reader to miss.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{who} is {shown(values)}, not a mapping")
+    for name, rule in rules.items():
+        if name in values and not rule.holds(values[name]):
+            raise ValueError(f"{name} of {who} is {shown(values[name])}; allowed are {rule.words}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

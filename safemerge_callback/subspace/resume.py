@@ -1,4 +1,4 @@
-"""What a killed write left behind, and how the next one goes on from it: a line of JSON for each finished step."""
+"""What a killed write left behind, and how the next goes on: a format of its own, a line of JSON a finished step."""
 
 from __future__ import annotations
 

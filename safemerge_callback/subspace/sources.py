@@ -1,4 +1,4 @@
-"""Where alignment matrices come from: two checkpoints, or one alignment adapter."""
+"""Where V comes from: two checkpoints, or one alignment adapter; apart from the build, which only walks over it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,13 @@ from ..adapters import Adapter, LoraFactors, load_adapter
 from ..adapters.beside import left_beside
 from ..errors import SubspaceError
 from ..io.addresses import source_name
-from ..ops import Factored, LowRank, squared_norm
-from .checkpoints.pairing import common_targets, num_bytes, require_same_modules, stamps_of
-from .checkpoints.shards import CheckpointShards
-from .checkpoints.targets import select_targets
-from .difference import difference, norm_of, require_finite, storage_dtype
+from ..ops import Factored, LowRank, squared_norm, wide_dtype
+from .blocks import row_blocks
+from .checkpoints.shards import CheckpointShards, num_bytes, stamps_of
+from .checkpoints.targets import common_targets, require_same_modules, select_targets
 from .digests import digest_of
-from .lowrank_detect import find_factors
 from .recognise import choose_positions, values_at
-from .spectrum import Spectrum, factored_spectrum, sketch_of, spectrum_of
+from .spectrum import Spectrum, factored_spectrum, find_factors, sketch_of, spectrum_of
 
 
 class Material(NamedTuple):
@@ -220,3 +218,47 @@ def _adapter_fingerprint(adapter: Adapter, source: str | Path) -> dict[str, Any]
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     base = source_name(adapter.base_model) if adapter.base_model else None
     return {"alignment_adapter": source_name(source), "base_model": base, "weights_sha256": digest.hexdigest()}
+
+
+def difference(aligned: Tensor, unaligned: Tensor, device: torch.device) -> Tensor:
+    """Return aligned - unaligned on `device`, in float32, or in float64 where either is float64.
+
+    V has the shape of `aligned`; where `unaligned` has fewer rows, V is zero in those that it lacks.
+    """
+    wide = torch.float64 in (aligned.dtype, unaligned.dtype)
+    V = torch.empty(aligned.shape, dtype=torch.float64 if wide else torch.float32, device=device)
+    common = min(len(aligned), len(unaligned))
+    for rows in row_blocks(V[:common]):
+        # Moved first and widened there: half the bytes to move, for narrow weights.
+        weight, other = (w[:common][rows].to(device).to(V.dtype) for w in (aligned, unaligned))
+        torch.sub(weight, other, out=V[:common][rows])
+    V[common:] = 0
+    return V
+
+
+def norm_of(V: Tensor) -> float:
+    """Return ‖V‖ (Frobenius), summed in float64; NaN or inf if V is not finite."""
+    wide = wide_dtype(V.device)
+    norms = [torch.linalg.vector_norm(V[rows], dtype=wide) for rows in row_blocks(V)]
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
+
+
+def require_finite(name: str, weight: Tensor, source: str) -> None:
+    """Raise SubspaceError if `weight` has a NaN or an infinity, naming module and checkpoint."""
+    bad = sum(int((~torch.isfinite(weight[rows])).sum()) for rows in row_blocks(weight))
+    if bad:
+        raise SubspaceError(
+            f"checkpoint {source!r}: module {name!r} has {bad} values that are not finite. Use an intact checkpoint."
+        )
+
+
+def storage_dtype(V: Tensor, *sources: torch.dtype) -> torch.dtype:
+    """Return the narrowest of `sources` that holds every entry of V bit for bit, else V's own dtype."""
+    for dtype in sorted(set(sources), key=lambda d: d.itemsize):
+        if dtype.itemsize < V.dtype.itemsize and all(_holds(V[rows], dtype) for rows in row_blocks(V)):
+            return dtype
+    return V.dtype
+
+
+def _holds(block: Tensor, dtype: torch.dtype) -> bool:
+    return bool((block.to(dtype).to(block.dtype) == block).all())

@@ -1,4 +1,4 @@
-"""A subspace as text and as plain data."""
+"""A subspace as text and as plain data; apart from the file: it is for readers, and the header is all that it needs."""
 
 from __future__ import annotations
 

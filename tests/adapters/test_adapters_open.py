@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from safemerge_callback.adapters import load_adapter, open_adapter, save_adapter
-from safemerge_callback.adapters.stream_save import save_changed
+from safemerge_callback.adapters.checkpoint import save_changed
 from safemerge_callback.errors import AdapterError
 from safemerge_callback.ops import LowRank
 

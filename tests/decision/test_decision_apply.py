@@ -8,7 +8,7 @@ import torch
 from safemerge_callback.decision import MergePlan, apply, check_safety_adapter, measure, merged_factors
 from safemerge_callback.errors import AdapterError, PlanError
 from safemerge_callback.live import live_factors, writer_for
-from safemerge_callback.subspace.placements import Device
+from safemerge_callback.subspace.placement import Device
 
 ALL = {"gate": "all"}
 

@@ -12,7 +12,7 @@ from safemerge_callback.decision.batches import batches
 from safemerge_callback.errors import SubspaceError
 from safemerge_callback.live import live_factors
 from safemerge_callback.ops import cosines
-from safemerge_callback.subspace.placements import Device
+from safemerge_callback.subspace.placement import Device
 
 FAMILIES = {
     "llama": {},

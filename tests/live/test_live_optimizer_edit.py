@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from safemerge_callback.errors import ConfigError
-from safemerge_callback.live.optimizer.edit import POLICIES, check_optimizer, edit_optimizer_states
+from safemerge_callback.live.optimizer import POLICIES, check_optimizer, edit_optimizer_states
 
 LR, BETAS, EPS = 1e-2, (0.9, 0.999), 1e-8
 KINDS = {

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from safemerge_callback.errors import ConfigError
-from safemerge_callback.live.optimizer.edit import POLICIES, check_optimizer, edit_optimizer_states
+from safemerge_callback.live.optimizer import POLICIES, check_optimizer, edit_optimizer_states
 
 
 def adafactors():

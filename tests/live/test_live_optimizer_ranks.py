@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from safemerge_callback.live import writer_for
-from safemerge_callback.live.optimizer.edit import check_optimizer, edit_optimizer_states
+from safemerge_callback.live.optimizer import check_optimizer, edit_optimizer_states
 from tests.support.ranks import run_on
 from tests.support.world import odd_model
 from tests.support.zero import zero_config

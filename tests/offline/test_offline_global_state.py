@@ -27,7 +27,7 @@ from safemerge_callback import (
 from safemerge_callback.adapters.snapshot import norms_of
 from safemerge_callback.corrections.average import Average
 from safemerge_callback.decision import as_gate
-from safemerge_callback.live.optimizer.edit import edit_optimizer_states
+from safemerge_callback.live.optimizer import edit_optimizer_states
 from safemerge_callback.methods import METHODS, get_method
 from safemerge_callback.ops import LowRank
 from safemerge_callback.subspace import compress_subspace

@@ -16,7 +16,7 @@ from safemerge_callback.live import live_factors
 from safemerge_callback.ops import Factored
 from safemerge_callback.subspace import Request, Subspace, build_subspace, compress_subspace
 from safemerge_callback.subspace import file as subspace_file
-from safemerge_callback.subspace.placements import Device
+from safemerge_callback.subspace.placement import Device
 
 
 def build(tmp_path, aligned, unaligned, **knobs):

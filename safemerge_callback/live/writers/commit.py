@@ -1,4 +1,4 @@
-"""New values into slots: all ranks check, all agree, all write rank 0's values; or all put everything back."""
+"""New values into slots: all ranks check, agree and write, or put back; apart, since it knows no model, only slots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a merge would do, from r × r arithmetic alone: updates carried over to a small space where nothing is lost."""
+"""What a merge would do, by r × r arithmetic in a small space where nothing is lost; apart: it knows no file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model on the Hub, read in place: headers and the wanted tensors come by range requests, nothing is put on disk."""
+"""A model on the Hub, read in place by range requests, nothing on disk; apart, since it alone needs a network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which module each stored tensor is, whatever the checkpoint's layout: fused or split, expert by expert or stacked."""
+"""Which module each stored tensor is: fused or split, expert by expert or stacked; apart from what reads tensors."""
 
 from __future__ import annotations
 

@@ -146,3 +146,15 @@ def _tensors_of(located: Located) -> dict[str, Stored]:
             "checkpoint again."
         )
     return found
+
+
+def num_bytes(checkpoint: CheckpointShards, name: str) -> int:
+    """Return how many bytes one weight has in its checkpoint."""
+    rows, columns = checkpoint.shape(name)
+    return rows * columns * DTYPES[checkpoint.dtype(name)].itemsize
+
+
+def stamps_of(checkpoint: CheckpointShards) -> list[str]:
+    """Return name and time of change of the checkpoint's files on this machine, which the fingerprint leaves out."""
+    paths = [getattr(file, "path", None) for file in checkpoint.located.files]
+    return [f"{path.name} {path.stat().st_mtime_ns}" for path in paths if isinstance(path, Path)]

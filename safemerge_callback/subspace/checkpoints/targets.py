@@ -1,17 +1,18 @@
-"""Which modules of a checkpoint belong in the subspace; selection as PEFT's `target_modules`."""
+"""Which modules belong in the subspace: selected as by PEFT's `target_modules`, and in both checkpoints alike."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from ...adapters.names import is_vocabulary
 from ...errors import SubspaceError, nearest, shown
 from ...io.patterns import as_pattern
+from .quantised import format_of, quantised
+from .shards import CheckpointShards
 
 ALL_LINEAR = "all-linear"
 _HEADS_AND_EMBEDDINGS = {"lm_head", "wte", "wpe", "shared", "embeddings"}
-
-
 # Linear layers that only sound like an embedding: `patch_embedding`, `embeddings_project`.
 _PROJECTS = re.compile(r"patch_embed|_proj|mapping")
 # Experts and the router before them: since transformers 5 they are bare parameters in the model, no linear layers. A
@@ -89,3 +90,59 @@ def _last_parts(names: Iterable[str]) -> list[str]:
 def _layer_order(name: str) -> list[tuple[int, int, str]]:
     """Sort layer 10 after layer 9."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+
+def require_same_modules(
+    aligned: CheckpointShards, unaligned: CheckpointShards, names: Sequence[str], *, common_rows: bool = False
+) -> None:
+    """Raise SubspaceError unless both hold `names` in equal shapes and as plain floats that V can be computed from.
+
+    With `common_rows`, embeddings and output heads may differ in height.
+    """
+    # First: what is packed has another name or shape too, and those would be told instead.
+    for checkpoint in (aligned, unaligned):
+        checkpoint.require_plain(names)
+    for one, other in ((aligned, unaligned), (unaligned, aligned)):
+        missing = [name for name in names if name not in one.names]
+        if missing and (how := format_of(one.located.config)):
+            raise quantised(f"checkpoint {one.located.name!r}", how, missing, len(names))
+        if missing:
+            raise SubspaceError(
+                f"{len(missing)} of {len(names)} modules are missing in checkpoint {one.located.name!r} but present in "
+                f"{other.located.name!r}, first {missing[0]!r}. Are both of one model? Else narrow target_modules."
+            )
+    for name in names:
+        _require_same_shape(aligned, unaligned, name, common_rows)
+
+
+def _require_same_shape(aligned: CheckpointShards, unaligned: CheckpointShards, name: str, common_rows: bool) -> None:
+    shape, other = aligned.shape(name), unaligned.shape(name)
+    vocabulary = shape[1] == other[1] and is_vocabulary(name)
+    if shape == other or (vocabulary and common_rows):
+        return
+    advice = (
+        "Do both vocabularies begin alike? Then common_rows=True (--common-rows) takes the rows that both have."
+        if vocabulary
+        else "Both checkpoints must be of one model. Else narrow target_modules."
+    )
+    raise SubspaceError(
+        f"module {name!r} is {shape} in {aligned.located.name!r} but {other} in {unaligned.located.name!r}. {advice}"
+    )
+
+
+def common_targets(
+    aligned: CheckpointShards, unaligned: CheckpointShards, target_modules: Sequence[str] | str | None
+) -> list[str]:
+    """Return the modules of either checkpoint that `target_modules` selects, the quantised ones among them.
+
+    Raises SubspaceError where there is none to select, because the checkpoints are quantised or of themselves.
+    """
+    there = {**unaligned.names, **aligned.names}
+    packed = {name: name for checkpoint in (unaligned, aligned) for name in checkpoint.quantised}
+    try:
+        return select_targets({**packed, **there}, target_modules)
+    except SubspaceError as error:
+        for checkpoint in (aligned, unaligned):
+            if how := format_of(checkpoint.located.config):
+                raise quantised(f"checkpoint {checkpoint.located.name!r}", how, [], len(there)) from error
+        raise

@@ -18,7 +18,7 @@ from ...io.choices import truth
 from ...io.documents import parse_json
 from ...io.knobs import named_values, unknown_knob
 from ...io.numbers import is_number, is_whole
-from ...live.optimizer.edit import check_optimizer
+from ...live.optimizer import check_optimizer
 from ...methods import METHODS, How, Method, get_method, method_of
 from ...methods.how import AUTO
 from ...subspace.placement import check_placement

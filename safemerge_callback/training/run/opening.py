@@ -36,7 +36,7 @@ from ...io.addresses import source_name
 from ...io.paths import as_path
 from ...live import Writer, base_moved, base_weights, writer_for
 from ...live.engine import engine_of
-from ...live.optimizer.edit import check_optimizer
+from ...live.optimizer import check_optimizer
 from ...live.ranks import from_first, together
 from ...ops import LowRank
 from ...record import JOURNAL_FILE, Journal, read_journal

@@ -1,12 +1,11 @@
 import pytest
 import torch
 
-from safemerge_callback.subspace import lowrank_detect
-from safemerge_callback.subspace.spectrum import sketch_of
+from safemerge_callback.subspace import spectrum
 
 
 def find_factors(V, norm):
-    return lowrank_detect.find_factors(V, norm, sketch_of(V, norm))
+    return spectrum.find_factors(V, norm, spectrum.sketch_of(V, norm))
 
 
 def low_rank(rank, rows=200, columns=300, dtype=torch.float64):

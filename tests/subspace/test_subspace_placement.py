@@ -7,8 +7,7 @@ from safemerge_callback.errors import ConfigError
 from safemerge_callback.ops import Factored
 from safemerge_callback.subspace import Request
 from safemerge_callback.subspace.memory import Memory, host_memory
-from safemerge_callback.subspace.placement import Setting, choose
-from safemerge_callback.subspace.placements import Device, Host, pack
+from safemerge_callback.subspace.placement import Device, Host, Setting, choose, pack
 from safemerge_callback.subspace.stack import FromFile
 
 CPU = torch.device("cpu")

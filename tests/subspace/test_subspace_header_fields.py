@@ -10,8 +10,7 @@ import torch
 
 from safemerge_callback.errors import SubspaceError
 from safemerge_callback.subspace import Subspace, build_subspace
-from safemerge_callback.subspace.fields import FILE_FIELDS, MODULE_FIELDS
-from safemerge_callback.subspace.header import FileHeader, ModuleHeader
+from safemerge_callback.subspace.header import FILE_FIELDS, MODULE_FIELDS, FileHeader, ModuleHeader
 
 WRONG = {
     "shape": [None, [8], [8, 8.0], [8, True], [-8, 8], ["8", 8], {"8": 8}],

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safemerge_callback.subspace.null_spread import spread_at, turned_spread
+from safemerge_callback.subspace.spectrum import spread_at, turned_spread
 
 DRAWN = {"4": 0.08, "8": 0.05, "16": 0.04, "32": 0.02, "64": 0.015}
 
