@@ -1,4 +1,4 @@
-"""One cell: made, evaluated, and its result written; whatever goes wrong is its result."""
+"""One cell: its adapter made, its measures taken, its result written; whatever goes wrong is its result."""
 
 from __future__ import annotations
 
@@ -8,27 +8,39 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from safemerge_callback.evaluation.measure import columns
+from recipes.data.splits import SETS, Split, prompts_of, rows_of
+from recipes.data.tasks import get_task
+from safemerge_callback.errors import ConfigError
+from safemerge_callback.evaluation import Judge, Share, Transcript, load_judge, refusal_shares
+from safemerge_callback.evaluation.measure import SetKind, coherence, columns, share_of
 from safemerge_callback.io.whole_file import whole_file
+from safemerge_callback.offline import merge_adapters
+from safemerge_callback.record import JOURNAL_FILE, read_journal
+from safemerge_callback.signals import generate
 
 from .grid import Cell, Grid
-from .measures import COLUMNS, evaluate_cell, load_merged
-from .posthoc import merge_after
 from .resolve import adapter_of, folder_of, resolved
 from .stamp import ROOT, settings_digest
-from .trail import trail_of
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 RESULT, SETTINGS, MADE, LOG = "result.json", "cell.yaml", "made.json", "train.log"
 # Never published: what models answer to harmful prompts.
 RESPONSES = "responses.json"
 _LAST_LINES = 15
+# What a cell's result holds of each.
+COLUMNS = ("measure", "n", "value", "low", "high", "outcomes")
+# Takes what a set's prompts were answered, in the order of the set.
+Keep = Callable[[str, list[str]], None]
 
 
 def run_cell(grid: Grid, cell: Cell, stamp: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,6 +135,131 @@ def _train(grid: Grid, file: Path, log: Path) -> None:
     if done.returncode:
         last = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_LINES:])
         raise RuntimeError(f"{command[0]} ended with {done.returncode}; the last of {log.name}:\n{last}")
+
+
+def merge_after(settings: Mapping[str, Any]) -> None:
+    """Merge with the arguments of `merge_adapters`; what an interrupted try left in `output` is replaced.
+
+    ConfigError where the parent's adapter is absent: its own cell failed.
+    """
+    finetuned, output = Path(settings["finetuned"]), Path(settings["output"])
+    if not (finetuned / "adapter_model.safetensors").is_file():
+        raise ConfigError(f"there is no adapter to merge in {str(finetuned)!r}: look at why its own cell failed")
+    shutil.rmtree(output, ignore_errors=True)
+    given = {key: value for key, value in settings.items() if key not in ("finetuned", "safety", "subspace", "output")}
+    with warnings.catch_warnings():
+        # The grid says that they are of one model; a copy of it may be called anything.
+        warnings.filterwarnings("ignore", message="safemerge: base models have different names")
+        merge_adapters(finetuned, settings["safety"], settings["subspace"], output, **given)
+
+
+def evaluate_cell(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    split: Split,
+    counts: Mapping[str, Any],
+    keep: Keep | None = None,
+) -> list[Share]:
+    """Return every measure of a model: `<set>_refused`, `task` and `coherent`; `counts` as `Grid.evaluate`.
+
+    Each set takes the first so many prompts of the split. `coherent` is the share of all responses to prompts that are
+    neither empty nor a loop (a proxy). A second judge's measures end in @ and its name. `keep` is given each set's
+    responses.
+    """
+    judges = {name: load_judge(name) for name in counts["judges"]}
+    everyone: dict[SetKind, list[Judge]] = {"harm": list(judges.values()), "benign": list(judges.values())}
+    options = {**_asking(counts), "max_new_tokens": counts["max_new_tokens"]}
+
+    def answers() -> Iterator[Transcript]:
+        for name in SETS:
+            prompts = prompts_of(name, split, counts[name])
+            said = generate(model, tokenizer, prompts, label=name, **options)
+            if keep:
+                keep(name, said)
+            yield Transcript(name, "benign" if name == "benign" else "harm", prompts, said)
+
+    shares = [counted(one) for one in refusal_shares(answers(), everyone)]
+    second = ["", *(f"@{name}" for name in list(judges)[1:])] * len(SETS)
+    named: list[Share] = [{**one, "measure": one["measure"] + more} for one, more in zip(shares, second, strict=True)]
+    return [
+        *named,
+        _task_score(model, tokenizer, task, split, counts),
+        counted(coherence(shares[:: len(judges)], "coherent")),
+    ]
+
+
+def _asking(counts: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: counts.get(name) for name in ("batch_size", "chat_template_kwargs")}
+
+
+def _task_score(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, split: Split, counts: Mapping[str, Any]
+) -> Share:
+    task = get_task(name)
+    rows = rows_of(task, split, counts["task"])
+    prompts = [row["prompt"][-1]["content"] for row in rows]
+    options = {**_asking(counts), "max_new_tokens": task.max_new_tokens}
+    said = generate(model, tokenizer, prompts, label=name, **options)
+    right = [task.right(row["completion"][0]["content"], answer) for row, answer in zip(rows, said, strict=True)]
+    return counted(share_of("task", "".join("1" if each else "0" for each in right), "task"))
+
+
+def counted(share: Share) -> Share:
+    """Return the share; ConfigError where nothing is left to count."""
+    if not share["n"]:
+        raise ConfigError(
+            f"measure {share['measure']!r}: no response has a verdict; look at the judge, or give more prompts, or "
+            "more max_new_tokens to a model that thinks"
+        )
+    return share
+
+
+def load_merged(name: str, adapter: Path | None, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a model with an adapter's update merged into its weights, on the accelerator or the CPU, and tokenizer."""
+    import torch
+
+    from recipes.models import load_model
+
+    model, tokenizer = load_model(name)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return model.to(device, getattr(torch, dtype)), tokenizer
+
+
+def trail_of(adapter: Path | None) -> dict[str, Any] | None:
+    """Return the trail of an adapter's journal; None where there is no adapter or journal.
+
+    modules: how many were measured. merged: module -> how often. task_weight: mean share of the task's update left.
+    checks: [step, mean cosine] and probes: [step, {measure: value}], in the journal's order.
+    """
+    journal = None if adapter is None else adapter / JOURNAL_FILE
+    if journal is None or not journal.is_file():
+        return None
+    entries = read_journal(journal)
+    merges = [entry for entry in entries if entry["kind"] == "merge"]
+    left = {module["name"]: module["task_weight"] for entry in merges for module in entry["modules"]}
+    modules = max((entry.get("num_modules", 0) for entry in entries if entry["kind"] == "start"), default=0)
+    return {
+        "modules": modules,
+        "merges": len(merges),
+        "merged": dict(Counter(module["name"] for entry in merges for module in entry["modules"])),
+        "task_weight": (sum(left.values()) + modules - len(left)) / modules if modules else None,
+        "checks": [[e["step"], _mean_cosine(e)] for e in entries if e["kind"] == "check"],
+        "probes": [[e["step"], _values(e)] for e in entries if e["kind"] == "probe" and e.get("when") != "before"],
+    }
+
+
+def _mean_cosine(check: dict[str, Any]) -> float | None:
+    found = [module["cosine"] for module in check["modules"] if module["cosine"] is not None]
+    return sum(found) / len(found) if found else None
+
+
+def _values(probe: dict[str, Any]) -> dict[str, float | None]:
+    return {measure["measure"]: measure["value"] for measure in probe["measures"]}
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,4 +1,7 @@
-"""The control for "does the subspace choose better than chance": V with its spectrum kept and its directions drawn."""
+"""The control for "does the subspace choose better than chance": V with its spectrum kept and its directions drawn.
+
+Apart from `compare`, which loads it when the file is not there yet: it knows no grid, and needs torch.
+"""
 
 from __future__ import annotations
 

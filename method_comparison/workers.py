@@ -1,4 +1,7 @@
-"""Cells in processes of their own: what one leaves behind in memory is gone with it, and one that dies is a result."""
+"""Cells in processes of their own: what one leaves behind in memory is gone with it, and one that dies is a result.
+
+Apart from `compare`, which is run as a script: a process that is spawned imports what it is to do by its module.
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
@@ -27,11 +27,15 @@ if __package__ in (None, ""):  # run as a script by `accelerate launch`
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from recipes.data.mixing import check_share
+from recipes.data.splits import prompts_of, rows_of
+from recipes.data.tasks import TASKS, get_task
 from recipes.models import load_model
 from recipes.settings import read_settings
 from safemerge_callback.errors import ConfigError, nearest
+from safemerge_callback.evaluation import Share, share
+from safemerge_callback.signals import generate
 from safemerge_callback.signals.chat import template_settings
-from safemerge_callback.training import SafeMergeCallback, SafeMergeConfig
+from safemerge_callback.training import SafeMergeCallback, SafeMergeConfig, SafetyEvalCallback
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
     Settings = tuple["DataArguments", SFTConfig, ModelConfig, SafeMergeConfig | None]
 
 PREFIX = "safemerge_"
+PROBE_BATCH = 32
 
 
 @dataclass
@@ -183,8 +188,6 @@ def build_trainer(
     )
     guard: list[TrainerCallback] = [SafeMergeCallback(safemerge)] if safemerge else []
     if data.probe_every:
-        from recipes.data.probe import validation_probe
-
         settings: Any = data.chat_template_kwargs
         sizes = {"every": data.probe_every, "n": data.probe_prompts}
         guard.append(validation_probe(data.data, **sizes, chat_template_kwargs=settings))
@@ -198,6 +201,35 @@ def build_trainer(
         peft_config=get_peft_config(model_config),
         callbacks=[*guard, *callbacks],
     )
+
+
+def validation_probe(
+    data: str, *, every: int, n: int, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> SafetyEvalCallback:
+    """Return a probe of `n` prompts of HarmBench and `n` harmless ones, and of 2·`n` rows where `data` is a task.
+
+    All are of the validation split: the test split stays unread. What the model says is not kept.
+    """
+    harmful = {"harmbench": prompts_of("harmbench", "validation", n)}
+    benign = {"benign": prompts_of("benign", "validation", n)}
+    task = task_score(data, 2 * n, chat_template_kwargs) if data in TASKS else None
+    more: dict[str, Any] = {"chat_template_kwargs": chat_template_kwargs, "batch_size": PROBE_BATCH, "quiet": True}
+    return SafetyEvalCallback(harmful, benign, every=every, n=n, task=task, **more)
+
+
+def task_score(name: str, n: int, chat_template_kwargs: Mapping[str, Any] | None = None) -> Callable[[Any, Any], Share]:
+    """Return a function of model and tokenizer that gives the share of right answers to `n` validation rows."""
+    task = get_task(name)
+    rows = rows_of(task, "validation", n)
+    prompts = [row["prompt"][-1]["content"] for row in rows]
+    wanted = [row["completion"][0]["content"] for row in rows]
+
+    def score(model: Any, tokenizer: Any) -> Share:
+        options: dict[str, Any] = {"max_new_tokens": task.max_new_tokens, "batch_size": PROBE_BATCH}
+        said = generate(model, tokenizer, prompts, label=name, chat_template_kwargs=chat_template_kwargs, **options)
+        return share(f"{name}_right", [task.right(word, answer) for word, answer in zip(wanted, said, strict=True)])
+
+    return score
 
 
 def main(args: Sequence[str] | None = None) -> None:

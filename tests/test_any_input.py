@@ -19,8 +19,8 @@ from safemerge_callback.adapters import save_adapter
 from safemerge_callback.decision import Gate, MergePlan, Readings
 from safemerge_callback.evaluation.harness import check_tasks
 from safemerge_callback.evaluation.judges import load_judge
+from safemerge_callback.evaluation.loading import is_adapter
 from safemerge_callback.evaluation.prompts import load_prompts
-from safemerge_callback.evaluation.subjects import is_adapter
 from safemerge_callback.offline import merge_adapters, undo_merge
 from safemerge_callback.offline.merge_yaml import read_recipe
 from safemerge_callback.record import Journal, read_journal

@@ -11,8 +11,8 @@ from safemerge_callback.cli import app
 from safemerge_callback.evaluation import wilson
 from safemerge_callback.evaluation.figures import figures
 from safemerge_callback.evaluation.judges import FunctionJudge, KeywordJudge
+from safemerge_callback.evaluation.loading import load_subject
 from safemerge_callback.evaluation.prompts import load_prompts
-from safemerge_callback.evaluation.subjects import load_subject
 from safemerge_callback.signals import generate
 
 HARM = ["a b", "c d e", "f", "g h i j", "k l m n o", "p q"]

@@ -1,4 +1,4 @@
-"""The table of docs/trainers.md, written between two markers."""
+"""The table of docs/trainers.md, written between two markers; apart from the matrix, which imports every trainer."""
 
 from __future__ import annotations
 

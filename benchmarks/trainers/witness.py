@@ -1,4 +1,7 @@
-"""What the callback did in a run, seen from outside: the whole model just before it and just after it, every step."""
+"""What the callback did in a run, seen from outside: the whole model just before it and just after it, every step.
+
+Apart from the cells: it knows of no trainer and no setup.
+"""
 
 from __future__ import annotations
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .hub import load_rows
-from .rows import check_split, conversation
+from .rows import check_split, conversation, load_rows
 
 
 def gsm8k_row(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from .hub import load_rows
-from .rows import check_split, conversation
+from .rows import check_split, conversation, load_rows
 
 
 def pubmedqa_row(row: Mapping[str, Any]) -> dict[str, Any]:

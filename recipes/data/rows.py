@@ -1,7 +1,8 @@
-"""One row of training data: TRL's conversational prompt and completion."""
+"""Rows of training data: TRL's conversational prompt and completion; rows of a dataset on the Hub."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from safemerge_callback.errors import ConfigError, nearest
@@ -20,3 +21,12 @@ def check_split(data: str, split: str, allowed: tuple[str, ...] = ("train", "tes
     if split not in allowed:
         choice = " or ".join(filter(None, (", ".join(allowed[:-1]), allowed[-1])))
         raise ConfigError(f"split {split!r} of data {data!r} does not exist: choose {choice}{nearest(split, allowed)}")
+
+
+def load_rows(dataset: str, config: str, split: str) -> Iterable[Mapping[str, Any]]:
+    """Return the rows of a split; ConfigError where `datasets` is not installed."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ConfigError(f"{dataset!r} needs datasets: pip install 'safemerge-callback[recipes]'") from None
+    return load_dataset(dataset, config, split=split)

@@ -168,9 +168,9 @@ def _evaluated(model: str, given: dict[str, Any], device: str | None, asked: _As
     from ..decision import BAND
     from ..evaluation.figures import with_refusals
     from ..evaluation.judges import decides, name_of
+    from ..evaluation.loading import load_subject
     from ..evaluation.measure import FIGURE_COLUMNS, columns
-    from ..evaluation.subjects import load_subject
-    from ..reports.figures import figures_text, thoughts_lines
+    from ..reports.table import figures_text, thoughts_lines
 
     began = time.perf_counter()
     subject = load_subject(model, **given, device=device)

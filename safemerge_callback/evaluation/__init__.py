@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING
 from ..io.renamed import renamed
 from ..signals.responses import generate
 from ..signals.thoughts import answer_of
-from .coherence import coherent
 from .intervals import wilson
 from .judges import Judge, KeywordJudge, check_benign, decides, load_judge, measure_name, refusal_phrases, says
 from .measure import Share, Transcript, refusal_shares, share
-from .verdicts import Verdict, judged
+from .verdicts import Verdict, coherent, judged
 
 __all__ = [
     "Judge",

@@ -4,10 +4,9 @@ from ..record import PAGE_FILE
 from ..record.entries import read_history
 from ..record.history import Cell, Event, History, Measured, Probe
 from .heatmap import draw_heat_map, write_heat_map
-from .measurement import readings_json, readings_text
 from .page import render_page, write_page
 from .plots import PLOTS, draw_plot, write_report
-from .table import summary
+from .table import readings_json, readings_text, summary
 from .watch import watch_run
 
 __all__ = [

@@ -1,4 +1,7 @@
-"""A history as the compact JSON that the page draws from: numbers as ten-thousandths, words once."""
+"""A history as the compact JSON that the page draws from: numbers as ten-thousandths, words once.
+
+Apart from the page: it is a format of its own, which `page/data.js` reads.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A sweep as a picture: what is merged, how far that moves the update, and what the rank loses."""
+"""A sweep as a picture: what is merged, how far that moves the update, and what the rank loses.
+
+Apart from the plots, which draw a history.
+"""
 
 from __future__ import annotations
 

@@ -1,18 +1,26 @@
-"""A history as a table: one line a module type, because 224 lines are no summary."""
+"""What the terminal shows as a table: a history, one measurement (as JSON, too), the figures of a model."""
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
+from ..decision import BAND, Readings
+from ..evaluation.measure import Share
+from ..evaluation.units import amount
 from ..io.printable import printable
 from ..io.text_table import render
 from ..record.history import Cell, History
+from ..signals.thoughts import ADVICE
 from .counted import counted
 from .layout import Panel, panels
 
 _COLUMNS = ("type", "modules", "moved", "null", "first", "last", "lowest", "where", "merges", "task left")
+_KINDS = {"harm": "harm (higher is safer)", "over_refusal": "over-refusal (lower is better)", "task": "utility"}
+_FIGURE_COLUMNS = ("kind", "measure", "judge", "n", "value", "95 % interval", "incoherent", "unjudged")
+_RIGHT = ("n", "value", "95 % interval", "incoherent", "unjudged")
 
 
 def summary(history: History) -> str:
@@ -88,3 +96,66 @@ def _cells_of(history: History, name: str) -> list[tuple[tuple[str, int], Cell]]
 def _median(values: Iterable[float]) -> str:
     finite = [value for value in values if value == value]
     return f"{statistics.median(finite):.4f}" if finite else "-"
+
+
+def figures_text(figures: Sequence[Share], title: str) -> str:
+    """Return the figures as one table, harm first and utility last."""
+    rows = [_figure_row(figure) for kind in _KINDS for figure in figures if figure["kind"] == kind]
+    return render(title, _FIGURE_COLUMNS, rows, _RIGHT)
+
+
+def thoughts_lines(figures: Sequence[Share]) -> list[str]:
+    """Return a line for each prompt set whose responses held thoughts: how many were cut, how many never ended."""
+    sets = {figure["measure"].rpartition("_")[0]: figure for figure in figures if figure["thoughts"]}
+    return [
+        f"{name}: thoughts cut from {one['thoughts']} responses{_never(one['unfinished'])}"
+        for name, one in sets.items()
+    ]
+
+
+def _never(unfinished: int) -> str:
+    return f"; {unfinished} ended within one and were not judged: {ADVICE}" if unfinished else ""
+
+
+def _figure_row(figure: Share) -> tuple[str, ...]:
+    value, low, high = figure["value"], figure["low"], figure["high"]
+    unit = figure["unit"]
+    interval = "" if low is None or high is None else f"{amount(low, unit, '%')} to {amount(high, unit, '%')}"
+    counts = (str(figure["incoherent"]), str(figure["unjudged"])) if figure["kind"] != "task" else ("", "")
+    shown = "nothing judged" if value is None else amount(value, unit, "%")
+    return _KINDS[figure["kind"]], figure["measure"], figure["judge"] or "", str(figure["n"]), shown, interval, *counts
+
+
+def readings_text(readings: Readings, threshold: float | None) -> str:
+    """Return the readings as a table, and beneath it the modules whose cosine is below `threshold`."""
+    if threshold is None:
+        return str(readings)
+    below = readings.below(threshold)
+    return "\n".join(
+        [str(readings), f"{len(below)} of {len(readings)} modules below {threshold:g}", *map(printable, below)]
+    )
+
+
+def readings_json(readings: Readings, threshold: float | None) -> str:
+    """Return the readings as JSON; NaN becomes null, which JSON has a word for."""
+    modules = [
+        {
+            "name": name,
+            "moved": reading.moved,
+            "cosine": _finite(reading.cosine),
+            "null_cosine": _finite(reading.null_cosine),
+            "signed_cosine": reading.signed_cosine,
+            "signed_z": reading.signed_z,
+            "update_norm": _finite(reading.update_norm),
+            "rank": reading.rank,
+            "shape": list(reading.shape),
+        }
+        for name, reading in readings.items()
+    ]
+    limits = {} if threshold is None else {"threshold": threshold, "below": readings.below(threshold)}
+    lead = {"moved_mean": readings.moved_mean, "moved_edge": BAND.edge}
+    return json.dumps({**lead, **limits, "modules": modules}, indent=2, allow_nan=False)
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None

@@ -10,8 +10,7 @@ from peft import LoraConfig, get_peft_model
 from safemerge_callback import load_adapter
 from safemerge_callback.adapters import open_adapter
 from safemerge_callback.errors import AdapterError, ConfigError, SubspaceError
-from safemerge_callback.evaluation.loading import load_pretrained
-from safemerge_callback.evaluation.subjects import is_adapter
+from safemerge_callback.evaluation.loading import is_adapter, load_pretrained
 from safemerge_callback.io.addresses import Address, address_of, fetched, without_folders
 from safemerge_callback.offline import BaseModel, merge_adapters
 from safemerge_callback.offline.merge_yaml import read_recipe

@@ -14,7 +14,7 @@ from safemerge_callback.decision import Reading, Readings
 from safemerge_callback.io.printable import printable
 from safemerge_callback.io.text_table import render
 from safemerge_callback.reports import watch_run
-from safemerge_callback.reports.measurement import readings_text
+from safemerge_callback.reports.table import readings_text
 from safemerge_callback.subspace import bar
 from safemerge_callback.subspace.header import FileHeader, ModuleHeader
 from safemerge_callback.subspace.table import render as describe

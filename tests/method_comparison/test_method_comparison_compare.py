@@ -19,7 +19,7 @@ from method_comparison import compare, drift, label_responses
 from method_comparison.cells import RESULT, run_cell
 from method_comparison.drift_measures import _merges_adapter
 from method_comparison.grid import cells_of, load_grid, make_grid
-from method_comparison.labels import agreements, responses_of
+from method_comparison.label_responses import agreements, responses_of
 from method_comparison.page import write_page
 from method_comparison.results import LINES, TABLE
 from safemerge_callback.errors import ConfigError

@@ -8,15 +8,14 @@ import pytest
 
 from method_comparison import plots
 from method_comparison.arms import chosen, read_arms
+from method_comparison.cells import COLUMNS, counted, trail_of
 from method_comparison.figures import HARM, matched, places_of, reference_arms, reference_of
 from method_comparison.grid import cells_of, make_grid
 from method_comparison.markdown import table
-from method_comparison.measures import COLUMNS, counted
 from method_comparison.page import write_page
-from method_comparison.repeat import beside_published, elsewhere, published_results
 from method_comparison.resolve import resolved
+from method_comparison.results import beside_published, elsewhere, published_results
 from method_comparison.stamp import COMPARED, differences, digest, settings_digest
-from method_comparison.trail import trail_of
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.evaluation.measure import columns, share_of
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from method_comparison import measures
+from method_comparison import cells
 from recipes import evaluate
 from recipes.evaluate import EvaluateArguments, accuracy, evaluate_model, generate
 from recipes.finetune import parse
@@ -129,15 +129,15 @@ def test_one_model_and_judge_have_one_share_whichever_command_asks(monkeypatch, 
     """Phrases in an empty answer or a loop are no refusal, and what is unjudged is not counted: everywhere."""
     prompts = [f"a {letter}" for letter in "bcdef"[: len(texts)]]
     say(monkeypatch, texts)
-    monkeypatch.setattr(measures, "prompts_of", lambda *args: prompts)
-    monkeypatch.setattr(measures, "load_judge", lambda name: judge)
-    monkeypatch.setattr(measures, "_task_score", lambda *args: measures.share_of("task", "1", "task"))
-    counts = {"judges": ["one"], "batch_size": 8, "max_new_tokens": 4, **dict.fromkeys(measures.SETS, 5), "task": 1}
+    monkeypatch.setattr(cells, "prompts_of", lambda *args: prompts)
+    monkeypatch.setattr(cells, "load_judge", lambda name: judge)
+    monkeypatch.setattr(cells, "_task_score", lambda *args: cells.share_of("task", "1", "task"))
+    counts = {"judges": ["one"], "batch_size": 8, "max_new_tokens": 4, **dict.fromkeys(cells.SETS, 5), "task": 1}
     sets = [PromptSet(n, kind, tuple(prompts), "MIT", "here") for n, kind in (("advbench", "harm"), ("x", "benign"))]
     questions = probe.Questions.of(tokenizer, {"advbench": prompts}, {"x": prompts})
     rows = {
         "recipe": refusals(model, tokenizer, monkeypatch, prompts, judge=judge),
-        "study": measures.evaluate_cell(model, tokenizer, "sentiment", "test", counts)[0],
+        "study": cells.evaluate_cell(model, tokenizer, "sentiment", "test", counts)[0],
         "command": figures.figures(model, tokenizer, sets, [judge])[0],
         "probe": probe.ask(model, tokenizer, questions, probe.Asking(judge, judge)).measures[0],
     }

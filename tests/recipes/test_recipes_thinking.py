@@ -5,8 +5,8 @@ import json
 import pytest
 import yaml
 
+from method_comparison.cells import _asking
 from method_comparison.grid import load_grid
-from method_comparison.measures import _asking
 from method_comparison.stamp import settings_digest
 from recipes import evaluate
 from recipes.data.tasks import says_name, says_number

@@ -129,7 +129,7 @@ def test_tiles_lead_with_what_moved_and_say_what_it_went_with(example, tmp_path)
     history = read_history(path)
     step, mean = max(history.moved.items())
     assert mean == pytest.approx(sum(history.cells[n, step].moved for n in history.modules) / len(history.modules))
-    from safemerge_callback.reports.page.shown import tiles
+    from safemerge_callback.reports.page.figures import tiles
 
     first = tiles(history)[0]
     assert first.value == f"{mean:+.2f}"

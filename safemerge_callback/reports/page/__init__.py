@@ -13,7 +13,7 @@ from ...io.outputs import FileKind, new_output
 from ...io.paths import as_path
 from ...record.history import History
 from ..payload import page_data
-from .shown import shown
+from .figures import page_figures
 
 _PAGE = FileKind("a page of ours", lambda head: b"<!doctype html>" in head and b"require-trusted-types-for" in head)
 _HERE = Path(__file__).parent
@@ -50,7 +50,7 @@ def render_page(history: History) -> str:
     )
     values = {"data": _embedded(page_data(history)), "style": style, "script": script}
     digests = {"style_digest": _digest(style), "script_digest": _digest(script)}
-    return room.get_template("page.html.j2").render(**values, **digests, **shown(history)) + "\n"
+    return room.get_template("page.html.j2").render(**values, **digests, **page_figures(history)) + "\n"
 
 
 def _digest(text: str) -> str:

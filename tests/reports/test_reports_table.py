@@ -1,7 +1,7 @@
 """The table of `safemerge eval`: percent for shares, any other number as it is."""
 
 from safemerge_callback.evaluation.measure import as_share
-from safemerge_callback.reports.figures import figures_text
+from safemerge_callback.reports.table import figures_text
 
 
 def figure(name, kind, value, low=None, high=None, **more):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from method_comparison import estimate as module
-from method_comparison.estimate import estimate
+from method_comparison import compare as module
+from method_comparison.compare import estimate
 from method_comparison.grid import cells_of, make_grid
 from recipes.processor import Pace
 
