@@ -158,7 +158,7 @@ def _bands(found: Sequence[Drift], since: str) -> list[str]:
     about = (
         f"Lost is fewer than {100 * LOST:.0f} % refused. The edge leaves the fewest runs of the first row on the wrong "
         "side of it (`band_of` in `method_comparison/drift_measures.py`), to a twentieth; refusals are medians, with "
-        "the least and the most. The first row is `BAND` in `safemerge_callback/decision/moved.py`. It is of updates "
+        "the least and the most. The first row is `BAND` in `safemerge_callback/decision/reading.py`. It is of updates "
         "that were left as they were, on one model: another may have another scale. A safety adapter that was merged "
         "in lies along V itself, so that not to be below the edge then says nothing."
     )

@@ -9,8 +9,8 @@ from safemerge_callback.decision.gates import as_gate
 from safemerge_callback.errors import ConfigError, SafeMergeError, nearest
 from safemerge_callback.offline.merge_yaml import read_recipe
 from safemerge_callback.subspace.checkpoints.targets import _by_suffix
-from safemerge_callback.training.config.presets import with_preset
 from safemerge_callback.training.config.settings import SafeMergeConfig
+from safemerge_callback.training.config.shorthands import with_preset
 from safemerge_callback.training.probe.rules import Stop, as_rule
 from safemerge_callback.training.trackers.trackers import known
 

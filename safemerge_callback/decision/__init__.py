@@ -4,17 +4,12 @@ from typing import TYPE_CHECKING
 
 from ..io.renamed import renamed
 from .apply import Edit, agreed_factors, apply, merged_factors
-from .certify import undecided
-from .choices import Choices, choose
-from .empty import nothing_selected
+from .choices import Choices, choose, needs_of
 from .fit import check_safety_adapter
-from .gates import DEFAULT_GATE, GATES, KNOB, KNOBS, Gate, Verdict, as_gate, default_gate, gate_of
-from .measure import measure
-from .moved import BAND, Band, mean_moved
-from .needs import needs_of
-from .plan import MergePlan
-from .reading import Reading, Readings
-from .safety_cosines import cosines_needed, own_cosines
+from .gates import DEFAULT_GATE, GATES, KNOB, KNOBS, Gate, Verdict, as_gate, default_gate, gate_of, undecided
+from .measure import cosines_needed, measure, own_cosines
+from .plan import MergePlan, nothing_selected
+from .reading import BAND, Band, Reading, Readings, mean_moved
 from .vetoes import above, held_back, not_rearmed, share_left, under_floor, without
 
 __all__ = [

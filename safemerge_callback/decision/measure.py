@@ -1,16 +1,19 @@
-"""Factors and a subspace in, readings out: the projected cosine of every LoRA module, with one host synchronisation."""
+"""Factors and a subspace in, readings out: the projected cosine of every LoRA module, with one host synchronisation.
+
+What the safety adapter itself reads (`own_cosines`) is a measure that gates may compare with.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from ..adapters import LoraFactors
+from ..adapters import Adapter, LoraFactors
 from ..errors import SubspaceError
 from ..ops import (
     AlignmentMatrix,
@@ -24,8 +27,8 @@ from ..ops import (
 )
 from ..subspace import Request, Subspace
 from .batches import Batch, batches, stacked
-from .certify import undecided
-from .gates import Gate, Knobs, as_gate
+from .fit import check_safety_adapter
+from .gates import Gate, Knobs, as_gate, undecided
 from .reading import Reading, Readings
 
 
@@ -149,3 +152,41 @@ def _reading(module: LoraFactors, subspace: Subspace, row: Sequence[float]) -> R
         null_std=spread,
         signed_cosine=signed,
     )
+
+
+def own_cosines(
+    safety: Adapter,
+    factors: Mapping[str, LoraFactors],
+    subspace: Subspace,
+    *,
+    device: torch.device | str | None = None,
+    batch_bytes: int | None = None,
+) -> dict[str, float]:
+    """Return the safety adapter's own cosine in each module of `factors`, in [0, 1]; NaN where it has not moved.
+
+    Exact, from the file beside a compressed subspace. One measure: it never changes, so do it once. `batch_bytes` is as
+    `measure` has it. Raises AdapterError for a safety adapter that does not fit `factors`, and SubspaceError as
+    `measure`.
+    """
+    check_safety_adapter(safety, factors)
+    own = {name: replace(safety.factors[name], transposed=live.transposed) for name, live in factors.items()}
+    found = measure(own, subspace, device=device, batch_bytes=batch_bytes)
+    return {name: math.nan if r.update_norm == 0 else r.cosine for name, r in found.items()}
+
+
+def cosines_needed(
+    gates: Iterable[Gate],
+    safety: Sequence[Adapter],
+    factors: Mapping[str, LoraFactors],
+    subspace: Subspace,
+    *,
+    device: torch.device | str | None = None,
+    batch_bytes: int | None = None,
+) -> dict[str, float] | None:
+    """Return `own_cosines` of the first safety adapter where one of `gates` needs them; None where none does.
+
+    None, too, where there is no safety adapter.
+    """
+    if not safety or not any("safety_cosines" in gate.criterion.needs for gate in gates):
+        return None
+    return own_cosines(safety[0], factors, subspace, device=device, batch_bytes=batch_bytes)

@@ -1,7 +1,8 @@
-"""What will be done, before it is done: a frozen plan that prints as a table."""
+"""What will be done, before it is done: a frozen plan that prints as a table, and tells where it merges nothing."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -11,9 +12,8 @@ from ..errors import PlanError
 from ..io.knobs import Knob
 from ..io.text_table import Table, html_table, render
 from ..methods.how import AUTO, How
-from .certify import undecided
 from .choices import Choices, PlanKnobs, choose
-from .gates import Gate, Verdict
+from .gates import Gate, Verdict, excluded, undecided
 from .reading import Readings
 from .weights import rules_in_force, weights_of
 from .weights.registry import Weights
@@ -218,3 +218,27 @@ def _check_decided(plan: MergePlan) -> None:
             f"{len(open_ones)} modules were measured on a compressed subspace that leaves gate {gate!r} open, "
             f"the first is {first!r} ({proof}): give `measure` this gate and its knobs"
         )
+
+
+def nothing_selected(plan: MergePlan) -> str:
+    """Return what to tell a user whose plan selects no module: the gate, the closest module, and what to do."""
+    module = closest(plan)
+    if module is None:
+        return f"nothing was merged: gate {plan.gate} had no module to decide on"
+    return (
+        f"nothing was merged: gate {plan.gate} selects none of {len(plan.readings)} modules. The closest is {module!r} "
+        f"({plan.verdicts[module].reason}). Choose another gate or knob; gate 'all' merges every module"
+    )
+
+
+def closest(plan: MergePlan) -> str | None:
+    """Return the module that lies least above what the gate merges below, in the gate's own unit; None without any.
+
+    A module that no cosine decides comes last.
+    """
+    return min(plan.readings, key=lambda name: _distance(plan, name), default=None)
+
+
+def _distance(plan: MergePlan, name: str) -> float:
+    reading = plan.readings[name]
+    return math.inf if excluded(reading) else plan.gate.distance(reading)

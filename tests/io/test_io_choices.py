@@ -18,7 +18,7 @@ from safemerge_callback.methods.aliases import without_alias
 from safemerge_callback.reports.plots import draw_plot
 from safemerge_callback.subspace.compress import compress_subspace
 from safemerge_callback.subspace.placement import check_placement
-from safemerge_callback.training.config.presets import with_preset
+from safemerge_callback.training.config.shorthands import with_preset
 from safemerge_callback.training.trackers.trackers import known
 
 # Nothing is drawn of it: the choice is refused before.

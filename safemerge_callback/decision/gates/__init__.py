@@ -7,7 +7,7 @@ Importing the folder fills the registry.
 from . import threshold, calibrated, reference, opposed, num_layers, quantile, gap, all, random, watch  # noqa: I001
 from .common import Verdict, excluded
 from .registry import GATES, KNOB, Criterion, gate
-from .rule import DEFAULT_GATE, KNOBS, Gate, Knobs, as_gate, default_gate, gate_knobs, gate_of
+from .rule import DEFAULT_GATE, KNOBS, Gate, Knobs, as_gate, default_gate, gate_knobs, gate_of, undecided
 
 __all__ = [
     "DEFAULT_GATE",
@@ -33,5 +33,6 @@ __all__ = [
     "random",
     "reference",
     "threshold",
+    "undecided",
     "watch",
 ]

@@ -1,8 +1,9 @@
-"""What every gate gives, and what the gates share: verdicts on modules that no cosine decides, and on ranked ones."""
+"""What every gate gives, and what gates share: verdicts where no cosine decides, ranks, what intervals leave open."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from ...errors import ConfigError
@@ -70,3 +71,30 @@ def check_count(num_layers: int, readings: Readings) -> None:
     """Raise ConfigError where there are fewer modules than `num_layers`."""
     if num_layers > len(readings):
         raise ConfigError(f"num_layers={num_layers} is more than the {len(readings)} LoRA modules there are: lower it")
+
+
+def movable(readings: Readings) -> dict[str, Reading]:
+    """Return the readings that a cosine decides."""
+    return {name: reading for name, reading in readings.items() if excluded(reading) is None}
+
+
+def straddles(reading: Reading, limit: float, *, exactly: bool = False) -> bool:
+    """Return whether `limit` lies in the interval. What begins at it does not: merged is below it, strictly.
+
+    `exactly`: whether what lies wholly below is open, too, since the cosine itself counts there.
+    """
+    return reading.lower < limit and (exactly or limit <= reading.upper)
+
+
+def unranked(moved: Mapping[str, Reading], count: int) -> list[str]:
+    """Return the modules that may or may not be among the `count` of lowest cosine.
+
+    One is among them if fewer than that many others can lie as low as it lies at most, and is not if that many must lie
+    lower than it lies at least.
+    """
+    lowers, uppers = sorted(r.lower for r in moved.values()), sorted(r.upper for r in moved.values())
+    return [
+        name
+        for name, r in moved.items()
+        if bisect_right(lowers, r.upper) - 1 >= count and bisect_left(uppers, r.lower) < count
+    ]

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 
 from ..reading import Readings
-from .common import Verdict, by_cosine, excluded, lowest
-from .intervals import movable
+from .common import Verdict, by_cosine, excluded, lowest, movable
 from .registry import gate
 
 # Of two modules one is always below the only gap there is: that says nothing of either.

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 
 from ..reading import Readings
 from .checks import check_num_layers
-from .common import Verdict, check_count, lowest
-from .intervals import movable, unranked
+from .common import Verdict, check_count, lowest, movable, unranked
 from .registry import gate
 
 

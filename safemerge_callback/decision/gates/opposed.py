@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from ...errors import SubspaceError
 from ..reading import Reading, Readings
 from .checks import check_z_threshold
-from .common import Verdict, digits, excluded
-from .intervals import movable
+from .common import Verdict, digits, excluded, movable
 from .registry import gate
 
 

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 
 from ..reading import Readings
 from .checks import check_quantile
-from .common import Verdict, by_cosine, lowest
-from .intervals import movable, unranked
+from .common import Verdict, by_cosine, lowest, movable, unranked
 from .registry import gate
 
 # So that 0.29 of 100 modules is 29, though the product of the two floats is just under it.

@@ -8,8 +8,7 @@ from typing import Any
 
 from ..reading import Readings
 from .checks import check_num_layers
-from .common import Verdict, by_cosine, check_count, excluded
-from .intervals import movable, straddles
+from .common import Verdict, by_cosine, check_count, excluded, movable, straddles
 from .registry import gate
 from .threshold import threshold as threshold_gate
 

@@ -1,18 +1,17 @@
-"""A gate with its knobs: checked when made, then asked."""
+"""A gate with its knobs: checked when made, then asked; and which decisions intervals leave open."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 from ...errors import ConfigError, shown
 from ...io.choices import one_of
 from ...io.knobs import checked, named_values, unknown_knob
 from ..reading import Reading, Readings
 from . import checks
-from .common import Verdict, excluded
-from .intervals import straddles
+from .common import Verdict, excluded, straddles
 from .registry import GATES, KNOB, Criterion
 
 # What merges where nothing is said: modules of low cosine kept no more refusals than as many at random.
@@ -233,3 +232,15 @@ def as_gate(gate: str | Gate | None, knobs: Mapping[str, Any]) -> Gate:
     own = {name: value for name, value in knobs.items() if name not in KNOBS}
     rest = {name: value for name, value in knobs.items() if name in KNOBS}
     return Gate(default_gate(knobs) if gate is None else gate, **rest, knobs=own)
+
+
+def undecided(readings: Readings, gate: str | Gate, **knobs: Unpack[Knobs]) -> list[str]:
+    """Return the modules that must be read exactly before `gate` may decide, in the order of the readings.
+
+    Once these are exact, the gate's decision on every module is that of exact readings alone, and so is, with `rearm`,
+    whether it lies that far above the gate, and, with `soft`, its weights. None are returned where the readings are
+    exact, or where the gate asks no cosine (`all`, `watch`, `random` with `num_layers`). Raises ConfigError for knobs
+    that the gate cannot use, and as the gate does for readings that lack what it needs.
+    """
+    unproven = as_gate(gate, knobs).unproven(readings)
+    return [name for name, reading in readings.items() if reading.interval and name in unproven]

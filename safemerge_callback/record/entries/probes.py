@@ -1,4 +1,7 @@
-"""What the model answered: `probe`."""
+"""What the model answered, and what the probe's rules made a run do: `probe`, `trigger`, `stop`.
+
+`rollback`, which a rule asks for, too, stands beside the merge.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...evaluation.measure import PROBE_COLUMNS, columns
 from ...evaluation.units import SHARE, unit_of, within_share
-from ..history import History, Measured, Probe
+from ..history import Event, History, Measured, Probe
 from .values import count, number
 
 if TYPE_CHECKING:
@@ -51,3 +54,18 @@ def _measured(measure: Mapping[str, Any]) -> Measured:
     unit = unit_of(name, kind, measure.get("unit"))
     n = count(measure["n"] or 0)
     return Measured(name, kind, n, value, low, high, incoherent, unjudged, unit, thoughts, unfinished)
+
+
+def trigger_entry(step: int, reason: str) -> dict[str, Any]:
+    """Return the entry of a check, and a merge, that a probe asked for."""
+    return {"kind": "trigger", "step": step, "reason": reason}
+
+
+def stop_entry(step: int, reason: str) -> dict[str, Any]:
+    """Return the entry of a training that a probe ended."""
+    return {"kind": "stop", "step": step, "reason": reason}
+
+
+def read_rule(history: History, entry: Mapping[str, Any]) -> None:
+    """One event more."""
+    history.events.append(Event(count(entry["step"]), str(entry["kind"]), str(entry["reason"])))

@@ -11,8 +11,7 @@ from ..history import DERIVED, History, journal_in, title_of
 from ..journal import numbered_entries
 from .checks import read_check, read_merge, read_taken_back
 from .corrections import read_change, read_gradient
-from .probes import read_probe
-from .rules import read_rule
+from .probes import read_probe, read_rule
 from .run import read_best, read_end, read_error, read_start
 
 READERS: dict[str, Callable[[History, Mapping[str, Any]], None]] = {

@@ -1,4 +1,4 @@
-"""The reader of old files: what a journal of version 1 does not say, worked out from what it does."""
+"""Apart, to be dropped with the old files: what a journal of version 1 does not say, worked out from what it does."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from ...methods import METHODS, How, Method, get_method, method_of
 from ...methods.how import AUTO
 from ...subspace.placement import check_placement
 from .choices import declared_knobs, gate_at, how_of, rules_of
-from .merge_entry import as_list
+from .shorthands import as_list
 
 
 class Draft(SimpleNamespace):

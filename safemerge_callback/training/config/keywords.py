@@ -1,6 +1,6 @@
-"""The keywords of `SafeMergeCallback` as an editor knows them: the fields of `SafeMergeConfig`, and two aliases.
+"""The keywords of `SafeMergeCallback` apart, since no type checker reads them off a dataclass.
 
-They stand a second time because no type checker reads them off a dataclass; a test holds the two equal.
+The fields of `SafeMergeConfig`, and two aliases, a second time; a test holds the two equal.
 """
 
 from __future__ import annotations

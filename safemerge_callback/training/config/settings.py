@@ -21,8 +21,7 @@ from ...methods.how import AUTO
 from ...methods.project import OPERATOR, OPERATOR_RANK
 from .checks import adapters_of, checked_settings, with_own
 from .choices import declared_knobs, gate_at, how_of, rules_of
-from .merge_entry import with_merge_entry
-from .presets import with_preset
+from .shorthands import with_merge_entry, with_preset
 
 
 def _listed(names: Iterable[str]) -> str:

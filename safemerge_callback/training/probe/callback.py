@@ -34,9 +34,8 @@ from .opening import (
     own_or_trainers,
     prompt_sets,
 )
-from .probing import Probing, Rules, Spent
+from .probing import Probing, Rules, Spent, load_standing, save_standing
 from .rules import Rollback, Stop, Trigger, as_rule
-from .state import load_standing, save_standing
 
 
 class SafetyEvalCallback(TrainerCallback):

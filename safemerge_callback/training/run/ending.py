@@ -1,10 +1,13 @@
-"""What the end of a run does to the weights that the user is left with, and to every copy of them."""
+"""What the end of a run does to the weights that the user is left with, and to every copy of them.
+
+Fingerprints of the factors tell whether the weights are still those that the run left.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,47 @@ from transformers import TrainerState, TrainingArguments
 
 from ...adapters import LoraFactors, load_adapter, save_adapter
 from ...adapters.files import saved_adapter
+from ...live import Writer
 from ...live.faults import Fault, attempt
+from ...live.fingerprint import digest
+from ...live.ranks import from_first
 from ...record.entries import best_entry
 from ...record.log import Log
 from ...record.metrics import BEST_METRICS
 from ...signals.losses import mean_loss
 from ..trackers import Trackers, finite
+
+
+@dataclass
+class Marks:
+    """What the factors were after this run's last work on them (`sealed`, with its step), and at the last epoch's end.
+
+    Nothing is looked at where the run takes no final check (`wanted` false). Every method is collective as
+    `Writer.gather`.
+    """
+
+    writer: Writer
+    wanted: bool
+    sealed: tuple[int, str] | None = None
+    epoch: str | None = None
+
+    def now(self) -> str | Fault | None:
+        """Return the fingerprint of the factors as they are, or the first rank's fault; None where nobody wants it."""
+        return from_first(attempt("measure", lambda: digest(self.writer.gather()))) if self.wanted else None
+
+    def seal(self, step: int) -> None:
+        """Remember what the factors are at `step`, to see later whether they are still those."""
+        fingerprint = self.now()
+        self.sealed = (step, fingerprint) if isinstance(fingerprint, str) else None
+
+    def end_epoch(self) -> None:
+        """Remember what the factors are at an epoch's end, to see later whether the trainer put others there."""
+        fingerprint = self.now()
+        self.epoch = fingerprint if isinstance(fingerprint, str) else None
+
+    def sealed_at(self, step: int) -> bool:
+        """Return whether it was at `step` that the factors were last sealed."""
+        return self.sealed is not None and self.sealed[0] == step
 
 
 def is_reloaded(args: TrainingArguments, state: TrainerState, epoch: str | None, now: str) -> bool:

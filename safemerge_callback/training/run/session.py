@@ -35,6 +35,7 @@ from .background import Pending, begin, undisturbed
 from .clock import Clock
 from .decide import CheckMoment, agreed_plan, decided, still_disarmed
 from .ending import (
+    Marks,
     engine_keeps_weights,
     is_reloaded,
     log_model_again,
@@ -44,7 +45,6 @@ from .ending import (
 )
 from .guarded import GuardedRun
 from .lines import broken_modules, closing_line, merge_line, nothing_merged
-from .marks import Marks
 from .model_card import mark_card, mark_model
 from .shares import RankShare, join, measure_once
 from .state import Saved, past_of, save_run, save_run_again

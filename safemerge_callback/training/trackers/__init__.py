@@ -5,8 +5,7 @@ before `report_to` names it; `trackers` sends to all and catches what fails; `co
 """
 
 from .columns import COLUMNS, Row
-from .protocol import Report, Run, Tracker, finite
-from .rows import decision_rows
+from .protocol import Report, Run, Tracker, decision_rows, finite
 from .trackers import TRACKERS, Trackers, known
 
 __all__ = ["COLUMNS", "TRACKERS", "Report", "Row", "Run", "Tracker", "Trackers", "decision_rows", "finite", "known"]

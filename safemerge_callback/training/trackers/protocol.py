@@ -1,4 +1,4 @@
-"""What a tracker is given, and what it must be able to do with it."""
+"""What a tracker is given, a row a module among it, and what it must be able to do with it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from ...adapters.names import layer_and_type
+from ...decision import MergePlan
+from ...record.metrics import limit_of, z_of
 from .columns import Drift, Row
 
 
@@ -60,3 +63,23 @@ class Tracker(Protocol):
 def finite(value: float | None) -> float | None:
     """Return `value`, or None where it is NaN or infinite: tables and JSON hold no such number."""
     return value if value is not None and math.isfinite(value) else None
+
+
+def decision_rows(step: int, plan: MergePlan, task_weights: Mapping[str, float]) -> list[Row]:
+    """Return a row of the trackers' table for each module; `task_weights` after this check's merges."""
+    return [
+        Row(
+            step,
+            *layer_and_type(name),
+            name,
+            finite(reading.cosine),
+            finite(reading.null_cosine),
+            finite(z_of(reading)),
+            limit_of(plan, reading),
+            finite(reading.update_norm),
+            task_weights.get(name, 1.0),
+            *plan.verdicts[name],
+            finite(reading.moved),
+        )
+        for name, reading in plan.readings.items()
+    ]

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from safemerge_callback import SafeMergeCallback, SafeMergeConfig, merge_adapters
 from safemerge_callback.errors import ConfigError
-from safemerge_callback.training.config.presets import PRESETS
+from safemerge_callback.training.config.shorthands import PRESETS
 
 AFTER = {
     "safemerge": {"gate": "threshold", "threshold": 0.35, "weights": (0.8, 0.2), "space": "factor"},

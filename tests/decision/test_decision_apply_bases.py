@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from safemerge_callback.decision import MergePlan, apply, measure
-from safemerge_callback.decision.operators import basis_rank, known_bases
+from safemerge_callback.decision.apply import basis_rank, known_bases
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.live import writer_for
 from safemerge_callback.methods import How

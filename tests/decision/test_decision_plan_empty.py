@@ -3,7 +3,7 @@ import math
 import pytest
 
 from safemerge_callback.decision import MergePlan, Reading, Readings, nothing_selected
-from safemerge_callback.decision.empty import closest
+from safemerge_callback.decision.plan import closest
 
 
 def reading(name, cosine, signed=None, **rest):
