@@ -49,26 +49,26 @@ def beside_factors(adapter: Adapter) -> dict[str, Beside]:
         else:
             rank = _COPIES.index(kind)
             wholes[name] = min(wholes.get(name, (rank, key)), (rank, key))
-    found = {name: Beside(key, trained=_trained(name, rank, adapter.config)) for name, (rank, key) in wholes.items()}
+    by_name = {name: Beside(key, trained=_trained(name, rank, adapter.config)) for name, (rank, key) in wholes.items()}
     for name, key in rows.items():
         tokens = _tokens(name, adapter, len(adapter.extra[key]))
-        found[name] = found.get(name, Beside())._replace(rows=key, tokens=tokens)
-    return found
+        by_name[name] = by_name.get(name, Beside())._replace(rows=key, tokens=tokens)
+    return by_name
 
 
 def left_beside(adapter: Adapter, base: Base) -> list[str]:
     """Return what `adapter` holds beside its factors that is not the base model's, in words."""
     wholes, rows = [], []
-    for name, held in beside_factors(adapter).items():
+    for name, beside in beside_factors(adapter).items():
         there = base(name)
-        if held.whole is not None:
-            same = _same(adapter.extra[held.whole], there)
-            if same is False or (same is None and held.trained):
+        if beside.whole is not None:
+            same = _same(adapter.extra[beside.whole], there)
+            if same is False or (same is None and beside.trained):
                 wholes.append(name)
-        if held.rows is not None and not _same(adapter.extra[held.rows], _rows(there, held)):
-            rows.append(f"{name} ({len(held.tokens)})")
-    told = [f"trained tensors of {listed(wholes)}"] if wholes else []
-    return told + ([f"trained rows of tokens in {listed(rows)}"] if rows else [])
+        if beside.rows is not None and not _same(adapter.extra[beside.rows], _rows(there, beside)):
+            rows.append(f"{name} ({len(beside.tokens)})")
+    phrases = [f"trained tensors of {listed(wholes)}"] if wholes else []
+    return phrases + ([f"trained rows of tokens in {listed(rows)}"] if rows else [])
 
 
 def canonical_tensor(key: str) -> tuple[str, str]:
@@ -91,11 +91,11 @@ def _trained(name: str, rank: int, config: Mapping[str, Any]) -> bool:
 
 def _tokens(name: str, adapter: Adapter, count: int) -> tuple[int, ...]:
     """The tokens of trained rows: of a list for the input embedding and what is tied to it, or by module name."""
-    given = adapter.config.get("trainable_token_indices")
-    if isinstance(given, Mapping):
-        named = [tokens for module, tokens in given.items() if f".{name}".endswith(f".{module}")]
-        given = named[0] if named else next(iter(given.values()), None)
-    tokens = tuple(given) if isinstance(given, list | tuple) else ()
+    indices = adapter.config.get("trainable_token_indices")
+    if isinstance(indices, Mapping):
+        named = [tokens for module, tokens in indices.items() if f".{name}".endswith(f".{module}")]
+        indices = named[0] if named else next(iter(indices.values()), None)
+    tokens = tuple(indices) if isinstance(indices, list | tuple) else ()
     if len(tokens) != count or not all(isinstance(token, int) and token >= 0 for token in tokens):
         raise AdapterError(
             f"adapter {adapter.source!r} holds {count} trained rows of {name!r}, and its config names "
@@ -115,10 +115,10 @@ def _same(tensor: Tensor, base: Tensor | None) -> bool | None:
     return torch.equal(tensor.to(there.dtype), there) or torch.equal(there.to(tensor.dtype), tensor)
 
 
-def _rows(weight: Tensor | None, held: Beside) -> Tensor | None:
-    if weight is None or weight.ndim != 2 or weight.shape[0] <= max(held.tokens, default=0):
+def _rows(weight: Tensor | None, beside: Beside) -> Tensor | None:
+    if weight is None or weight.ndim != 2 or weight.shape[0] <= max(beside.tokens, default=0):
         return None
-    return weight.detach()[torch.tensor(held.tokens, device=weight.device)]
+    return weight.detach()[torch.tensor(beside.tokens, device=weight.device)]
 
 
 def listed(names: Sequence[str]) -> str:

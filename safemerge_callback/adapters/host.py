@@ -13,14 +13,14 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
 
     Those of one device and dtype travel as one flat tensor, so that the host waits once for them.
     """
-    found: list[Tensor] = [tensor.detach() for tensor in tensors]
+    on_host: list[Tensor] = [tensor.detach() for tensor in tensors]
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for place, tensor in enumerate(found):
+    for place, tensor in enumerate(on_host):
         if tensor.device.type != "cpu":
             groups.setdefault((tensor.device, tensor.dtype), []).append(place)
     for places in groups.values():
-        flat = torch.cat([found[place].reshape(-1) for place in places]).cpu()
-        parts = flat.split([found[place].numel() for place in places])
+        flat = torch.cat([on_host[place].reshape(-1) for place in places]).cpu()
+        parts = flat.split([on_host[place].numel() for place in places])
         for place, part in zip(places, parts, strict=True):
-            found[place] = part.view(found[place].shape)
-    return [tensor.contiguous() for tensor in found]
+            on_host[place] = part.view(on_host[place].shape)
+    return [tensor.contiguous() for tensor in on_host]

@@ -17,7 +17,7 @@ from ..decision.batches import stacked
 from ..errors import AdapterError
 from ..io.file_faults import reading_fault
 from ..live.faults import attempt
-from ..live.ranks import from_first, rank, together
+from ..live.ranks import all_or_none, from_first, rank
 from ..ops import LowRank, full_precision, truncate, weighted_sum
 from .protocol import RunPoint
 
@@ -124,7 +124,7 @@ class RunAverage:
 
     def load(self, folders: Sequence[Path], save: str | None) -> bool:
         """Go on from the average that `save` put into the first of these folders that has one; as `Kept.load`."""
-        stored = from_first(together(lambda: self._read(folders, save) if rank() == 0 else None))
+        stored = from_first(all_or_none(lambda: self._read(folders, save) if rank() == 0 else None))
         self.average = stored or self.average
         return stored is not None
 

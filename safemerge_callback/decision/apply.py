@@ -17,7 +17,7 @@ from torch import Tensor
 from ..adapters import Adapter, LoraFactors
 from ..errors import PlanError
 from ..live import Writer
-from ..live.ranks import agree, from_first, together
+from ..live.ranks import agree, all_or_none, from_first
 from ..ops import AlignmentMatrix, Basis, LowRank, full_precision, leading_basis
 from ..subspace import Subspace
 from ..subspace.header import ModuleHeader
@@ -90,7 +90,7 @@ def agreed_factors(
             f"method {plan.how.method!r} changes the rank, which a live adapter keeps: use it offline, or 'linear'"
         )
     factors = writer.gather()
-    return together(lambda: merged_factors(plan, factors, safety, subspace, device))
+    return all_or_none(lambda: merged_factors(plan, factors, safety, subspace, device))
 
 
 @full_precision()

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..live.forward import able_to_generate
-from ..live.ranks import everyones, from_first, rank, together
+from ..live.ranks import all_or_none, everyones, from_first, rank
 from ..signals.model_state import preserve_state
 from ..signals.responses import Response, respond, tokenized
 from .judges import Judge
@@ -122,7 +122,7 @@ def _responses(model: Any, tokenizer: Any, questions: Questions, asking: Asking)
         # Where ranks must run in step, each has as many batches as the others.
         filled = [*mine, *tokens[:1]] if synced and len(mine) < math.ceil(len(tokens) / ranks) else mine
         sizes: dict[str, Any] = {"max_new_tokens": asking.max_new_tokens, "batch_size": asking.batch_size}
-        found = together(lambda: respond(model, tokenizer, filled, **sizes, synced=synced))
+        found = all_or_none(lambda: respond(model, tokenizer, filled, **sizes, synced=synced))
     shares = everyones(found[: len(mine)])
     joined = iter([shares[i % ranks][i // ranks] for i in range(len(tokens))])
     return {name: [next(joined) for _ in ids] for name, ids in questions.tokens.items()}

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from .ranks import many
-from .writers.kinds import Kinds, unwrapped
+from .writers.kinds import EngineKinds, unwrapped
 
 # What a training may be run by, in words.
 ENGINES = ("one process", "DDP", "FSDP", "DeepSpeed")
@@ -18,7 +18,7 @@ def engine_of(model: nn.Module, optimizer: Any = None) -> str:
 
     Ask once the engine has taken the model. No collective.
     """
-    kinds = Kinds.of(*unwrapped(model, optimizer))
+    kinds = EngineKinds.of(*unwrapped(model, optimizer))
     if kinds.deepspeed or kinds.partitions or kinds.fragments:
         return "DeepSpeed"
     if kinds.flat or kinds.dtensors:

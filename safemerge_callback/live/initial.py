@@ -30,10 +30,10 @@ def since(factors: Mapping[str, LoraFactors], initial: Mapping[str, LowRank]) ->
     for name, now in factors.items():
         then = initial.get(name)
         if then is None or (then.A.shape, then.B.shape) != (now.A.shape, now.B.shape):
-            found = "nothing" if then is None else f"{tuple(then.A.shape)} and {tuple(then.B.shape)}"
+            shapes = "nothing" if then is None else f"{tuple(then.A.shape)} and {tuple(then.B.shape)}"
             raise AdapterError(
                 f"module {name!r}: its initial factors should be {tuple(now.A.shape)} and {tuple(now.B.shape)}, and "
-                f"are {found}. Give those that this very adapter began with."
+                f"are {shapes}. Give those that this very adapter began with."
             )
     return {name: replace(now, initial=initial[name]) for name, now in factors.items()}
 

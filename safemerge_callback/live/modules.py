@@ -14,7 +14,7 @@ from ..adapters.refusals import moves_base, refuse_config, refuse_tuner, refuse_
 from ..errors import AdapterError, nearest
 
 
-class Spot(NamedTuple):
+class ParameterAt(NamedTuple):
     """Where a factor is registered: `module.<attribute>` is the Parameter, or what an engine has put in its place."""
 
     module: nn.Module
@@ -26,12 +26,12 @@ class Spot(NamedTuple):
         return getattr(self.module, self.attribute)
 
 
-class Site(NamedTuple):
+class LoraModule(NamedTuple):
     """One LoRA module of a live model: where its factors are, and the rest of its `LoraFactors`."""
 
     name: str
-    A: Spot
-    B: Spot
+    A: ParameterAt
+    B: ParameterAt
     scaling: float
     transposed: bool
 
@@ -57,19 +57,21 @@ def live_factors(model: nn.Module, adapter_name: str | None = None) -> dict[str,
     when several adapters are active, when factors are tied, for everything that `refusals` names, and where an engine
     keeps only a part of each factor on a rank: `writer_for(model).gather()` reads those.
     """
-    found = {}
-    for name, site in lora_sites(model, adapter_name).items():
-        A, B = site.A.tensor, site.B.tensor
+    factors = {}
+    for name, module in lora_modules(model, adapter_name).items():
+        A, B = module.A.tensor, module.B.tensor
         if is_dtensor(A) or is_dtensor(B):
             raise AdapterError(
                 f"module {name!r}: the factors are shared out over ranks (DTensors). Use writer_for(model).gather(), "
                 "which gives them whole on every rank."
             )
-        found[name] = site.factors(A, B)
-    return found
+        factors[name] = module.factors(A, B)
+    return factors
 
 
-def lora_sites(model: nn.Module, adapter_name: str | None = None, *, moved_base: bool = False) -> dict[str, Site]:
+def lora_modules(
+    model: nn.Module, adapter_name: str | None = None, *, moved_base: bool = False
+) -> dict[str, LoraModule]:
     """Return canonical name -> where each LoRA module's factors are, whole or not; raises as `live_factors` does.
 
     `moved_base` accepts factors that began as a part of the base weight: see `LoraFactors.initial`.
@@ -79,16 +81,16 @@ def lora_sites(model: nn.Module, adapter_name: str | None = None, *, moved_base:
     configs = _peft_configs(model)
     if adapter in configs:
         refuse_config(vars(configs[adapter]), f"adapter {adapter!r}", moved_base=moved_base)
-    found: dict[str, Site] = {}
+    modules: dict[str, LoraModule] = {}
     for path, layer in layers.items():
         if adapter not in _names_of(layer):
             continue
-        site = _site_of(path, layer, adapter)
-        if site.name in found:
-            raise AdapterError(f"two LoRA modules share the name {site.name!r}, the second is at {path!r}.")
-        found[site.name] = site
-    _refuse_tied(found)
-    return found
+        module = _module_of(path, layer, adapter)
+        if module.name in modules:
+            raise AdapterError(f"two LoRA modules share the name {module.name!r}, the second is at {path!r}.")
+        modules[module.name] = module
+    _refuse_tied(modules)
+    return modules
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -164,15 +166,15 @@ def _peft_configs(model: nn.Module) -> dict[str, Any]:
     return {}
 
 
-def _site_of(path: str, layer: Any, adapter: str) -> Site:
+def _module_of(path: str, layer: Any, adapter: str) -> LoraModule:
     refuse_variant(layer, adapter, path)
     embedding = adapter in layer.lora_embedding_A
     if embedding:
-        A, B = Spot(layer.lora_embedding_A, adapter), Spot(layer.lora_embedding_B, adapter)
+        A, B = ParameterAt(layer.lora_embedding_A, adapter), ParameterAt(layer.lora_embedding_B, adapter)
     else:
-        A, B = (Spot(_bare(factors[adapter]), "weight") for factors in (layer.lora_A, layer.lora_B))
+        A, B = (ParameterAt(_bare(factors[adapter]), "weight") for factors in (layer.lora_A, layer.lora_B))
     transposed = embedding or bool(getattr(layer, "fan_in_fan_out", False))
-    return Site(canonical_name(path), A, B, float(layer.scaling[adapter]), transposed)
+    return LoraModule(canonical_name(path), A, B, float(layer.scaling[adapter]), transposed)
 
 
 def _bare(module: nn.Module) -> nn.Module:
@@ -180,11 +182,11 @@ def _bare(module: nn.Module) -> nn.Module:
     return getattr(module, "_fsdp_wrapped_module", module)
 
 
-def _refuse_tied(found: dict[str, Site]) -> None:
+def _refuse_tied(modules: dict[str, LoraModule]) -> None:
     """Factors in one memory (PEFT's ensure_weight_tying): writing one module would change the other."""
     owners: dict[tuple[torch.device, int], str] = {}
-    for name, site in found.items():
-        for tensor in (site.A.tensor, site.B.tensor):
+    for name, module in modules.items():
+        for tensor in (module.A.tensor, module.B.tensor):
             # A DTensor's storage is elsewhere, and a rank may hold nothing of a partitioned factor.
             owner = owners.setdefault((tensor.device, tensor.data_ptr() or id(tensor)), name)
             if owner != name:

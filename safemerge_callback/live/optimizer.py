@@ -29,7 +29,7 @@ POLICIES = ("keep", "reset", "rescale")
 
 
 @dataclass(frozen=True)
-class Kind:
+class OptimizerKind:
     """A family of optimizers: `powers` says by which power of the gradient each moment of a parameter scales.
 
     `copy` names a state that is a second copy of the weights, which only a `reset` can take along.
@@ -44,17 +44,17 @@ class Kind:
         return ("reset",) if self.copy else POLICIES
 
 
-ADAM = Kind({"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2})
+ADAM = OptimizerKind({"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2})
 # bitsandbytes numbers Adam's two moments.
-NUMBERED = Kind({"state1": 1, "state2": 2})
+NUMBERED = OptimizerKind({"state1": 1, "state2": 2})
 # Its first moment, where it keeps one, is of updates: those do not scale with the gradient.
-FACTORED = Kind({"exp_avg": 0, "exp_avg_sq": 2, "exp_avg_sq_row": 2, "exp_avg_sq_col": 2})
-SCHEDULE_FREE = Kind({}, copy="z")
+FACTORED = OptimizerKind({"exp_avg": 0, "exp_avg_sq": 2, "exp_avg_sq_row": 2, "exp_avg_sq_col": 2})
+SCHEDULE_FREE = OptimizerKind({}, copy="z")
 KINDS = {
     "torch.Adam": ADAM,
     "torch.AdamW": ADAM,
-    "torch.SGD": Kind({"momentum_buffer": 1}),
-    "torch.Adafactor": Kind({"row_var": 2, "col_var": 2, "variance": 2}),
+    "torch.SGD": OptimizerKind({"momentum_buffer": 1}),
+    "torch.Adafactor": OptimizerKind({"row_var": 2, "col_var": 2, "variance": 2}),
     "transformers.Adafactor": FACTORED,
     "bitsandbytes.Adam": NUMBERED,
     "bitsandbytes.AdamW": NUMBERED,
@@ -69,7 +69,7 @@ _VARIANTS = ("Paged", "8bit", "32bit")
 _ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def kind_for(optimizer: Any, policy: str) -> Kind | None:
+def kind_for(optimizer: Any, policy: str) -> OptimizerKind | None:
     """Return how the states of `optimizer` (wrapped or not) follow `policy`; None where `keep` leaves them alone.
 
     Raises ConfigError for a policy that does not exist, and for an optimizer that cannot follow it. `keep` takes all
@@ -93,7 +93,7 @@ def kind_for(optimizer: Any, policy: str) -> Kind | None:
     return kind
 
 
-def _reachable(layers: list[Any], kind: Kind) -> bool:
+def _reachable(layers: list[Any], kind: OptimizerKind) -> bool:
     """Whether the states are where they are looked for: DeepSpeed's own wrappers keep those of Adam only."""
     engine = any(type(layer).__module__.startswith("deepspeed.runtime") for layer in layers[:-1])
     flat = any(getattr(layer, "fp32_groups_flat", None) for layer in layers)
@@ -143,17 +143,17 @@ def edit_optimizer_states(optimizer: Any, parameters: Iterable[tuple[nn.Paramete
     parameter without state yet is left alone. Raises ConfigError as `check_optimizer`, and for a scale below 0 or not
     finite; nothing was edited then.
     """
-    kind, given = kind_for(optimizer, policy), list(parameters)
+    kind, pairs = kind_for(optimizer, policy), list(parameters)
     if kind is None:
         return 0
     if policy == "rescale":
-        _refuse_scales([scale for _, scale in given])
+        _refuse_scales([scale for _, scale in pairs])
     # ZeRO-0 keeps a half-precision parameter's state by its fp32 master.
     masters = {id(parameter): master for parameter, master in master_pairs(optimizer)}
     states = list(wrapped(optimizer))[-1].state
     # A gradient that has become 0 left nothing to go on: second moments of 0 need a new step count too.
     return sum(
-        _edit(p, masters.get(id(p), p), scale if policy == "rescale" else 0.0, kind, states) for p, scale in given
+        _edit(p, masters.get(id(p), p), scale if policy == "rescale" else 0.0, kind, states) for p, scale in pairs
     )
 
 
@@ -163,7 +163,7 @@ def _refuse_scales(scales: list[float]) -> None:
         raise ConfigError(f"a gradient's scale is {wrong[0]}: give a finite number of at least 0; nothing was edited")
 
 
-def _edit(parameter: Any, master: Any, scale: float, kind: Kind, states: MutableMapping[Any, Any]) -> int:
+def _edit(parameter: Any, master: Any, scale: float, kind: OptimizerKind, states: MutableMapping[Any, Any]) -> int:
     """Edit one parameter's state; `scale` 0 resets it."""
     if hasattr(parameter, "ds_id"):
         return _edit_partition(parameter, scale)

@@ -67,15 +67,16 @@ def agree(what: str, value: str) -> None:
     values = everyones(value)
     if len(set(values)) == 1:
         return
-    held = {v: [rank for rank, other in enumerate(values) if other == v] for v in values}
-    found = "; ".join(f"{v!r} on rank {', '.join(map(str, ranks))}" for v, ranks in held.items())
+    ranks_by_value = {v: [rank for rank, other in enumerate(values) if other == v] for v in values}
+    listing = "; ".join(f"{v!r} on rank {', '.join(map(str, ranks))}" for v, ranks in ranks_by_value.items())
     raise ProcessesError(
-        f"{what} must be the same on all {len(values)} ranks, and is {found}. Training stops, because the ranks would "
-        "drift further apart: resume from the last checkpoint, and give every rank the same settings, files and seeds."
+        f"{what} must be the same on all {len(values)} ranks, and is {listing}. Training stops, because the ranks "
+        "would drift further apart: resume from the last checkpoint, and give every rank the same settings, files and "
+        "seeds."
     )
 
 
-def together(action: Callable[[], Value]) -> Value:
+def all_or_none(action: Callable[[], Value]) -> Value:
     """Return what `action` (which calls no collective itself) gives, once it has succeeded on every rank. Collective.
 
     Where it raised on any rank, every rank raises that rank's error, so that none waits for one that has left: the
@@ -83,12 +84,12 @@ def together(action: Callable[[], Value]) -> Value:
     """
     if not many():
         return action()
-    result, own = _tried(action)
-    faults = everyones(None if own is None else _portable(own))
+    result, error = _tried(action)
+    faults = everyones(None if error is None else _portable(error))
     failed = [rank for rank, fault in enumerate(faults) if fault is not None]
     if failed:
         kind, message = faults[failed[0]] or (AdapterError, "")
-        raise kind(f"{message} (on rank {', '.join(map(str, failed))} of {len(faults)})") from own
+        raise kind(f"{message} (on rank {', '.join(map(str, failed))} of {len(faults)})") from error
     return result[0]
 
 

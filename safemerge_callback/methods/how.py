@@ -50,12 +50,15 @@ class How:
     knobs: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        weights, own = check_merge(self.method, self.space, self.weights), {knob.name for knob in self.kind.knobs}
+        weights, method_knobs = (
+            check_merge(self.method, self.space, self.weights),
+            {knob.name for knob in self.kind.knobs},
+        )
         declared = knobs()
         for name, value in named_values(self.knobs).items():
             if name not in declared:
                 raise unknown_knob(name, how_knobs(), "a merge")
-            if name not in own:
+            if name not in method_knobs:
                 refuse_idle(declared[name], value, "method", self.method, readers(name))
         object.__setattr__(self, "weights", weights)
         object.__setattr__(self, "knobs", checked(self.kind.knobs, self.knobs, method=self.method))
@@ -88,8 +91,8 @@ class How:
 
     def merge(self, live: LowRank, safety: Sequence[LowRank], **keywords: Any) -> Merged:
         """Merge a batch of modules as `Method.merge` does; `keywords` as there, which go before what is asked here."""
-        asked = {"space": self.space, "weights": self.weights, **self.knobs}
-        return self.kind.merge(live, safety, **(asked | keywords))
+        settings = {"space": self.space, "weights": self.weights, **self.knobs}
+        return self.kind.merge(live, safety, **(settings | keywords))
 
 
 def how_knobs() -> tuple[str, ...]:
@@ -111,8 +114,8 @@ def method_of(
     """
     if method != AUTO:
         return method
-    told = adapters != 0 or weights is not None or module_weights or space not in get_method("pull").spaces
-    return "linear" if told else "pull"
+    has_adapter = adapters != 0 or weights is not None or module_weights or space not in get_method("pull").spaces
+    return "linear" if has_adapter else "pull"
 
 
 def as_how(method: str | How, settings: Mapping[str, Any], adapters: int | None = None) -> How:
@@ -126,6 +129,6 @@ def as_how(method: str | How, settings: Mapping[str, Any], adapters: int | None 
         if settings:
             raise ConfigError(f"knobs {sorted(settings)} were given beside a How: make the How with them")
         return method
-    own = {name: value for name, value in settings.items() if name not in _COMMON}
+    method_knobs = {name: value for name, value in settings.items() if name not in _COMMON}
     weights = merge_weights(method, settings.get("weights"), settings.get("strength"), adapters)
-    return How(method, settings.get("space", "delta"), weights, own)  # type: ignore[arg-type]
+    return How(method, settings.get("space", "delta"), weights, method_knobs)  # type: ignore[arg-type]

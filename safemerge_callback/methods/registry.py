@@ -104,7 +104,7 @@ class Method:
         return "generator" in self.takes
 
 
-class More(TypedDict, total=False):
+class MethodOptions(TypedDict, total=False):
     """The fields of `Method` that have a default."""
 
     additive: tuple[str, ...]
@@ -124,7 +124,7 @@ def register(
     needs: frozenset[str],
     dense: bool = False,
     keeps_rank: bool = True,
-    **more: Unpack[More],
+    **more: Unpack[MethodOptions],
 ) -> Callable[[Callable[..., Merged]], Callable[..., Merged]]:
     """Enter a merge function, in full precision, under its own name; the fields are those of `Method`."""
 
@@ -148,7 +148,7 @@ def knobs() -> dict[str, Knob]:
 
 def readers(knob: str) -> list[str]:
     """Return the methods that have a knob, in order."""
-    return sorted(name for name, method in METHODS.items() if any(own.name == knob for own in method.knobs))
+    return sorted(name for name, method in METHODS.items() if any(declared.name == knob for declared in method.knobs))
 
 
 def needed_generator(method: str, generator: torch.Generator | None) -> torch.Generator:

@@ -81,7 +81,9 @@ def _in_factors(live: LowRank, other: LowRank, weights: Sequence[float]) -> Merg
     wide, merged = wide_dtype(live.A.device), []
     for x, y in zip(live, other, strict=True):
         wide_x, wide_y = x.to(wide), y.to(wide)
-        inner, own, its = ((p * q).sum((-2, -1)) for p, q in ((wide_x, wide_y), (wide_x, wide_x), (wide_y, wide_y)))
-        near, far = _shares(inner, own, its, halves)
+        inner, square_x, square_y = (
+            (p * q).sum((-2, -1)) for p, q in ((wide_x, wide_y), (wide_x, wide_x), (wide_y, wide_y))
+        )
+        near, far = _shares(inner, square_x, square_y, halves)
         merged.append((near[..., None, None] * wide_x + far[..., None, None] * wide_y).to(dtype))
     return Merged(merged[0], merged[1], merged[0].new_zeros(inner.shape, dtype=torch.float64))

@@ -95,8 +95,8 @@ def _numbers(weights: Any) -> tuple[float, ...]:
 def _way(method: str, weights: Any, strength: Any) -> tuple[float, ...]:
     """Weights that say what a strength says."""
     numbers = _numbers(weights)
-    told = numbers[-1] if strength is None else _share(method, strength)
-    if len(numbers) != 2 or not math.isclose(sum(numbers), 1.0) or not math.isclose(numbers[1], told):
+    share = numbers[-1] if strength is None else _share(method, strength)
+    if len(numbers) != 2 or not math.isclose(sum(numbers), 1.0) or not math.isclose(numbers[1], share):
         said = "" if strength is None else f" beside strength {shown(strength)}"
         raise ConfigError(
             f"weights are {shown(weights)}{said}, and method {method!r} goes a share of the way to its target: leave "

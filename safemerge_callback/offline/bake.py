@@ -21,7 +21,7 @@ from ..ops import full_precision
 from ..subspace.checkpoints.locate import INDEX, locate
 from ..subspace.checkpoints.quantised import quantised, quantised_modules
 from ..subspace.checkpoints.shard_files import LocalFile
-from .blueprint import Blueprint, Part, blueprint, rewrite_config, tied_embedding
+from .blueprint import BakedTensor, Blueprint, blueprint, rewrite_config, tied_embedding
 from .small_files import PATTERNS, copy_model, copy_tokenizer, small_files, tokenizer_files
 
 # The folder in a baked output that holds the adapter itself: beside the weights, loaders would add it a second time.
@@ -49,14 +49,14 @@ class BaseModel:
         """
         folder = _folder(source)
         located = locate(folder)
-        found = {file.name: file.tensors() for file in located.files}
-        packed = quantised_modules({k: v for held in found.values() for k, v in held.items()}, located.config)
+        stored = {file.name: file.tensors() for file in located.files}
+        packed = quantised_modules({k: v for tensors in stored.values() for k, v in tensors.items()}, located.config)
         shapes: dict[str, dict[str, Spec]] = {}
-        for file, held in found.items():
-            for key, (_, dtype) in held.items():
+        for file, tensors in stored.items():
+            for key, (_, dtype) in tensors.items():
                 if dtype not in DTYPES:
                     raise AdapterError(f"base model {str(source)!r}: {key!r} is of {dtype}, allowed are {[*DTYPES]}")
-            shapes[file] = {key: Spec(DTYPES[dtype], shape) for key, (shape, dtype) in held.items()}
+            shapes[file] = {key: Spec(DTYPES[dtype], shape) for key, (shape, dtype) in tensors.items()}
         return cls(folder, shapes, str(source), packed)
 
     @property
@@ -75,13 +75,13 @@ class BaseModel:
         if packed:
             total = len(adapter.factors) + len(beside)
             raise quantised(f"base model {self.source!r}", self.quantised[packed[0]], packed, total)
-        names = {canonical_name(key) for held in self.shapes.values() for key in held}
+        names = {canonical_name(key) for specs in self.shapes.values() for key in specs}
         return blueprint(adapter, self.shapes, tied_embedding(self.folder, names, {*adapter.factors, *beside}))
 
     def tensor(self, name: str) -> Tensor | None:
         """Return the tensor of this canonical name, mapped from its shard; None where there is none."""
-        for file, held in self.shapes.items():
-            for key, spec in held.items():
+        for file, specs in self.shapes.items():
+            for key, spec in specs.items():
                 if canonical_name(key) == name:
                     return _read(LocalFile(self.folder / file), key, spec)
         return None
@@ -118,15 +118,15 @@ class BaseModel:
     def _write_shard(
         self,
         path: Path,
-        parts: Mapping[str, Part],
+        parts: Mapping[str, BakedTensor],
         adapter: Adapter,
         source: LocalFile,
         device: torch.device | str | None,
     ) -> None:
-        held = self.shapes[source.name]
+        specs = self.shapes[source.name]
         with TensorFile(path, {key: part.spec for key, part in parts.items()}) as target:
             for key, part in parts.items():
-                target.put(key, _made(part, adapter, source, held[part.source], device))
+                target.put(key, _bake_tensor(part, adapter, source, specs[part.source], device))
 
 
 def _folder(source: str | Path) -> Path:
@@ -150,7 +150,9 @@ def _read(source: LocalFile, key: str, spec: Spec) -> Tensor:
     return source.read(key, 0, torch.Size(spec.shape).numel()).view(spec.shape)
 
 
-def _made(part: Part, adapter: Adapter, source: LocalFile, stored: Spec, device: torch.device | str | None) -> Tensor:
+def _bake_tensor(
+    part: BakedTensor, adapter: Adapter, source: LocalFile, stored: Spec, device: torch.device | str | None
+) -> Tensor:
     """One tensor of the output, in its dtype."""
     if part.beside.whole is not None:
         weight = adapter.extra[part.beside.whole].to(part.spec.dtype)

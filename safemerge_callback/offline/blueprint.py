@@ -21,7 +21,7 @@ CONFIG = "config.json"
 _ADVICE = "give the base model that it was trained on"
 
 
-class Part(NamedTuple):
+class BakedTensor(NamedTuple):
     """One tensor: that of the base or a whole one of the adapter, then trained rows, then the update of `module`.
 
     `source` is the key in the base's shard; `spec` what the tensor will be.
@@ -39,7 +39,7 @@ class Blueprint(NamedTuple):
     `vocabulary` is the number of tokens before and after, where the adapter was trained on a resized vocabulary.
     """
 
-    shards: Mapping[str, Mapping[str, Part]]
+    shards: Mapping[str, Mapping[str, BakedTensor]]
     untied: bool = False
     vocabulary: tuple[int, int] | None = None
 
@@ -51,18 +51,18 @@ def blueprint(adapter: Adapter, shapes: Mapping[str, Mapping[str, Spec]], embedd
     AdapterError for modules that the checkpoint lacks or has in another shape.
     """
     beside = beside_factors(adapter)
-    names = {canonical_name(key) for held in shapes.values() for key in held}
+    names = {canonical_name(key) for specs in shapes.values() for key in specs}
     _require_names(adapter, beside, names | ({HEAD} if embedding else set()))
     untied = embedding is not None and _differ(adapter, beside, embedding)
     if embedding is not None:
         beside[HEAD] = _of_head(beside, embedding, untied)
-    shards: dict[str, dict[str, Part]] = {file: {} for file in shapes}
-    for file, held in shapes.items():
-        for key, spec in held.items():
+    shards: dict[str, dict[str, BakedTensor]] = {file: {} for file in shapes}
+    for file, specs in shapes.items():
+        for key, spec in specs.items():
             name = canonical_name(key)
-            shards[file][key] = _part(adapter, name, key, spec, beside)
+            shards[file][key] = _baked_tensor(adapter, name, key, spec, beside)
             if untied and name == embedding and HEAD not in names:
-                shards[file][f"{HEAD}.weight"] = _part(adapter, HEAD, key, spec, beside)
+                shards[file][f"{HEAD}.weight"] = _baked_tensor(adapter, HEAD, key, spec, beside)
     return Blueprint(shards, untied, _vocabulary(adapter, shapes, shards))
 
 
@@ -93,30 +93,31 @@ def _equal(adapter: Adapter, one: str, other: str) -> bool:
 
 def _of_head(beside: Mapping[str, Beside], embedding: str, untied: bool) -> Beside:
     """PEFT gives the rows that it trains of a tied embedding to the head too."""
-    own, tied = beside.get(HEAD, Beside()), beside.get(embedding, Beside())
+    head, tied = beside.get(HEAD, Beside()), beside.get(embedding, Beside())
     if not untied:
         return tied
-    return own if own.rows else own._replace(rows=tied.rows, tokens=tied.tokens)
+    return head if head.rows else head._replace(rows=tied.rows, tokens=tied.tokens)
 
 
-def _part(adapter: Adapter, name: str, key: str, spec: Spec, beside: Mapping[str, Beside]) -> Part:
-    held = beside.get(name, Beside())
+def _baked_tensor(adapter: Adapter, name: str, key: str, spec: Spec, beside: Mapping[str, Beside]) -> BakedTensor:
+    substitute = beside.get(name, Beside())
     shape = spec.shape
-    if held.whole is not None:
-        shape = tuple(adapter.extra[held.whole].shape)
+    if substitute.whole is not None:
+        shape = tuple(adapter.extra[substitute.whole].shape)
         if shape != spec.shape and not (is_vocabulary(name) and shape[1:] == spec.shape[1:]):
             raise AdapterError(
                 f"adapter {adapter.source!r} holds {name!r} as {shape}, and the base model as {spec.shape}: {_ADVICE}"
             )
-    if held.tokens and max(held.tokens) >= shape[0]:
+    if substitute.tokens and max(substitute.tokens) >= shape[0]:
         raise AdapterError(
-            f"adapter {adapter.source!r} has a trained row for token {max(held.tokens)}, and {name!r} has {shape[0]} "
-            "rows: save it again with save_pretrained(..., save_embedding_layers=True), which keeps resized embeddings"
+            f"adapter {adapter.source!r} has a trained row for token {max(substitute.tokens)}, and {name!r} has "
+            f"{shape[0]} rows: save it again with save_pretrained(..., save_embedding_layers=True), which keeps "
+            "resized embeddings"
         )
     module = name if name in adapter.factors and not key.endswith(".bias") else None
     if module is not None:
         _require_shape(adapter, name, key, Spec(spec.dtype, shape))
-    return Part(key, Spec(spec.dtype, shape), held, module)
+    return BakedTensor(key, Spec(spec.dtype, shape), substitute, module)
 
 
 def _require_shape(adapter: Adapter, name: str, key: str, spec: Spec) -> None:
@@ -130,11 +131,13 @@ def _require_shape(adapter: Adapter, name: str, key: str, spec: Spec) -> None:
 
 
 def _vocabulary(
-    adapter: Adapter, shapes: Mapping[str, Mapping[str, Spec]], shards: Mapping[str, Mapping[str, Part]]
+    adapter: Adapter, shapes: Mapping[str, Mapping[str, Spec]], shards: Mapping[str, Mapping[str, BakedTensor]]
 ) -> tuple[int, int] | None:
     """The number of rows before and after, where an embedding was resized; all that have a row a token must be."""
-    parts = {key: part for held in shards.values() for key, part in held.items() if is_vocabulary(canonical_name(key))}
-    specs = {key: spec for held in shapes.values() for key, spec in held.items()}
+    parts = {
+        key: part for shard in shards.values() for key, part in shard.items() if is_vocabulary(canonical_name(key))
+    }
+    specs = {key: spec for shard in shapes.values() for key, spec in shard.items()}
     resized = {key: part for key, part in parts.items() if part.spec.shape != specs[part.source].shape}
     if not resized:
         return None
@@ -171,8 +174,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.exists():
         return {}
-    found = read_json(path, f"base model's {str(path)!r}", error=AdapterError, advice="Fetch or save it again.")
-    return found if isinstance(found, dict) else {}
+    config = read_json(path, f"base model's {str(path)!r}", error=AdapterError, advice="Fetch or save it again.")
+    return config if isinstance(config, dict) else {}
 
 
 def _parts(config: Mapping[str, Any]) -> Iterator[Any]:

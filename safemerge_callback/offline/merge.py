@@ -38,7 +38,7 @@ from .merge_yaml import write_recipe
 from .output import CARD, RECIPE, free_output, model_card, new_folder, write_journal
 from .parts import (
     CHUNK_BYTES,
-    Given,
+    AdapterSource,
     adapter_of,
     adapters_of,
     check_merges,
@@ -54,7 +54,7 @@ from .small_files import copy_tokenizer
 
 
 def measure_adapter(
-    adapter: Given, subspace: str | Path | Subspace, *, device: torch.device | str | None = None
+    adapter: AdapterSource, subspace: str | Path | Subspace, *, device: torch.device | str | None = None
 ) -> Readings:
     """Return the reading of every module of an adapter folder or Hub id; no model is loaded.
 
@@ -65,8 +65,8 @@ def measure_adapter(
 
 
 def merge_adapters(
-    finetuned: Given,
-    safety: Given | Sequence[Given] | None,
+    finetuned: AdapterSource,
+    safety: AdapterSource | Sequence[AdapterSource] | None,
     subspace: str | Path | Subspace,
     output: str | Path,
     *,
@@ -97,44 +97,44 @@ def merge_adapters(
     gate selects no module: the output is then the fine-tuned adapter as it was.
     """
     began = time.perf_counter()
-    given = listed(safety)
-    choices = choose(gate, method, knobs, len(given))
-    check_merges(choices, has_safety=bool(given))
-    if given:
-        check_counts(choices, len(given))
+    sources = listed(safety)
+    choices = choose(gate, method, knobs, len(sources))
+    check_merges(choices, has_safety=bool(sources))
+    if sources:
+        check_counts(choices, len(sources))
     base = None if bake is None else BaseModel.find(bake)
-    target = free_output(output, [finetuned, *given, subspace, bake], overwrite, base.file_names if base else ())
-    task, guards, matrices = adapter_of(finetuned), adapters_of(given), subspace_of(subspace)
-    for guard in guards:
-        check_not_zero(guard, list(guard.factors))
-    parts = _fitting_parts(task, guards, matrices, base)
-    plan = MergePlan.of(_readings(task, guards, matrices, choices.gate, device), choices)
-    needed_sources(plan, guards, task.factors)
+    target = free_output(output, [finetuned, *sources, subspace, bake], overwrite, base.file_names if base else ())
+    task, safety_adapters, matrices = adapter_of(finetuned), adapters_of(sources), subspace_of(subspace)
+    for safety_adapter in safety_adapters:
+        check_not_zero(safety_adapter, list(safety_adapter.factors))
+    parts = _fitting_parts(task, safety_adapters, matrices, base)
+    plan = MergePlan.of(_readings(task, safety_adapters, matrices, choices.gate, device), choices)
+    needed_sources(plan, safety_adapters, task.factors)
     if not plan.selected:
         warnings.warn(f"safemerge: {nothing_selected(plan)}", stacklevel=2)
     decided = time.perf_counter()
     with new_folder(target) as folder:
         at = folder if base is None else folder / BAKED_ADAPTER
-        edits = _write_merged(at, plan, task, guards, matrices, device)
+        edits = _write_merged(at, plan, task, safety_adapters, matrices, device)
         entries = _entries(plan, edits, parts, decided - began, time.perf_counter() - decided)
         write_journal(folder, entries)
         (folder / CARD).write_text(
             model_card(plan, edits, parts, task.base_model, baked=base is not None), encoding="utf-8"
         )
-        write_recipe(folder / RECIPE, target, (finetuned, given, subspace, bake), plan)
+        write_recipe(folder / RECIPE, target, (finetuned, sources, subspace, bake), plan)
         _complete(folder, task, base, device)
     return plan
 
 
 def _fitting_parts(
-    task: Adapter, guards: Sequence[Adapter], subspace: Subspace, base: BaseModel | None
+    task: Adapter, safety_adapters: Sequence[Adapter], subspace: Subspace, base: BaseModel | None
 ) -> dict[str, str | None]:
     """Name the parts; what forbids the baking is raised, and what is left out warned of, first of all."""
     if base is not None:
         base.blueprint(task)
-    warn_of_other_bases(task, guards, subspace, level=4)
-    left = left_out(guards, task.factors, base.tensor if base else copies_of_base(task), level=4)
-    return {**named_parts(task, guards, subspace), "left_out": left}
+    warn_of_other_bases(task, safety_adapters, subspace, level=4)
+    left = left_out(safety_adapters, task.factors, base.tensor if base else copies_of_base(task), level=4)
+    return {**named_parts(task, safety_adapters, subspace), "left_out": left}
 
 
 def _complete(folder: Path, task: Adapter, base: BaseModel | None, device: torch.device | str | None) -> None:
@@ -148,9 +148,9 @@ def _complete(folder: Path, task: Adapter, base: BaseModel | None, device: torch
 
 
 def _readings(
-    task: Adapter, guards: Sequence[Adapter], subspace: Subspace, gate: Gate, device: torch.device | str | None
+    task: Adapter, safety_adapters: Sequence[Adapter], subspace: Subspace, gate: Gate, device: torch.device | str | None
 ) -> Readings:
-    cosines = cosines_needed([gate], guards, task.factors, subspace, device=device, batch_bytes=CHUNK_BYTES)
+    cosines = cosines_needed([gate], safety_adapters, task.factors, subspace, device=device, batch_bytes=CHUNK_BYTES)
     return measure(task.factors, subspace, device=device, gate=gate, reference=cosines, batch_bytes=CHUNK_BYTES)
 
 
@@ -158,19 +158,19 @@ def _write_merged(
     folder: Path,
     plan: MergePlan,
     task: Adapter,
-    guards: Sequence[Adapter],
+    safety_adapters: Sequence[Adapter],
     subspace: Subspace,
     device: torch.device | str | None,
 ) -> tuple[Edit, ...]:
     """Merge and write the adapter, a run of modules at a time; return the edits in the order of the readings."""
     edits: list[Edit] = []
     grown = 0 if plan.how.kind.keeps_rank else 1
-    ranks = {n: task.factors[n].rank + grown * sum(g.factors[n].rank for g in guards) for n in plan.selected}
+    ranks = {n: task.factors[n].rank + grown * sum(g.factors[n].rank for g in safety_adapters) for n in plan.selected}
 
     def merged() -> Iterator[tuple[str, LowRank]]:
         for run in chunks(plan.selected, task, subspace if "subspace" in plan.how.needs else None):
             part = {name: task.factors[name] for name in run}
-            new, done = merged_factors(_part(plan, run), part, guards, subspace, device)
+            new, done = merged_factors(_part(plan, run), part, safety_adapters, subspace, device)
             edits.extend(done)
             yield from new.items()
 

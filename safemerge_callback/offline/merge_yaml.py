@@ -44,27 +44,27 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     A part that is no path there is left as it is: a Hub id. Raises ConfigError for a file that is none, and for a key
     that no merge has, with the nearest one.
     """
-    found = read_yaml(path, f"config {shown(path)}", advice="Give a YAML file")
+    settings = read_yaml(path, f"config {shown(path)}", advice="Give a YAML file")
     file = as_path(path, "config")
-    if not isinstance(found, dict):
+    if not isinstance(settings, dict):
         raise ConfigError(f"config {str(path)!r} holds no settings: write `key: value` lines, keys among {keys()}")
-    unknown = [key for key in found if key not in keys()]
+    unknown = [key for key in settings if key not in keys()]
     if unknown:
         hint = nearest(str(unknown[0]), keys(), then=f"choose among {keys()}")
         raise ConfigError(f"config {str(path)!r} has the key {unknown[0]!r}, which is unknown{hint}")
-    for part in set(PARTS) & found.keys():
-        found[part] = _resolved(part, found[part], file.parent)
-    return without_alias(found)
+    for part in set(PARTS) & settings.keys():
+        settings[part] = _resolved(part, settings[part], file.parent)
+    return without_alias(settings)
 
 
-def _resolved(key: str, given: Any, folder: Path) -> Any:
-    if isinstance(given, list) and key == "safety":
-        return [_resolved(key, one, folder) for one in given]
-    if given is None:
+def _resolved(key: str, source: Any, folder: Path) -> Any:
+    if isinstance(source, list) and key == "safety":
+        return [_resolved(key, one, folder) for one in source]
+    if source is None:
         return None
     new = key == "output"
-    there = folder / as_path(given, f"config: {key}")
-    return str(there) if new or existing(there) else given
+    there = folder / as_path(source, f"config: {key}")
+    return str(there) if new or existing(there) else source
 
 
 def write_recipe(path: Path, target: Path, parts: Sequence[Any], plan: MergePlan) -> None:
@@ -76,34 +76,35 @@ def write_recipe(path: Path, target: Path, parts: Sequence[Any], plan: MergePlan
     import yaml
 
     finetuned, safety, subspace, bake = parts
-    told: dict[str, Any] = {"finetuned": _told(finetuned, target)}
+    settings: dict[str, Any] = {"finetuned": _address(finetuned, target)}
     if safety:
-        told["safety"] = [_told(one, target) for one in safety] if len(safety) > 1 else _told(safety[0], target)
-    told["subspace"] = _told(subspace, target)
+        settings["safety"] = (
+            [_address(one, target) for one in safety] if len(safety) > 1 else _address(safety[0], target)
+        )
+    settings["subspace"] = _address(subspace, target)
     if bake is not None:
-        told["bake"] = _told(bake, target)
-    told |= _knobs(plan)
+        settings["bake"] = _address(bake, target)
+    settings |= _knobs(plan)
     path.write_text(
-        "# safemerge merge --config safemerge.yaml -o OUT\n" + yaml.safe_dump(told, sort_keys=False), encoding="utf-8"
+        "# safemerge merge --config safemerge.yaml -o OUT\n" + yaml.safe_dump(settings, sort_keys=False),
+        encoding="utf-8",
     )
 
 
 def _knobs(plan: MergePlan) -> dict[str, Any]:
     gate, how = plan.gate, plan.how
-    told: dict[str, Any] = {"gate": gate.name}
-    told |= {name: value for name in _gate_keys() if (value := gate.reads.get(name)) is not None}
-    told |= {"seed": gate.seed, **({"soft": True} if gate.soft else {})}
-    told |= {"method": how.method, "space": how.space}
+    settings: dict[str, Any] = {"gate": gate.name}
+    settings |= {name: value for name in _gate_keys() if (value := gate.reads.get(name)) is not None}
+    settings |= {"seed": gate.seed, **({"soft": True} if gate.soft else {})}
+    settings |= {"method": how.method, "space": how.space}
     if how.strength is not None:
-        told["strength"] = how.strength
+        settings["strength"] = how.strength
     elif how.kind.weighted:
-        told["weights"] = list(how.weights)
-    return told | plan.noted | how.taken
+        settings["weights"] = list(how.weights)
+    return settings | plan.noted | how.taken
 
 
-def _told(given: Any, target: Path) -> str:
-    text = (
-        given.source if isinstance(given, Adapter) else str(given.path) if isinstance(given, Subspace) else str(given)
-    )
+def _address(part: Any, target: Path) -> str:
+    text = part.source if isinstance(part, Adapter) else str(part.path) if isinstance(part, Subspace) else str(part)
     there = existing(text)
     return text if there is None else os.path.relpath(there.resolve(), target)

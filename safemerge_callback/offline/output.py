@@ -19,7 +19,7 @@ from ..record.card import CAVEAT, escaped, front_matter
 
 CARD = "README.md"
 RECIPE = "safemerge.yaml"
-_OWN_FILES = {CONFIG, WEIGHTS, JOURNAL_FILE, PAGE_FILE, CARD, RECIPE, *TOKENIZER}
+_ADAPTER_FILES = {CONFIG, WEIGHTS, JOURNAL_FILE, PAGE_FILE, CARD, RECIPE, *TOKENIZER}
 
 
 def free_output(output: str | Path, inputs: Iterable[object], overwrite: bool, more: Iterable[str] = ()) -> Path:
@@ -31,16 +31,16 @@ def free_output(output: str | Path, inputs: Iterable[object], overwrite: bool, m
     target = as_path(output, "output").resolve()
     with suppress(OSError):
         settle(target)
-    for given in inputs:
-        source = getattr(given, "source", None) or getattr(given, "path", None) or given
+    for part in inputs:
+        source = getattr(part, "source", None) or getattr(part, "path", None) or part
         if same_place(source, target):
             raise ConfigError(f"output {str(output)!r} is one of the inputs: give a new folder.")
     if target.exists() and not target.is_dir():
         raise ConfigError(f"output {shown(output)} is no folder: give a new folder.")
-    held = {path.name for path in target.iterdir()} if target.exists() else set()
-    if held and not allowed:
+    names = {path.name for path in target.iterdir()} if target.exists() else set()
+    if names and not allowed:
         raise ConfigError(f"output {str(output)!r} is not empty: give a new folder, or ask to overwrite it (--force).")
-    if foreign := sorted(held - _OWN_FILES - {*more}):
+    if foreign := sorted(names - _ADAPTER_FILES - {*more}):
         raise ConfigError(
             f"output {str(output)!r} holds {len(foreign)} things that are no part of an adapter, first {foreign[0]!r}: "
             "it is not overwritten. Give a new folder."

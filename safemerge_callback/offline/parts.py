@@ -17,38 +17,38 @@ from ..errors import ConfigError, PlanError, shown
 from ..io.addresses import source_name
 from ..subspace import Subspace
 
-Given = str | Path | Adapter
+AdapterSource = str | Path | Adapter
 # What a run of modules may take while it is worked on: widened factors, and alignment matrices as stored.
 CHUNK_BYTES = 32 << 20
 
 
-def adapter_of(given: Given) -> Adapter:
+def adapter_of(source: AdapterSource) -> Adapter:
     """Return the adapter, its modules in the order of their layers: a file has layer 10 before layer 2."""
-    adapter = given if isinstance(given, Adapter) else open_adapter(given)
+    adapter = source if isinstance(source, Adapter) else open_adapter(source)
     if isinstance(adapter.factors, OnAccess):
         return replace(adapter, factors=adapter.factors.ordered(_natural))
     return replace(adapter, factors=dict(sorted(adapter.factors.items(), key=lambda item: _natural(item[0]))))
 
 
-def adapters_of(given: Given | Sequence[Given] | None) -> tuple[Adapter, ...]:
+def adapters_of(sources: AdapterSource | Sequence[AdapterSource] | None) -> tuple[Adapter, ...]:
     """Return one adapter, several, or none, opened."""
-    return tuple(map(adapter_of, listed(given)))
+    return tuple(map(adapter_of, listed(sources)))
 
 
-def listed(given: Given | Sequence[Given] | None) -> list[Given]:
+def listed(sources: AdapterSource | Sequence[AdapterSource] | None) -> list[AdapterSource]:
     """Return one adapter, several, or none as a list; ConfigError for anything else."""
-    if given is None:
+    if sources is None:
         return []
-    if isinstance(given, str | Path | Adapter):
-        return [given]
-    if not isinstance(given, Sequence):
-        raise ConfigError(f"safety adapters are {shown(given)}: give a folder or Hub id, or a list of them")
-    return list(given)
+    if isinstance(sources, str | Path | Adapter):
+        return [sources]
+    if not isinstance(sources, Sequence):
+        raise ConfigError(f"safety adapters are {shown(sources)}: give a folder or Hub id, or a list of them")
+    return list(sources)
 
 
-def subspace_of(given: str | Path | Subspace) -> Subspace:
+def subspace_of(source: str | Path | Subspace) -> Subspace:
     """Return the subspace, opened."""
-    return given if isinstance(given, Subspace) else Subspace.load(given)
+    return source if isinstance(source, Subspace) else Subspace.load(source)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -58,17 +58,17 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def chunks(names: Iterable[str], task: Adapter, subspace: Subspace | None = None) -> Iterator[list[str]]:
     """Yield `names` in runs of at most 32 MiB of widened factors, and of V where `subspace` is given; at least one."""
     run: list[str] = []
-    held = 0
+    total = 0
     for name in names:
         module = task.factors[name]
         size = 16 * module.rank * (module.d_out + module.d_in)
         if subspace is not None and name in subspace.modules:
             size += subspace.modules[name].bytes(name)
-        if run and held + size > CHUNK_BYTES:
+        if run and total + size > CHUNK_BYTES:
             yield run
-            run, held = [], 0
+            run, total = [], 0
         run.append(name)
-        held += size
+        total += size
     if run:
         yield run
 
@@ -108,14 +108,16 @@ def _shown(source: str) -> str:
 def left_out(safety: Sequence[Adapter], modules: Collection[str], base: Base, level: int) -> str | None:
     """Return what a merge of `safety` into the LoRA `modules` leaves out, and warn of it; None where it is nothing."""
     left = {adapter.source: words for adapter in safety if (words := unmerged(adapter, modules, base))}
-    if told := warning_of(left):
-        warnings.warn(f"safemerge: {told}", stacklevel=level)
+    if warning := warning_of(left):
+        warnings.warn(f"safemerge: {warning}", stacklevel=level)
     return "; ".join(f"{_shown(source)}: {words}" for source, words in left.items()) or None
 
 
 def copies_of_base(task: Adapter) -> Base:
     """Return the base model's tensors of which the fine-tuned adapter holds a copy that was not trained."""
-    copies = {name: held.whole for name, held in beside_factors(task).items() if held.whole and not held.trained}
+    copies = {
+        name: beside.whole for name, beside in beside_factors(task).items() if beside.whole and not beside.trained
+    }
     return lambda name: task.extra[copies[name]] if name in copies else None
 
 

@@ -31,14 +31,14 @@ from ..live.modules import active_adapter
 from ..methods.how import AUTO, How
 from ..ops import LowRank, full_precision
 from ..subspace import Subspace
-from .parts import Given, adapter_of, check_merges, left_out, listed, subspace_of
+from .parts import AdapterSource, adapter_of, check_merges, left_out, listed, subspace_of
 
 _PEFT_PREFIX = "base_model.model."
 
 
 def apply_safemerge(
     model: nn.Module,
-    safety_adapter: Given | Sequence[Given] | None,
+    safety_adapter: AdapterSource | Sequence[AdapterSource] | None,
     subspace: str | Path | Subspace,
     *,
     adapter_name: str | None = None,
@@ -67,16 +67,17 @@ def apply_safemerge(
     choices = choose(gate, method, knobs, len(listed(safety_adapter)))
     name = _checked_names(model, adapter_name, new_adapter_name)
     check_merges(choices, has_safety=safety_adapter is not None)
-    factors, guards, matrices = live_factors(model, name), _guards(model, safety_adapter), subspace_of(subspace)
+    factors, safety_adapters = live_factors(model, name), _opened_adapters(model, safety_adapter)
+    matrices = subspace_of(subspace)
     matrices.check(factors, base_weights(model))
-    left_out(guards, factors, base_tensors(model), level=4)
-    cosines = cosines_needed([choices.gate], guards, factors, matrices, device=device)
+    left_out(safety_adapters, factors, base_tensors(model), level=4)
+    cosines = cosines_needed([choices.gate], safety_adapters, factors, matrices, device=device)
     readings = measure(factors, matrices, device=device, gate=choices.gate, reference=cosines)
     plan = MergePlan.of(readings, choices)
-    needed_sources(plan, guards, factors)
+    needed_sources(plan, safety_adapters, factors)
     if not plan.selected:
         warnings.warn(f"safemerge: {nothing_selected(plan)}", stacklevel=2)
-    new, _ = merged_factors(plan, factors, guards, matrices, device)
+    new, _ = merged_factors(plan, factors, safety_adapters, matrices, device)
     _add(model, name, new_adapter_name, factors, new)
     return plan
 
@@ -137,12 +138,12 @@ def _checked_names(model: nn.Module, old: str | None, new: str) -> str:
     return name
 
 
-def _guards(model: nn.Module, given: Given | Sequence[Given] | None) -> tuple[Adapter, ...]:
+def _opened_adapters(model: nn.Module, sources: AdapterSource | Sequence[AdapterSource] | None) -> tuple[Adapter, ...]:
     """The safety adapters, those of the model by name."""
     there: Mapping[str, Any] = model.peft_config  # type: ignore[assignment]
     return tuple(
         Adapter(one, None, {}, live_factors(model, one)) if isinstance(one, str) and one in there else adapter_of(one)
-        for one in listed(given)
+        for one in listed(sources)
     )
 
 
@@ -172,9 +173,9 @@ def _config(model: Any, old: str, wanted: Mapping[str, LoraFactors]) -> Any:
     config = model.peft_config[old]
     paths = {canonical_name(path): path for path, layer in model.named_modules() if hasattr(layer, "lora_A")}
     by_path = {paths[name].removeprefix(_PEFT_PREFIX): module for name, module in wanted.items()}
-    told = config_with(config.to_dict(), by_path)
+    settings = config_with(config.to_dict(), by_path)
     names = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
-    return replace(config, inference_mode=True, init_lora_weights=True, **{name: told[name] for name in names})
+    return replace(config, inference_mode=True, init_lora_weights=True, **{name: settings[name] for name in names})
 
 
 def _copy_rest(model: nn.Module, old: str, new: str) -> None:

@@ -27,7 +27,7 @@ PATTERNS = (INDEX, *(f"*{suffix}" for suffix in (*_COPIED, ".py")), *(f"{name}*"
 
 def small_files(folder: Path) -> Iterator[Path]:
     """Yield the files and folders of a model that belong in a copy of it with other weights."""
-    ends = _COPIED | ({".py"} if own_code(folder) else set())
+    ends = _COPIED | ({".py"} if code_files(folder) else set())
     for path in sorted(folder.iterdir()):
         kept = path.suffix in ends or path.name.upper().startswith(_LICENCES)
         weights = path.name == INDEX or path.name.startswith("adapter_")
@@ -35,9 +35,9 @@ def small_files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def own_code(folder: Path) -> set[str]:
+def code_files(folder: Path) -> set[str]:
     """Return the names of the files of code beside a model that its configurations refer to (`auto_map`)."""
-    found: set[str] = set()
+    files: set[str] = set()
     for path in folder.glob("*.json"):
         if path.name == INDEX or path.stat().st_size > 1 << 20:
             continue  # configurations are short; vocabularies and indexes are not
@@ -49,15 +49,15 @@ def own_code(folder: Path) -> set[str]:
         values = named.values() if isinstance(named, dict) else []
         texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
         # `org/name--file.Class` is code of another model, which stays where it is.
-        found |= {f"{text.partition('.')[0]}.py" for text in texts if isinstance(text, str) and "--" not in text}
-    return found
+        files |= {f"{text.partition('.')[0]}.py" for text in texts if isinstance(text, str) and "--" not in text}
+    return files
 
 
 def copy_model(folder: Path, output: Path) -> None:
     """Copy the small files of a model into `output`; warn where code that it refers to is not there to copy."""
     for path in small_files(folder):
         _copy(path, output)
-    missing = sorted(name for name in own_code(folder) if not (folder / name).is_file())
+    missing = sorted(name for name in code_files(folder) if not (folder / name).is_file())
     if missing:
         warnings.warn(
             f"safemerge: the base model has code of its own (auto_map) and lacks {', '.join(missing)}: the baked model "
@@ -68,22 +68,22 @@ def copy_model(folder: Path, output: Path) -> None:
 
 def tokenizer_files(folder: Path | None) -> list[Path]:
     """Return the files of the tokenizer that lies in a folder, in any; none where there is no whole tokenizer."""
-    found = [folder / name for name in TOKENIZER if (folder / name).exists()] if folder else []
-    names = {path.name for path in found}
-    return found if "tokenizer_config.json" in names and names & _VOCABULARIES else []
+    files = [folder / name for name in TOKENIZER if (folder / name).exists()] if folder else []
+    names = {path.name for path in files}
+    return files if "tokenizer_config.json" in names and names & _VOCABULARIES else []
 
 
 def copy_tokenizer(folder: Path | None, output: Path) -> bool:
     """Put the tokenizer of `folder` into `output` in the place of the one there; return whether there was one."""
-    found = tokenizer_files(folder)
-    for name in TOKENIZER if found else ():
+    files = tokenizer_files(folder)
+    for name in TOKENIZER if files else ():
         old = output / name
         if old.is_dir():
             shutil.rmtree(old)
         old.unlink(missing_ok=True)
-    for path in found:
+    for path in files:
         _copy(path, output)
-    return bool(found)
+    return bool(files)
 
 
 def _copy(path: Path, output: Path) -> None:

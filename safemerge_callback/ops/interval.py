@@ -64,10 +64,10 @@ def cosine_interval(update: LowRank, V: AlignmentMatrix, known: Known) -> Float[
     ends = _ENDS * torch.finfo(accumulation_dtype(*update)).eps
     lower = low / (longest * x) - ends
     upper = torch.where(shortest > 0, high / (shortest * x), torch.ones_like(x)) + ends
-    found = torch.stack([rho, lower, upper], dim=-1).clamp(0.0, 1.0)
-    found = torch.where((x > 0)[..., None], found, torch.ones_like(found))
+    interval = torch.stack([rho, lower, upper], dim=-1).clamp(0.0, 1.0)
+    interval = torch.where((x > 0)[..., None], interval, torch.ones_like(interval))
     finite = torch.isfinite(x) & torch.isfinite(p)
-    return torch.where(finite[..., None], found, torch.full_like(found, torch.nan))
+    return torch.where(finite[..., None], interval, torch.full_like(interval, torch.nan))
 
 
 def _sizes(update: LowRank, V: AlignmentMatrix, known: Known) -> _Sizes:

@@ -68,7 +68,7 @@ def _whole_products() -> Iterator[None]:
         finally:
             torch.set_float32_matmul_precision(before)
         return
-    settings = [_own_setting(backend) for backend in backends]
+    settings = [_setting_of(backend) for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"
     try:
@@ -78,7 +78,7 @@ def _whole_products() -> Iterator[None]:
             backend.fp32_precision = value
 
 
-def _own_setting(backend: Any) -> str:
+def _setting_of(backend: Any) -> str:
     """What the backend was set to; "none" where it only follows `torch.backends.fp32_precision`, and goes on to."""
     effective: str = backend.fp32_precision
     backend.fp32_precision = "none"

@@ -89,8 +89,8 @@ def build_subspace(
 
 def _accelerator() -> torch.device:
     """CUDA or XPU where there is one. Not MPS, which has no float64."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found if found is not None and found.type in ("cuda", "xpu") else torch.device("cpu")
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator if accelerator is not None and accelerator.type in ("cuda", "xpu") else torch.device("cpu")
 
 
 def _key(source: Source, device: torch.device, common_rows: bool) -> dict[str, Any]:

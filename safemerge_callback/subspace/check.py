@@ -15,18 +15,18 @@ from .recognise import matches
 _NAMES = {**{name: dtype_name(dtype) for name, dtype in DTYPES.items()}, "I8": "int8"}
 
 
-def require_tensors(header: FileHeader, found: Mapping[str, tuple[tuple[int, ...], str]], where: str) -> None:
-    """Raise SubspaceError unless every tensor that the header announces is there; `found` has shape and dtype."""
+def require_tensors(header: FileHeader, stored: Mapping[str, tuple[tuple[int, ...], str]], where: str) -> None:
+    """Raise SubspaceError unless every tensor that the header announces is there; `stored` has shape and dtype."""
     for name, module in header.modules.items():
         for key, shape in module.tensors(name).items():
-            there, dtype = found.get(key, ("absent", ""))
+            there, dtype = stored.get(key, ("absent", ""))
             if there != shape:
                 raise SubspaceError(f"{where}: tensor {key!r} should be {shape} but is {there}. Build it again.")
             if _NAMES.get(dtype) != module.dtype_of(key):
                 raise SubspaceError(
                     f"{where}: tensor {key!r} should be {module.dtype_of(key)} but is {dtype}. Build it again."
                 )
-    rows = {found.get(key, ((0,), ""))[0][0] for key in (PROBES, PROBE_POSITIONS)}
+    rows = {stored.get(key, ((0,), ""))[0][0] for key in (PROBES, PROBE_POSITIONS)}
     if rows != {len(header.probed)}:
         raise SubspaceError(f"{where}: probes of {len(header.probed)} modules announced, found {rows}. Build it again.")
 

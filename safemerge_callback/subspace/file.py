@@ -52,11 +52,11 @@ class Subspace:
                 header = FileHeader.from_metadata(file.metadata(), where)
                 fingerprint = (file.metadata() or {}).get("sha256", "")
                 slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-                found = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
+                stored = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
         except (SafetensorError, OSError) as error:
             damage = "is corrupt, cut short, or no safetensors file"
             raise SubspaceError(f"{where} {reading_fault(path, error, 'Build it again.', damage)}") from error
-        require_tensors(header, found, where)
+        require_tensors(header, stored, where)
         return cls(path, header, fingerprint)
 
     @property
@@ -160,13 +160,13 @@ class Subspace:
                     f"subspace {str(self.path)!r} is compressed and leaves a decision open, and the exact file it was "
                     f"made from is not beside it: looked for {str(path)!r}. Put it there, or use it in its place."
                 )
-            found = Subspace.load(path)
-            if found.fingerprint != self.header.exact["sha256"]:
+            exact = Subspace.load(path)
+            if exact.fingerprint != self.header.exact["sha256"]:
                 raise SubspaceError(
                     f"{str(path)!r} is not the file that {str(self.path)!r} was made from: its header's sha256 is "
-                    f"{found.fingerprint}, not {self.header.exact['sha256']}. Compress it again."
+                    f"{exact.fingerprint}, not {self.header.exact['sha256']}. Compress it again."
                 )
-            self._exact = found
+            self._exact = exact
         return self._exact
 
     def verify(self) -> int:

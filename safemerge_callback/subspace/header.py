@@ -177,9 +177,9 @@ class FileHeader:
         """Read what `to_metadata` wrote. Raises SubspaceError for other files, other versions and broken JSON."""
         metadata = metadata or {}
         if metadata.get("format") != FORMAT:
-            found = metadata.get("format", "none")
+            format_name = metadata.get("format", "none")
             raise SubspaceError(
-                f"{where} is not a safety-subspace file: format is {found!r}, allowed is {FORMAT!r}. "
+                f"{where} is not a safety-subspace file: format is {format_name!r}, allowed is {FORMAT!r}. "
                 "Write one with build_subspace, or `safemerge build`."
             )
         if metadata.get("version") != VERSION:

@@ -39,15 +39,15 @@ def host_memory(groups: Path = _GROUPS) -> Memory:
     """Return what is available of the host's memory, or of what the container's control group may still use."""
     try:
         now = import_module("psutil").virtual_memory()
-        found = Memory(now.available, now.total)
+        memory = Memory(now.available, now.total)
     except ImportError:
         page = os.sysconf("SC_PAGE_SIZE")
-        found = Memory(page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES"))
+        memory = Memory(page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES"))
     for names in _GROUP_FILES:
         limited = _group(*(groups / name for name in names))
-        if limited is not None and limited.total < found.total:
-            found = Memory(min(found.free, limited.free), limited.total)
-    return found
+        if limited is not None and limited.total < memory.total:
+            memory = Memory(min(memory.free, limited.free), limited.total)
+    return memory
 
 
 def _group(limit: Path, used: Path, details: Path) -> Memory | None:

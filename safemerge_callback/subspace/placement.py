@@ -53,37 +53,37 @@ class Host:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[tuple[str, ...], bool], Packed] = {}
+        self._kept: dict[tuple[tuple[str, ...], bool], PackedMatrix] = {}
 
     def stacks(self, read: Read, requests: Iterable[Request]) -> Iterator[AlignmentMatrix]:
         """Yield each stack, the copy of the next one already on its way."""
         lanes: dict[torch.device, _Lane] = {}
-        before: _Sent | None = None
+        before: _StackCopy | None = None
         try:
             for names, device, transposed in requests:
                 if device.type == "cuda":
                     if device not in lanes:
                         lanes[device] = _Lane(device)
-                    sent = lanes[device].send(self._packed(read, tuple(names), transposed))
+                    copy = lanes[device].send(self._packed(read, tuple(names), transposed))
                 else:
-                    sent = _Sent(moved(read(names, transposed), device), None)
+                    copy = _StackCopy(moved(read(names, transposed), device), None)
                 if before is not None:
                     yield before.arrived()
-                before = sent
+                before = copy
             if before is not None:
                 yield before.arrived()
         finally:
             for lane in lanes.values():
                 lane.settle()
 
-    def _packed(self, read: Read, names: tuple[str, ...], transposed: bool) -> Packed:
+    def _packed(self, read: Read, names: tuple[str, ...], transposed: bool) -> PackedMatrix:
         key = (names, transposed)
         if key not in self._kept:
             self._kept[key] = pack(read(names, transposed), pinned=True)
         return self._kept[key]
 
 
-class Layout(NamedTuple):
+class TensorLayout(NamedTuple):
     """One tensor within packed bytes: `start` is its first byte."""
 
     dtype: torch.dtype
@@ -92,11 +92,11 @@ class Layout(NamedTuple):
     start: int
 
 
-class Packed(NamedTuple):
+class PackedMatrix(NamedTuple):
     """An alignment matrix as flat bytes: `storage` is uint8 (n,), `kind` the tuple type it was, None for a tensor."""
 
     storage: Tensor
-    layouts: tuple[Layout, ...]
+    layouts: tuple[TensorLayout, ...]
     kind: type | None
 
     def matrix(self, storage: Tensor | None = None) -> AlignmentMatrix:
@@ -106,26 +106,26 @@ class Packed(NamedTuple):
         return parts[0] if self.kind is None else self.kind(*parts)
 
 
-def pack(matrix: AlignmentMatrix, pinned: bool = False) -> Packed:
+def pack(matrix: AlignmentMatrix, pinned: bool = False) -> PackedMatrix:
     """Return a copy of `matrix` in one piece of CPU memory, strides as they are, so that it travels in one copy."""
     parts = tuple(matrix) if isinstance(matrix, tuple) else (matrix,)
     layouts, end = [], 0
     for part in parts:
         stride = torch.empty_like(part, device="meta").stride()
-        layouts.append(Layout(part.dtype, tuple(part.shape), stride, end))
+        layouts.append(TensorLayout(part.dtype, tuple(part.shape), stride, end))
         end += -(-part.numel() * part.itemsize // _ALIGNMENT) * _ALIGNMENT
     storage = torch.empty(end, dtype=torch.uint8, device="cpu", pin_memory=pinned)
     for part, layout in zip(parts, layouts, strict=True):
         _view(storage, layout).copy_(part)
-    return Packed(storage, tuple(layouts), type(matrix) if isinstance(matrix, tuple) else None)
+    return PackedMatrix(storage, tuple(layouts), type(matrix) if isinstance(matrix, tuple) else None)
 
 
-def _view(storage: Tensor, layout: Layout) -> Tensor:
+def _view(storage: Tensor, layout: TensorLayout) -> Tensor:
     size = layout.dtype.itemsize * max(1, torch.Size(layout.shape).numel())
     return storage[layout.start : layout.start + size].view(layout.dtype).as_strided(layout.shape, layout.stride)
 
 
-class _Sent(NamedTuple):
+class _StackCopy(NamedTuple):
     """A stack on its way, and the event after which it is there."""
 
     matrix: AlignmentMatrix
@@ -148,13 +148,13 @@ class _Lane:
         self._buffers: list[Tensor | None] = [None, None]
         self._turn = 0
 
-    def send(self, packed: Packed) -> _Sent:
+    def send(self, packed: PackedMatrix) -> _StackCopy:
         """Start the copy, once what was asked of the GPU so far, the buffer's last use too, is done."""
         buffer = self._buffer(packed.storage.numel())
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             buffer[: packed.storage.numel()].copy_(packed.storage, non_blocking=True)
-        return _Sent(packed.matrix(buffer), self._stream.record_event())
+        return _StackCopy(packed.matrix(buffer), self._stream.record_event())
 
     def settle(self) -> None:
         """Let the computing stream wait for every copy, since it gives the buffers' memory to others."""
@@ -162,16 +162,16 @@ class _Lane:
 
     def _buffer(self, size: int) -> Tensor:
         self._turn = 1 - self._turn
-        held = self._buffers[self._turn]
-        if held is None or held.numel() < size:
+        buffer = self._buffers[self._turn]
+        if buffer is None or buffer.numel() < size:
             # The old one goes first, or three would be held.
-            self._buffers[self._turn] = held = None
-            held = self._buffers[self._turn] = torch.empty(size, dtype=torch.uint8, device=self._device)
-        return held
+            self._buffers[self._turn] = buffer = None
+            buffer = self._buffers[self._turn] = torch.empty(size, dtype=torch.uint8, device=self._device)
+        return buffer
 
 
 @dataclass(frozen=True)
-class Choice:
+class PlacementChoice:
     """Where alignment matrices stay: `kind` is device, host or disk; `sharded` if each rank has its share of modules.
 
     `bytes` is what one rank has of them. `reason` says in words why, with the numbers that decided.
@@ -197,7 +197,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Setting:
+class PlacementInputs:
     """What a choice depends on. Bytes of all alignment matrices (`whole`), and of the largest rank's share.
 
     `gpu` and `host`: memory that every rank has, the host's divided by the ranks on it; `gpu` None where the factors
@@ -218,59 +218,59 @@ def check_placement(placement: str) -> None:
     one_of(placement, PLACEMENTS, "placement")
 
 
-def choose(wanted: str, setting: Setting) -> Choice:
+def choose(wanted: str, inputs: PlacementInputs) -> PlacementChoice:
     """Return where alignment matrices stay, as `wanted` or, for `auto`, as memory allows.
 
     Raises ConfigError for a device or host that has not the room, and for `device` where the factors are on no GPU.
     """
     check_placement(wanted)
     if wanted in ("device", "host"):
-        return _as_told(wanted, setting)
+        return _as_set(wanted, inputs)
     if wanted == "disk":
-        return Choice("disk", False, setting.whole, "as set")
-    sharded = setting.ranks > 1 and (wanted == "sharded" or _needs_sharding(setting))
-    kind, reason = _fitting(setting, setting.share if sharded else setting.whole)
+        return PlacementChoice("disk", False, inputs.whole, "as set")
+    sharded = inputs.ranks > 1 and (wanted == "sharded" or _needs_sharding(inputs))
+    kind, reason = _fitting(inputs, inputs.share if sharded else inputs.whole)
     if wanted == "sharded" and not sharded:
         reason = f"there is one process, with none to share with; {reason}"
-    return Choice(kind, sharded, setting.share if sharded else setting.whole, reason)
+    return PlacementChoice(kind, sharded, inputs.share if sharded else inputs.whole, reason)
 
 
-def _as_told(wanted: str, setting: Setting) -> Choice:
-    if setting.gpu is None and wanted == "host":
-        return Choice(
-            "disk", False, setting.whole, f"host memory is for a GPU, and the factors are on {setting.device}"
+def _as_set(wanted: str, inputs: PlacementInputs) -> PlacementChoice:
+    if inputs.gpu is None and wanted == "host":
+        return PlacementChoice(
+            "disk", False, inputs.whole, f"host memory is for a GPU, and the factors are on {inputs.device}"
         )
-    if setting.gpu is None:
+    if inputs.gpu is None:
         raise ConfigError(
-            f"placement is 'device', but the LoRA factors are on {setting.device}: train on a GPU, or set auto or disk"
+            f"placement is 'device', but the LoRA factors are on {inputs.device}: train on a GPU, or set auto or disk"
         )
-    memory = setting.gpu if wanted == "device" else setting.host
-    needed = setting.whole if wanted == "device" else PINNED * setting.whole
+    memory = inputs.gpu if wanted == "device" else inputs.host
+    needed = inputs.whole if wanted == "device" else PINNED * inputs.whole
     if needed > memory.free:
         raise ConfigError(
             f"placement is {wanted!r}, which takes {size(needed)}, but {size(memory.free)} are free there: set auto, "
             "disk or sharded, or compress the subspace with `safemerge compress`"
         )
-    return Choice(wanted, False, setting.whole, f"as set, {size(memory.free)} are free")
+    return PlacementChoice(wanted, False, inputs.whole, f"as set, {size(memory.free)} are free")
 
 
-def _needs_sharding(setting: Setting) -> bool:
+def _needs_sharding(inputs: PlacementInputs) -> bool:
     """Shards only help where each rank would otherwise stream all of what does not fit on its GPU."""
-    return setting.gpu is not None and setting.again and setting.whole > setting.gpu.beyond(DEVICE_RESERVE)
+    return inputs.gpu is not None and inputs.again and inputs.whole > inputs.gpu.beyond(DEVICE_RESERVE)
 
 
-def _fitting(setting: Setting, needed: int) -> tuple[str, str]:
+def _fitting(inputs: PlacementInputs, needed: int) -> tuple[str, str]:
     """The nearest memory that has the room, and why."""
-    if setting.gpu is None:
-        return "disk", f"the factors are on {setting.device}, where the operating system keeps the file's pages"
-    if not setting.again:
+    if inputs.gpu is None:
+        return "disk", f"the factors are on {inputs.device}, where the operating system keeps the file's pages"
+    if not inputs.again:
         return "disk", "there is one check, at the end, so nothing is read twice"
-    on_gpu = setting.gpu.beyond(DEVICE_RESERVE)
-    room = f"{size(on_gpu)} of the GPU's {size(setting.gpu.free)} free are beyond the training's reserve"
+    on_gpu = inputs.gpu.beyond(DEVICE_RESERVE)
+    room = f"{size(on_gpu)} of the GPU's {size(inputs.gpu.free)} free are beyond the training's reserve"
     if needed <= on_gpu:
         return "device", room
-    on_host = setting.host.beyond(HOST_RESERVE)
-    room = f"{room}, {size(on_host)} of the host's {size(setting.host.free)}"
+    on_host = inputs.host.beyond(HOST_RESERVE)
+    room = f"{room}, {size(on_host)} of the host's {size(inputs.host.free)}"
     return ("host" if PINNED * needed <= on_host else "disk"), room
 
 

@@ -45,5 +45,5 @@ def values_at(weight: Tensor, positions: Tensor) -> Tensor:
 
 def matches(weight: Tensor, positions: Tensor, expected: Tensor) -> bool:
     """Return whether a live weight is the recorded one, up to a load in float16 or bfloat16."""
-    found = values_at(weight, positions)
-    return bool(((found - expected).abs() <= _RELATIVE * expected.abs() + _ABSOLUTE).all())
+    values = values_at(weight, positions)
+    return bool(((values - expected).abs() <= _RELATIVE * expected.abs() + _ABSOLUTE).all())

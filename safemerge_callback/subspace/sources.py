@@ -147,7 +147,7 @@ class AlignmentAdapter:
         self.unaligned = _adapter_fingerprint(loaded, adapter)
         self.stamps = stamps_of(self._checkpoint) if self._checkpoint else []
         self.digests: dict[str, tuple[str, str]] = {}
-        self._tell_left_out(loaded)
+        self._warn_left_out(loaded)
         if self._checkpoint:
             self._require_checkpoint_shapes(self._checkpoint)
 
@@ -177,10 +177,12 @@ class AlignmentAdapter:
         positions = choose_positions(weights[0], None)
         return Material(matrix, torch.float32, spectrum, positions, values_at(weights[0], positions))
 
-    def _tell_left_out(self, adapter: Adapter) -> None:
+    def _warn_left_out(self, adapter: Adapter) -> None:
         """Warn of what the adapter was trained to beside its updates, and note it: V does not have it."""
-        held = self._checkpoint
-        left = left_beside(adapter, lambda name: held.read(name) if held and name in held.names else None)
+        checkpoint = self._checkpoint
+        left = left_beside(
+            adapter, lambda name: checkpoint.read(name) if checkpoint and name in checkpoint.names else None
+        )
         if left:
             self.unaligned["left_out"] = left
             warnings.warn(

@@ -45,10 +45,10 @@ def assemble(
     names: Sequence[str], headers: Mapping[str, ModuleHeader], tensors: Mapping[str, Tensor]
 ) -> AlignmentMatrix:
     """Return one stack of modules out of their stored tensors; SubspaceError where shape or kind differ."""
-    found = {(headers[name].shape, headers[name].kind) for name in names}
-    if len(found) != 1:
-        raise SubspaceError(f"stack takes modules of one shape and kind, got {len(found)} of them: {sorted(found)}.")
-    kind = found.pop()[1]
+    forms = {(headers[name].shape, headers[name].kind) for name in names}
+    if len(forms) != 1:
+        raise SubspaceError(f"stack takes modules of one shape and kind, got {len(forms)} of them: {sorted(forms)}.")
+    kind = forms.pop()[1]
     if kind == "dense":
         return _stacked([tensors[f"{name}.V"] for name in names])
     if kind == "int8":

@@ -5,7 +5,15 @@ import torch
 import torch.distributed as dist
 
 from safemerge_callback.errors import AdapterError, PlanError, SafeMergeError
-from safemerge_callback.live.ranks import ProcessesError, agree, copy_from_first, everyones, from_first, many, together
+from safemerge_callback.live.ranks import (
+    ProcessesError,
+    agree,
+    all_or_none,
+    copy_from_first,
+    everyones,
+    from_first,
+    many,
+)
 from tests.support.ranks import run_on
 
 
@@ -17,10 +25,10 @@ def test_one_process_agrees_with_itself_and_raises_its_own_error():
     agree("the decisions", "abc")
     tensor = torch.ones(2)
     copy_from_first([tensor])
-    assert (many(), from_first(3), everyones("x"), together(lambda: 7)) == (False, 3, ["x"], 7)
+    assert (many(), from_first(3), everyones("x"), all_or_none(lambda: 7)) == (False, 3, ["x"], 7)
     error = KeyError("lost")
     with pytest.raises(KeyError) as caught:
-        together(lambda: raising(error))
+        all_or_none(lambda: raising(error))
     assert caught.value is error
 
 
@@ -48,14 +56,14 @@ def check_disagreement():
 
 def check_errors():
     rank = dist.get_rank()
-    assert together(lambda: rank) == rank
+    assert all_or_none(lambda: rank) == rank
     with pytest.raises(PlanError, match=r"^no such module \(on rank 1 of 2\)$") as caught:
-        together(lambda: raising(PlanError("no such module")) if rank else None)
+        all_or_none(lambda: raising(PlanError("no such module")) if rank else None)
     assert (caught.value.__cause__ is None) == (rank == 0)
     with pytest.raises(AdapterError, match=r"^ZeroDivisionError: .*\(on rank 0, 1 of 2\)$"):
-        together(lambda: 1 / 0)
+        all_or_none(lambda: 1 / 0)
     with pytest.raises(AdapterError, match="on rank 0 of 2"):
-        together(lambda: raising(AdapterError("gone")) if rank == 0 else None)
+        all_or_none(lambda: raising(AdapterError("gone")) if rank == 0 else None)
 
 
 def check_all():

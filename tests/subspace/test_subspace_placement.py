@@ -7,7 +7,7 @@ from safemerge_callback.errors import ConfigError
 from safemerge_callback.ops import Factored
 from safemerge_callback.subspace import Request
 from safemerge_callback.subspace.memory import Memory, host_memory
-from safemerge_callback.subspace.placement import Device, Host, Setting, choose, pack
+from safemerge_callback.subspace.placement import Device, Host, PlacementInputs, choose, pack
 from safemerge_callback.subspace.stack import FromFile
 
 CPU = torch.device("cpu")
@@ -111,7 +111,7 @@ def setting(**changed):
     """A GPU of 24 GiB with 20 free, of which 2 may be had; a host of 64 with 40 free, of which 24 may."""
     usual = {"whole": GIB, "share": GIB, "ranks": 1, "again": True, "device": "cuda:0"}
     memory = {"gpu": Memory(20 * GIB, 24 * GIB), "host": Memory(40 * GIB, 64 * GIB)}
-    return Setting(**{**usual, **memory, **changed})
+    return PlacementInputs(**{**usual, **memory, **changed})
 
 
 ON_CPU = {"gpu": None, "device": "cpu"}

@@ -9,7 +9,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
 from safemerge_callback.adapters import canonical_name
-from safemerge_callback.subspace.checkpoints.layouts import Stored, weights_of
+from safemerge_callback.subspace.checkpoints.layouts import StoredTensor, weights_of
 from safemerge_callback.subspace.checkpoints.shard_files import LocalFile
 from safemerge_callback.subspace.checkpoints.spellings import _BY_ARCHITECTURE, Spelling, spelling_of
 
@@ -66,7 +66,9 @@ def original_tensors(model):
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     state = {key: value for key, value in model.state_dict().items() if key not in tied}
     written = revert_weight_conversion(model, state)
-    return {key: Stored(LocalFile("some.safetensors"), tuple(value.shape), "F32") for key, value in written.items()}
+    return {
+        key: StoredTensor(LocalFile("some.safetensors"), tuple(value.shape), "F32") for key, value in written.items()
+    }
 
 
 @pytest.mark.parametrize("family", [*CLASSES.values(), *LEVELLED])

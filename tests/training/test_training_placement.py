@@ -193,9 +193,11 @@ def test_settings_are_refused_when_made(knobs, said):
 
 def test_a_run_keeps_what_was_chosen(world, monkeypatch):
     """Where there is a GPU with room: a second measure reads nothing."""
-    from safemerge_callback.subspace.placement import Choice
+    from safemerge_callback.subspace.placement import PlacementChoice
 
-    monkeypatch.setattr("safemerge_callback.training.run.shares.choose", lambda *_: Choice("device", False, 1, "told"))
+    monkeypatch.setattr(
+        "safemerge_callback.training.run.shares.choose", lambda *_: PlacementChoice("device", False, 1, "told")
+    )
     subspace, factors = Subspace.load(world.subspace), moved(world)
     assert place(SafeMergeConfig(subspace="s", gate="watch"), subspace, factors).kind == "device"
     first = measure(factors, subspace)

@@ -12,18 +12,18 @@ from torch import Tensor
 
 from ...errors import AdapterError, nearest
 from ...ops import LowRank, full_precision
-from ..ranks import agree, copy_from_first, everyones, many, together
+from ..ranks import agree, all_or_none, copy_from_first, everyones, many
 from .slots import Slot
 
 
-class Pair(NamedTuple):
+class FactorSlots(NamedTuple):
     """The slots of one module's factors."""
 
     A: Slot
     B: Slot
 
 
-class Change(NamedTuple):
+class SlotChange(NamedTuple):
     """A slot, the value it will take (its wide dtype, its device), and whose it is."""
 
     name: str
@@ -32,14 +32,14 @@ class Change(NamedTuple):
 
 
 @full_precision()
-def commit(pairs: Mapping[str, Pair], new: Mapping[str, LowRank]) -> None:
+def commit(pairs: Mapping[str, FactorSlots], new: Mapping[str, LowRank]) -> None:
     """Write A and B of the modules in `new` into their slots, or change nothing. Collective with many processes.
 
     Raises AdapterError on every rank for an unknown name, another shape or a value that is not finite on any of them,
     before anything is written, and when a write fails, after everything was put back; ProcessesError where ranks
     write different modules.
     """
-    changes = together(lambda: planned(pairs, new))
+    changes = all_or_none(lambda: planned(pairs, new))
     agree("the list of modules to write", _words([change.name for change in changes]))
     copy_from_first(change.value for change in changes)
     before = read_all([change.slot for change in changes], copy=True)
@@ -55,7 +55,7 @@ def commit(pairs: Mapping[str, Pair], new: Mapping[str, LowRank]) -> None:
         _put_back(changes, before, failed, faults)
 
 
-def planned(pairs: Mapping[str, Pair], new: Mapping[str, LowRank]) -> list[Change]:
+def planned(pairs: Mapping[str, FactorSlots], new: Mapping[str, LowRank]) -> list[SlotChange]:
     """What to write where, checked, cast, and on the slots' devices; on this rank alone."""
     unknown = sorted(set(new) - set(pairs))
     if unknown:
@@ -75,15 +75,15 @@ def planned(pairs: Mapping[str, Pair], new: Mapping[str, LowRank]) -> list[Chang
 @full_precision()
 def read_all(slots: Sequence[Slot], *, copy: bool = False) -> list[Tensor]:
     """Return the whole of each slot, opening each unit once; `copy` gives no live tensor."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
     for group in _by_unit(slots, lambda slot: slot):
         with group[0].opened(write=False):
-            found += [slot.read().clone() if copy else slot.read() for slot in group]
-    return found
+            tensors += [slot.read().clone() if copy else slot.read() for slot in group]
+    return tensors
 
 
 @full_precision()
-def _store(changes: Sequence[Change], values: Sequence[Tensor]) -> dict[str, Exception]:
+def _store(changes: Sequence[SlotChange], values: Sequence[Tensor]) -> dict[str, Exception]:
     """Write each value, all of them even after one has failed, since other ranks wait at the next; the failures."""
     failed: dict[str, Exception] = {}
     for group in _by_unit(list(zip(changes, values, strict=True)), lambda item: item[0].slot):
@@ -99,7 +99,7 @@ def _store(changes: Sequence[Change], values: Sequence[Tensor]) -> dict[str, Exc
 
 
 def _put_back(
-    changes: Sequence[Change], before: Sequence[Tensor], failed: Mapping[str, Exception], faults: list[str | None]
+    changes: Sequence[SlotChange], before: Sequence[Tensor], failed: Mapping[str, Exception], faults: list[str | None]
 ) -> None:
     """Undo on all ranks and raise AdapterError on all, saying what could not be undone on any."""
     old = {change.name: value for change, value in zip(changes, before, strict=True)}
@@ -129,19 +129,19 @@ def _words(names: Sequence[str]) -> str:
     return f"{len(names)} factors, first {names[0] if names else 'none'} (digest {mark})"
 
 
-def _change(name: str, letter: str, slot: Slot, value: Tensor) -> Change:
+def _change(name: str, letter: str, slot: Slot, value: Tensor) -> SlotChange:
     if value.shape != slot.shape:
         raise AdapterError(
             f"module {name!r}: the new {letter} is {tuple(value.shape)} but the live one {tuple(slot.shape)}; a live "
             "adapter keeps its rank and size. Nothing was written."
         )
     # A copy even where nothing is cast: a new value may be a view of a live tensor that is written before it.
-    return Change(f"{name}.lora_{letter}", slot, value.detach().to(slot.device, slot.wide, copy=True).contiguous())
+    return SlotChange(f"{name}.lora_{letter}", slot, value.detach().to(slot.device, slot.wide, copy=True).contiguous())
 
 
-def _require_finite(changes: list[Change]) -> None:
+def _require_finite(changes: list[SlotChange]) -> None:
     """One synchronisation for all modules of a device; asked in the dtype of the narrowest copy."""
-    by_device: dict[torch.device, list[Change]] = {}
+    by_device: dict[torch.device, list[SlotChange]] = {}
     for change in changes:
         by_device.setdefault(change.value.device, []).append(change)
     for group in by_device.values():

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..modules import Spot
+from ..modules import ParameterAt
 from .slots import Slot
 
 
 class FlatSlot(Slot):
     """A parameter inside a flat one. Opening its unit is collective, and makes the whole unit whole for a moment."""
 
-    def __init__(self, spot: Spot, unit: nn.Module, root: nn.Module, shape: torch.Size, dtype: torch.dtype) -> None:
+    def __init__(
+        self, spot: ParameterAt, unit: nn.Module, root: nn.Module, shape: torch.Size, dtype: torch.dtype
+    ) -> None:
         super().__init__(spot)
         self._module, self._root, self._shape, self._dtype = unit, root, shape, dtype
 
@@ -69,15 +71,15 @@ def summoned(root: nn.Module, unit: nn.Module, *, write: bool) -> AbstractContex
 def flat_slots(model: nn.Module) -> dict[tuple[int, str], dict[str, Any]]:
     """Return (id of module, attribute) -> what `FlatSlot` needs beside the spot, for all parameters FSDP1 holds."""
     units = [module for module in model.modules() if is_fsdp1(module)]
-    found: dict[tuple[int, str], dict[str, Any]] = {}
+    places: dict[tuple[int, str], dict[str, Any]] = {}
     for unit in units:
         flat = getattr(getattr(unit, "_handle", None), "flat_param", None)
         if flat is None:
             continue
         for info, shape in zip(flat._param_infos, flat._shapes, strict=True):
             place = {"unit": unit, "root": units[0], "shape": torch.Size(shape), "dtype": flat.dtype}
-            found[id(info.module), info.param_name] = place
-    return found
+            places[id(info.module), info.param_name] = place
+    return places
 
 
 def is_fsdp1(module: nn.Module) -> bool:

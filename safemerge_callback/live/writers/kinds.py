@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import AdapterError
-from ..modules import Site, Spot, is_dtensor
+from ..modules import LoraModule, ParameterAt, is_dtensor
 from .fsdp1 import FlatSlot, flat_slots
 from .slots import ShardedSlot, Slot
 from .zero import FragmentSlot, MasterSlot, PartitionSlot, whole_masters
 
 
 @dataclass(frozen=True)
-class Kinds:
+class EngineKinds:
     """What was found around a model: enough to say of each of its parameters how it is read and written."""
 
     model: nn.Module
@@ -29,7 +29,7 @@ class Kinds:
     deepspeed: bool
 
     @classmethod
-    def of(cls, model: nn.Module, optimizer: Any) -> Kinds:
+    def of(cls, model: nn.Module, optimizer: Any) -> EngineKinds:
         """Look at all modules and parameters once; no collective."""
         parameters = list(model.parameters())
         return cls(
@@ -54,10 +54,10 @@ class Kinds:
             if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
                 module.reshard()  # type: ignore[operator]
 
-    def slot(self, site: Site, letter: Literal["A", "B"]) -> Slot:
+    def slot(self, module: LoraModule, letter: Literal["A", "B"]) -> Slot:
         """Return how a factor is read and written; AdapterError where its engine is not supported or unaware of it."""
-        spot: Spot = getattr(site, letter)
-        tensor, name = spot.tensor, f"{site.name}.lora_{letter}"
+        spot: ParameterAt = getattr(module, letter)
+        tensor, name = spot.tensor, f"{module.name}.lora_{letter}"
         place = self.flat.get((id(spot.module), spot.attribute))
         if place is not None:
             return FlatSlot(spot, **place)
@@ -100,8 +100,8 @@ def unwrapped(model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
         elif any(base.__name__ == "DeepSpeedEngine" for base in type(model).__mro__):
-            found: Any = model
-            model, optimizer = found.module, optimizer if optimizer is not None else found.optimizer
+            engine: Any = model
+            model, optimizer = engine.module, optimizer if optimizer is not None else engine.optimizer
         else:
             return model, optimizer
 

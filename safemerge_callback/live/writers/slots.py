@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..modules import Spot
+from ..modules import ParameterAt
 
 
 class Slot:
@@ -21,7 +21,7 @@ class Slot:
 
     unit: Hashable = None
 
-    def __init__(self, spot: Spot) -> None:
+    def __init__(self, spot: ParameterAt) -> None:
         self.spot = spot
 
     @property
@@ -87,8 +87,8 @@ class ShardedSlot(Slot):
         from torch.distributed.tensor import distribute_tensor
 
         # No source rank: all hold the same value already, and would get it a second time.
-        own = distribute_tensor(value, self._dtensor.device_mesh, self._dtensor.placements, src_data_rank=None)
-        self._dtensor.to_local().copy_(own.to_local())
+        shard = distribute_tensor(value, self._dtensor.device_mesh, self._dtensor.placements, src_data_rank=None)
+        self._dtensor.to_local().copy_(shard.to_local())
 
     def holds(self, value: Tensor) -> bool:
         """It cannot tell without the other ranks."""

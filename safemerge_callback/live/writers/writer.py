@@ -12,10 +12,10 @@ from ...adapters.factors import LoraFactors
 from ...errors import AdapterError, nearest
 from ...ops import LowRank
 from ..initial import initial_factors, since
-from ..modules import Site, active_adapter, base_moved, lora_sites
-from ..ranks import together
-from .commit import Pair, commit, read_all
-from .kinds import Kinds, unwrapped
+from ..modules import LoraModule, active_adapter, base_moved, lora_modules
+from ..ranks import all_or_none
+from .commit import FactorSlots, commit, read_all
+from .kinds import EngineKinds, unwrapped
 
 
 class Writer(Protocol):
@@ -60,11 +60,11 @@ class LiveWriter:
         # Fixed now: a trainer may switch the active adapter for a moment, to compute reference log-probabilities.
         self.adapter_name = active_adapter(model, adapter_name)
         self._moved_base = initial is not None and base_moved(model, self.adapter_name)
-        self.sharded = Kinds.of(model, optimizer).sharded
+        self.sharded = EngineKinds.of(model, optimizer).sharded
         self.initial: Mapping[str, LowRank] = {}
         _, pairs = self._look()
-        for site, pair in pairs.values():
-            _check_shapes(site, pair)
+        for module, pair in pairs.values():
+            _check_shapes(module, pair)
         if self._moved_base:
             self.initial = initial_factors(self.gather()) if isinstance(initial, str) else dict(initial or {})
             since(self.gather(), self.initial)
@@ -76,10 +76,10 @@ class LiveWriter:
         they are whole. Beside the factors, one FSDP1 unit or one parameter at a time is held.
         """
         # All ranks look before any gathers, so that one whose model is refused leaves no other waiting.
-        _, pairs = together(self._look) if self.sharded else self._look()
+        _, pairs = all_or_none(self._look) if self.sharded else self._look()
         tensors = read_all([slot for _, pair in pairs.values() for slot in pair])
         wholes = zip(pairs.values(), tensors[::2], tensors[1::2], strict=True)
-        factors = {site.name: site.factors(A, B) for (site, _), A, B in wholes}
+        factors = {module.name: module.factors(A, B) for (module, _), A, B in wholes}
         return since(factors, self.initial) if self.initial else factors
 
     def write(self, new: Mapping[str, LowRank]) -> None:
@@ -88,7 +88,7 @@ class LiveWriter:
         Collective with many processes: rank 0's values are cast once and written on every rank, into master and
         low-precision copy. Raises as `commit` does, on every rank.
         """
-        _, pairs = together(self._look)
+        _, pairs = all_or_none(self._look)
         commit({name: pair for name, (_, pair) in pairs.items()}, new)
 
     def parameters(self, names: Iterable[str]) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
@@ -96,18 +96,20 @@ class LiveWriter:
 
         Raises AdapterError for an unknown name, and for FSDP1 with use_orig_params=False, which registers none.
         """
-        sites = self._sites()
-        return {name: _parameters(_named(sites, name)) for name in names}
+        modules = self._modules()
+        return {name: _parameters(_named(modules, name)) for name in names}
 
-    def _look(self) -> tuple[Kinds, dict[str, tuple[Site, Pair]]]:
-        """Every module's site and slots as they are now."""
-        kinds = Kinds.of(self._model, self._optimizer)
+    def _look(self) -> tuple[EngineKinds, dict[str, tuple[LoraModule, FactorSlots]]]:
+        """Every module and its slots as they are now."""
+        kinds = EngineKinds.of(self._model, self._optimizer)
         kinds.settle()
-        sites = self._sites()
-        return kinds, {n: (site, Pair(kinds.slot(site, "A"), kinds.slot(site, "B"))) for n, site in sites.items()}
+        modules = self._modules()
+        return kinds, {
+            n: (module, FactorSlots(kinds.slot(module, "A"), kinds.slot(module, "B"))) for n, module in modules.items()
+        }
 
-    def _sites(self) -> dict[str, Site]:
-        return lora_sites(self._model, self.adapter_name, moved_base=self._moved_base)
+    def _modules(self) -> dict[str, LoraModule]:
+        return lora_modules(self._model, self.adapter_name, moved_base=self._moved_base)
 
 
 def writer_for(
@@ -129,24 +131,24 @@ def writer_for(
     return LiveWriter(bare, adapter_name, optimizer, initial)
 
 
-def _check_shapes(site: Site, pair: Pair) -> None:
+def _check_shapes(module: LoraModule, pair: FactorSlots) -> None:
     """Refuse now what a gather would; no collective."""
     A, B = (torch.empty(slot.shape, dtype=slot.narrow, device="meta") for slot in pair)
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or "meta" in (pair.A.device.type, pair.B.device.type):
-        site.factors(*(pair.A.tensor, pair.B.tensor))
+        module.factors(*(pair.A.tensor, pair.B.tensor))
 
 
-def _named(sites: Mapping[str, Site], name: str) -> Site:
-    if name not in sites:
-        raise AdapterError(f"the model has no LoRA module {name!r}{nearest(name, sites)}")
-    return sites[name]
+def _named(modules: Mapping[str, LoraModule], name: str) -> LoraModule:
+    if name not in modules:
+        raise AdapterError(f"the model has no LoRA module {name!r}{nearest(name, modules)}")
+    return modules[name]
 
 
-def _parameters(site: Site) -> tuple[nn.Parameter, nn.Parameter]:
-    A, B = site.A.tensor, site.B.tensor
+def _parameters(module: LoraModule) -> tuple[nn.Parameter, nn.Parameter]:
+    A, B = module.A.tensor, module.B.tensor
     if isinstance(A, nn.Parameter) and isinstance(B, nn.Parameter):
         return A, B
     raise AdapterError(
-        f"module {site.name!r}: FSDP1 keeps its factors in a flat parameter, so none is their own. Set "
+        f"module {module.name!r}: FSDP1 keeps its factors in a flat parameter, so none is their own. Set "
         "fsdp_use_orig_params: true, or use FSDP2."
     )

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..modules import Spot
+from ..modules import ParameterAt
 from .slots import Slot
 
 
 class MasterSlot(Slot):
     """ZeRO-0 in bf16 or fp16: every rank has the whole master, and only the optimizer knows where."""
 
-    def __init__(self, spot: Spot, master: Tensor) -> None:
+    def __init__(self, spot: ParameterAt, master: Tensor) -> None:
         super().__init__(spot)
         self.master = master
 
@@ -105,9 +105,9 @@ class PartitionSlot(FragmentSlot):
             if torch.distributed.get_rank() == 0:
                 self.tensor.copy_(value)
         if self._parameter.requires_grad:
-            safe_set_local_fp32_param(self.tensor, self._own_part(value))
+            safe_set_local_fp32_param(self.tensor, self._rank_part(value))
 
-    def _own_part(self, value: Tensor) -> Tensor:
+    def _rank_part(self, value: Tensor) -> Tensor:
         """This rank's part; the last is filled up, which DeepSpeed's setter of whole values does not do."""
         size = self._parameter.ds_tensor.numel()
         start = size * torch.distributed.get_rank(group=self._parameter.ds_process_group)

@@ -12,7 +12,7 @@ from ...methods import How
 from ...ops import LowRank, inner_product, squared_norm, weighted_sum, wide_dtype
 
 
-class Moved(NamedTuple):
+class MergeEffect(NamedTuple):
     """What a merge does to modules, in squared norms: tensors of (n), float64, or numbers of one module.
 
     Of the old and the new update, their inner product, the distance between them, the target, and what the target's
@@ -53,16 +53,16 @@ def fits_core(how: How) -> bool:
     return not how.kind.dense and not how.needs & {"subspace", "average"}
 
 
-def moved_in_core(how: How, live: LowRank, safety: Sequence[LowRank], scaling: Tensor) -> Moved:
+def core_effect(how: How, live: LowRank, safety: Sequence[LowRank], scaling: Tensor) -> MergeEffect:
     """Return what a merge would do to n modules given by their cores, times `scaling`², (n).
 
     The factors that come back are those of the real merge, rotated.
     """
     merged = how.merge(live, safety)
-    return moved(live, LowRank(merged.A, merged.B), merged.residual, scaling)
+    return merge_effect(live, LowRank(merged.A, merged.B), merged.residual, scaling)
 
 
-def moved(old: LowRank, new: LowRank, residual: Tensor, scaling: Tensor) -> Moved:
+def merge_effect(old: LowRank, new: LowRank, residual: Tensor, scaling: Tensor) -> MergeEffect:
     """Return the squares of a merge that was made: `residual` is ‖dropped‖/‖target‖, (n), `scaling` (n).
 
     A best approximation is at a right angle to what it drops, so ‖target‖² = ‖new‖² / (1 - residual²).
@@ -72,4 +72,4 @@ def moved(old: LowRank, new: LowRank, residual: Tensor, scaling: Tensor) -> Move
     share = residual.to(after.dtype).square()
     target = torch.where(share < 1, after / (1 - share).clamp_min(1e-300), after)
     distance = squared_norm(weighted_sum([new, old], (1.0, -1.0))) * unit
-    return Moved(before, after, inner_product(new, old) * unit, distance, target, share * target)
+    return MergeEffect(before, after, inner_product(new, old) * unit, distance, target, share * target)

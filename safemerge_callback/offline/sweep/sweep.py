@@ -29,8 +29,8 @@ from ...methods.how import AUTO, MethodKnobs
 from ...methods.registry import knobs as declared
 from ...ops import LowRank, full_precision
 from ...subspace import Subspace
-from ..parts import CHUNK_BYTES, Given, adapter_of, adapters_of, chunks, copies_of_base, left_out, subspace_of
-from .small_space import Moved, fits_core, in_core, moved, moved_in_core
+from ..parts import CHUNK_BYTES, AdapterSource, adapter_of, adapters_of, chunks, copies_of_base, left_out, subspace_of
+from .small_space import MergeEffect, core_effect, fits_core, in_core, merge_effect
 from .table import Cell, Sweep
 
 # Every module, and eight cosines around the released SafeMERGE's 0.35.
@@ -40,14 +40,14 @@ DEFAULT_GATES = (
 )
 Device = torch.device | str | None
 # How is merged, and what it would do to each module, in numbers.
-Column = tuple[How, dict[str, Moved]]
+Column = tuple[How, dict[str, MergeEffect]]
 # Modules of equal ranks: names, live cores, cores of the others, and scalings, (n).
 Core = tuple[list[str], LowRank, list[LowRank], torch.Tensor]
 
 
 def sweep_adapters(
-    finetuned: Given,
-    safety: Given | Sequence[Given] | None,
+    finetuned: AdapterSource,
+    safety: AdapterSource | Sequence[AdapterSource] | None,
     subspace: str | Path | Subspace,
     *,
     gates: Sequence[str | Gate] = DEFAULT_GATES,
@@ -68,16 +68,16 @@ def sweep_adapters(
     Raises ConfigError for knobs that cannot be and for gates with soft weights, which differ by gate; otherwise as
     `merge_adapters`.
     """
-    guards = adapters_of(safety)
-    named = [method_of(method, len(guards)) for method in methods]
+    safety_adapters = adapters_of(safety)
+    named = [method_of(method, len(safety_adapters)) for method in methods]
     merges = _merges(named, weights, space, knobs)
-    asked = [as_gate(gate, {}) for gate in gates]
-    _check(asked, merges, guards)
+    swept_gates = [as_gate(gate, {}) for gate in gates]
+    _check(swept_gates, merges, safety_adapters)
     task, matrices = adapter_of(finetuned), subspace_of(subspace)
-    left_out(guards, task.factors, copies_of_base(task), level=3)
-    readings = _readings(task, guards, matrices, asked, device)
-    columns = _columns(merges, readings, task, guards, matrices, device)
-    return Sweep((_cell(gate, how, table, readings) for gate in asked for how, table in columns), readings)
+    left_out(safety_adapters, task.factors, copies_of_base(task), level=3)
+    readings = _readings(task, safety_adapters, matrices, swept_gates, device)
+    columns = _columns(merges, readings, task, safety_adapters, matrices, device)
+    return Sweep((_cell(gate, how, table, readings) for gate in swept_gates for how, table in columns), readings)
 
 
 def _merges(
@@ -87,17 +87,19 @@ def _merges(
     known = tuple(declared())
     if unknown := [name for name in knobs if name not in known]:
         raise unknown_knob(unknown[0], known, "a sweep")
-    found = []
+    merges = []
     for name in dict.fromkeys(methods):
         method = get_method(name)
-        own = {knob: value for knob, value in knobs.items() if knob in method.takes}
-        own["space"] = space if space in method.spaces else method.spaces[0]
+        settings = {knob: value for knob, value in knobs.items() if knob in method.takes}
+        settings["space"] = space if space in method.spaces else method.spaces[0]
         # One column of a method to which weights mean nothing.
-        found += [as_how(name, {**own, "weights": numbers}) for numbers in (weights if method.weighted else [None])]
-    return found
+        merges += [
+            as_how(name, {**settings, "weights": numbers}) for numbers in (weights if method.weighted else [None])
+        ]
+    return merges
 
 
-def _check(gates: Sequence[Gate], merges: Sequence[How], guards: Sequence[Adapter]) -> None:
+def _check(gates: Sequence[Gate], merges: Sequence[How], safety_adapters: Sequence[Adapter]) -> None:
     if not gates or not merges:
         raise ConfigError("a sweep needs at least one gate, one method and one list of weights, got none: give one")
     for gate in gates:
@@ -108,19 +110,19 @@ def _check(gates: Sequence[Gate], merges: Sequence[How], guards: Sequence[Adapte
         if "average" in how.needs:
             raise ConfigError(f"method {how.method!r} goes to the average of a run's own updates: it cannot be swept.")
         if how.kind.weighted:
-            check_merge(how.method, how.space, how.weights, len(guards) or None)
+            check_merge(how.method, how.space, how.weights, len(safety_adapters) or None)
     needs = (needs_of(how, gate) for how in merges for gate in gates)
     needing = [who["safety_adapter"] for who in needs if "safety_adapter" in who]
-    if not guards and needing:
+    if not safety_adapters and needing:
         raise PlanError(f"{needing[0]} needs a safety adapter, got none: give its folder or Hub id.")
 
 
 def _readings(
-    task: Adapter, guards: Sequence[Adapter], subspace: Subspace, gates: Sequence[Gate], device: Device
+    task: Adapter, safety_adapters: Sequence[Adapter], subspace: Subspace, gates: Sequence[Gate], device: Device
 ) -> Readings:
-    for guard in guards:
-        check_safety_adapter(guard, task.factors)
-    cosines = cosines_needed(gates, guards, task.factors, subspace, device=device, batch_bytes=CHUNK_BYTES)
+    for safety_adapter in safety_adapters:
+        check_safety_adapter(safety_adapter, task.factors)
+    cosines = cosines_needed(gates, safety_adapters, task.factors, subspace, device=device, batch_bytes=CHUNK_BYTES)
     return measure(task.factors, subspace, device=device, reference=cosines, batch_bytes=CHUNK_BYTES)
 
 
@@ -129,75 +131,79 @@ def _columns(
     merges: Sequence[How],
     readings: Readings,
     task: Adapter,
-    guards: Sequence[Adapter],
+    safety_adapters: Sequence[Adapter],
     subspace: Subspace,
     device: Device,
 ) -> list[Column]:
     """How each merge is made, and what it would do to every module with finite weights, by name."""
     names = [name for name, reading in readings.items() if reading.finite]
     small = any(fits_core(how) for how in merges)
-    cores = _cores(names, task, guards) if small else []
+    cores = _cores(names, task, safety_adapters) if small else []
     columns = []
     for how in merges:
         if fits_core(how):
-            parts = (_by_name(run, moved_in_core(how, live, others, scaling)) for run, live, others, scaling in cores)
+            parts = (_by_name(run, core_effect(how, live, others, scaling)) for run, live, others, scaling in cores)
         else:
             parts = (
-                _made(how, run, readings, task, guards, subspace, device) for run in _runs(how, names, task, subspace)
+                _effects_by_merging(how, run, readings, task, safety_adapters, subspace, device)
+                for run in _runs(how, names, task, subspace)
             )
         columns.append((how, {name: row for part in parts for name, row in part.items()}))
     return columns
 
 
-def _cores(names: Sequence[str], task: Adapter, guards: Sequence[Adapter]) -> list[Core]:
+def _cores(names: Sequence[str], task: Adapter, safety_adapters: Sequence[Adapter]) -> list[Core]:
     """All modules in their cores, stacked where the ranks agree: a few kilobytes each."""
     groups: dict[tuple[int, ...], list[tuple[str, list[LowRank], float]]] = {}
     for name in names:
         live = task.factors[name]
-        updates = [LowRank(live.A, live.B), *(guard.factors[name].low_rank(unit=live.scaling) for guard in guards)]
+        updates = [
+            LowRank(live.A, live.B),
+            *(safety_adapter.factors[name].low_rank(unit=live.scaling) for safety_adapter in safety_adapters),
+        ]
         groups.setdefault(tuple(u.A.shape[0] for u in updates), []).append((name, in_core(updates), live.scaling))
-    found = []
+    cores = []
     for group in groups.values():
-        own, *others = (
+        task_core, *other_cores = (
             LowRank(*(torch.stack(t) for t in zip(*u, strict=True))) for u in zip(*(g[1] for g in group), strict=True)
         )
-        scaling = torch.tensor([g[2] for g in group], dtype=own.A.dtype)
-        found.append(([g[0] for g in group], own, others, scaling))
-    return found
+        scaling = torch.tensor([g[2] for g in group], dtype=task_core.A.dtype)
+        cores.append(([g[0] for g in group], task_core, other_cores, scaling))
+    return cores
 
 
-def _by_name(names: Sequence[str], found: Moved) -> dict[str, Moved]:
-    rows = torch.stack([*found]).T.tolist()
-    return {name: Moved(*row) for name, row in zip(names, rows, strict=True)}
+def _by_name(names: Sequence[str], effect: MergeEffect) -> dict[str, MergeEffect]:
+    rows = torch.stack([*effect]).T.tolist()
+    return {name: MergeEffect(*row) for name, row in zip(names, rows, strict=True)}
 
 
 def _runs(how: How, names: Sequence[str], task: Adapter, subspace: Subspace) -> Iterator[list[str]]:
     yield from chunks(names, task, subspace if "subspace" in how.needs else None)
 
 
-def _made(
+def _effects_by_merging(
     how: How,
     names: Sequence[str],
     readings: Readings,
     task: Adapter,
-    guards: Sequence[Adapter],
+    safety_adapters: Sequence[Adapter],
     subspace: Subspace,
     device: Device,
-) -> dict[str, Moved]:
+) -> dict[str, MergeEffect]:
     """The same of merges that are carried out, and thrown away."""
     plan = MergePlan.of(Readings(readings[name] for name in names), Choices(Gate("all"), how))
     factors = {name: task.factors[name] for name in names}
-    new, edits = merged_factors(plan, factors, guards, subspace, device)
-    found = {}
+    new, edits = merged_factors(plan, factors, safety_adapters, subspace, device)
+    effects = {}
     for edit in edits:
         old = factors[edit.name]
         residual, scaling = torch.tensor([edit.residual, old.scaling], dtype=torch.float64)
-        row = moved(LowRank(old.A, old.B), LowRank(*(t.cpu() for t in new[edit.name])), residual, scaling)
-        found[edit.name] = Moved(*(float(value) for value in row))
-    return found
+        row = merge_effect(LowRank(old.A, old.B), LowRank(*(t.cpu() for t in new[edit.name])), residual, scaling)
+        effects[edit.name] = MergeEffect(*(float(value) for value in row))
+    return effects
 
 
-def _cell(gate: Gate, how: How, table: Mapping[str, Moved], readings: Readings) -> Cell:
+def _cell(gate: Gate, how: How, table: Mapping[str, MergeEffect], readings: Readings) -> Cell:
     plan = MergePlan.of(readings, Choices(gate, how))
     chosen = [table[name] for name in plan.selected]
     kept = sum(r.update_norm**2 for n, r in readings.items() if r.finite and not plan.verdicts[n].merge)

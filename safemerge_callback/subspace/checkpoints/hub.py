@@ -157,8 +157,8 @@ def cached_folder(repo: str, revision: str | None) -> Path | None:
     try:
         return Path(snapshot_download(repo, revision=revision, local_files_only=True))
     except (OSError, ValueError) as error:
-        found = getattr(error, "snapshot_path", None)
-        return Path(found) if found else None
+        folder = getattr(error, "snapshot_path", None)
+        return Path(folder) if folder else None
 
 
 def _get(repo: str, url: str, span: tuple[int, int] | None = None) -> bytes:

@@ -23,7 +23,7 @@ FUSED = {
 _STACKED = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """One tensor of a checkpoint, from the header of the file that it is in; `dtype` such as `BF16`."""
 
     file: ShardFile
@@ -31,7 +31,7 @@ class Stored(NamedTuple):
     dtype: str
 
 
-class Piece(NamedTuple):
+class WeightPiece(NamedTuple):
     """A run of whole rows in one stored tensor, from the flat position `start` on."""
 
     file: ShardFile
@@ -45,7 +45,7 @@ class Weight(NamedTuple):
 
     key: str
     dtype: str
-    pieces: tuple[Piece, ...]
+    pieces: tuple[WeightPiece, ...]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -60,19 +60,19 @@ class Weight(NamedTuple):
         return self._replace(pieces=(part,))
 
 
-def weights_of(tensors: Mapping[str, Stored], spelling: Spelling) -> dict[str, Weight]:
+def weights_of(tensors: Mapping[str, StoredTensor], spelling: Spelling) -> dict[str, Weight]:
     """Return canonical name -> weight of the 2-D `.weight` tensors and of each stacked expert of a checkpoint.
 
     Under the names, and fused or apart, as `spelling` says that the model has them. Raises SubspaceError where two
     tensors are one module.
     """
-    found: dict[str, Weight] = {}
+    weights: dict[str, Weight] = {}
     for key in tensors:
         for name, weight in _modules_of(key, tensors, spelling):
-            if name in found:
-                raise SubspaceError(f"{found[name].key!r} and {key!r} are both module {name!r}.")
-            found[name] = weight
-    return _as_the_model_has_them(found, spelling)
+            if name in weights:
+                raise SubspaceError(f"{weights[name].key!r} and {key!r} are both module {name!r}.")
+            weights[name] = weight
+    return _in_model_layout(weights, spelling)
 
 
 def alias_tied_head(weights: dict[str, Weight]) -> None:
@@ -94,14 +94,14 @@ def named_as(weights: Mapping[str, Weight], shapes: Mapping[str, tuple[int, int]
     used: set[str] = set()
     for name in sorted(shapes.keys() - weights.keys()):
         parts = FUSED.get(name.rpartition(".")[2], ())
-        found = _from_parts(name, weights, parts) or _from_fused(name, weights, shapes)
-        if found:
-            sources, result[name] = found
+        assembly = _from_parts(name, weights, parts) or _from_fused(name, weights, shapes)
+        if assembly:
+            sources, result[name] = assembly
             used.update(sources)
     return {name: weight for name, weight in result.items() if name in shapes or name not in used}
 
 
-def _as_the_model_has_them(weights: dict[str, Weight], spelling: Spelling) -> dict[str, Weight]:
+def _in_model_layout(weights: dict[str, Weight], spelling: Spelling) -> dict[str, Weight]:
     result: dict[str, Weight] = {}
     for name, weight in weights.items():
         parent, _, last = name.rpartition(".")
@@ -115,9 +115,9 @@ def _as_the_model_has_them(weights: dict[str, Weight], spelling: Spelling) -> di
         first = f".{parts[0]}"
         # Experts are single modules here, whatever the model has.
         for parent in [n.removesuffix(first) for n in weights if n.endswith(first) and ".experts." not in n]:
-            found = _from_parts(f"{parent}.{fused}", result, parts)
-            if found:
-                result = {n: w for n, w in result.items() if n not in found[0]} | {f"{parent}.{fused}": found[1]}
+            assembly = _from_parts(f"{parent}.{fused}", result, parts)
+            if assembly:
+                result = {n: w for n, w in result.items() if n not in assembly[0]} | {f"{parent}.{fused}": assembly[1]}
     return result
 
 
@@ -128,10 +128,10 @@ def _from_parts(
     parts = tuple(f"{parent}.{part}" for part in last_parts)
     if not parts or any(part not in weights for part in parts):
         return None
-    found = [weights[part] for part in parts]
-    if len({(weight.shape[1], weight.dtype) for weight in found}) != 1:
+    part_weights = [weights[part] for part in parts]
+    if len({(weight.shape[1], weight.dtype) for weight in part_weights}) != 1:
         return None
-    return parts, found[0]._replace(pieces=tuple(piece for weight in found for piece in weight.pieces))
+    return parts, part_weights[0]._replace(pieces=tuple(piece for weight in part_weights for piece in weight.pieces))
 
 
 def _from_fused(
@@ -150,16 +150,16 @@ def _from_fused(
     return None
 
 
-def _modules_of(key: str, tensors: Mapping[str, Stored], spelling: Spelling) -> Iterator[tuple[str, Weight]]:
+def _modules_of(key: str, tensors: Mapping[str, StoredTensor], spelling: Spelling) -> Iterator[tuple[str, Weight]]:
     name, stored = canonical_name(spelling.of(key)), tensors[key]
     if len(stored.shape) == 2 and key.endswith(".weight"):
-        whole = Piece(stored.file, key, 0, (stored.shape[0], stored.shape[1]))
+        whole = WeightPiece(stored.file, key, 0, (stored.shape[0], stored.shape[1]))
         yield name, Weight(key, stored.dtype, (whole,))
     elif len(stored.shape) == 3:
         yield from _experts(key, name, tensors)
 
 
-def _experts(key: str, name: str, tensors: Mapping[str, Stored]) -> Iterator[tuple[str, Weight]]:
+def _experts(key: str, name: str, tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Weight]]:
     """One module an expert of a stacked tensor (experts, rows, columns); gate and up apart where rows hold both."""
     parent, _, last = name.rpartition(".")
     if last in _STACKED and not parent.endswith(".experts"):
@@ -173,11 +173,11 @@ def _experts(key: str, name: str, tensors: Mapping[str, Stored]) -> Iterator[tup
     for expert in range(experts):
         for i, part in enumerate(parts):
             start = (expert * rows + i * height) * columns
-            piece = Piece(stored.file, key, start, (height, columns))
+            piece = WeightPiece(stored.file, key, start, (height, columns))
             yield f"{parent}.{expert}.{part}", Weight(key, stored.dtype, (piece,))
 
 
-def _is_out_in(key: str, tensors: Mapping[str, Stored]) -> bool:
+def _is_out_in(key: str, tensors: Mapping[str, StoredTensor]) -> bool:
     """Whether (experts, 2·hidden, inputs) is what is stored, and not its transpose: told by the tensor beside it."""
     _, rows, columns = tensors[key].shape
     for one, other in (("gate_up_proj", "down_proj"), ("input_linear", "output_linear")):

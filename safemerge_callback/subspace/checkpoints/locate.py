@@ -31,8 +31,8 @@ class Located(NamedTuple):
     @property
     def architecture(self) -> str | None:
         """The `model_type` of config.json; None where there is none."""
-        found = self.config.get("model_type")
-        return found if isinstance(found, str) else None
+        model_type = self.config.get("model_type")
+        return model_type if isinstance(model_type, str) else None
 
 
 def locate(source: str | Path, revision: str | None = None) -> Located:
@@ -99,13 +99,13 @@ def _one_file(path: Path) -> Path:
 def _only_file(there: list[str], source: str) -> str:
     if SINGLE in there:
         return SINGLE
-    found = [name for name in there if name.endswith(".safetensors") and not name.startswith("adapter_")]
-    if len(found) == 1:
-        return found[0]
-    if found:
+    candidates = [name for name in there if name.endswith(".safetensors") and not name.startswith("adapter_")]
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates:
         raise SubspaceError(
-            f"checkpoint {source!r}: {len(found)} safetensors files but no {INDEX} that says which belong together. "
-            "Download the index too, save the model again with save_pretrained, or give one file."
+            f"checkpoint {source!r}: {len(candidates)} safetensors files but no {INDEX} that says which belong "
+            "together. Download the index too, save the model again with save_pretrained, or give one file."
         )
     raise SubspaceError(f"checkpoint {source!r} {_why_nothing(there)}")
 

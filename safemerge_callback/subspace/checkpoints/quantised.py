@@ -37,10 +37,10 @@ def format_of(config: Mapping[str, Any]) -> str | None:
     """Return how config.json, or the part of it for the language model, says that the weights are quantised."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in ("quantization_config", "compression_config"):
-            asked = part.get(key)
-            if isinstance(asked, dict):
-                bits = next((f" {n}-bit" for n in (4, 8) if asked.get(f"load_in_{n}bit")), "")
-                return f"{asked.get('quant_method') or 'bitsandbytes'}{bits}"
+            settings = part.get(key)
+            if isinstance(settings, dict):
+                bits = next((f" {n}-bit" for n in (4, 8) if settings.get(f"load_in_{n}bit")), "")
+                return f"{settings.get('quant_method') or 'bitsandbytes'}{bits}"
     return None
 
 
@@ -51,38 +51,40 @@ def quantised_modules(tensors: Mapping[str, tuple[tuple[int, ...], str]], config
     plain, whatever lies beside it and whatever the configuration says; so is a module without a packed tensor: scales
     alone pack nothing.
     """
-    told = format_of(config)
-    found = {
+    config_format = format_of(config)
+    formats = {
         canonical_name(key): by_dtype(dtype)
         for key, (shape, dtype) in tensors.items()
         if key.endswith(".weight") and len(shape) > 1 and dtype not in DTYPES
     }
     plain = {canonical_name(key) for key, (_, dtype) in tensors.items() if key.endswith(".weight") and dtype in DTYPES}
     marked = {
-        name: marks for name, marks in _marked(tensors).items() if name in found or _packs(marks, told is not None)
+        name: marks
+        for name, marks in _marked(tensors).items()
+        if name in formats or _packs(marks, config_format is not None)
     }
     for pattern, how in reversed(_MARKS.items()):
-        found.update(
+        formats.update(
             {name: how for name, marks in marked.items() if any(re.fullmatch(pattern, mark) for mark in marks)}
         )
     packed = [key for key, (_, dtype) in tensors.items() if dtype not in DTYPES]
     stacked = {_expert(match) for match in map(_STACKED.fullmatch, packed) if match}
-    found.update(dict.fromkeys(stacked, "mxfp4"))
-    return {name: told or how for name, how in found.items() if name not in plain}
+    formats.update(dict.fromkeys(stacked, "mxfp4"))
+    return {name: config_format or how for name, how in formats.items() if name not in plain}
 
 
 def _marked(tensors: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, dict[str, str]]:
     """Canonical name -> mark -> dtype."""
-    found: dict[str, dict[str, str]] = {}
+    marks: dict[str, dict[str, str]] = {}
     for key, (_, dtype) in tensors.items():
         if match := _MARKED.fullmatch(key):
-            found.setdefault(canonical_name(match["module"]), {})[match["mark"]] = dtype
-    return found
+            marks.setdefault(canonical_name(match["module"]), {})[match["mark"]] = dtype
+    return marks
 
 
-def _packs(marks: Mapping[str, str], told: bool) -> bool:
+def _packs(marks: Mapping[str, str], in_config: bool) -> bool:
     """Whether one of these tensors can be a packed weight; a common word needs another mark, or the configuration."""
-    sure = told or len(marks) > 1
+    sure = in_config or len(marks) > 1
     return any(dtype not in DTYPES and (sure or mark not in _COMMON) for mark, dtype in marks.items())
 
 
@@ -97,5 +99,5 @@ def by_dtype(dtype: str) -> str:
 
 def quantised(what: str, how: str, modules: list[str], of: int) -> SubspaceError:
     """Return the error for a checkpoint whose `modules`, of so many that are wanted, are quantised."""
-    told = f" {len(modules)} of {of} modules are packed, first {modules[0]!r}." if modules else ""
-    return SubspaceError(f"{what} is quantised ({how}): use the unquantised checkpoint.{told}")
+    detail = f" {len(modules)} of {of} modules are packed, first {modules[0]!r}." if modules else ""
+    return SubspaceError(f"{what} is quantised ({how}): use the unquantised checkpoint.{detail}")

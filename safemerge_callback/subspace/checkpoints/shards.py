@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...errors import SubspaceError, nearest
 from ..header import DTYPES
-from .layouts import Piece, Stored, Weight, alias_tied_head, named_as, weights_of
+from .layouts import StoredTensor, Weight, WeightPiece, alias_tied_head, named_as, weights_of
 from .locate import Located, locate
 from .quantised import by_dtype, format_of, quantised, quantised_modules
 from .spellings import spelling_of
@@ -46,7 +46,9 @@ class CheckpointShards:
             weights = weights_of(tensors, spelling_of(located.architecture))
         except SubspaceError as error:
             raise SubspaceError(f"checkpoint {located.name!r}: {error}") from error
-        packed = quantised_modules({key: (held.shape, held.dtype) for key, held in tensors.items()}, located.config)
+        packed = quantised_modules(
+            {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}, located.config
+        )
         if not weights:
             if how := next(iter(packed.values()), format_of(located.config)):
                 raise quantised(f"checkpoint {located.name!r}", how, [*packed], len(packed))
@@ -123,29 +125,29 @@ class CheckpointShards:
         return self._weights[name]
 
 
-def _read(piece: Piece) -> Tensor:
+def _read(piece: WeightPiece) -> Tensor:
     rows, columns = piece.shape
     return piece.file.read(piece.key, piece.start, rows * columns).view(rows, columns)
 
 
-def _tensors_of(located: Located) -> dict[str, Stored]:
+def _tensors_of(located: Located) -> dict[str, StoredTensor]:
     """Every tensor of the checkpoint, by key; SubspaceError where the files do not hold what the index lists."""
-    found: dict[str, Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     for file in located.files:
         for key, (shape, dtype) in file.tensors().items():
-            if key in found:
+            if key in tensors:
                 raise SubspaceError(
-                    f"checkpoint {located.name!r}: {key!r} is both in {found[key].file.name!r} and {file.name!r}."
+                    f"checkpoint {located.name!r}: {key!r} is both in {tensors[key].file.name!r} and {file.name!r}."
                 )
-            found[key] = Stored(file, shape, dtype)
-    lacking = [key for key, name in located.listed.items() if key not in found or found[key].file.name != name]
+            tensors[key] = StoredTensor(file, shape, dtype)
+    lacking = [key for key, name in located.listed.items() if key not in tensors or tensors[key].file.name != name]
     if lacking:
         raise SubspaceError(
             f"checkpoint {located.name!r}: {len(lacking)} of {len(located.listed)} tensors that the index lists are "
             f"not in the file that it names, first {lacking[0]!r} in {located.listed[lacking[0]]!r}. Download the "
             "checkpoint again."
         )
-    return found
+    return tensors
 
 
 def num_bytes(checkpoint: CheckpointShards, name: str) -> int:

@@ -71,13 +71,13 @@ def _matches(name: str, key: str, target: str) -> bool:
 def _by_suffix(names: Mapping[str, str], targets: Sequence[str]) -> list[str]:
     chosen: dict[str, None] = {}
     for target in targets:
-        found = [name for name, key in names.items() if _matches(name, key, target)]
-        if not found:
+        modules = [name for name, key in names.items() if _matches(name, key, target)]
+        if not modules:
             raise SubspaceError(
                 f"target_modules entry {target!r} matches none of {len(names)} modules"
                 f"{nearest(target, _last_parts(names), then='choose among ' + ', '.join(_last_parts(names)))}"
             )
-        chosen.update(dict.fromkeys(found))
+        chosen.update(dict.fromkeys(modules))
     if not chosen:
         raise SubspaceError("target_modules is an empty list; leave it out to take every linear layer.")
     return list(chosen)

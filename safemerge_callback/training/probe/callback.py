@@ -16,7 +16,7 @@ from ...evaluation.units import check_unit
 from ...io.callables import check_callable
 from ...io.choices import truth
 from ...io.numbers import is_number
-from ...live.ranks import rank, together
+from ...live.ranks import all_or_none, rank
 from ...record.log import Log
 from ...signals.chat import template_settings, text_part
 from ...signals.losses import EvalLoss
@@ -138,7 +138,7 @@ class SafetyEvalCallback(TrainerCallback):
         questions = Questions.of(processing, *self.asked, template=self.template, settings=settings)
         check_vocabulary(model, (ids for tokens in questions.tokens.values() for ids in tokens))
         # The first rank judges.
-        together(lambda: check_ready((self.asking.judge, self.asking.benign_judge)) if rank() == 0 else None)
+        all_or_none(lambda: check_ready((self.asking.judge, self.asking.benign_judge)) if rank() == 0 else None)
         self.probing = Probing(model, text_part(processing), args, state, questions, self.asking, self.rules, settings)
         self.probing.log = Log(self.quiet, state.is_world_process_zero)
         self.begun, self.spent = False, self.probing.spent

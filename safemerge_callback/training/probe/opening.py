@@ -12,7 +12,7 @@ from ...errors import ConfigError, JournalError, shown
 from ...evaluation.judges import Judge, check_benign, measure_name
 from ...io.numbers import is_whole
 from ...io.paths import as_path
-from ...live.ranks import together
+from ...live.ranks import all_or_none
 from ...record import JOURNAL_FILE, Journal
 from ...record.progress import continue_journal
 from ..run.guarded import GuardedRun
@@ -138,7 +138,7 @@ def connect(probing: Probing, guard: GuardedRun | None, journal: str | None) -> 
             raise ConfigError(f"rule {name} is set and the trainer has {lacking}: add one that merges, or leave it out")
     if guard is None:
         # A refusal on the first rank alone would leave the others waiting for it.
-        probing.log.journal = together(lambda: _opened(journal, probing.args, probing.state))
+        probing.log.journal = all_or_none(lambda: _opened(journal, probing.args, probing.state))
         return
     guard.watch(probing)
     if journal is not None:

@@ -37,7 +37,7 @@ from ...io.paths import as_path
 from ...live import Writer, base_moved, base_weights, writer_for
 from ...live.engine import engine_of
 from ...live.optimizer import check_optimizer
-from ...live.ranks import from_first, together
+from ...live.ranks import all_or_none, from_first
 from ...ops import LowRank
 from ...record import JOURNAL_FILE, Journal, read_journal
 from ...record.entries import Sources, start_entry, versions_of
@@ -196,7 +196,7 @@ def _initial(
     """What factors that began as a part of the base weight began with: the present ones, or the checkpoint's."""
     if state.global_step == 0 or not base_moved(model, config.adapter_name):
         return "now"
-    return from_first(together(lambda: past.initial() if state.is_world_process_zero else {}))
+    return from_first(all_or_none(lambda: past.initial() if state.is_world_process_zero else {}))
 
 
 def _safety_adapters(config: SafeMergeConfig, factors: Mapping[str, LoraFactors]) -> tuple[Adapter, ...]:
@@ -300,7 +300,7 @@ def _records(
     path = _journal_path(config, args)
     count = progress.journal_entries if progress else None
     # A refusal on the first rank alone would leave the others waiting for it.
-    entries = together(lambda: _continued(path, state.global_step, count) if first else [])
+    entries = all_or_none(lambda: _continued(path, state.global_step, count) if first else [])
     if first and state.global_step == 0:
         set_aside_snapshot(Path(args.output_dir))
     if progress is None and state.global_step > 0:
@@ -323,7 +323,7 @@ def _check_journal(config: SafeMergeConfig, args: TrainingArguments, state: Trai
     path, first = _journal_path(config, args), state.is_world_process_zero
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        together(lambda: read_journal(path) if first and path.exists() else [])
+        all_or_none(lambda: read_journal(path) if first and path.exists() else [])
 
 
 def _tell_loss(reason: str, step: int, progress: Progress | None) -> None:

@@ -14,16 +14,16 @@ from ...adapters import LoraFactors
 from ...decision import Readings, as_gate, measure
 from ...decision.batches import batches
 from ...live.faults import Fault
-from ...live.ranks import everyones, many, rank, together
+from ...live.ranks import all_or_none, everyones, many, rank
 from ...subspace import Subspace
 from ...subspace.memory import Memory, device_memory, host_memory
-from ...subspace.placement import Choice, Setting, choose
+from ...subspace.placement import PlacementChoice, PlacementInputs, choose
 from ..config.settings import SafeMergeConfig
 
 logger = logging.getLogger(__name__)
 
 
-def place(config: SafeMergeConfig, subspace: Subspace, factors: Mapping[str, LoraFactors]) -> Choice:
+def place(config: SafeMergeConfig, subspace: Subspace, factors: Mapping[str, LoraFactors]) -> PlacementChoice:
     """Choose where `subspace` keeps the matrices of these modules, tell the log, and let it keep them there.
 
     Collective, and the same on every rank, since ranks that share the work wait for each other. Raises ConfigError, on
@@ -43,7 +43,7 @@ class RankShare(NamedTuple):
     order: tuple[str, ...]
 
 
-def rank_share(choice: Choice, factors: Mapping[str, LoraFactors], subspace: Subspace) -> RankShare | None:
+def rank_share(choice: PlacementChoice, factors: Mapping[str, LoraFactors], subspace: Subspace) -> RankShare | None:
     """Return this rank's share of the modules; None where each rank measures all of them."""
     if not choice.sharded:
         return None
@@ -102,7 +102,7 @@ def measure_together(
     """Measure all modules, each rank its share. Collective where there are shares; raises as `measure`, on each."""
     if share is None:
         return measure_share(factors, subspace, None, gate)
-    return _in_order(share, everyones(together(lambda: measure_share(factors, subspace, share, gate))))
+    return _in_order(share, everyones(all_or_none(lambda: measure_share(factors, subspace, share, gate))))
 
 
 def join(readings: Readings | Fault, share: RankShare | None) -> Readings | Fault:
@@ -124,7 +124,7 @@ def _in_order(share: RankShare, readings_of_ranks: Sequence[Readings]) -> Readin
     return Readings(readings[name] for name in share.order)
 
 
-def _setting(config: SafeMergeConfig, subspace: Subspace, factors: Mapping[str, LoraFactors]) -> Setting:
+def _setting(config: SafeMergeConfig, subspace: Subspace, factors: Mapping[str, LoraFactors]) -> PlacementInputs:
     """Bytes are the same on every rank; of memory, what the rank with the least has."""
     device = next(iter(factors.values())).A.device
     ranks = dist.get_world_size() if many() else 1
@@ -134,7 +134,7 @@ def _setting(config: SafeMergeConfig, subspace: Subspace, factors: Mapping[str, 
     host = Memory(*(count // max(1, near) for count in host_memory()))
     seen = everyones((gpu, host))
     gpus = [memory for memory, _ in seen if memory is not None]
-    return Setting(
+    return PlacementInputs(
         whole=sum(loads),
         share=max(loads),
         ranks=ranks,
