@@ -16,7 +16,7 @@ def test_every_gate_is_in_the_table_with_its_knob():
     assert set(rows) == set(GATES)
     for gate, knob in KNOB.items():
         assert f"`{knob}`" in rows[gate]
-        own = GATES[gate].own
+        own = GATES[gate].knobs
         default = own[0].default if own else getattr(Gate(), knob)
         stated = re.search(r"`, (\S+)", rows[gate])
         assert (stated and float(stated[1])) == default

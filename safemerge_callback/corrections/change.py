@@ -39,7 +39,7 @@ class Witness(Protocol):
 
 
 @dataclass(frozen=True)
-class Before:
+class StateBefore:
     """The changed modules' factors as they were, what puts their optimizer state back, and the counts."""
 
     factors: Mapping[str, LowRank]
@@ -86,13 +86,13 @@ class ChangeEngine:
         edits, shares = from_first((change.edits, dict(change.task_weights)))
         return self._conclude(change._replace(edits=edits, task_weights=shares), at.step, before, began, keep_in)
 
-    def _write(self, new: Mapping[str, LowRank]) -> Before:
+    def _write(self, new: Mapping[str, LowRank]) -> StateBefore:
         """Write, and return what was there before."""
         before = self._before(new)
         self.writer.write(new)
         return before
 
-    def _before(self, new: Mapping[str, LowRank]) -> Before:
+    def _before(self, new: Mapping[str, LowRank]) -> StateBefore:
         """What the change will alter, as it is."""
         live = self.writer.gather()
         factors = {name: LowRank(f.A.clone(), f.B.clone()) for name, f in live.items() if name in new}
@@ -100,10 +100,10 @@ class ChangeEngine:
         if self.witness and self.optimizer is not None and self.optimizer_state != "keep":
             parameters = [p for pair in self.writer.parameters(factors).values() for p in pair]
             states = copy_optimizer_states(self.optimizer, parameters)
-        return Before(factors, states, {name: deepcopy(getattr(self.log.progress, name)) for name in OF_A_CHANGE})
+        return StateBefore(factors, states, {name: deepcopy(getattr(self.log.progress, name)) for name in OF_A_CHANGE})
 
     def _conclude(
-        self, change: Change, step: int, before: Before, began: float, keep_in: Path | None
+        self, change: Change, step: int, before: StateBefore, began: float, keep_in: Path | None
     ) -> tuple[Edit, ...]:
         """See to all that follows from a change that was written at `step`; nothing is left of one taken back."""
         log, progress = self.log, self.log.progress
@@ -127,7 +127,7 @@ class ChangeEngine:
             _keep(log, keep_in, Snapshot(step, before.factors, norms_of(after)))
         return change.edits
 
-    def _taken_back(self, step: int, before: Before, reason: str) -> bool:
+    def _taken_back(self, step: int, before: StateBefore, reason: str) -> bool:
         """Put everything back as it was before the change, through the same writer; False where that fails."""
 
         def put_back() -> None:

@@ -128,9 +128,9 @@ def _decisions(plan: MergePlan) -> str:
     """What ranks must agree on; not the readings, whose last bits may differ between machines."""
     mark = hashlib.blake2b("\n".join(plan.selected).encode(), digest_size=4).hexdigest()
     how = plan.how
-    told = [f"{len(plan.selected)} modules (digest {mark})", how.method, how.space, f"weights {how.weights}"]
-    told += [f"{rule.name} {value}" for rule, value in rules_in_force(plan.rules, plan.gate) if rule.knob]
-    return ", ".join([*told, *(f"{name} {value}" for name, value in plan.taken.items()), f"step {plan.step}"])
+    decisions = [f"{len(plan.selected)} modules (digest {mark})", how.method, how.space, f"weights {how.weights}"]
+    decisions += [f"{rule.name} {value}" for rule, value in rules_in_force(plan.rules, plan.gate) if rule.knob]
+    return ", ".join([*decisions, *(f"{name} {value}" for name, value in plan.taken.items()), f"step {plan.step}"])
 
 
 def _batches(
@@ -172,14 +172,14 @@ def _basis_batches(
     plan: MergePlan, factors: Mapping[str, LoraFactors], subspace: Subspace, device: torch.device | str | None
 ) -> Iterable[tuple[Batch, Basis]]:
     """Batches with the bases of their modules; V is read only for those whose basis was not found before."""
-    asked = plan.how.knobs["operator_rank"]
+    operator_rank = plan.how.knobs["operator_rank"]
     turned = {name: factors[name].transposed for name in plan.selected}
-    lacking = set(missing_bases(subspace, turned.items(), asked))
+    lacking = set(missing_bases(subspace, turned.items(), operator_rank))
     if lacking:
         whole = _projected_batches(lacking, batches(factors, subspace, device), subspace)
-        find_bases(subspace, whole, asked)
+        find_bases(subspace, whole, operator_rank)
     known, groups = known_bases(subspace), dict[tuple[Any, ...], list[str]]()
-    kept = {n: known[n, t, basis_rank(subspace.modules[n], asked)] for n, t in turned.items()}
+    kept = {n: known[n, t, basis_rank(subspace.modules[n], operator_rank)] for n, t in turned.items()}
     for name, U in kept.items():
         module = factors[name]
         groups.setdefault((_where(module, device), module.shape, module.rank, U.shape[-1]), []).append(name)
@@ -210,13 +210,13 @@ def _runs(indices: Sequence[int]) -> Iterator[slice]:
             start = i
 
 
-def basis_rank(header: ModuleHeader, asked: int | None) -> int:
-    """Return the rank of a module's basis: the asked one, or the least noted one that holds 0.9 of V's energy, or 64.
+def basis_rank(header: ModuleHeader, operator_rank: int | None) -> int:
+    """Return the rank of a module's basis: `operator_rank`, or the least noted one that holds 0.9 of V's energy, or 64.
 
     The header notes a lower bound of the energy at ranks 1 to 64. Never more than V has rows or columns.
     """
     enough = [int(rank) for rank, share in header.energy.items() if share >= _ENERGY]
-    rank = asked if asked is not None else min(enough, default=_DEFAULT_RANK)
+    rank = operator_rank if operator_rank is not None else min(enough, default=_DEFAULT_RANK)
     return min(rank, *header.shape)
 
 

@@ -67,11 +67,11 @@ def needs_of(how: How | None, gate: Gate, rules: Mapping[str, Any] | None = None
     `subspace`: alignment matrices to multiply with; `bases`: instead of them. `safety_adapter`. `safety_cosines`: what
     the safety adapter itself reads. `average`: of the run's own updates. `one_merge`: that it happens once.
     """
-    found = [] if how is None else [(f"method {how.method!r}", how.needs)]
-    found += [(f"gate {gate.name!r}", gate.criterion.needs)]
-    found += [(f"weights rule {rule.name!r}", rule.needs) for rule, _ in rules_in_force(rules or {}, gate)]
+    claims = [] if how is None else [(f"method {how.method!r}", how.needs)]
+    claims += [(f"gate {gate.name!r}", gate.criterion.needs)]
+    claims += [(f"weights rule {rule.name!r}", rule.needs) for rule, _ in rules_in_force(rules or {}, gate)]
     # The first that needs it is named.
-    return {need: who for who, needs in reversed(found) for need in needs}
+    return {need: who for who, needs in reversed(claims) for need in needs}
 
 
 def _part(knobs: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:

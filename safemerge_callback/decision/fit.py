@@ -104,29 +104,29 @@ def needed_sources(
     PlanError if there are fewer or more than the plan has weights for, AdapterError if one does not fit the modules to
     merge.
     """
-    how, given = plan.how, sources_of(safety)
+    how, sources = plan.how, sources_of(safety)
     if not (how.needs | how.kind.optional) & {"safety_adapter", "average"}:
         return ()
-    if not given and "safety_adapter" in how.kind.optional:
+    if not sources and "safety_adapter" in how.kind.optional:
         return ()
-    if not given and "average" in how.needs:
+    if not sources and "average" in how.needs:
         raise PlanError(
             f"method {how.method!r} goes to the average of a run's own updates, got none: use it in training, or give "
             "`Average.adapter`"
         )
-    if not given:
+    if not sources:
         raise PlanError(
             f"method {how.method!r} needs a safety adapter, got none: load one with load_adapter, or decide "
             "with method='pull', which needs none"
         )
-    if len(given) != len(how.weights) - 1:
+    if len(sources) != len(how.weights) - 1:
         raise PlanError(
-            f"the plan has {len(how.weights)} weights {how.weights} and {len(given)} safety adapters were given: "
-            f"give {len(given) + 1} weights, the first for the task's own update"
+            f"the plan has {len(how.weights)} weights {how.weights} and {len(sources)} safety adapters were given: "
+            f"give {len(sources) + 1} weights, the first for the task's own update"
         )
-    for source in given:
+    for source in sources:
         _check_modules(source, {name: factors[name] for name in plan.selected}, how.space)
-    return given
+    return sources
 
 
 def needed_subspace(plan: MergePlan, subspace: Subspace | None) -> Subspace:

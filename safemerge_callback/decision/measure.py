@@ -92,9 +92,9 @@ def _readings(
         place.copy_(_measure_batch(batch, factors, subspace, next(matrices) if batch.comparable else None))
     values = rows.tolist()
     names = [name for batch in todo for name in batch.names]
-    found = {name: _reading(factors[name], subspace, row) for name, row in zip(names, values, strict=True)}
-    _require_finite_matrices([r for r in found.values() if not r.finite and math.isfinite(r.update_norm)], subspace)
-    return Readings(found[name] for name in factors)
+    readings = {name: _reading(factors[name], subspace, row) for name, row in zip(names, values, strict=True)}
+    _require_finite_matrices([r for r in readings.values() if not r.finite and math.isfinite(r.update_norm)], subspace)
+    return Readings(readings[name] for name in factors)
 
 
 def _require_finite_matrices(suspects: Sequence[Reading], subspace: Subspace) -> None:
@@ -169,9 +169,9 @@ def own_cosines(
     `measure`.
     """
     check_safety_adapter(safety, factors)
-    own = {name: replace(safety.factors[name], transposed=live.transposed) for name, live in factors.items()}
-    found = measure(own, subspace, device=device, batch_bytes=batch_bytes)
-    return {name: math.nan if r.update_norm == 0 else r.cosine for name, r in found.items()}
+    modules = {name: replace(safety.factors[name], transposed=live.transposed) for name, live in factors.items()}
+    readings = measure(modules, subspace, device=device, batch_bytes=batch_bytes)
+    return {name: math.nan if r.update_norm == 0 else r.cosine for name, r in readings.items()}
 
 
 def cosines_needed(

@@ -1,4 +1,4 @@
-"""One batch of modules, merged: the method's arithmetic in the live adapter's units, and what it changed."""
+"""One batch merged, apart from who batches and writes: the method's arithmetic in the live adapter's units."""
 
 from __future__ import annotations
 
@@ -85,9 +85,9 @@ def _merged(
         return plan.how.merge(live, others, weights=weights, alignment_matrix=V)
     done = []
     for i, name in enumerate(names):
-        own, *rest = (LowRank(update.A[i], update.B[i]) for update in (live, *others))
+        task, *rest = (LowRank(update.A[i], update.B[i]) for update in (live, *others))
         source = torch.Generator().manual_seed(mask_seed(plan.seed, plan.step, name))
-        done.append(plan.how.merge(own, rest, weights=weights, alignment_matrix=V, generator=source))
+        done.append(plan.how.merge(task, rest, weights=weights, alignment_matrix=V, generator=source))
     return Merged(*(torch.stack(parts) for parts in zip(*done, strict=True)))
 
 

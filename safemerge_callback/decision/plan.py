@@ -143,14 +143,14 @@ class MergePlan:
     @property
     def noted(self) -> dict[str, Any]:
         """The knobs of the weights rules in force that the journal adds, as JSON and YAML have them."""
-        found = rules_in_force(self.rules, self.gate)
-        return {r.knob.name: listed(value) for r, value in found if isinstance(r.knob, Knob)}
+        rules = rules_in_force(self.rules, self.gate)
+        return {r.knob.name: listed(value) for r, value in rules if isinstance(r.knob, Knob)}
 
     @property
     def words(self) -> str:
         """Method, space, weights and further knobs, in words."""
         words = f"method {self.how.method}, space {self.how.space}, weights {_shown(self.how.weights)}"
-        words += "".join(rule.told(value) for rule, value in reversed(rules_in_force(self.rules, self.gate)))
+        words += "".join(rule.phrase(value) for rule, value in reversed(rules_in_force(self.rules, self.gate)))
         return words + "".join(f", {name} {value}" for name, value in self.taken.items())
 
     def __str__(self) -> str:

@@ -35,12 +35,12 @@ class Band(NamedTuple):
         """
         below = moved < self.edge
         if adapter_merged and not below:
-            told = "but that says little after merges of a safety adapter, which lies along V itself"
-            return f"not below {self.edge:g}, {told}"
+            outcome = "but that says little after merges of a safety adapter, which lies along V itself"
+            return f"not below {self.edge:g}, {outcome}"
         runs, lost = (self.runs_below, self.lost_below) if below else (self.runs_above, self.lost_above)
         side = "below" if below else "not below"
-        told = f"where {lost or 'none'} of {runs} runs of a 135M model refused less than half of the harmful prompts"
-        return f"{side} {self.edge:g}, {told}"
+        outcome = f"where {lost or 'none'} of {runs} runs of a 135M model refused less than half of the harmful prompts"
+        return f"{side} {self.edge:g}, {outcome}"
 
 
 # From docs/drift.md, which `python -m method_comparison.drift --config GRID --take-published` writes, of the grid
@@ -182,8 +182,8 @@ class Readings(Mapping[str, Reading]):
 
     def _title(self) -> str:
         mean = self.moved_mean
-        told = "" if mean is None else f"; moved {mean:+z.2f} on average, {BAND.words(mean)}"
-        return f"{len(self)} modules measured{told}"
+        summary = "" if mean is None else f"; moved {mean:+z.2f} on average, {BAND.words(mean)}"
+        return f"{len(self)} modules measured{summary}"
 
     def __repr__(self) -> str:
         return f"Readings({len(self)} modules)"

@@ -22,17 +22,17 @@ def unmerged(safety: Adapter, modules: Collection[str], base: Base) -> str:
     embeddings), and what was to be trained and was not. What cannot be compared is told where the adapter's config says
     that it was trained.
     """
-    told = left_beside(safety, base)
+    beside = left_beside(safety, base)
     known = {*modules}
     lone = [name for name in safety.factors if name not in known]
     updates = [f"the updates of {listed(lone)}, modules that the fine-tuned adapter lacks"] if lone else []
-    return "; ".join([*told, *updates])
+    return "; ".join([*beside, *updates])
 
 
 def warning_of(left: Mapping[str, str]) -> str | None:
     """Return one warning of what is left out of all safety adapters, source -> `unmerged`; None where it is nothing."""
-    told = ", ".join(f"of safety adapter {source!r} {words}" for source, words in left.items() if words)
-    return f"left out are {told}: {_ADVICE}" if told else None
+    phrases = ", ".join(f"of safety adapter {source!r} {words}" for source, words in left.items() if words)
+    return f"left out are {phrases}: {_ADVICE}" if phrases else None
 
 
 def base_tensors(model: nn.Module) -> Base:
@@ -40,12 +40,12 @@ def base_tensors(model: nn.Module) -> Base:
 
     None for tensors that are sharded, packed or not in memory.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for key, value in model.named_parameters(remove_duplicate=False):
         name, kind = canonical_tensor(key)
         if kind != "modules_to_save" and ".lora_" not in key and _at_hand(value):
-            found[name] = value
-    return found.get
+            tensors[name] = value
+    return tensors.get
 
 
 def _at_hand(value: Tensor) -> bool:

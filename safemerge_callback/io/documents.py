@@ -85,22 +85,22 @@ def _refusing(who: str, kind: type[SafeMergeError], advice: str) -> Iterator[Non
 def _content(path: Any, who: str, error: type[SafeMergeError], largest: int = _LARGEST, encoding: str = "utf-8") -> str:
     """The text of a regular file: a pipe or a device may never end."""
     place = as_path(path, who, error=error)
-    found = place.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError("it is a folder" if stat.S_ISDIR(found.st_mode) else "it is no regular file")
-    if found.st_size > largest:
-        raise ValueError(f"it has {found.st_size:,} bytes, more than the {largest:,} that are read")
+    status = place.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is a folder" if stat.S_ISDIR(status.st_mode) else "it is no regular file")
+    if status.st_size > largest:
+        raise ValueError(f"it has {status.st_size:,} bytes, more than the {largest:,} that are read")
     # Line ends as they are: a CSV may have some within a field.
     return place.read_bytes().decode(encoding)
 
 
 def _json(text: str | bytes, who: str, error: type[SafeMergeError]) -> Any:
     def once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        mapping = dict(pairs)
+        if len(mapping) < len(pairs):
             key = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
             raise error(f"{who} gives the key {key!r} twice: keep one of the two")
-        return found
+        return mapping
 
     return json.loads(text, object_pairs_hook=once)
 

@@ -43,7 +43,7 @@ def free_output(
     """
     path = as_path(output, what, error=error)
     who = f"{what} {shown(output)}"
-    if any(same_place(given, path) for given in inputs):
+    if any(same_place(source, path) for source in inputs):
         raise error(f"{who} is one of the inputs: give another name")
     if not path.exists():
         if not path.name or path.name == "..":

@@ -13,16 +13,16 @@ from ..errors import ConfigError, SafeMergeError, shown
 _ABSENT = (errno.ENOENT, errno.ENOTDIR)
 
 
-def as_path(given: Any, what: str, *, error: type[SafeMergeError] = ConfigError) -> Path:
-    """Return `given` as a path, `~` and `~user` filled in; nothing needs to be there.
+def as_path(path: Any, what: str, *, error: type[SafeMergeError] = ConfigError) -> Path:
+    """Return `path` as a path, `~` and `~user` filled in; nothing needs to be there.
 
     `what` says whose path it is and begins the sentence of `error`, raised for what is no text and no path, for an
     empty text, and for one that the system refuses: a NUL, a user who is not there, a name that is too long, links
     that lead in a circle, a folder that may not be entered.
     """
-    if not isinstance(given, str | os.PathLike) or not isinstance(os.fspath(given), str):
-        raise error(f"{what} is {shown(given)}: give a path, as text")
-    text = os.fspath(given)
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+        raise error(f"{what} is {shown(path)}: give a path, as text")
+    text = os.fspath(path)
     if not text:
         raise error(f"{what} is an empty text: give a path")
     try:
@@ -38,10 +38,10 @@ def as_path(given: Any, what: str, *, error: type[SafeMergeError] = ConfigError)
     return path
 
 
-def existing(given: Any) -> Path | None:
-    """Return the path at which `given` is found; None where nothing is there, or where it could be no path at all."""
+def existing(place: Any) -> Path | None:
+    """Return the path at which `place` is found; None where nothing is there, or where it could be no path at all."""
     try:
-        path = as_path(given, "path")
+        path = as_path(place, "path")
         return path if path.exists() else None
     except (ConfigError, OSError):
         return None

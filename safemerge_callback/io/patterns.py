@@ -9,16 +9,16 @@ from ..errors import ConfigError, SafeMergeError, shown
 
 
 def as_pattern(
-    given: Any, what: str, *, within: tuple[str, str] = ("", ""), error: type[SafeMergeError] = ConfigError
+    text: Any, what: str, *, within: tuple[str, str] = ("", ""), error: type[SafeMergeError] = ConfigError
 ) -> re.Pattern[str]:
-    """Return `given` as a compiled pattern, between the two texts of `within`.
+    """Return `text` as a compiled pattern, between the two texts of `within`.
 
     `error`, which begins with `what`, for what is no text or no regular expression, one nested too deep or with counts
     too large among them.
     """
-    if not isinstance(given, str):
-        raise error(f"{what} {shown(given)} is no regular expression: give one, as text")
+    if not isinstance(text, str):
+        raise error(f"{what} {shown(text)} is no regular expression: give one, as text")
     try:
-        return re.compile(given.join(within))
+        return re.compile(text.join(within))
     except (re.error, OverflowError, RecursionError) as problem:
-        raise error(f"{what} {shown(given)} is no regular expression ({problem}): write one") from problem
+        raise error(f"{what} {shown(text)} is no regular expression ({problem}): write one") from problem

@@ -19,8 +19,10 @@ def renamed(module: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
         if name not in homes:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         home, _, now = homes[name].partition(":")
-        told = f"is now {now} of {home}: import that" if now else f"moved from {module} to {home}: import it from there"
-        warnings.warn(f"{name} {told}", DeprecationWarning, 2)
+        words = (
+            f"is now {now} of {home}: import that" if now else f"moved from {module} to {home}: import it from there"
+        )
+        warnings.warn(f"{name} {words}", DeprecationWarning, 2)
         return getattr(import_module(home), now or name)
 
     return find

@@ -87,7 +87,7 @@ def _mapping(text: str) -> dict[str, Any] | None:
     import yaml
 
     try:
-        found = yaml.safe_load(text)
+        mapping = yaml.safe_load(text)
     except yaml.YAMLError:
         return None
-    return found if isinstance(found, dict) else None
+    return mapping if isinstance(mapping, dict) else None

@@ -177,8 +177,8 @@ class History:
         """The gate in words, as `threshold 0.35`; empty where nothing was checked."""
         if not self.gate:
             return ""
-        own = "" if self.knob is None else f" {self.knob:g}"
-        knob = {"threshold": f" {self.threshold:g}", "num_layers": f" {self.num_layers}"}.get(self.gate, own)
+        knob = "" if self.knob is None else f" {self.knob:g}"
+        knob = {"threshold": f" {self.threshold:g}", "num_layers": f" {self.num_layers}"}.get(self.gate, knob)
         return f"gate {self.gate}{knob}"
 
     @cached_property
@@ -189,11 +189,11 @@ class History:
     @cached_property
     def moved(self) -> dict[int, float]:
         """Step -> the mean of `moved` over the modules that have moved, where that of each is known."""
-        found: dict[int, list[float | None]] = {}
+        by_step: dict[int, list[float | None]] = {}
         for (_, step), cell in self.cells.items():
             if cell.state == "measured":
-                found.setdefault(step, []).append(None if math.isnan(cell.moved) else cell.moved)
-        means = {step: mean_moved(found.get(step, ())) for step in self.steps}
+                by_step.setdefault(step, []).append(None if math.isnan(cell.moved) else cell.moved)
+        means = {step: mean_moved(by_step.get(step, ())) for step in self.steps}
         return {step: mean for step, mean in means.items() if mean is not None}
 
     @property
@@ -212,18 +212,18 @@ class History:
     @cached_property
     def task_weights(self) -> dict[str, dict[int, float]]:
         """Module -> step -> the share of its own update that is left from then on, where a merge changed it."""
-        found: dict[str, dict[int, float]] = {}
+        shares: dict[str, dict[int, float]] = {}
         for (name, step), share in sorted(self.merges.items(), key=lambda item: item[0][1]):
-            found.setdefault(name, {})[step] = self.undone.get((name, step), share)
-        return found
+            shares.setdefault(name, {})[step] = self.undone.get((name, step), share)
+        return shares
 
     @cached_property
     def by_module(self) -> dict[str, dict[int, Cell]]:
         """Module -> step -> its reading, steps ascending."""
-        found: dict[str, dict[int, Cell]] = {name: {} for name in self.modules}
+        cells: dict[str, dict[int, Cell]] = {name: {} for name in self.modules}
         for (name, step), cell in sorted(self.cells.items(), key=lambda item: item[0][1]):
-            found[name][step] = cell
-        return found
+            cells[name][step] = cell
+        return cells
 
 
 # What a history works out of its fields once, until an entry is added.

@@ -160,8 +160,8 @@ def tell_torn(torn: Sequence[int], path: Path) -> None:
     """Warn of lines that were passed over, if there are any."""
     if torn:
         what = f"line {torn[0]} was" if len(torn) == 1 else f"{len(torn)} lines, first line {torn[0]}, were"
-        told = f"safemerge: journal {str(path)!r}: {what} cut off by a full disk or a crash; read without it"
-        warnings.warn(told, stacklevel=4)
+        words = f"safemerge: journal {str(path)!r}: {what} cut off by a full disk or a crash; read without it"
+        warnings.warn(words, stacklevel=4)
 
 
 def _read(path: Path) -> list[bytes]:

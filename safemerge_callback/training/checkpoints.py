@@ -93,8 +93,9 @@ def resumed_folders(args: TrainingArguments, state: TrainerState) -> list[Path]:
     if read is not None:
         return [read]
     name = f"checkpoint-{state.global_step}"
-    given = [args.resume_from_checkpoint] if isinstance(args.resume_from_checkpoint, str) else []
-    return [*(Path(g) for g in given if Path(g).name == name), Path(args.output_dir) / name]
+    source = args.resume_from_checkpoint
+    named = [Path(source)] if isinstance(source, str) and Path(source).name == name else []
+    return [*named, Path(args.output_dir) / name]
 
 
 def _folder_read() -> Path | None:

@@ -315,9 +315,9 @@ def test_sets_by_name_and_by_file(world, runs, tmp_path, probe):
     (tmp_path / "good.txt").write_text("x y\n")
     own, good = f"harm:{tmp_path / 'own.txt'}", f"benign:{tmp_path / 'good.txt'}"
     asked = probe(prompts={"bad": own}, benign=[good], n=2)
-    assert [len(texts) for texts in asked.asked[0].values()] == [2]
-    assert list(asked.asked[0]) == ["bad"]
-    assert asked.asked[1] == {"good": ["x y"]}
+    assert [len(texts) for texts in asked.prompt_sets[0].values()] == [2]
+    assert list(asked.prompt_sets[0]) == ["bad"]
+    assert asked.prompt_sets[1] == {"good": ["x y"]}
     with refused("is of kind 'benign': give it as benign="):
         probe(prompts=good)
     with refused("is of kind 'harm': give it as prompts="):

@@ -181,7 +181,7 @@ def test_the_heat_map_is_one_table_of_all_checks_and_takes_the_saved_chart(world
 def test_the_chart_leads_with_what_moved_and_the_edge_of_the_band():
     pytest.importorskip("wandb")
     from safemerge_callback.decision import BAND
-    from safemerge_callback.training.trackers.columns import Cell
+    from safemerge_callback.training.trackers.columns import ColumnCell
     from safemerge_callback.training.trackers.wandb import chart_spec
 
     spec = chart_spec()
@@ -189,7 +189,7 @@ def test_the_chart_leads_with_what_moved_and_the_edge_of_the_band():
     first = json.dumps(spec["vconcat"][0])
     assert "${field:moved}" in first
     assert '{"expr": "edge"}' in first
-    assert set(re.findall(r"\$\{field:(\w+)\}", json.dumps(spec))) == set(Cell._fields)
+    assert set(re.findall(r"\$\{field:(\w+)\}", json.dumps(spec))) == set(ColumnCell._fields)
 
 
 def test_without_a_saved_chart_the_same_table_is_there(world, tmp_path, home):
@@ -312,12 +312,12 @@ def server(home, monkeypatch):
 
 
 def test_the_chart_is_saved_under_the_users_name(server):
-    from safemerge_callback.training.trackers.columns import Cell
+    from safemerge_callback.training.trackers.columns import ColumnCell
     from safemerge_callback.training.trackers.wandb import save_chart
 
     assert save_chart("team") == "team/safemerge_heat_map"
     (sent,) = [asked["variables"] for asked in server if "chartName" in asked.get("variables", {})]
     assert (sent["entity"], sent["access"], sent["chartType"]) == ("team", "PRIVATE", "vega2")
     fields = {part.split("}")[0] for part in sent["spec"].split("${field:")[1:]}
-    assert fields == set(Cell._fields)
+    assert fields == set(ColumnCell._fields)
     assert json.loads(sent["spec"])["data"] == {"name": "wandb"}

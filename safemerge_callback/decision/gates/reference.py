@@ -13,8 +13,8 @@ from .registry import gate
 
 def limit(reading: Reading, reference_fraction: float) -> float:
     """Return the cosine below which a module is merged; -inf where the safety adapter has not moved."""
-    own = _own(reading)
-    return reference_fraction * own if math.isfinite(own) else -math.inf
+    safety_cosine = _safety_cosine(reading)
+    return reference_fraction * safety_cosine if math.isfinite(safety_cosine) else -math.inf
 
 
 @gate(
@@ -34,21 +34,22 @@ def reference(readings: Readings, *, reference_fraction: float) -> dict[str, Ver
     check_reference_fraction(reference_fraction)
     for reading in readings.values():
         # A module that has not moved will: what is missing shows before the first step.
-        _own(reading)
+        _safety_cosine(reading)
     return {name: excluded(reading) or _compared(reading, reference_fraction) for name, reading in readings.items()}
 
 
 def _compared(reading: Reading, fraction: float) -> Verdict:
-    own = _own(reading)
-    if not math.isfinite(own):
+    safety_cosine = _safety_cosine(reading)
+    if not math.isfinite(safety_cosine):
         return Verdict(False, "nothing to compare with: the safety adapter has not moved here")
     bound = limit(reading, fraction)
     sign = below(reading, bound)
-    words = f"cosine {digits(reading.cosine, bound)} {sign} {bound:.4f}, {fraction:g} of the safety adapter's {own:.4f}"
+    share = f"{fraction:g} of the safety adapter's {safety_cosine:.4f}"
+    words = f"cosine {digits(reading.cosine, bound)} {sign} {bound:.4f}, {share}"
     return Verdict(sign == "<", words + proof(reading))
 
 
-def _own(reading: Reading) -> float:
+def _safety_cosine(reading: Reading) -> float:
     if reading.reference is None:
         raise ConfigError(
             f"gate 'reference' compares with the safety adapter's own cosines, and there is none for module "

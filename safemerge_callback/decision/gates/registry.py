@@ -31,21 +31,20 @@ class Criterion:
     `function(readings, *, ...)` declares the knobs of `Gate` that it reads, and no others; `open_of` and `asks` are
     given the same ones.
 
-    `knob`: the one that says how much is merged. `own`: the same where it is none of `Gate`'s, declared here. `needs`:
-    what must be there, such as `safety_cosines`. `ranked`: whether modules are compared with each other, so that one
-    module's verdict needs the readings of all. `limit`: the cosine below which a module is merged, by reading and knob;
-    `most`: the largest value of the knob at which anything lies below it. `distance`: of a gate that merges below
-    something else than a cosine, how far a module lies above it, by reading and knob. `open_of`: which modules an
-    interval leaves open, where that is not whether a limit lies in it; all for a gate that asks
-    cosines and has neither. `asks`: whether any verdict depends on a cosine.
-    `merges`: whether it ever merges; `whole`: whether always everything. `notes`: fields of `Reading`
-    that a verdict cannot be understood without, for the record.
+    `knob`: the one that says how much is merged. `knobs`: those declared here, that one where it is none of `Gate`'s.
+    `needs`: what must be there, such as `safety_cosines`. `ranked`: whether modules are compared with each other, so
+    that one module's verdict needs the readings of all. `limit`: the cosine below which a module is merged, by reading
+    and knob; `most`: the largest value of the knob at which anything lies below it. `distance`: of a gate that merges
+    below something else than a cosine, how far a module lies above it, by reading and knob. `open_of`: which modules an
+    interval leaves open, where that is not whether a limit lies in it; all for a gate that asks cosines and has
+    neither. `asks`: whether any verdict depends on a cosine. `merges`: whether it ever merges; `whole`: whether always
+    everything. `notes`: fields of `Reading` that a verdict cannot be understood without, for the record.
     """
 
     name: str
     function: Function
     knob: str | None = None
-    own: tuple[Knob, ...] = ()
+    knobs: tuple[Knob, ...] = ()
     needs: frozenset[str] = frozenset()
     ranked: bool = False
     limit: Callable[[Reading, float], float] | None = None
@@ -99,11 +98,11 @@ def gate(
 
     `knob`: the name of one of `Gate`'s, or a `Knob` of the gate's own, whose value is a number.
     """
-    own = (knob,) if isinstance(knob, Knob) else ()
+    knobs = (knob,) if isinstance(knob, Knob) else ()
     main = knob.name if isinstance(knob, Knob) else knob
 
     def enter(function: Function) -> Function:
-        entry = Criterion(name or function.__name__, function, main, own, **about)
+        entry = Criterion(name or function.__name__, function, main, knobs, **about)
         GATES[entry.name] = entry
         if main is not None:
             KNOB[entry.name] = main

@@ -72,7 +72,7 @@ class Gate:
         checks.check_count_of("step", self.step)
         checks.check_rearm(self.rearm)
         self._check_unread()
-        object.__setattr__(self, "knobs", checked(self.criterion.own, self.knobs, gate=self.name))
+        object.__setattr__(self, "knobs", checked(self.criterion.knobs, self.knobs, gate=self.name))
         self._check_rearm()
         if not isinstance(self.soft, bool) or (self.soft and not self.limits):
             able = sorted(name for name, other in GATES.items() if other.limit)
@@ -88,16 +88,16 @@ class Gate:
                 check(value)
             elif value is not None:
                 self._refuse(knob, value, readers)
-        own = {knob.name for knob in self.criterion.own}
+        declarations = {knob.name for knob in self.criterion.knobs}
         for knob, value in named_values(self.knobs).items():
-            if knob not in own:
+            if knob not in declarations:
                 self._refuse(knob, value, [name for name, other in GATES.items() if knob in other.reads])
 
     def _refuse(self, knob: str, value: Any, readers: list[str]) -> None:
         if not readers:
             raise unknown_knob(knob, gate_knobs(), "a gate")
-        told = " and ".join(repr(gate) for gate in readers)
-        raise ConfigError(f"{knob}={shown(value)} is read by gate {told} only, and gate is {self.name!r}: drop one")
+        gates = " and ".join(repr(gate) for gate in readers)
+        raise ConfigError(f"{knob}={shown(value)} is read by gate {gates} only, and gate is {self.name!r}: drop one")
 
     def _check_rearm(self) -> None:
         if not self.rearm and (self.rearm is None or self.limits or self.ranked):
@@ -213,7 +213,7 @@ def default_gate(knobs: Mapping[str, Any]) -> str:
 
 def gate_knobs() -> tuple[str, ...]:
     """Return the names of all knobs that a gate may be given: `Gate`'s, and those that gates have declared."""
-    return (*KNOBS, *(knob.name for other in GATES.values() for knob in other.own))
+    return (*KNOBS, *(knob.name for other in GATES.values() for knob in other.knobs))
 
 
 def as_gate(gate: str | Gate | None, knobs: Mapping[str, Any]) -> Gate:
@@ -229,9 +229,9 @@ def as_gate(gate: str | Gate | None, knobs: Mapping[str, Any]) -> Gate:
     unknown = sorted(set(knobs) - set(allowed))
     if unknown:
         raise unknown_knob(unknown[0], allowed, "a gate")
-    own = {name: value for name, value in knobs.items() if name not in KNOBS}
+    extras = {name: value for name, value in knobs.items() if name not in KNOBS}
     rest = {name: value for name, value in knobs.items() if name in KNOBS}
-    return Gate(default_gate(knobs) if gate is None else gate, **rest, knobs=own)
+    return Gate(default_gate(knobs) if gate is None else gate, **rest, knobs=extras)
 
 
 def undecided(readings: Readings, gate: str | Gate, **knobs: Unpack[Knobs]) -> list[str]:

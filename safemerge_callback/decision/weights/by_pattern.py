@@ -47,9 +47,9 @@ def pattern_of(name: str, patterns: Iterable[str]) -> str | None:
 
 def check_patterns(patterns: Iterable[str], names: Sequence[str]) -> None:
     """Raise ConfigError for a pattern that fits none of the modules `names`, or only such as an earlier one takes."""
-    given = list(patterns)
-    used = {pattern_of(name, given) for name in names}
-    idle = [pattern for pattern in given if pattern not in used]
+    patterns = list(patterns)
+    used = {pattern_of(name, patterns) for name in names}
+    idle = [pattern for pattern in patterns if pattern not in used]
     if idle:
         shown = f", the first is {names[0]!r}" if names else ""
         raise ConfigError(
@@ -64,7 +64,7 @@ def _check(value: Any, beside: Mapping[str, Any]) -> dict[str, tuple[float, ...]
 
 
 def _words(value: Mapping[str, Sequence[float]]) -> str:
-    return "".join(f", {pattern} {' / '.join(f'{w:g}' for w in own)}" for pattern, own in value.items())
+    return "".join(f", {pattern} {' / '.join(f'{w:g}' for w in weights)}" for pattern, weights in value.items())
 
 
 MODULE_WEIGHTS = Knob(
@@ -82,8 +82,8 @@ def by_pattern(weights: Weights, patterns: Mapping[str, tuple[float, ...]], _cas
     ConfigError for a pattern that fits none of the modules.
     """
     check_patterns(patterns, list(weights))
-    found = {name: pattern_of(name, patterns) for name in weights}
-    return {name: weights[name] if fit is None else patterns[fit] for name, fit in found.items()}
+    fits = {name: pattern_of(name, patterns) for name in weights}
+    return {name: weights[name] if fit is None else patterns[fit] for name, fit in fits.items()}
 
 
 def _compiled(pattern: Any) -> re.Pattern[str]:

@@ -55,7 +55,7 @@ class WeightsRule:
             return True
         return knobs.get(self.knob.name) if isinstance(self.knob, Knob) else getattr(gate, self.knob)
 
-    def told(self, value: Any) -> str:
+    def phrase(self, value: Any) -> str:
         """Return the end of a sentence on the weights."""
         if self.words is not None:
             return self.words(value)
@@ -92,8 +92,8 @@ def weights_knobs() -> tuple[str, ...]:
 
 def rules_in_force(knobs: Mapping[str, Any], gate: Gate) -> list[tuple[WeightsRule, Any]]:
     """Return the rules that hold, in their order, each with its knob's value."""
-    found = ((rule, rule.value(knobs, gate)) for rule in WEIGHTS.values())
-    return [(rule, value) for rule, value in found if value]
+    values = ((rule, rule.value(knobs, gate)) for rule in WEIGHTS.values())
+    return [(rule, value) for rule, value in values if value]
 
 
 def checked_rules(knobs: Mapping[str, Any], how: How, gate: Gate) -> dict[str, Any]:

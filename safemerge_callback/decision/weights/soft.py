@@ -34,10 +34,10 @@ def _words(_value: Any) -> str:
 @weights_rule(knob="soft", fits=check_soft, grouped=False, words=_words)
 def soft(weights: Weights, _value: Any, case: Case) -> Weights:
     """Return weights less of a change, by how far a module's cosine lies below the gate's; see `attenuated`."""
-    return {name: _faded(asked, name, case) for name, asked in weights.items()}
+    return {name: _faded(module_weights, name, case) for name, module_weights in weights.items()}
 
 
-def _faded(asked: tuple[float, ...], name: str, case: Case) -> tuple[float, ...]:
+def _faded(weights: tuple[float, ...], name: str, case: Case) -> tuple[float, ...]:
     reading = case.readings.get(name)
     limit = None if reading is None else case.gate.limit(reading)
-    return asked if reading is None or limit is None else attenuated(asked, reading.cosine, limit)
+    return weights if reading is None or limit is None else attenuated(weights, reading.cosine, limit)

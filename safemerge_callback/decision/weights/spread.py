@@ -35,7 +35,7 @@ def one_of_many(how: How, knobs: Mapping[str, Any], events: int) -> tuple[How, d
     """Return what is asked of each of `events` merges, and of the weights rules then, as `spread` shares it out."""
     shared = dict(knobs)
     if patterns := knobs.get(MODULE_WEIGHTS.name):
-        shared[MODULE_WEIGHTS.name] = {pattern: spread(tuple(own), events) for pattern, own in patterns.items()}
+        shared[MODULE_WEIGHTS.name] = {pattern: spread(tuple(weights), events) for pattern, weights in patterns.items()}
     return replace(how, weights=spread(how.weights, events)), shared
 
 

@@ -46,8 +46,8 @@ def _module(plan: MergePlan, reading: Reading) -> dict[str, Any]:
 
 def gate_entry(gate: Gate) -> dict[str, Any]:
     """What the journal says of the gate: its name and its knob, and two knobs that every line has."""
-    own = {} if gate.criterion.knob is None else {gate.criterion.knob: gate.knob}
-    return {"gate": gate.name, "threshold": gate.threshold, "num_layers": gate.num_layers, **own}
+    knob = {} if gate.criterion.knob is None else {gate.criterion.knob: gate.knob}
+    return {"gate": gate.name, "threshold": gate.threshold, "num_layers": gate.num_layers, **knob}
 
 
 def how_entry(plan: MergePlan) -> dict[str, Any]:

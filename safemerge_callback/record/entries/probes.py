@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 def probe_entry(step: int, when: str, answers: Answers, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the entry of one probe: every measure; `settings` say how the model was asked, at a run's first probe."""
     measures = [columns(measure, PROBE_COLUMNS) for measure in answers.measures]
-    told = {"when": when, "seconds": answers.seconds, "measures": measures}
-    asked = {} if settings is None else {"settings": dict(settings)}
-    return {"kind": "probe", "step": step, **told, "mean_tokens": answers.mean_tokens, **asked}
+    figures = {"when": when, "seconds": answers.seconds, "measures": measures}
+    how = {} if settings is None else {"settings": dict(settings)}
+    return {"kind": "probe", "step": step, **figures, "mean_tokens": answers.mean_tokens, **how}
 
 
 def read_probe(history: History, entry: Mapping[str, Any]) -> None:

@@ -38,11 +38,11 @@ def start_entry(
     `config` are the settings, `subspace` what V was made of. Of a training besides: where V is kept, the number of
     processes, what is planned, whether a checkpoint's state was found, what merges leave out of each safety adapter.
     """
-    told = {"config": dict(config), "versions": dict(versions), "subspace": subspace._asdict()}
+    provenance = {"config": dict(config), "versions": dict(versions), "subspace": subspace._asdict()}
     sizes = {"placement": placement, "num_modules": num_modules, "world_size": world_size}
     of_a_training = {"planned": planned, "restored": restored, "left_out": left_out}
     more = {key: value for key, value in (sizes | of_a_training).items() if value is not None}
-    return {"kind": "start", "version": VERSION, "step": step, **told, **more}
+    return {"kind": "start", "version": VERSION, "step": step, **provenance, **more}
 
 
 def read_start(history: History, entry: Mapping[str, Any]) -> None:

@@ -21,16 +21,16 @@ def number(value: Any) -> float:
 
 def known(value: Any) -> float | None:
     """Return a number, None where it is null; ValueError as `number`."""
-    found = number(value)
-    return None if math.isnan(found) else found
+    amount = number(value)
+    return None if math.isnan(amount) else amount
 
 
 def count(value: Any) -> int:
     """Return a whole number from 0; ValueError for what is none."""
-    found = number(value)
-    if not (found.is_integer() and is_whole(int(found), 0)):
+    amount = number(value)
+    if not (amount.is_integer() and is_whole(int(amount), 0)):
         raise ValueError(f"{shown(value)} where a count is due")
-    return int(found)
+    return int(amount)
 
 
 def module_name(module: Mapping[str, Any]) -> str:

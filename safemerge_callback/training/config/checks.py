@@ -1,4 +1,4 @@
-"""What each setting of the callback may be: one refusal, which prints what it was and what is allowed."""
+"""What each setting may be, apart for its length: one refusal, which prints what it was and what is allowed."""
 
 from __future__ import annotations
 
@@ -88,12 +88,12 @@ def _check_types(config: Draft) -> None:
     check_placement(config.placement)
 
 
-def with_own(value: Any, own: Mapping[str, Any]) -> dict[str, Any]:
+def join_knobs(value: Any, singles: Mapping[str, Any]) -> dict[str, Any]:
     """Return the setting `knobs` with those that stand by themselves; ConfigError for one that stands twice."""
-    given = _knobs(value)
-    if twice := sorted(given.keys() & own.keys()):
+    knobs = _knobs(value)
+    if twice := sorted(knobs.keys() & singles.keys()):
         raise ConfigError(f"{twice[0]} is given twice, by itself and in knobs: give it once")
-    return {**given, **own}
+    return {**knobs, **singles}
 
 
 def _knobs(value: Any) -> Mapping[str, Any]:
@@ -103,24 +103,26 @@ def _knobs(value: Any) -> Mapping[str, Any]:
 
 def _check_knobs(config: Draft) -> None:
     """Refuse knobs that nobody has declared, and those that are settings by themselves."""
-    given = _knobs(config.knobs)
+    knobs = _knobs(config.knobs)
     known = declared_knobs(vars(config))
-    if unknown := [name for name in given if name not in known]:
+    if unknown := [name for name in knobs if name not in known]:
         raise unknown_knob(unknown[0], known, "knobs")
-    config.knobs = dict(given) or None
+    config.knobs = dict(knobs) or None
 
 
 def _check_adapters(config: Draft) -> None:
-    given: Any = config.safety_adapter
-    names: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
+    adapters: Any = config.safety_adapter
+    names: list[Any] = list(adapters) if isinstance(adapters, list | tuple) else [adapters]
     names = [str(name) if isinstance(name, Path) else name for name in names]
-    if given is not None and (not names or not all(isinstance(name, str) and name for name in names)):
+    if adapters is not None and (not names or not all(isinstance(name, str) and name for name in names)):
         raise ConfigError(
-            f"safety_adapter is {shown(given)}: give a folder or Hub id, a non-empty string, or a list of them, or "
+            f"safety_adapter is {shown(adapters)}: give a folder or Hub id, a non-empty string, or a list of them, or "
             "leave it out"
         )
     if len(set(names)) < len(names):
-        raise ConfigError(f"safety_adapter is {shown(given)}: one is named twice, name it once and add its weights up")
+        raise ConfigError(
+            f"safety_adapter is {shown(adapters)}: one is named twice, name it once and add its weights up"
+        )
     config.safety_adapter = names[0] if len(names) == 1 else names
 
 
@@ -202,7 +204,7 @@ def _check_weights(config: Draft, how: How) -> None:
         check_counts(choices, len(config.adapters))
     patterns = choices.rules.get("module_weights", {})
     config.weights, config.strength = list(how.weights), how.strength
-    config.module_weights = {pattern: list(own) for pattern, own in patterns.items()} or None
+    config.module_weights = {pattern: list(weights) for pattern, weights in patterns.items()} or None
     for weights in (config.weights, *patterns.values()):
         if weights[0] == 0 and how.kind.takes_away:
             raise ConfigError(
@@ -287,8 +289,8 @@ def _check_schedule(config: Draft) -> None:
 
 def _check_corrections(config: Draft) -> None:
     """Bring the list of corrections into what tells every setting of theirs; None where it names none."""
-    given = as_list(config.corrections)
-    chosen = [] if given is None else chosen_corrections(given)
+    entries = as_list(config.corrections)
+    chosen = [] if entries is None else chosen_corrections(entries)
     config.corrections = plain(chosen) or None
     if config.safety_adapter is None:
         for one in chosen:

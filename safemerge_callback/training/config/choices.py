@@ -35,5 +35,5 @@ def declared_knobs(settings: Iterable[str]) -> tuple[str, ...]:
 
 def _named(settings: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """Those that are set: by themselves, or in `knobs`."""
-    given = {**settings, **(settings["knobs"] or {})}
-    return {name: given[name] for name in names if name in given}
+    values = {**settings, **(settings["knobs"] or {})}
+    return {name: values[name] for name in names if name in values}

@@ -19,7 +19,7 @@ from ...methods.aliases import without_alias
 from ...methods.density import DENSITY, MAJORITY_SIGN
 from ...methods.how import AUTO
 from ...methods.project import OPERATOR, OPERATOR_RANK
-from .checks import adapters_of, checked_settings, with_own
+from .checks import adapters_of, checked_settings, join_knobs
 from .choices import declared_knobs, gate_at, how_of, rules_of
 from .shorthands import with_merge_entry, with_preset
 
@@ -188,9 +188,9 @@ class SafeMergeConfig:
         knobs = with_preset(without_alias(with_merge_entry(dict(values))))
         knobs.setdefault("gate", gate_of(knobs, cls.gate))
         allowed = [f.name for f in fields(cls)]
-        own = {key: knobs.pop(key) for key in declared_knobs(allowed) if key in knobs}
-        if own:
-            knobs["knobs"] = with_own(knobs.get("knobs"), own)
+        singles = {key: knobs.pop(key) for key in declared_knobs(allowed) if key in knobs}
+        if singles:
+            knobs["knobs"] = join_knobs(knobs.get("knobs"), singles)
         for key in knobs:
             if key not in allowed:
                 raise ConfigError(
@@ -302,6 +302,6 @@ def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings with a name for each path: what may be published, and stays when files are moved."""
     names = dict(settings)
     for key in ("subspace", "safety_adapter", "journal"):
-        given = settings.get(key)
-        names[key] = [source_name(one) for one in given] if isinstance(given, list) else given and source_name(given)
+        path = settings.get(key)
+        names[key] = [source_name(one) for one in path] if isinstance(path, list) else path and source_name(path)
     return {key: value for key, value in names.items() if key in settings}

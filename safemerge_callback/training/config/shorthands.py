@@ -70,8 +70,8 @@ def with_merge_entry(knobs: dict[str, Any]) -> dict[str, Any]:
     return {**flat, **merges[0]}
 
 
-def as_list(given: Any) -> Any:
-    """Return `given`, or what it holds where it is text, as on a command line."""
-    if not isinstance(given, str):
-        return given
-    return parse_json(given, f"corrections {shown(given)}", advice='Give such as [{"name": {"every": 10}}]')
+def as_list(corrections: Any) -> Any:
+    """Return the setting `corrections`, or what it holds where it is text, as on a command line."""
+    if not isinstance(corrections, str):
+        return corrections
+    return parse_json(corrections, f"corrections {shown(corrections)}", advice='Give such as [{"name": {"every": 10}}]')

@@ -30,8 +30,8 @@ from .opening import (
     check_rules,
     check_rules_of_run,
     check_sizes,
+    choose_tokenizer,
     connect,
-    own_or_trainers,
     prompt_sets,
 )
 from .probing import Probing, Rules, Spent, load_standing, save_standing
@@ -90,11 +90,11 @@ class SafetyEvalCallback(TrainerCallback):
         _check_texts(template=template, journal=journal)
         self.every, self.journal, self.quiet = every, journal, truth(quiet, "quiet")
         self.rules = Rules(as_rule(Rollback, rollback), as_rule(Trigger, trigger), as_rule(Stop, stop))
-        self.asked = (prompt_sets(prompts, "harm", n, seed), prompt_sets(benign, "benign", n, seed))
-        harmful, self.template, self.tokenizer = self.asked[0], template, tokenizer
+        self.prompt_sets = (prompt_sets(prompts, "harm", n, seed), prompt_sets(benign, "benign", n, seed))
+        harmful, self.template, self.tokenizer = self.prompt_sets[0], template, tokenizer
         self.chat_template_kwargs = template_settings(chat_template_kwargs)
         judges = _judges(judge, benign_judge)
-        check_judges(*judges, self.asked[1])
+        check_judges(*judges, self.prompt_sets[1])
         measures = [measure_name(name, judges[0]) for name in harmful]
         has_loss = eval_batches is not None
         check_rules(self.rules, every=every, task=task is not None, eval_batches=has_loss, measures=measures)
@@ -133,9 +133,9 @@ class SafetyEvalCallback(TrainerCallback):
         if not hasattr(model, "generate") or paired:
             raise ConfigError(f"a {type(model).__name__} cannot be asked anything: give the trainer a causal LM")
         check_rules_of_run(self.rules, every=self.every, max_steps=state.max_steps)
-        processing = own_or_trainers(self.tokenizer, kwargs.get("processing_class"))
+        processing = choose_tokenizer(self.tokenizer, kwargs.get("processing_class"))
         settings = self.chat_template_kwargs
-        questions = Questions.of(processing, *self.asked, template=self.template, settings=settings)
+        questions = Questions.of(processing, *self.prompt_sets, template=self.template, settings=settings)
         check_vocabulary(model, (ids for tokens in questions.tokens.values() for ids in tokens))
         # The first rank judges.
         all_or_none(lambda: check_ready((self.asking.judge, self.asking.benign_judge)) if rank() == 0 else None)
@@ -176,12 +176,12 @@ class SafetyEvalCallback(TrainerCallback):
         no_more_saves(state)
 
 
-def _check_batches(given: Any) -> None:
-    if callable(given) and not isinstance(given, Iterable):
-        check_callable(given, "eval_batches", (), "evaluation batches")
-    elif given is not None and (isinstance(given, str) or not isinstance(given, Iterable)):
+def _check_batches(eval_batches: Any) -> None:
+    if callable(eval_batches) and not isinstance(eval_batches, Iterable):
+        check_callable(eval_batches, "eval_batches", (), "evaluation batches")
+    elif eval_batches is not None and (isinstance(eval_batches, str) or not isinstance(eval_batches, Iterable)):
         raise ConfigError(
-            f"eval_batches is {shown(given)}: give evaluation batches, or what returns them, such as "
+            f"eval_batches is {shown(eval_batches)}: give evaluation batches, or what returns them, such as "
             "trainer.get_eval_dataloader"
         )
 
@@ -197,8 +197,8 @@ def _unit(unit: Any, task: Any) -> str | None:
         raise ConfigError(f"task_{error}") from None
 
 
-def _check_texts(**given: Any) -> None:
-    for name, value in given.items():
+def _check_texts(**texts: Any) -> None:
+    for name, value in texts.items():
         if value is not None and (not isinstance(value, str | PurePath) or not str(value)):
             raise ConfigError(f"{name} is {shown(value)}: give a text that is not empty, or leave it out")
 

@@ -1,4 +1,4 @@
-"""What a probe is given, made ready and checked before the first step."""
+"""What a probe is given, made ready and checked before the first step; apart, so that the hooks fit on one screen."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ Kind = Literal["harm", "benign"]
 Prompts = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 
 
-def prompt_sets(given: Prompts, kind: Kind, n: int, seed: int) -> dict[str, list[str]]:
+def prompt_sets(prompts: Prompts, kind: Kind, n: int, seed: int) -> dict[str, list[str]]:
     """Return name -> prompts: sets as `load_prompts` takes them, `n` of each, or a mapping's own lists, whole.
 
     ConfigError for anything else, for a set of the other kind, and as `load_prompts`.
     """
-    if isinstance(given, Mapping):
-        named = {str(name): one for name, one in given.items() if isinstance(one, str)}
+    if isinstance(prompts, Mapping):
+        named = {str(name): one for name, one in prompts.items() if isinstance(one, str)}
         loaded = dict(zip(named, _loaded(list(named.values()), kind, n, seed), strict=True))
         return {
             name: loaded[name][1] if name in loaded else _texts(name, one)
-            for name, one in zip(map(str, given), given.values(), strict=True)
+            for name, one in zip(map(str, prompts), prompts.values(), strict=True)
         }
-    if not isinstance(given, Iterable):
-        raise ConfigError(f"prompts are {shown(given)}: give names of sets, or a mapping of name to prompts")
-    names = [given] if isinstance(given, str) else list(given)
+    if not isinstance(prompts, Iterable):
+        raise ConfigError(f"prompts are {shown(prompts)}: give names of sets, or a mapping of name to prompts")
+    names = [prompts] if isinstance(prompts, str) else list(prompts)
     wrong = [name for name in names if not isinstance(name, str)]
     if wrong:
         raise ConfigError(f"prompt set {shown(wrong[0])} is no name: give names, or a mapping of name to prompts")
@@ -54,7 +54,7 @@ def _loaded(names: Sequence[str], kind: Kind, n: int, seed: int) -> list[tuple[s
         if (other := check_prompt_set(name)) != kind:
             place = "prompts" if other == "harm" else "benign"
             raise ConfigError(f"prompt set {name!r} is of kind {other!r}: give it as {place}=")
-    return [(found.name, list(found.prompts)) for found in load_prompt_sets(names, n, seed)]
+    return [(texts.name, list(texts.prompts)) for texts in load_prompt_sets(names, n, seed)]
 
 
 def _texts(name: str, prompts: Sequence[str]) -> list[str]:
@@ -67,15 +67,15 @@ def _texts(name: str, prompts: Sequence[str]) -> list[str]:
     return texts
 
 
-def own_or_trainers(own: Any, processing_class: Any) -> Any:
-    """Return the tokenizer or processor to ask with: the callback's own, or the trainer's; ConfigError for neither."""
-    found = own if own is not None else processing_class
-    if found is None:
+def choose_tokenizer(tokenizer: Any, processing_class: Any) -> Any:
+    """Return what to ask with, the callback's `tokenizer` or processor, or the trainer's; ConfigError for neither."""
+    choice = tokenizer if tokenizer is not None else processing_class
+    if choice is None:
         raise ConfigError(
             "the trainer has no tokenizer to ask prompts with: give the trainer processing_class=..., or "
             "SafetyEvalCallback tokenizer=..."
         )
-    return found
+    return choice
 
 
 def check_sizes(*, every: int, n: int, seed: int, max_new_tokens: int, batch_size: int) -> None:

@@ -79,8 +79,8 @@ class Probing:
         """
         began, step = time.perf_counter(), self.state.global_step
         if self.fresh is None or self.fresh[0] != step:
-            found = attempt("probe", lambda: ask(self.model, self.tokenizer, self.questions, self.asking))
-            answered, failures = (None, (found.error,)) if isinstance(found, Fault) else (found, found.failures)
+            outcome = attempt("probe", lambda: ask(self.model, self.tokenizer, self.questions, self.asking))
+            answered, failures = (None, (outcome.error,)) if isinstance(outcome, Fault) else (outcome, outcome.failures)
             if when == "begin":
                 self._check_rules(answered, failures)
             self.fresh = (step, answered) if answered else None
@@ -89,9 +89,9 @@ class Probing:
         else:
             self.fresh = (step, replace(self.fresh[1], seconds=0.0, failures=()))
         answers = self.fresh[1] if self.fresh else None
-        told = attempt("probe", lambda: self._tell(step, when, answers)) if answers else None
-        if isinstance(told, Fault):
-            self._lost(step, told.error)
+        report = attempt("probe", lambda: self._tell(step, when, answers)) if answers else None
+        if isinstance(report, Fault):
+            self._lost(step, report.error)
         took = time.perf_counter() - began
         self.spent.seconds += took
         if self.guard:
@@ -112,9 +112,9 @@ class Probing:
 
     def after_step(self, control: TrainerControl) -> None:
         """Probe at a step where it is due, and do what the rules ask for."""
-        found = self.look("every")
-        if found and self.rules.trigger:
-            reason, self.standing = triggers(self.rules.trigger, self.standing, self.state.global_step, found)
+        answers = self.look("every")
+        if answers and self.rules.trigger:
+            reason, self.standing = triggers(self.rules.trigger, self.standing, self.state.global_step, answers)
             if reason:
                 self._merge_now(reason)
         latest = self.fresh[1] if self.fresh else None
@@ -193,9 +193,9 @@ class Probing:
 def numbers(answers: Answers, when: When, total: float) -> dict[str, float]:
     """Return what trackers receive; what was asked before a merge has keys of its own."""
     place = "safemerge/probe/before/" if when == "before" else "safemerge/probe/"
-    found = {f"{place}{m['measure']}": m["value"] for m in answers.measures if m["value"] is not None}
+    values = {f"{place}{m['measure']}": m["value"] for m in answers.measures if m["value"] is not None}
     spent = {f"{place}mean_tokens": answers.mean_tokens, f"{place}seconds": answers.seconds}
-    return {**found, **spent, "safemerge/probe/seconds_total": total}
+    return {**values, **spent, "safemerge/probe/seconds_total": total}
 
 
 def line(step: int, when: When, answers: Answers) -> str:
@@ -251,9 +251,9 @@ def load_standing(probing: Probing, args: TrainingArguments, state: TrainerState
     """
     if state.global_step == 0:
         return
-    found = from_first(_read(args, state) if state.is_world_process_zero else None)
-    if found is not None:
-        probing.standing, probing.spent.seconds = found
+    past = from_first(_read(args, state) if state.is_world_process_zero else None)
+    if past is not None:
+        probing.standing, probing.spent.seconds = past
     elif probing.rules.trigger or probing.rules.stop:
         words = f"the checkpoint of step {state.global_step} holds no state of SafetyEvalCallback: its rules begin anew"
         probing.log.warn("state", words)
@@ -263,7 +263,7 @@ def _read(args: TrainingArguments, state: TrainerState) -> tuple[Standing, float
     ours = values_in(state, PART)
     if ours is not None:
         return _standing(ours)
-    return next((found for found in map(_older, resumed_folders(args, state)) if found is not None), None)
+    return next((older for older in map(_older, resumed_folders(args, state)) if older is not None), None)
 
 
 def _standing(values: Any) -> tuple[Standing, float] | None:

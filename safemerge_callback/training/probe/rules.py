@@ -79,22 +79,22 @@ class Standing:
     low: int = 0
 
 
-def as_rule(kind: type[Rule], given: Any) -> Rule | None:
+def as_rule(kind: type[Rule], settings: Any) -> Rule | None:
     """Return a rule from one, from a mapping of its settings, or None; ConfigError for an unknown setting."""
-    if given is None or isinstance(given, kind):
-        return given
+    if settings is None or isinstance(settings, kind):
+        return settings
     name = kind.__name__.lower()
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"{name} is {given!r}: give {kind.__name__}(...) or a mapping of its settings")
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"{name} is {settings!r}: give {kind.__name__}(...) or a mapping of its settings")
     allowed = [f.name for f in fields(kind)]  # type: ignore[arg-type]
-    for key in given:
+    for key in settings:
         if key not in allowed:
             raise ConfigError(
                 f"{name} has no setting {key!r}{nearest(str(key), allowed, then=f'choose among {allowed}')}"
             )
-    if "below" in allowed and "below" not in given:
+    if "below" in allowed and "below" not in settings:
         raise ConfigError(f"{name} lacks 'below': give the share of harmful prompts refused under which it acts")
-    return kind(**given)
+    return kind(**settings)
 
 
 def costs_too_much(rule: Rollback, before: Answers, after: Answers) -> str | None:
@@ -105,7 +105,7 @@ def costs_too_much(rule: Rollback, before: Answers, after: Answers) -> str | Non
     task, then, unit = _task(after), _task(before), _unit(after)
     if rule.task is not None and task is not None and then is not None and then - task > rule.task:
         return f"the task's score fell from {number(then)} to {number(task)}{unit}, more than the {rule.task:g} allowed"
-    loss, past = (found.value("task", measure=LOSS) for found in (after, before))
+    loss, past = (answers.value("task", measure=LOSS) for answers in (after, before))
     if rule.eval_loss is not None and loss is not None and past is not None and loss - past > rule.eval_loss:
         return (
             f"the evaluation loss rose from {number(past)} to {number(loss)}, more than the {rule.eval_loss:g} allowed"
@@ -153,14 +153,14 @@ def lacking(rule: Rollback | Trigger | Stop, answers: Answers | None) -> str | N
 
 
 def _task(answers: Answers) -> float | None:
-    found = [m["value"] for m in answers.measures if m["kind"] == "task" and m["measure"] != LOSS]
-    return found[0] if found else None
+    scores = [m["value"] for m in answers.measures if m["kind"] == "task" and m["measure"] != LOSS]
+    return scores[0] if scores else None
 
 
 def _unit(answers: Answers) -> str:
     """The unit of the task's score, after a number; a share is told as the rule's own setting is, as a part of 1."""
-    found = [m["unit"] for m in answers.measures if m["kind"] == "task" and m["measure"] != LOSS]
-    return f" {found[0]}" if found and found[0] not in ("", SHARE) else ""
+    units = [m["unit"] for m in answers.measures if m["kind"] == "task" and m["measure"] != LOSS]
+    return f" {units[0]}" if units and units[0] not in ("", SHARE) else ""
 
 
 def _check_share(name: str, below: float) -> None:

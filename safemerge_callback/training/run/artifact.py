@@ -105,5 +105,5 @@ def _module_row(name: str, plan: MergePlan, progress: Progress) -> str:
 
 def _base_model(model: Any) -> str | None:
     configs = getattr(model, "peft_config", None) or {}
-    found = next((c.base_model_name_or_path for c in configs.values()), None)
-    return str(found) if found else None
+    base = next((c.base_model_name_or_path for c in configs.values()), None)
+    return str(base) if base else None

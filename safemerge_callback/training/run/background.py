@@ -1,4 +1,4 @@
-"""A check that is measured beside the training: on a thread and, on a GPU, a stream of its own."""
+"""A check that is measured beside the training; apart, since nothing else here knows of threads and streams."""
 
 from __future__ import annotations
 

@@ -60,8 +60,8 @@ def check_schedule_of_run(config: SafeMergeConfig, max_steps: int) -> str | None
     bounds = {"every": config.every, "from_step": config.from_step, "until_step": config.until_step}
     if config.every == 0 or periodic_checks(max_steps, **bounds):  # type: ignore[arg-type]
         return None
-    given = ", ".join(f"{name}={value:g}" for name, value in bounds.items() if value)
-    said = f"no periodic check falls into this run of {max_steps} steps ({given})"
+    words = ", ".join(f"{name}={value:g}" for name, value in bounds.items() if value)
+    said = f"no periodic check falls into this run of {max_steps} steps ({words})"
     if not config.at_train_end:
         raise ConfigError(
             f"{said}, and at_train_end is false, so none would ever happen: "

@@ -1,4 +1,4 @@
-"""What the end of a run does to the weights that the user is left with, and to every copy of them.
+"""Apart from the hooks: what the end of a run does to the weights that the user is left with, and to their copies.
 
 Fingerprints of the factors tell whether the weights are still those that the run left.
 """

@@ -31,10 +31,10 @@ def merge_line(step: int, plan: MergePlan, edits: Sequence[Edit], progress: Prog
     """Return the line of one merge."""
     lowest = min(plan.readings[edit.name].cosine for edit in edits)
     mean = plan.readings.moved_mean
-    told = (
+    figures = (
         f"lowest cosine {lowest:.3f}" if mean is None else f"moved {mean:+z.2f} before it, lowest cosine {lowest:.3f}"
     )
-    merged = f"step {step:,}: {len(edits)} of {_count(len(plan.readings), 'module')} merged, {told}"
+    merged = f"step {step:,}: {len(edits)} of {_count(len(plan.readings), 'module')} merged, {figures}"
     return merged + _left(plan.how.method, progress)
 
 
@@ -50,9 +50,9 @@ def closing_line(
 
     The verdict is what the `last` check's readings say of lost refusals, which stand before that check's own merge.
     """
-    found = [_count(progress.checks, "check")]
+    clauses = [_count(progress.checks, "check")]
     if config.merges:
-        found.append(
+        clauses.append(
             f"{_count(progress.merges, 'merge')}{_left(config.method, progress)}"
             if progress.merges
             else "NOTHING WAS MERGED"
@@ -61,9 +61,9 @@ def closing_line(
     moved = last.readings.moved_mean if last else None
     if moved is not None:
         merged = bool(config.safety_adapter) and progress.merges > 0
-        found.append(f"moved_mean {moved:+z.2f} at the last check, {BAND.words(moved, merged)}")
+        clauses.append(f"moved_mean {moved:+z.2f} at the last check, {BAND.words(moved, merged)}")
     took = f"{seconds:.1f} s, {share:.1%} of the training"
-    return f"done: {', '.join(found)} ({took}). See it: safemerge report {shlex.quote(str(run))}"
+    return f"done: {', '.join(clauses)} ({took}). See it: safemerge report {shlex.quote(str(run))}"
 
 
 def nothing_merged(progress: Progress, last: MergePlan | None) -> str:

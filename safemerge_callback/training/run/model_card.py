@@ -31,9 +31,9 @@ def mark_card(folder: Path, section: Section | None, *, begin: bool = False) -> 
         if path.is_file() and is_card(path):
             edit_card(path, section.text, tag)
 
-    found = attempt("card", mark)
-    if isinstance(found, Fault):
-        warnings.warn(f"safemerge: the card {str(path)!r} was left as it is ({found.error})", stacklevel=3)
+    outcome = attempt("card", mark)
+    if isinstance(outcome, Fault):
+        warnings.warn(f"safemerge: the card {str(path)!r} was left as it is ({outcome.error})", stacklevel=3)
 
 
 def mark_model(model: Any) -> None:
@@ -54,10 +54,10 @@ def mark_push(args: TrainingArguments, mark: Callable[[Path], None]) -> None:
         return
     write, before = trainer.create_model_card, dict(vars(trainer))
 
-    def create_model_card(*given: Any, **named: Any) -> None:
+    def create_model_card(*positional: Any, **keywords: Any) -> None:
         del trainer.create_model_card
         vars(trainer).update({name: before[name] for name in ("create_model_card",) if name in before})
-        write(*given, **named)
+        write(*positional, **keywords)
         mark(folder)
 
     trainer.create_model_card = create_model_card

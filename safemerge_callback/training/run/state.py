@@ -59,8 +59,8 @@ def resumed(args: TrainingArguments, state: TrainerState) -> Past:
     """
     if state.global_step == 0:
         return Past(None, None, [])
-    found = _resumed(args, state) if state.is_world_process_zero else None
-    return from_first(found) or Past(None, None, [])
+    past = _resumed(args, state) if state.is_world_process_zero else None
+    return from_first(past) or Past(None, None, [])
 
 
 def past_of(folder: Path) -> Past:
@@ -95,7 +95,7 @@ def _values(saved: Saved, progress: Progress) -> dict[str, Any]:
 def _resumed(args: TrainingArguments, state: TrainerState) -> Past:
     folders, values = resumed_folders(args, state), values_in(state, PART)
     if values is None:
-        return _past(next((found for found in map(_older, folders) if found is not None), None), folders)
+        return _past(next((older for older in map(_older, folders) if older is not None), None), folders)
     past = _past(values, folders)
     if past.progress is not None and values.get("step") != state.global_step:
         warnings.warn(

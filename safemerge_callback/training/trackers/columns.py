@@ -41,7 +41,7 @@ class Row(NamedTuple):
 COLUMNS = Row._fields
 
 
-class Cell(NamedTuple):
+class ColumnCell(NamedTuple):
     """One module in one column; `merged` if it was merged at any of the column's checks."""
 
     step: int
@@ -60,7 +60,7 @@ class Drift:
     """
 
     def __init__(self) -> None:
-        self.columns: list[dict[str, Cell]] = []
+        self.columns: list[dict[str, ColumnCell]] = []
         self.checks = 0
         self.checks_a_column = 1
         self.shown = False
@@ -69,7 +69,7 @@ class Drift:
         """Take in the rows of one check."""
         if not rows:
             return
-        cells = {r.module: Cell(r.step, r.layer, r.type, r.cosine, r.limit, r.merged, r.moved) for r in rows}
+        cells = {r.module: ColumnCell(r.step, r.layer, r.type, r.cosine, r.limit, r.merged, r.moved) for r in rows}
         if self.checks % self.checks_a_column:
             self.columns[-1] = _joined(self.columns[-1], cells)
         else:
@@ -85,7 +85,7 @@ class Drift:
         return self.checks.bit_count() == 1
 
     @property
-    def cells(self) -> list[Cell]:
+    def cells(self) -> list[ColumnCell]:
         """Every cell, column by column."""
         return [cell for column in self.columns for cell in column.values()]
 
@@ -95,7 +95,7 @@ class Drift:
         self.checks_a_column *= 2
 
 
-def _joined(old: dict[str, Cell], new: dict[str, Cell]) -> dict[str, Cell]:
+def _joined(old: dict[str, ColumnCell], new: dict[str, ColumnCell]) -> dict[str, ColumnCell]:
     """`new` over `old`, the merges of both kept."""
     merged = {name for name, cell in old.items() if cell.merged}
     return {**old, **{name: cell._replace(merged=cell.merged or name in merged) for name, cell in new.items()}}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from .columns import Cell, Drift
+from .columns import ColumnCell, Drift
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,13 +50,13 @@ def heat_map(drift: Drift) -> Image:
 
 def _panels(drift: Drift) -> dict[str, dict[str, list[str]]]:
     """Type -> layer -> modules, in the order in which types appear; a module outside the layers is its own row."""
-    newest: dict[str, Cell] = {name: cell for column in drift.columns for name, cell in column.items()}
+    newest: dict[str, ColumnCell] = {name: cell for column in drift.columns for name, cell in column.items()}
     titles = _titles({cell.type for cell in newest.values() if cell.layer is not None})
-    found: dict[str, dict[str, list[str]]] = {}
+    panels: dict[str, dict[str, list[str]]] = {}
     for name, cell in sorted(newest.items(), key=lambda item: -1 if item[1].layer is None else item[1].layer):
         title, row = ("other", name) if cell.layer is None else (titles[cell.type], str(cell.layer))
-        found.setdefault(title, {}).setdefault(row, []).append(name)
-    return found
+        panels.setdefault(title, {}).setdefault(row, []).append(name)
+    return panels
 
 
 def _titles(types: set[str]) -> dict[str, str]:
@@ -104,7 +104,7 @@ def _draw_scale(draw: Any, drift: Drift, left: int, top: float, tall: int) -> No
         draw.text((left + 20, at - 6), f"{limit:.2f}", fill=_LINE)
 
 
-def _top(cells: list[Cell]) -> float:
+def _top(cells: list[ColumnCell]) -> float:
     """The highest cosine or limit in sight, the top of the scale; 1.0 where there is none."""
     return max([v for cell in cells for v in (cell.cosine, cell.limit) if v is not None], default=1.0) or 1.0
 

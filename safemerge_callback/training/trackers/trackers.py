@@ -40,7 +40,7 @@ class Trackers:
     opened: dict[str, Tracker] = field(default_factory=dict)
     failed: set[tuple[str, str]] = field(default_factory=set)
     drift: Drift = field(default_factory=Drift)
-    told: set[str] = field(default_factory=set)
+    alert_topics: set[str] = field(default_factory=set)
     last: int = 0
 
     def open(self, args: TrainingArguments, state: TrainerState, settings: Mapping[str, Any]) -> None:
@@ -91,7 +91,7 @@ class Trackers:
             text = f"moved_mean is {moved:.2f} at step {report.step}, {BAND.words(moved)}: ask the model (a probe)"
             self.alert(report.step, "moved", "safemerge: the run goes back along the alignment", text)
         elif moved is not None and moved >= BAND.rearm:
-            self.told.discard("moved")
+            self.alert_topics.discard("moved")
 
     def scalars(self, names: Sequence[str], step: int, metrics: Mapping[str, float]) -> None:
         """Send scalars to the trackers of these names."""
@@ -103,8 +103,8 @@ class Trackers:
 
         `said`: whether the terminal has it already.
         """
-        if about not in self.told:
-            self.told.add(about)
+        if about not in self.alert_topics:
+            self.alert_topics.add(about)
             if not said:
                 self.log.say(f"step {step:,}: {title.removeprefix('safemerge: ')}: {text}")
             self._each(list(self.opened), step, "alerts", lambda tracker: tracker.alert(step, title, text))

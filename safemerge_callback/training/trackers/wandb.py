@@ -15,13 +15,13 @@ import wandb
 from ...decision import BAND
 from ...errors import TrackerError
 from ...record.metrics import KEYS
-from .columns import Cell, Drift, Row
+from .columns import ColumnCell, Drift, Row
 from .protocol import Report, Run
 
 AXIS = "train/global_step"
 CHART = "safemerge_heat_map"
 # Fields of the chart's specification -> columns of the table that it is drawn from.
-FIELDS = {name: name for name in Cell._fields}
+FIELDS = {name: name for name in ColumnCell._fields}
 
 
 class WandbTracker:
@@ -75,7 +75,7 @@ class WandbTracker:
     def heat_map(self, step: int, drift: Drift) -> None:
         """Log every module at every check so far as one table, shown by the saved chart where the settings name it."""
         run = self.attach()
-        table = _table(Cell)
+        table = _table(ColumnCell)
         for cell in drift.cells:
             table.add_data(*cell)
         chart = self.settings.get("wandb_chart")
@@ -112,7 +112,7 @@ class WandbTracker:
         """Leave the run to whoever started it."""
 
 
-def _table(row: type[Row] | type[Cell], **how: Any) -> Any:
+def _table(row: type[Row] | type[ColumnCell], **how: Any) -> Any:
     """An empty table of such rows; the types are told, since W&B takes half as long again to find them out."""
     hints = [get_args(hint) or (hint,) for hint in get_type_hints(row).values()]
     kinds, optional = [hint[0] for hint in hints], [type(None) in hint for hint in hints]
