@@ -128,7 +128,7 @@ class History:
     share of the task's update that was left after it; those in `undone` were taken back, with the share there is then,
     and `before` has the share before it. `changes`: those of them that were another correction than the merge.
     `residuals`: (module, step) -> the share of a merged update that did not fit the rank. `gate`, `threshold`,
-    `num_layers` and `knob` (the one that says how much another gate merges): of the last check; `how`: of the last
+    `num_layers` and `knob` (the one that says how much the gate merges): of the last check; `how`: of the last
     merge. `starts` and `end`: the journal's own entries. `faults`: one line each. `seconds`: spent on checks and
     merges, `check_seconds` and `merge_seconds` of it. `best`: what the last merge did to a reloaded best model.
     `losses`: of each gradient term, by step.
@@ -177,9 +177,14 @@ class History:
         """The gate in words, as `threshold 0.35`; empty where nothing was checked."""
         if not self.gate:
             return ""
-        knob = "" if self.knob is None else f" {self.knob:g}"
-        knob = {"threshold": f" {self.threshold:g}", "num_layers": f" {self.num_layers}"}.get(self.gate, knob)
-        return f"gate {self.gate}{knob}"
+        return f"gate {self.gate}" if self.knob is None else f"gate {self.gate} {self.knob:g}"
+
+    @cached_property
+    def limit(self) -> float:
+        """The one cosine that the gate merged below in all modules of the last check; NaN where each has its own."""
+        last = max((step for _, step in self.cells), default=None)
+        limits = {cell.limit for (_, step), cell in self.cells.items() if step == last}
+        return limits.pop() if len(limits) == 1 else math.nan
 
     @cached_property
     def merged_modules(self) -> set[str]:

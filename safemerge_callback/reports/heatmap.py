@@ -28,9 +28,9 @@ def write_heat_map(history: History, output: str | Path) -> Path:
 def draw_heat_map(history: History) -> Any:
     """Return a `matplotlib.figure.Figure` of every module at every check, merges marked with a ring.
 
-    The scale runs from 0 to the highest cosine there is, or to the threshold; it is the same in all panels. Grey: has
-    not moved, or nothing to compare with. Red: not finite. Panel titles give the type's median null cosine, which
-    depends on the module's shape. Raises ConfigError when matplotlib is not installed.
+    The scale runs from 0 to the highest cosine there is, or to the one that the gate merges below; it is the same in
+    all panels. Grey: has not moved, or nothing to compare with. Red: not finite. Panel titles give the type's median
+    null cosine, which depends on the module's shape. Raises ConfigError when matplotlib is not installed.
     """
     figure = figure_module().Figure()
     parts = panels(history.modules)
@@ -56,7 +56,7 @@ def _colours(history: History) -> Any:
     from matplotlib.colors import Normalize
 
     measured = [cell.cosine for cell in history.cells.values() if cell.state == "measured"]
-    marks = [history.threshold] if history.gate == "threshold" and history.threshold > 0 else []
+    marks = [history.limit] if history.limit > 0 else []
     top = max([*measured, *marks], default=1.0) or 1.0
     return ScalarMappable(Normalize(0.0, math.ceil(round(top * 20, 6)) / 20), colormaps["viridis"])
 
@@ -149,12 +149,12 @@ def _colour_bar(figure: Any, history: History, colours: Any, grid: Grid) -> None
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=7.5, length=2.5, color=_MUTED, labelcolor=_INK)
     bar.ax.set_title("cosine", fontsize=8.5, color=_MUTED, loc="left", pad=6)
-    if history.gate == "threshold":
-        bar.ax.axhline(history.threshold, color="white", linewidth=2.4)
-        bar.ax.axhline(history.threshold, color=_BROKEN, linewidth=1.2)
+    if not math.isnan(history.limit):
+        bar.ax.axhline(history.limit, color="white", linewidth=2.4)
+        bar.ax.axhline(history.limit, color=_BROKEN, linewidth=1.2)
         bar.ax.annotate(
-            f"{history.threshold:g}",
-            (0, history.threshold),
+            f"{history.limit:g}",
+            (0, history.limit),
             (-3, 0),
             ("axes fraction", "data"),
             "offset points",
@@ -181,7 +181,7 @@ def _legend(figure: Any, history: History, grid: Grid) -> None:
             "markeredgecolor": _INK,
         }
         keys["taken back"] = Line2D([], [], **look)
-    if history.gate == "threshold":
+    if not math.isnan(history.limit):
         keys["threshold"] = Line2D([], [], color=_BROKEN, linewidth=1.2)
     if "still" in states:
         keys["nothing to measure"] = Patch(color=_STILL)

@@ -35,7 +35,7 @@ def page_data(history: History) -> dict[str, Any]:
     return {
         "title": history.title,
         "gate": history.gate,
-        "threshold": thousandths(history.threshold) if history.gate == "threshold" else None,
+        "threshold": thousandths(history.limit),
         "moved": {"edge": BAND.edge, "means": [_rounded(history.moved.get(step, math.nan)) for step in history.steps]},
         "steps": history.steps,
         "panels": [part.title for part in parts],

@@ -60,7 +60,8 @@ def draw_plot(history: History, plot: str) -> Any:
 def draw_trajectories(history: History, count: int = 5) -> Any:
     """Return the cosines of the `count` modules that end lowest over steps, their null cosines dotted, merges ringed.
 
-    Grey are all modules, from the lowest to the highest, with their median; red is what gate `threshold` merges below.
+    Grey are all modules, from the lowest to the highest, with their median; red is what the gate merges below, where
+    that is one cosine for all.
     """
     figure, axes = _axes(history, "cosine to the safety subspace")
     values = {
@@ -82,9 +83,9 @@ def draw_trajectories(history: History, count: int = 5) -> Any:
         merged = [step for step in history.task_weights.get(name, {}) if step in known]
         ring = {"linestyle": "", "marker": "o", "markersize": 4, "markerfacecolor": "white", "markeredgecolor": colour}
         axes.plot(merged, [known[step] for step in merged], **ring)
-    if history.gate == "threshold":
-        label = f"threshold {history.threshold:g}"
-        axes.axhline(history.threshold, color=_GATE, linewidth=1.2, linestyle=(0, (5, 3)), label=label)
+    if not math.isnan(history.limit):
+        label = f"threshold {history.limit:g}"
+        axes.axhline(history.limit, color=_GATE, linewidth=1.2, linestyle=(0, (5, 3)), label=label)
     axes.set_ylim(bottom=0)
     _finish(axes)
     return figure

@@ -225,3 +225,14 @@ def test_a_run_with_a_probe_alone_is_reported(write):
         "benign_refused not known",
     ]
     assert not read_history(write(probe(0, "begin"))).ended
+
+
+def test_the_limit_is_what_the_gate_merges_below_in_all_modules_or_none(write):
+    """Whatever the gate is called: a limit that each module has of its own is no line in a picture."""
+    entry = check(10, {Q: 0.3, V: 0.4}, gate="a later one")
+    for module, limit in zip(entry["modules"], (0.3, 0.3), strict=True):
+        module["limit"] = limit
+    assert read_history(write(entry)).limit == 0.3
+    entry["modules"][1]["limit"] = 0.2
+    assert math.isnan(read_history(write(check(5, {Q: 0.3}), entry)).limit)
+    assert read_history(write(entry, check(20, {Q: 0.3, V: 0.4}))).limit == 0.35

@@ -16,13 +16,13 @@ from safemerge_callback.reports import Cell, History, draw_heat_map, write_heat_
 SEVEN = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
 
 
-def history(layers=30, types=("self_attn.q_proj", "self_attn.v_proj"), steps=range(0, 61, 5), **changed):
-    made = History("run", gate="threshold", threshold=0.35, **changed)
+def history(layers=30, types=("self_attn.q_proj", "self_attn.v_proj"), steps=range(0, 61, 5), limit=0.35, **changed):
+    made = History("run", gate="threshold", knob=limit, **changed)
     for i in range(layers):
         for j, kind in enumerate(types):
             for step in steps:
                 cosine = 0.45 + 0.2 * math.sin(i + j) - step / 1000
-                made.cells[f"layers.{i}.{kind}", step] = Cell(cosine, 0.7, "measured")
+                made.cells[f"layers.{i}.{kind}", step] = Cell(cosine, 0.7, "measured", limit=limit)
                 if cosine < 0.3 and step:
                     made.merges[f"layers.{i}.{kind}", step] = 0.8
     return made
@@ -120,7 +120,7 @@ def test_title_scale_and_legend_say_the_rule():
     scale = figure.axes[-1]
     assert [line.get_ydata()[0] for line in scale.lines] == [0.35, 0.35]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["merged", "threshold"]
-    watched = history(layers=2)
+    watched = history(layers=2, limit=math.nan)
     watched.gate, watched.merges = "watch", {}
     figure = draw_heat_map(watched)
     assert not figure.axes[-1].lines
@@ -129,13 +129,12 @@ def test_title_scale_and_legend_say_the_rule():
 
 
 def test_a_threshold_above_all_cosines_is_on_the_scale():
-    made = history(layers=2, steps=[0])
-    made.threshold = 0.9
+    made = history(layers=2, steps=[0], limit=0.9)
     assert draw_heat_map(made).axes[-1].get_ylim()[1] >= 0.9
 
 
 def test_odd_modules_and_names_are_drawn(tmp_path):
-    made = History("$run_{", gate="num_layers", num_layers=3)
+    made = History("$run_{", gate="num_layers", knob=3)
     for name in ("embed_tokens", "layers.0.$x^", "layers.1.$x^", "vision.0.mlp.fc", "lm_head"):
         made.cells[name, 0] = Cell(math.nan, 0.5, "broken")
     picture = imread(write_heat_map(made, tmp_path / "drift.png"))
