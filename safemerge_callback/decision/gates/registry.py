@@ -71,7 +71,7 @@ class Criterion:
         return self.knob is not None and signature(self.function).parameters[self.knob].annotation in (int, "int")
 
 
-class Description(TypedDict, total=False):
+class GateDescription(TypedDict, total=False):
     """The fields of `Criterion` that say something of the gate."""
 
     needs: frozenset[str]
@@ -92,7 +92,7 @@ KNOB: dict[str, str] = {}
 
 
 def gate(
-    *, knob: str | Knob | None = None, name: str | None = None, **about: Unpack[Description]
+    *, knob: str | Knob | None = None, name: str | None = None, **about: Unpack[GateDescription]
 ) -> Callable[[Function], Function]:
     """Enter a gate under `name`, its function's own where that is None; the rest are the fields of `Criterion`.
 

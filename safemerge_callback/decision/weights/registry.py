@@ -62,7 +62,7 @@ class WeightsRule:
         return f", {self.knob.name} {value}" if isinstance(self.knob, Knob) else ""
 
 
-class Description(TypedDict, total=False):
+class RuleDescription(TypedDict, total=False):
     """The fields of `WeightsRule` that say something of the rule."""
 
     fits: Callable[[How], None]
@@ -75,7 +75,7 @@ class Description(TypedDict, total=False):
 WEIGHTS: dict[str, WeightsRule] = {}
 
 
-def weights_rule(*, knob: Knob | str | None = None, **about: Unpack[Description]) -> Callable[[Any], Any]:
+def weights_rule(*, knob: Knob | str | None = None, **about: Unpack[RuleDescription]) -> Callable[[Any], Any]:
     """Enter a rule under its function's own name; rules hold in the order in which they are entered."""
 
     def enter(function: Callable[..., Weights]) -> Callable[..., Weights]:

@@ -6,15 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...evaluation.measure import PROBE_COLUMNS, columns
+from ...evaluation.probe import Answers
 from ...evaluation.units import SHARE, unit_of, within_share
 from ..history import Event, History, Measured, Probe
 from .values import count, number
-
-if TYPE_CHECKING:
-    from ...evaluation.probe import Answers
 
 
 def probe_entry(step: int, when: str, answers: Answers, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
