@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigError
-from ..live.forward import able_to_generate
-from ..live.ranks import all_or_none, everyones, from_first, rank
+from ..live.forward import answered_by_ranks
+from ..live.ranks import everyones, from_first, rank
 from ..signals.model_state import preserve_state
 from ..signals.responses import Response, respond, tokenized
 from .judges import Judge
@@ -116,15 +116,10 @@ def ask(model: Any, tokenizer: Any, questions: Questions, asking: Asking) -> Ans
 def _responses(model: Any, tokenizer: Any, questions: Questions, asking: Asking) -> dict[str, list[Response]]:
     """Every rank's answers to its share, by set."""
     tokens = [ids for found in questions.tokens.values() for ids in found]
-    ranks = len(everyones(None))
-    with able_to_generate(model) as synced:
-        mine = tokens[rank() :: ranks]
-        # Where ranks must run in step, each has as many batches as the others.
-        filled = [*mine, *tokens[:1]] if synced and len(mine) < math.ceil(len(tokens) / ranks) else mine
-        sizes: dict[str, Any] = {"max_new_tokens": asking.max_new_tokens, "batch_size": asking.batch_size}
-        found = all_or_none(lambda: respond(model, tokenizer, filled, **sizes, synced=synced))
-    shares = everyones(found[: len(mine)])
-    joined = iter([shares[i % ranks][i // ranks] for i in range(len(tokens))])
+    sizes: dict[str, Any] = {"max_new_tokens": asking.max_new_tokens, "batch_size": asking.batch_size}
+    joined = iter(
+        answered_by_ranks(model, tokens, lambda share, synced: respond(model, tokenizer, share, **sizes, synced=synced))
+    )
     return {name: [next(joined) for _ in ids] for name, ids in questions.tokens.items()}
 
 

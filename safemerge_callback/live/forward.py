@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from .modules import is_dtensor
-from .ranks import many
+from .ranks import all_or_none, everyones, many, rank
 from .writers.fsdp1 import is_fsdp1
+
+Answer = TypeVar("Answer")
 
 
 @contextmanager
@@ -31,6 +34,23 @@ def able_to_generate(model: Any) -> Iterator[bool]:
             yield many()
     else:
         yield many() and any(hasattr(p, "ds_id") or is_dtensor(p) for p in model.parameters())
+
+
+def answered_by_ranks(
+    model: Any, questions: Sequence[Any], answers_to: Callable[[Sequence[Any], bool], list[Answer]]
+) -> list[Answer]:
+    """Return an answer to each question, on every rank: each rank answers a share of them, within `able_to_generate`.
+
+    That is quicker by their number than all answering the same. `answers_to` is given questions and whether ranks must
+    run in step, each then having as many as the others. Collective; what it raises is raised on every rank.
+    """
+    ranks = len(everyones(None))
+    with able_to_generate(model) as synced:
+        share = questions[rank() :: ranks]
+        filled = [*share, *questions[:1]] if synced and len(share) < math.ceil(len(questions) / ranks) else share
+        answers = all_or_none(lambda: answers_to(filled, synced))
+    shares = everyones(answers[: len(share)])
+    return [shares[i % ranks][i // ranks] for i in range(len(questions))]
 
 
 @contextmanager

@@ -61,26 +61,32 @@ def _bare(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-def questions(tokenizer: Any, prompts: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
+def questions(
+    tokenizer: Any, prompts: Sequence[str], settings: Mapping[str, Any], system: str | None = None
+) -> list[str]:
     """Return each prompt as a user's turn in the chat template, up to where the model's own turn begins.
 
-    `settings` go to the template. ConfigError where there is no template, where it refuses such a turn, does not read a
-    setting, or where a prompt's text does not stand in what it writes: the model would be asked something else.
+    `settings` go to the template; `system` is a system prompt before the turn. ConfigError where there is no template,
+    where it refuses such turns, does not read a setting, or where a text does not stand in what it writes: the model
+    would be asked something else.
     """
     if not getattr(tokenizer, "chat_template", None) and "chat_template" not in settings:
         raise ConfigError(
             "the tokenizer has no chat template: take a chat or instruct model, set tokenizer.chat_template, or give "
             f"`template`, the words around a prompt, such as 'Question: {PLACE}\\nAnswer:'"
         )
+    before = [("system", system)] if system else []
     try:
         _check_read(tokenizer, settings)
         mark, *texts = (
-            rendered(tokenizer, [("user", prompt)], add_generation_prompt=True, **settings)
+            rendered(tokenizer, [*before, ("user", prompt)], add_generation_prompt=True, **settings)
             for prompt in (_MARK, *prompts)
         )
     except ConfigError:
         raise
     except Exception as error:
+        if system:
+            raise _no_system(system, f"cannot write ({type(error).__name__}: {error})") from error
         raise ConfigError(
             f"the chat template cannot write a lone user's turn ({type(error).__name__}: {error}): set "
             "tokenizer.chat_template to one that can, or give `template`, the words around a prompt"
@@ -93,7 +99,16 @@ def questions(tokenizer: Any, prompts: Sequence[str], settings: Mapping[str, Any
             f"{_MARK!r}), so the model would never be asked it: set tokenizer.chat_template to one that shows the "
             "user's turn, or give `template`, the words around a prompt"
         )
+    if system and not shows(mark, system):
+        raise _no_system(system, "loses")
     return texts
+
+
+def _no_system(system: str, does: str) -> ConfigError:
+    return ConfigError(
+        f"the system prompt {shown(system)} is one that the chat template {does}: set tokenizer.chat_template to one "
+        "that shows a system's turn, write the words into the user's turn, or leave the system prompt out"
+    )
 
 
 def template_settings(kwargs: Mapping[str, Any] | str | None) -> dict[str, Any]:

