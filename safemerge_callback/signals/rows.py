@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from ..errors import ConfigError, shown
-from .chat import PLACE
+from .chat import PLACE, inherited, questions, rendered, shows, template_settings, text_part
 from .responses import tokenized
 
 # What a safe model does with a prompt: it refuses "harm", and answers "benign".
@@ -78,3 +78,67 @@ def prompt_tokens(
         return tokenized(tokenizer, prompts, row_format.template, settings)
     texts = [row_format.wrapped(prompt) for prompt in prompts]
     return tokenized(tokenizer, texts, settings=settings, system=row_format.system)
+
+
+def row_tokens(
+    tokenizer: Any,
+    rows: Sequence[SafetyRow],
+    row_format: RowFormat = PLAIN,
+    *,
+    first_tokens: int | None = None,
+    settings: Mapping[str, Any] | str | None = None,
+) -> tuple[RowTokens, ...]:
+    """Return rows as token ids in a format, in their order; of the response the first `first_tokens` (None: all).
+
+    The response is written as the chat template writes the model's turn, up to the special token that ends it. A row's
+    own system prompt takes the place of the format's. ConfigError as `prompt_tokens`, and where the template loses a
+    response, or a row has a system prompt and the format no chat template.
+    """
+    tokens: dict[int, RowTokens] = {}
+    for system in dict.fromkeys(row.system for row in rows):
+        places = [i for i, row in enumerate(rows) if row.system == system]
+        own = row_format if system is None else replace(row_format, system=system)
+        group = [rows[i] for i in places]
+        prompts = prompt_tokens(tokenizer, [row.prompt for row in group], own, settings)
+        responses = _responses(tokenizer, group, own, template_settings(settings))
+        for i, row, prompt, response in zip(places, group, prompts, responses, strict=True):
+            tokens[i] = RowTokens(tuple(prompt), tuple(response[:first_tokens]), row.kind)
+    return tuple(tokens[i] for i in range(len(rows)))
+
+
+def _responses(
+    tokenizer: Any, rows: Sequence[SafetyRow], own: RowFormat, settings: Mapping[str, Any]
+) -> list[list[int]]:
+    text = text_part(tokenizer)
+    if not own.chat:
+        # What follows a wrapper such as "Answer:" is a word of its own.
+        blank = "" if own.template[-1:].isspace() or own.template.endswith(PLACE) else " "
+        return [_ended(text, f"{blank}{row.response}") for row in rows]
+    settings = {**inherited(tokenizer), **settings}
+    begun = questions(text, [own.wrapped(row.prompt) for row in rows], settings, own.system)
+    return [_turn(text, row, prompt, own, settings) for row, prompt in zip(rows, begun, strict=True)]
+
+
+def _turn(tokenizer: Any, row: SafetyRow, begun: str, own: RowFormat, settings: Mapping[str, Any]) -> list[int]:
+    """The model's turn, as the template goes on after `begun`."""
+    turns = [("system", own.system)] if own.system else []
+    turns += [("user", own.wrapped(row.prompt)), ("assistant", row.response)]
+    whole = rendered(tokenizer, turns, **settings)
+    if not shows(whole, row.response):
+        raise ConfigError(
+            f"the chat template loses the response {shown(row.response)}: set tokenizer.chat_template to one that "
+            "shows the assistant's turn"
+        )
+    # Some templates write a turn that is over otherwise than one that begins: a thought is opened, and later left out.
+    goes_on = whole.startswith(begun) and shows(whole[len(begun) :], row.response)
+    return _ended(tokenizer, whole[len(begun) :] if goes_on else row.response)
+
+
+def _ended(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a response up to the last special one, which ends the turn; the tokenizer's own where none does."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    special = {*tokenizer.all_special_ids, *(i for i, one in tokenizer.added_tokens_decoder.items() if one.special)}
+    ends = [at for at, token in enumerate(ids) if token in special]
+    if ends:
+        return ids[: ends[-1] + 1]
+    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]

@@ -1,6 +1,7 @@
 import json
 import re
 import time
+from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.evaluation.prompts import (
+    PACKAGED,
     PROMPT_SETS,
     SetCard,
     Where,
@@ -15,6 +17,7 @@ from safemerge_callback.evaluation.prompts import (
     load_prompt_sets,
     load_prompts,
     package_files,
+    sets,
 )
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -329,6 +332,24 @@ def test_what_is_meant_must_be_said(tmp_path):
     with pytest.raises(ConfigError, match=r"prompt file '.*absent.csv' does not exist"):
         load_prompts(f"harm:{tmp_path / 'absent.csv'}")
     assert [check_prompt_set(name) for name in ("xstest", "advbench", "benign:x.csv")] == ["benign", "harm", "benign"]
+
+
+# the sets of this package
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_the_packaged_sets_are_as_their_cards_say(name):
+    found, card = load_prompts(name), PROMPT_SETS[name]
+    assert (found.name, found.kind, len(found), found.licence) == (name, card.kind, 128, card.licence)
+    assert found.source.endswith("read from safemerge-callback 0.1.0")
+    path = Path(sets.__file__).with_name(card.file)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    assert [row["prompt"] for row in rows] == list(found.prompts)
+    assert Counter(row["category"] for row in rows) == card.categories
+    assert Counter(row["language"] for row in rows) == card.languages
+    assert card.making.startswith("written for this package")
+    # One or two sentences, a few words longer where text is given to work on.
+    assert max(len(prompt) for prompt in found.prompts) < 130
 
 
 # the page

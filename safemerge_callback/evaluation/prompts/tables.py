@@ -18,21 +18,21 @@ KNOWN = ("prompt", "instruction", "question", "goal", "behavior", "forbidden_pro
 _NO_HEADER = "first field"
 
 
-def read_rows(path: Path, *, header: bool = True) -> list[dict[str, Any]]:
+def read_rows(path: Path, *, header: bool = True, what: str = "prompt file") -> list[dict[str, Any]]:
     """Return the rows of a file by what its name ends in; ConfigError where it cannot be read as that.
 
-    Without a header each row has its first field alone. A .txt file has one prompt a line.
+    Without a header each row has its first field alone. A .txt file has one prompt a line. `what` begins the sentence
+    of an error.
     """
+    who = f"{what} {str(path)!r}"
     try:
-        return _READERS[path.suffix.lower()](path) if header else _first_fields(path)
+        return _READERS[path.suffix.lower()](path, who) if header else _first_fields(path, who)
     except KeyError:
-        raise ConfigError(f"prompt file {str(path)!r}: give one that ends in {', '.join(ENDINGS)}") from None
+        raise ConfigError(f"{who}: give one that ends in {', '.join(ENDINGS)}") from None
     except ConfigError:
         raise
     except (OSError, csv.Error, *UNREADABLE) as error:
-        raise ConfigError(
-            f"prompt file {str(path)!r} cannot be read ({error}): give UTF-8 CSV or JSON lines"
-        ) from error
+        raise ConfigError(f"{who} cannot be read ({error}): give UTF-8 CSV or JSON lines") from error
 
 
 def column_of(rows: Sequence[Mapping[str, Any]], column: str | None, where: str) -> str:
@@ -70,27 +70,27 @@ def texts_of(rows: Sequence[Mapping[str, Any]], column: str | None, where: str) 
     return texts
 
 
-def _text(path: Path, encoding: str = "utf-8") -> str:
-    return read_text(path, f"prompt file {str(path)!r}", advice="Give UTF-8 CSV or JSON lines", encoding=encoding)
+def _text(path: Path, who: str, encoding: str = "utf-8") -> str:
+    return read_text(path, who, advice="Give UTF-8 CSV or JSON lines", encoding=encoding)
 
 
-def _csv(path: Path) -> list[dict[str, Any]]:
+def _csv(path: Path, who: str) -> list[dict[str, Any]]:
     # utf-8-sig: spreadsheets write a mark in front, which would become part of the first column's name.
-    rows = csv.DictReader(io.StringIO(_text(path, "utf-8-sig"), newline=""), strict=True)
+    rows = csv.DictReader(io.StringIO(_text(path, who, "utf-8-sig"), newline=""), strict=True)
     return [{k: v for k, v in row.items() if k is not None} for row in rows]
 
 
-def _first_fields(path: Path) -> list[dict[str, Any]]:
-    return [{_NO_HEADER: row[0]} for row in csv.reader(io.StringIO(_text(path, "utf-8-sig"), newline="")) if row]
+def _first_fields(path: Path, who: str) -> list[dict[str, Any]]:
+    return [{_NO_HEADER: row[0]} for row in csv.reader(io.StringIO(_text(path, who, "utf-8-sig"), newline="")) if row]
 
 
-def _jsonl(path: Path) -> list[dict[str, Any]]:
+def _jsonl(path: Path, who: str) -> list[dict[str, Any]]:
     # Not `splitlines`: JSON may hold other ends of a line, such as U+2028, within a text.
-    return _objects([json.loads(line) for line in _text(path).split("\n") if line.strip()])
+    return _objects([json.loads(line) for line in _text(path, who).split("\n") if line.strip()])
 
 
-def _json(path: Path) -> list[dict[str, Any]]:
-    return _objects(read_json(path, f"prompt file {str(path)!r}"))
+def _json(path: Path, who: str) -> list[dict[str, Any]]:
+    return _objects(read_json(path, who))
 
 
 def _objects(rows: Any) -> list[dict[str, Any]]:
@@ -99,21 +99,21 @@ def _objects(rows: Any) -> list[dict[str, Any]]:
     return [{"prompt": row} if isinstance(row, str) else row for row in rows]
 
 
-def _txt(path: Path) -> list[dict[str, Any]]:
-    return [{"prompt": line} for line in _text(path).splitlines() if line.strip()]
+def _txt(path: Path, who: str) -> list[dict[str, Any]]:
+    return [{"prompt": line} for line in _text(path, who).splitlines() if line.strip()]
 
 
-def _seeds(path: Path) -> list[dict[str, Any]]:
+def _seeds(path: Path, who: str) -> list[dict[str, Any]]:
     """The seeds of a pyrit dataset."""
-    found = read_yaml(path, f"prompt file {str(path)!r}")
+    found = read_yaml(path, who)
     return _objects(found.get("seeds") if isinstance(found, dict) else found)
 
 
-def _parquet(path: Path) -> list[dict[str, Any]]:
+def _parquet(path: Path, who: str) -> list[dict[str, Any]]:
     try:
         from pyarrow import parquet
     except ImportError:
-        raise ConfigError(f"{path.name} needs pyarrow: pip install 'safemerge-callback[recipes]'") from None
+        raise ConfigError(f"{who} needs pyarrow: pip install 'safemerge-callback[recipes]'") from None
     return _objects(parquet.read_table(path).to_pylist())
 
 
