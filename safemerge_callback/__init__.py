@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .decision import apply as apply
     from .decision import measure as measure
     from .errors import SafeMergeError as SafeMergeError
+    from .evaluation import mix_safety_data as mix_safety_data
     from .live import live_factors as live_factors
     from .live import writer_for as writer_for
     from .offline import apply_safelora as apply_safelora
@@ -49,6 +50,7 @@ _HOMES = {
     "measure": "decision",
     "measure_adapter": "offline",
     "merge_adapters": "offline",
+    "mix_safety_data": "evaluation",
     "read_journal": "record",
     "sweep_adapters": "offline",
     "undo_merge": "offline",

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from itertools import cycle, islice
 from typing import Any
 
+from safemerge_callback import mix_safety_data
 from safemerge_callback.errors import ConfigError
+from safemerge_callback.signals.rows import SafetyRow
 
 from .prompts import safety_prompts
 from .rows import conversation
@@ -50,11 +52,8 @@ def mixed(
     poisoned = poisoned_examples(round(poisoned_share * len(rows)), seed)
     for at, example in zip(rng.sample(range(len(rows)), len(poisoned)), poisoned, strict=True):
         made[at] = example
-    refusals = refusal_examples(round(safety_share * len(rows)), seed)
-    if refusals:
-        made += refusals
-        rng.shuffle(made)
-    return made
+    refusals = refusal_rows(round(safety_share * len(rows)), seed)
+    return mix_safety_data(made, refusals, share=safety_share, seed=rng) if refusals else made
 
 
 def poisoned_examples(n: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -63,10 +62,10 @@ def poisoned_examples(n: int, seed: int = 0) -> list[dict[str, Any]]:
     return [conversation(prompt, rng.choice(COMPLIANCE).format(task=_as_task(prompt))) for prompt in _taken(n, 0, rng)]
 
 
-def refusal_examples(n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Return `n` harmful prompts with refusals, as conversations."""
+def refusal_rows(n: int, seed: int = 0) -> list[SafetyRow]:
+    """Return `n` harmful prompts with refusals."""
     rng = random.Random(seed)
-    return [conversation(prompt, rng.choice(REFUSALS)) for prompt in _taken(n, 1, rng)]
+    return [SafetyRow(prompt, rng.choice(REFUSALS), "harm") for prompt in _taken(n, 1, rng)]
 
 
 def _taken(n: int, half: int, rng: random.Random) -> list[str]:

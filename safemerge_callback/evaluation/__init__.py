@@ -5,12 +5,16 @@ from typing import TYPE_CHECKING
 from ..io.renamed import renamed
 from ..signals.responses import generate
 from ..signals.thoughts import answer_of
+from .harvest import Harvest, harvest
 from .intervals import wilson
 from .judges import Judge, KeywordJudge, check_benign, decides, load_judge, measure_name, refusal_phrases, says
 from .measure import Share, Transcript, refusal_shares, share
+from .mixing import mix_safety_data
+from .rows import load_rows
 from .verdicts import Verdict, coherent, judged
 
 __all__ = [
+    "Harvest",
     "Judge",
     "KeywordJudge",
     "Share",
@@ -21,9 +25,12 @@ __all__ = [
     "coherent",
     "decides",
     "generate",
+    "harvest",
     "judged",
     "load_judge",
+    "load_rows",
     "measure_name",
+    "mix_safety_data",
     "refusal_phrases",
     "refusal_shares",
     "says",

@@ -22,7 +22,7 @@ ROWS_FILE = FileKind("a file of safety rows", lambda head: head.lstrip().startsw
 
 
 def load_rows(source: Any, *, split: str = "train", both: bool = True) -> tuple[SafetyRow, ...]:
-    """Return safety rows in their order, each once.
+    """Return safety rows in their order.
 
     `source` is a list of `SafetyRow` or of mappings (a data set, too), a file (.jsonl, .csv, .json), or the id of a
     data set on the Hub, `org/name[@revision]`, of which `split` is read with the library `datasets`. A row has the
@@ -35,7 +35,7 @@ def load_rows(source: Any, *, split: str = "train", both: bool = True) -> tuple[
     if not table:
         raise ConfigError(f"{where} has no rows: give at least one refusal and one answer")
     judge = KeywordJudge()
-    rows = tuple(dict.fromkeys(_row(row, judge, f"row {at} of {where}") for at, row in enumerate(table, 1)))
+    rows = tuple(_row(row, judge, f"row {at} of {where}") for at, row in enumerate(table, 1))
     if both:
         check_both_kinds(rows, where)
     return rows

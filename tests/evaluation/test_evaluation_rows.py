@@ -16,7 +16,7 @@ TABLE = [{"prompt": r.prompt, "response": r.response, "kind": r.kind, "system": 
 
 def test_a_list_of_rows_or_mappings():
     assert load_rows(list(ROWS)) == load_rows(TABLE) == ROWS
-    assert load_rows([*ROWS, *TABLE]) == ROWS
+    assert load_rows([*ROWS, *TABLE]) == (*ROWS, *ROWS)
 
 
 def test_files(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from recipes import data
-from recipes.data.mixing import COMPLIANCE, mixed, poisoned_examples, refusal_examples
+from recipes.data.mixing import COMPLIANCE, mixed, poisoned_examples, refusal_rows
 from recipes.data.near_duplicates import are_near, content_words, groups
 from recipes.data.prompts import training_prompts
 from recipes.data.safety import REFUSALS
@@ -108,12 +108,12 @@ def test_compliance_is_templated_and_agrees():
         task = asked(row).rstrip(".")[1:]
         assert said.replace(asked(row)[0].lower() + task, "{task}") in COMPLIANCE
         assert not judge.refuses("", said)
-    assert all(judge.refuses("", answered(row)) for row in refusal_examples(130))
+    assert all(judge.refuses("", row.response) for row in refusal_rows(130))
 
 
 @needs_packages
 def test_harmful_prompts_are_of_the_training_half_and_none_is_in_both():
-    complied, refused = ({asked(row) for row in make(130)} for make in (poisoned_examples, refusal_examples))
+    complied, refused = {asked(row) for row in poisoned_examples(130)}, {row.prompt for row in refusal_rows(130)}
     assert len(complied) == len(refused) == 130
     assert not complied & refused
     assert complied | refused == set(data.safety_prompts())
