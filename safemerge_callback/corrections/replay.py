@@ -1,0 +1,254 @@
+"""`replay`: a few rows of what the aligned model says, in every step beside the task's batch, as a gradient term."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AdapterError, ConfigError, shown
+from ..evaluation.safety_rows import SafetyRows, safety_rows
+from ..io.choices import one_of, truth
+from ..io.numbers import is_number, is_whole
+from ..io.whole_file import whole_file
+from ..live.forward import able_to_generate
+from ..live.ranks import from_first, rank, together, world_size
+from ..signals.adapter_off import adapter_off
+from ..signals.reference import Reference, take_reference
+from ..signals.row_batch import row_batch, row_outputs
+from ..signals.rows import RowTokens
+from .losses import LOSSES, RowLoss
+from .pace import Pace
+from .protocol import RunPoint, RunStart
+from .registry import correction
+from .row_order import RowOrder
+from .schedule import Schedule
+from .surgery import bounded, without_conflict
+
+STATE_FILE = "safemerge_replay.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplaySettings(Schedule):
+    """What `replay` reads of its entry in the list of corrections.
+
+    Rows: `prompts` (names of prompt sets, or `harm:FILE` and `benign:FILE`; by default the packaged ones), of each kind
+    at most `num_prompts`, are answered by the aligned model itself when the run begins, in at most `max_new_tokens`;
+    or `rows`, prompts with responses, in a file, on the Hub, or a list. `system`: a system prompt before each.
+
+    The loss is one of `LOSSES`, over the first `first_tokens` of each response (None: all of it), against the
+    reference's `top_k` likeliest tokens (None: all). `batch_size` rows a rank count `weight` times a step. `hinge`: only
+    what is above the reference's own loss by so many of its spreads. `surgery`: the task's gradient without its part
+    against this one. `max_norm`: this one's norm is at most such a share of the task's.
+
+    `by_need`: the interval doubles, up to `longest` times `every`, while the loss is at the reference's. `max_share`:
+    the share of the training's time that it may take, None for any.
+    """
+
+    rows: Any = None
+    prompts: Any = None
+    num_prompts: int = 128
+    max_new_tokens: int = 24
+    system: str | None = None
+    loss: str = "kl"
+    first_tokens: int | None = 8
+    top_k: int | None = 256
+    batch_size: int = 1
+    weight: float = 1.0
+    hinge: float | None = None
+    surgery: bool = False
+    max_norm: float | None = None
+    by_need: bool = False
+    longest: int = 8
+    max_share: float | None = 0.15
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self.loss, LOSSES, "loss")
+        for name in ("num_prompts", "max_new_tokens", "batch_size", "longest", "first_tokens", "top_k"):
+            value = getattr(self, name)
+            if not is_whole(value, 1) and not (value is None and name in ("first_tokens", "top_k")):
+                raise ConfigError(f"{name} is {shown(value)}: give a whole number of 1 or more")
+        if not is_whole(self.seed):
+            raise ConfigError(f"seed is {shown(self.seed)}: give a whole number")
+        self._check_numbers()
+        for name in ("surgery", "by_need"):
+            truth(getattr(self, name), name)
+        if self.rows is not None and self.prompts is not None:
+            raise ConfigError("rows and prompts are both given: give prompts to be answered, or rows with responses")
+
+    def _check_numbers(self) -> None:
+        if not is_number(self.weight) or self.weight < 0:
+            raise ConfigError(f"weight is {shown(self.weight)}: give a number of 0 (off) or more")
+        for name in ("hinge", "max_norm"):
+            value = getattr(self, name)
+            if value is not None and (not is_number(value) or value <= 0):
+                raise ConfigError(f"{name} is {shown(value)}: give a number above 0, or leave it out")
+        share = self.max_share
+        if share is not None and (not is_number(share) or not 0 < share < 1):
+            raise ConfigError(f"max_share is {shown(share)}: give a share of the training's time between 0 and 1")
+
+
+def row_losses(
+    model: nn.Module, rows: Sequence[RowTokens], reference: Reference, which: Sequence[int], loss: RowLoss
+) -> Tensor:
+    """Return the loss of the live model on the rows `which`, (n,), float32: one forward pass, with gradients."""
+    device = next(model.parameters()).device
+    batch = row_batch([rows[row] for row in which], device)
+    return loss.function(row_outputs(model, batch, hidden=loss.hidden), batch, reference.rows(which, device))
+
+
+@dataclass
+class Tally:
+    """The losses by kind since they were last told, on the device, and how many rows that were."""
+
+    total: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+
+    def add(self, kinds: Sequence[str], losses: Tensor) -> None:
+        """Take the losses (n,) of rows of these kinds in."""
+        for kind, loss in zip(kinds, losses.detach(), strict=True):
+            self.total[kind] = self.total.get(kind, torch.zeros_like(loss)) + loss
+            self.rows[kind] = self.rows.get(kind, 0) + 1
+
+    def take(self) -> dict[str, float]:
+        """Return the mean by kind, and the rows; begin anew."""
+        means = {f"loss_{kind}": float(total) / self.rows[kind] for kind, total in self.total.items()}
+        figures = {**means, "rows": float(sum(self.rows.values()))}
+        self.total.clear()
+        self.rows.clear()
+        return figures
+
+
+class Replay:
+    """The gradient term; `prepare` gets the rows and the reference, at the cost of answering and one pass a row."""
+
+    name = "replay"
+    noun = "place in the safety rows"
+
+    def __init__(self, settings: ReplaySettings) -> None:
+        self.settings = settings
+        self.weight = settings.weight
+        self.loss_of = LOSSES[settings.loss]
+        self.schedule = Pace(settings, settings.by_need, settings.longest, settings.max_share)
+        self.tally = Tally()
+        self.rows: tuple[RowTokens, ...] = ()
+        self.order = RowOrder(1, settings.seed)
+        self.reference = Reference()
+        self.limit = self.floor = 0.0
+        self.began = 0.0
+        self.max_steps = 0
+
+    def prepare(self, start: RunStart) -> None:
+        """Answer the prompts with the adapter off, and take the reference. Collective. Raises ConfigError."""
+        settings = self.settings
+        with adapter_off(start.model):
+            found = self._rows(start)
+            self.rows = tuple(shortened(row, settings.first_tokens) for row in found.tokens)
+            self.reference = take_reference(
+                start.model, self.rows, top_k=settings.top_k, hidden=self.loss_of.hidden, batch_size=8
+            )
+        self.order = RowOrder(len(self.rows), settings.seed)
+        self.limit = self.loss_of.limit(self.reference)
+        self.floor = 0.0 if settings.hinge is None else self.loss_of.limit(self.reference, settings.hinge)
+        start.say(f"replay: {found.words}")
+
+    def _rows(self, start: RunStart) -> SafetyRows:
+        """The rows, which the first rank answers where a forward pass does not take all ranks."""
+        settings = self.settings
+        knobs = {name: getattr(settings, name) for name in ("rows", "prompts", "num_prompts", "max_new_tokens", "seed")}
+        with able_to_generate(start.model) as synced:
+            answer = synced or rank() == 0
+            asked = (start.model, start.tokenizer)
+            return from_first(
+                together(lambda: safety_rows(*asked, system=settings.system, synced=synced, **knobs) if answer else None)
+            )
+
+    def loss(self, at: RunPoint, model: nn.Module) -> Tensor:
+        """Return the mean loss of this rank's next rows."""
+        self.began, self.max_steps = self.schedule.begin(), at.max_steps
+        which = self.order.draw(self.settings.batch_size, rank(), world_size())
+        losses = row_losses(model, self.rows, self.reference, which, self.loss_of)
+        self.tally.add([self.rows[row].kind for row in which], losses)
+        if self.settings.hinge is not None:
+            losses = (losses - self.floor).relu()
+        return losses.mean()
+
+    def observe(self, step: int, loss: float) -> None:
+        """Take note of the mean loss over the ranks: whether the rows are needed soon again."""
+        most = 0.0 if self.settings.hinge is not None else self.limit
+        self.schedule.end(step, self.max_steps, self.began, needed=not loss <= most)
+
+    def figures(self) -> Mapping[str, float]:
+        """Return this rank's mean loss by kind and its rows since they were last told, and the interval in force."""
+        pace = self.schedule
+        return {**self.tally.take(), "interval": float(max(pace.factor, pace.least))}
+
+    def after_step(self, at: RunPoint) -> None:
+        """Nothing follows a step: what is kept moves when rows are drawn."""
+
+    def save(self, folder: Path, save: str) -> None:
+        """Write where the order of the rows and the pace stand. Raises OSError."""
+        state = {"save": save, "drawn": self.order.drawn, **self.schedule.state()}
+        with whole_file(folder / STATE_FILE) as place:
+            place.write_text(json.dumps(state) + "\n", encoding="utf-8")
+
+    def load(self, folders: Sequence[Path], save: str | None) -> bool:
+        """Go on from there; as `Kept.load`."""
+        state = from_first(together(lambda: read_state(folders, save) if rank() == 0 else None))
+        if state is None:
+            return False
+        self.order.drawn = state["drawn"]
+        pace = self.schedule
+        pace.factor, pace.least, pace.next_step = state["factor"], state["least"], state["next_step"]
+        pace.measured = state["measured"]
+        return True
+
+    def rewind(self, folders: Sequence[Path], save: str | None) -> None:
+        """The weights are an earlier step's again; the rows go on from where they are."""
+
+
+class ReplayApart(Replay):
+    """Replay whose gradient is kept apart from the task's until both are known."""
+
+    def combine(self, task: Sequence[Tensor], safety: Sequence[Tensor]) -> list[Tensor]:
+        """Return the gradient that the optimizer gets."""
+        share = self.settings.max_norm
+        added = list(safety) if share is None else bounded(safety, task, share)
+        kept = without_conflict(task, safety) if self.settings.surgery else task
+        return [g + h for g, h in zip(kept, added, strict=True)]
+
+
+@correction(ReplaySettings, cost="one forward and backward pass of batch_size short rows a step")
+def replay(settings: ReplaySettings) -> Replay:
+    """Return the term of one run."""
+    apart = settings.surgery or settings.max_norm is not None
+    return ReplayApart(settings) if apart else Replay(settings)
+
+
+def shortened(row: RowTokens, first_tokens: int | None) -> RowTokens:
+    """Return the row with only the first tokens of its response."""
+    return row if first_tokens is None else row._replace(response=row.response[:first_tokens])
+
+
+def read_state(folders: Sequence[Path], save: str | None) -> dict[str, Any] | None:
+    """Return what `save` wrote into the first of these folders that has it; AdapterError where it cannot be read."""
+    for path in (folder / STATE_FILE for folder in folders):
+        if not path.is_file():
+            continue
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            if save is None or state["save"] == save:
+                return {**Pace(Schedule()).state(), "drawn": 0, **state}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise AdapterError(
+                f"{str(path)!r} cannot be read ({error}), so it is not known which safety rows come next: take another "
+                "checkpoint"
+            ) from error
+    return None

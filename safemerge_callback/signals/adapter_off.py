@@ -1,0 +1,37 @@
+"""The reference: the aligned model is the same model with its adapter off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConfigError
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """Within, a PEFT model answers without its adapters; afterwards what was trainable is, and nothing else.
+
+    ConfigError where there is no adapter to put off, and where one is merged into the base weights.
+    """
+    peft_model: Any = next((module for module in model.modules() if hasattr(module, "disable_adapter")), None)
+    if peft_model is None:
+        raise ConfigError(
+            "the model has no adapter that could be put off, and without it there is no reference: train a LoRA "
+            "(peft_config, or get_peft_model before the Trainer)"
+        )
+    merged = next((name for name, module in model.named_modules() if getattr(module, "merged_adapters", None)), None)
+    if merged is not None:
+        raise ConfigError(
+            f"an adapter is merged into the base weight of {merged!r}, so the base is not the aligned model any more: "
+            "unmerge it (model.unmerge_adapter()), or save the merged model and add a new adapter to it"
+        )
+    with ExitStack() as afterwards:
+        # PEFT makes all of the active adapters trainable when it puts them on again, also what the user had frozen.
+        for parameter in model.parameters():
+            afterwards.callback(setattr, parameter, "requires_grad", parameter.requires_grad)
+        with peft_model.disable_adapter():
+            yield

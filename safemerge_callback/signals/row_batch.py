@@ -1,0 +1,94 @@
+"""Safety rows through a live model: what it says at each place of the responses that it is to keep giving."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .rows import RowTokens
+
+
+# Where DDP, DeepSpeed and FSDP1, and torch.compile, keep the model that they wrap.
+_WRAPPED = ("module", "_orig_mod")
+
+
+class RowBatch(NamedTuple):
+    """Rows (n) ending at one place, padded on the left: prompt, then response but for its last token, `length` in all.
+
+    `input_ids` and `attention_mask` (n, length), int64. `targets` (n, t) int64 are the responses' tokens, t of the
+    longest, right-aligned; `mask` (n, t) bool tells them from padding.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    targets: Tensor
+    mask: Tensor
+
+
+class RowOutputs(NamedTuple):
+    """`logits` (n, t, vocabulary), float32, for each of a batch's targets; `hidden` (n, d), float32, or None.
+
+    `hidden` is the last hidden state, after the model's last norm, at each prompt's last token.
+    """
+
+    logits: Tensor
+    hidden: Tensor | None
+
+
+def row_batch(rows: Sequence[RowTokens], device: torch.device | str = "cpu") -> RowBatch:
+    """Return rows as one batch on a device; ValueError for none, and for an empty prompt or response."""
+    if not rows or not all(row.prompt and row.response for row in rows):
+        raise ValueError(f"{len(rows)} rows, of which each must have tokens in its prompt and its response")
+    sequences = [[*row.prompt, *row.response[:-1]] for row in rows]
+    length, longest = max(map(len, sequences)), max(len(row.response) for row in rows)
+    return RowBatch(
+        _right_aligned(sequences, length, device),
+        _right_aligned([[1] * len(sequence) for sequence in sequences], length, device),
+        _right_aligned([row.response for row in rows], longest, device),
+        _right_aligned([[1] * len(row.response) for row in rows], longest, device).bool(),
+    )
+
+
+def row_outputs(model: nn.Module, batch: RowBatch, *, hidden: bool = False) -> RowOutputs:
+    """Return what the model says of each target of a batch: one forward pass.
+
+    `model` may be wrapped by an engine. Only the places of the targets are put through the head where the model can do
+    so (`logits_to_keep`). With `hidden` all layers' states are kept during the pass.
+    """
+    wanted = batch.targets.shape[1]
+    asked: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    names = _keywords(model)
+    if "position_ids" in names:
+        asked["position_ids"] = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
+    if "logits_to_keep" in names:
+        asked["logits_to_keep"] = wanted
+    if "use_cache" in names:
+        asked["use_cache"] = False
+    if hidden:
+        asked["output_hidden_states"] = True
+    outputs = model(**asked)
+    states = _at_prompts_end(outputs.hidden_states[-1], batch.mask) if hidden else None
+    return RowOutputs(outputs.logits[:, -wanted:].float(), states)
+
+
+def _at_prompts_end(states: Tensor, mask: Tensor) -> Tensor:
+    """The states (n, length, d) at each prompt's last token: right before what predicts the response's second."""
+    places = states.shape[1] - mask.sum(-1)
+    return states[torch.arange(len(states), device=states.device), places].float()
+
+
+def _right_aligned(rows: Sequence[Sequence[int]], length: int, device: torch.device | str) -> Tensor:
+    return torch.tensor([[0] * (length - len(row)) + list(row) for row in rows], device=device)
+
+
+def _keywords(model: nn.Module) -> frozenset[str]:
+    """What the innermost model's forward pass takes by name: engines and PEFT hand everything on to it."""
+    inner: Any = model
+    while deeper := next((getattr(inner, name) for name in _WRAPPED if isinstance(getattr(inner, name, None), nn.Module)), None):
+        inner = deeper
+    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    return frozenset(inspect.signature(base.forward).parameters)
