@@ -26,13 +26,14 @@ class RunPoint:
     """Where a run stands when a correction is asked, and what it may look at; nothing of the trainer is in it.
 
     `step` of `max_steps` optimizer steps is done. `safety`: the safety adapters, `optimizer` what the trainer gives its
-    callbacks. `plan`: what the check of this step decided, where there was one.
+    callbacks. `plan`: what the check of this step decided, where there was one. `subspace` is None where the run has
+    none, and nothing is measured.
     """
 
     step: int
     max_steps: int
     writer: Writer
-    subspace: Subspace
+    subspace: Subspace | None
     safety: Sequence[Adapter] = ()
     optimizer: Any = None
     plan: MergePlan | None = None
@@ -40,6 +41,19 @@ class RunPoint:
     def factors(self) -> dict[str, LoraFactors]:
         """Return module -> the live factors as they are now, not copied. Collective as `Writer.gather`."""
         return self.writer.gather()
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """What a run begins with, before its first step: what a correction may ready itself with.
+
+    `model` is the one of the trainer's hooks, its adapter on; `tokenizer` a tokenizer or a processor, None where the
+    trainer has none. `say` tells the terminal a line.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    say: Callable[[str], None]
 
 
 class Change(NamedTuple):
@@ -97,6 +111,17 @@ class GradientTerm(Protocol):
 
         Called in training mode with gradients, before the step's own batches. `at.step` steps are done. What it raises
         costs this rank's share of this step's term and nothing else. What it draws leaves the task's random numbers be.
+        """
+
+
+@runtime_checkable
+class Prepared(Protocol):
+    """Readies itself before the first step."""
+
+    def prepare(self, start: RunStart) -> None:
+        """Look at the model, which is left as it was. Every rank calls it, before any state of a checkpoint is read.
+
+        Raises a SafeMergeError child, on all ranks, for what cannot be.
         """
 
 

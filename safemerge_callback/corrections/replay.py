@@ -12,11 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError, ConfigError, shown
-from ..evaluation.safety_rows import SafetyRows, safety_rows
 from ..io.choices import one_of, truth
 from ..io.numbers import is_number, is_whole
 from ..io.whole_file import whole_file
-from ..live.forward import able_to_generate
 from ..live.ranks import from_first, rank, together, world_size
 from ..signals.adapter_off import adapter_off
 from ..signals.reference import Reference, take_reference
@@ -30,6 +28,8 @@ from .row_order import RowOrder
 from .schedule import Schedule
 from .surgery import bounded, without_conflict
 
+# What it is called in a list of corrections.
+REPLAY = "replay"
 STATE_FILE = "safemerge_replay.json"
 
 
@@ -95,6 +95,21 @@ class ReplaySettings(Schedule):
             raise ConfigError(f"max_share is {shown(share)}: give a share of the training's time between 0 and 1")
 
 
+def safety_rows(model: nn.Module, tokenizer: Any, settings: ReplaySettings) -> tuple[Sequence[RowTokens], str]:
+    """Return the rows as this model's tokens, and a sentence on them: given, or the model's own answers as it is now.
+
+    Collective. Raises ConfigError as `harvest`, `load_prompts` and `load_rows`.
+    """
+    row_format = RowFormat(system=settings.system)
+    if settings.rows is not None:
+        rows = load_rows(settings.rows)
+        return row_tokens(tokenizer, rows, row_format), f"{len(rows)} rows, as they were given"
+    names = PACKAGED if settings.prompts is None else settings.prompts
+    sets = [load_prompts(name, settings.num_prompts, settings.seed) for name in names]
+    found = harvest(model, tokenizer, sets, max_new_tokens=settings.max_new_tokens, row_format=row_format)
+    return found.tokens, str(found)
+
+
 def row_losses(
     model: nn.Module, rows: Sequence[RowTokens], reference: Reference, which: Sequence[int], loss: RowLoss
 ) -> Tensor:
@@ -129,7 +144,7 @@ class Tally:
 class Replay:
     """The gradient term; `prepare` gets the rows and the reference, at the cost of answering and one pass a row."""
 
-    name = "replay"
+    name = REPLAY
     noun = "place in the safety rows"
 
     def __init__(self, settings: ReplaySettings) -> None:
@@ -148,27 +163,20 @@ class Replay:
     def prepare(self, start: RunStart) -> None:
         """Answer the prompts with the adapter off, and take the reference. Collective. Raises ConfigError."""
         settings = self.settings
+        if start.tokenizer is None:
+            raise ConfigError(
+                "replay asks the model in words, and this trainer has no tokenizer: give it one (processing_class=)"
+            )
         with adapter_off(start.model):
-            found = self._rows(start)
-            self.rows = tuple(shortened(row, settings.first_tokens) for row in found.tokens)
+            rows, words = safety_rows(start.model, start.tokenizer, settings)
+            self.rows = tuple(shortened(row, settings.first_tokens) for row in rows)
             self.reference = take_reference(
                 start.model, self.rows, top_k=settings.top_k, hidden=self.loss_of.hidden, batch_size=8
             )
         self.order = RowOrder(len(self.rows), settings.seed)
         self.limit = self.loss_of.limit(self.reference)
         self.floor = 0.0 if settings.hinge is None else self.loss_of.limit(self.reference, settings.hinge)
-        start.say(f"replay: {found.words}")
-
-    def _rows(self, start: RunStart) -> SafetyRows:
-        """The rows, which the first rank answers where a forward pass does not take all ranks."""
-        settings = self.settings
-        knobs = {name: getattr(settings, name) for name in ("rows", "prompts", "num_prompts", "max_new_tokens", "seed")}
-        with able_to_generate(start.model) as synced:
-            answer = synced or rank() == 0
-            asked = (start.model, start.tokenizer)
-            return from_first(
-                together(lambda: safety_rows(*asked, system=settings.system, synced=synced, **knobs) if answer else None)
-            )
+        start.say(f"replay: {words}")
 
     def loss(self, at: RunPoint, model: nn.Module) -> Tensor:
         """Return the mean loss of this rank's next rows."""

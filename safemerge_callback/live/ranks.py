@@ -28,6 +28,11 @@ def rank() -> int:
     return dist.get_rank() if many() else 0
 
 
+def world_size() -> int:
+    """Return how many processes train together."""
+    return dist.get_world_size() if many() else 1
+
+
 def from_first(value: Value) -> Value:
     """Return rank 0's `value` (picklable) on every rank. Collective: every rank must call it."""
     if not many():

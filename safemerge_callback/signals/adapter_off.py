@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -29,9 +29,12 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
             f"an adapter is merged into the base weight of {merged!r}, so the base is not the aligned model any more: "
             "unmerge it (model.unmerge_adapter()), or save the merged model and add a new adapter to it"
         )
-    with ExitStack() as afterwards:
-        # PEFT makes all of the active adapters trainable when it puts them on again, also what the user had frozen.
-        for parameter in model.parameters():
-            afterwards.callback(setattr, parameter, "requires_grad", parameter.requires_grad)
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
         with peft_model.disable_adapter():
             yield
+    finally:
+        # PEFT makes all of the active adapters trainable when it puts them on again, also what the user had frozen.
+        for parameter, was in trainable:
+            if parameter.requires_grad != was:
+                parameter.requires_grad = was

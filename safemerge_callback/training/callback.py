@@ -71,7 +71,9 @@ class SafeMergeCallback(TrainerCallback):
         """Load and check everything; on a resume, go on from the checkpoint's state."""
         alone(self, model, state)
         self.session, self.progress, self.section = None, Progress(), None
-        self.session = session = open_session(self.config, model, args, state, kwargs.get("optimizer"))
+        self.session = session = open_session(
+            self.config, model, args, state, kwargs.get("optimizer"), kwargs.get("processing_class")
+        )
         self.progress = session.progress
         at_each_save(state, session.save)
 

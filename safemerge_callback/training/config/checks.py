@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ...corrections.registry import chosen_corrections, plain
+from ...corrections.replay import REPLAY
 from ...corrections.schedule import check_bounds, check_every
 from ...decision import GATES, Choices, Gate, gate_of
 from ...decision.choices import check_counts
@@ -23,7 +24,13 @@ from ...methods import METHODS, How, Method, get_method, method_of
 from ...methods.how import AUTO
 from ...subspace.placement import check_placement
 from .choices import declared_knobs, gate_at, how_of, rules_of
-from .shorthands import as_list
+from .shorthands import OF_THE_RUN, as_list
+
+# How what a correction needs is given.
+_GIVEN_AS = {
+    "subspace": "give the safety-subspace file (`safemerge build` makes one)",
+    "safety_adapter": "give its folder or Hub id",
+}
 
 
 class Draft(SimpleNamespace):
@@ -37,7 +44,7 @@ class Draft(SimpleNamespace):
     @property
     def merges(self) -> bool:
         """Whether any check may change the model."""
-        return GATES[self.gate].merges
+        return self.subspace is not None and GATES[self.gate].merges
 
     @property
     def how(self) -> How:
@@ -50,26 +57,30 @@ def adapters_of(safety_adapter: Any) -> list[str]:
     return [safety_adapter] if isinstance(safety_adapter, str) else list(safety_adapter or [])
 
 
-def checked_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+def checked_settings(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings, numbers in their own type and what is left out worked out; nothing else is changed.
 
-    ConfigError for a setting that cannot be, or contradicts another.
+    ConfigError for a setting that cannot be, or contradicts another, or that nothing reads. `defaults`: what each is
+    where it is left out.
     """
     config = Draft(**settings)
     _check_types(config)
-    _check_knobs(config)
-    _check_gate(config)
-    _check_method(config)
-    _check_strength(config)
-    _check_schedule(config)
+    if config.subspace is None:
+        _check_no_merge(config, defaults)
+    else:
+        _check_knobs(config)
+        _check_gate(config)
+        _check_method(config)
+        _check_strength(config)
+        _check_schedule(config)
     _check_corrections(config)
     return vars(config)
 
 
 def _check_types(config: Draft) -> None:
     """Refuse what YAML or a command line may hold by mistake, such as '50' or true where a count is meant."""
-    if not isinstance(config.subspace, str | Path) or not str(config.subspace):
-        raise ConfigError(f"subspace is {config.subspace!r}: give the path of a safety-subspace file")
+    if config.subspace is not None and (not isinstance(config.subspace, str | Path) or not str(config.subspace)):
+        raise ConfigError(f"subspace is {shown(config.subspace)}: give the path of a safety-subspace file")
     for name in ("subspace", "safety_adapter", "journal"):
         value = getattr(config, name)
         setattr(config, name, str(value) if isinstance(value, Path) else value)
@@ -86,6 +97,17 @@ def _check_types(config: Draft) -> None:
     for name in ("at_train_end", "asynchronous", "soft", "spread_weights", "quiet"):
         truth(getattr(config, name), name)
     check_placement(config.placement)
+
+
+def _check_no_merge(config: Draft, defaults: Mapping[str, Any]) -> None:
+    """Refuse settings of a merge where there is no subspace to measure with."""
+    of_a_merge = [name for name in vars(config) if name not in ("subspace", *OF_THE_RUN)]
+    if idle := [name for name in of_a_merge if getattr(config, name) != defaults[name]]:
+        raise ConfigError(
+            f"setting 'subspace' is missing, and {idle[0]} is {shown(getattr(config, idle[0]))}, which is of a merge: "
+            "give the safety-subspace file (`safemerge build` makes one), or leave "
+            f"{', '.join(idle)} out"
+        )
 
 
 def join_knobs(value: Any, singles: Mapping[str, Any]) -> dict[str, Any]:
@@ -288,14 +310,21 @@ def _check_schedule(config: Draft) -> None:
 
 
 def _check_corrections(config: Draft) -> None:
-    """Bring the list of corrections into what tells every setting of theirs; None where it names none."""
-    entries = as_list(config.corrections)
-    chosen = [] if entries is None else chosen_corrections(entries)
+    """Bring the list of corrections into what tells every setting of theirs; None where it names none.
+
+    Without a subspace and without a list it is replay, which needs no file.
+    """
+    listed = as_list(config.corrections)
+    if listed is None and config.subspace is None:
+        listed = [{REPLAY: {}}]
+    chosen = [] if listed is None else chosen_corrections(listed)
+    if not chosen and config.subspace is None:
+        raise ConfigError("corrections is empty and there is no subspace, so nothing would be done: give one of them")
     config.corrections = plain(chosen) or None
-    if config.safety_adapter is None:
-        for one in chosen:
-            if "safety_adapter" in one.kind.needs:
+    for one in chosen:
+        for need in sorted(one.kind.needs & vars(config).keys()):
+            if getattr(config, need) is None:
                 raise ConfigError(
-                    f"safety_adapter is missing: correction {one.kind.name!r} needs one; give its folder or Hub id, or "
-                    "leave the correction out"
+                    f"{need} is missing: correction {one.kind.name!r} needs one; {_GIVEN_AS[need]}, or leave the "
+                    "correction out"
                 )

@@ -36,7 +36,13 @@ class SafeMergeConfig:
     The types are plain, so `HfArgumentParser` and `TrlParser` take the class as it is.
     """
 
-    subspace: str = field(metadata={"help": "Safety-subspace file of the base model, as `safemerge build` writes it."})
+    subspace: str | None = field(
+        default=None,
+        metadata={
+            "help": "Safety-subspace file of the base model, as `safemerge build` writes it; without one nothing is "
+            "measured or merged."
+        },
+    )
     # In this order HfArgumentParser takes any number of names; a file may hold one name or a list.
     safety_adapter: list[str] | None | str = field(  # noqa: RUF036
         default=None, metadata={"help": "Folder or Hub id of the safety LoRA that is merged in, or a list of them."}
@@ -169,11 +175,15 @@ class SafeMergeConfig:
 
     corrections: list[dict[str, Any]] | str | None = field(
         default=None,
-        metadata={"help": "What else is done to the run: a list, each entry a correction's name and its settings."},
+        metadata={
+            "help": "What else is done to the run: a list, each entry a correction's name and its settings; replay, "
+            "where there is neither a list nor a subspace."
+        },
     )
 
     def __post_init__(self) -> None:
-        for name, value in checked_settings(vars(self)).items():
+        settings = {f.name: f.default for f in fields(self)}
+        for name, value in checked_settings(vars(self), settings).items():
             setattr(self, name, value)
 
     @classmethod
@@ -196,10 +206,6 @@ class SafeMergeConfig:
                 raise ConfigError(
                     f"setting {key!r} is unknown{nearest(str(key), allowed, then=f'choose among {allowed}')}"
                 )
-        if "subspace" not in knobs:
-            raise ConfigError(
-                "setting 'subspace' is missing: give the safety-subspace file (`safemerge build` makes one)"
-            )
         return cls(**knobs)
 
     @classmethod
@@ -264,9 +270,14 @@ class SafeMergeConfig:
         return chosen_corrections(self.corrections or [])
 
     @property
+    def measures(self) -> bool:
+        """Whether there are checks: what they measure with is the subspace."""
+        return self.subspace is not None
+
+    @property
     def merges(self) -> bool:
         """Whether any check may change the model; False for gate watch."""
-        return GATES[self.gate].merges
+        return self.measures and GATES[self.gate].merges
 
     @property
     def changes(self) -> bool:
@@ -277,7 +288,7 @@ class SafeMergeConfig:
 def resolve_config(config: SafeMergeConfig | str | PathLike[str] | None, knobs: Mapping[str, Any]) -> SafeMergeConfig:
     """Return `config`, or one made of keywords, a path in its place being the subspace's.
 
-    ConfigError for a config beside keywords, two subspaces, neither, or another type.
+    ConfigError for a config beside keywords, two subspaces, or another type.
     """
     if config is None:
         return SafeMergeConfig.from_dict(knobs)

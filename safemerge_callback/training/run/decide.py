@@ -52,6 +52,8 @@ def check_schedule_of_run(config: SafeMergeConfig, max_steps: int) -> str | None
 
     A method `ema` whose average would never take an update in is refused too.
     """
+    if not config.measures:
+        return None
     if config.merges and config.ema_every is not None and config.ema_every > max_steps:
         raise ConfigError(
             f"ema_every is {config.ema_every} and the run has {max_steps} steps, so the average would never take an "

@@ -18,6 +18,8 @@ from .forecast import Forecast, percent
 def opening_line(config: SafeMergeConfig, plan: Forecast, num_modules: int, max_steps: int, step: int = 0) -> str:
     """Return the line that a run begins with: what will be done, how often, and what is left."""
     since = f"going on from step {step:,}, " if step else ""
+    if not config.measures:
+        return f"{since}{_listed(config)} beside {_count(max_steps, 'step')}, {_count(num_modules, 'module')}"
     where = f"{since}gate {config.gate_at()}, {_count(num_modules, 'module')}"
     if not config.merges:
         return f"{where}: measured {_times(config, max_steps)}, nothing is {'merged' if config.changes else 'changed'}"
@@ -50,7 +52,7 @@ def closing_line(
 
     The verdict is what the `last` check's readings say of lost refusals, which stand before that check's own merge.
     """
-    clauses = [_count(progress.checks, "check")]
+    clauses = [_count(progress.checks, "check")] if config.measures else [_listed(config)]
     if config.merges:
         clauses.append(
             f"{_count(progress.merges, 'merge')}{_left(config.method, progress)}"
@@ -87,6 +89,10 @@ def broken_modules(step: int, plan: MergePlan) -> str | None:
         f"{len(broken)} modules hold NaN or infinite updates at step {step} and are not merged, first "
         f"{broken[0]!r}: lower the learning rate or resume from an earlier checkpoint"
     )
+
+
+def _listed(config: SafeMergeConfig) -> str:
+    return ", ".join(one.kind.name for one in config.chosen_corrections)
 
 
 def _left(method: str, progress: Progress) -> str:

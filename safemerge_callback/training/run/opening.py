@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 from torch import nn
@@ -19,7 +19,7 @@ from ...adapters.snapshot import set_aside_snapshot
 from ...corrections.average import Average, RunAverage
 from ...corrections.gradient import check_gradient_engine
 from ...corrections.merge import Merge
-from ...corrections.protocol import Correction, GradientTerm, Kept, RunPoint
+from ...corrections.protocol import Correction, GradientTerm, Kept, Prepared, RunPoint, RunStart
 from ...corrections.schedule import Schedule
 from ...decision import (
     Gate,
@@ -97,6 +97,7 @@ def open_session(
     args: TrainingArguments,
     state: TrainerState,
     optimizer: Any = None,
+    tokenizer: Any = None,
 ) -> Session:
     """Load subspace and safety adapter, check them against the live model, ready the journal, restore a resumed run.
 
@@ -115,33 +116,34 @@ def open_session(
     factors = writer.gather()
     if config.changes and config.optimizer_state != "keep":
         writer.parameters(factors)
-    subspace = _subspace(config, model, writer, factors)
     safety = _safety_adapters(config, factors)
     left = _unmerged(model, safety, factors)
-    reference = cosines_needed([config.gate_at()], safety, factors, subspace)
-    choice = place(config, subspace, factors)
-    share = rank_share(choice, factors, subspace)
-    at = RunPoint(state.global_step, state.max_steps, writer, subspace, safety, optimizer)
+    measuring = _measuring(config, model, writer, factors, safety) if config.measures else Measuring()
+    at = RunPoint(state.global_step, state.max_steps, writer, measuring.subspace, safety, optimizer)
     merge = _merge(config)
     corrections = _corrections(config, model, args, at)
+    lines = _prepare(corrections, model, tokenizer)
     for kept in kept_of(merge, corrections):
         _take_up(kept, past)
-    _rehearse(config, at, merge, share, reference)
+    _rehearse(config, at, merge, measuring)
     progress, journal, restored = _records(config, past, args, state)
     plan = forecast(config, list(factors), state.max_steps, state.global_step, progress.task_weights)
-    of_a_run = {"placement": choice.to_dict(), "world_size": args.world_size, "planned": plan.to_dict()}
-    start = _start(state.global_step, config, subspace, len(factors), restored=restored, left_out=left, **of_a_run)
+    of_a_run = {"placement": measuring.placement, "world_size": args.world_size, "planned": plan.to_dict()}
+    start = _start(state.global_step, config, at.subspace, len(factors), restored=restored, left_out=left, **of_a_run)
     progress.journal_entries += journal.append(start)
     log, trackers = _outlets(config, state, journal, progress)
     clock = Clock(progress, begun=began)
-    session = Session(config, args, state, at, merge, log, trackers, clock, share, reference, left, corrections)
+    with_what = (measuring.share, measuring.reference, left, corrections)
+    session = Session(config, args, state, at, merge, log, trackers, clock, *with_what)
     if words := warning_of(left):
         log.warn("left out", words)
     session.marks.seal(state.global_step)
     trackers.open(args, state, config.to_publish())
     log.say(opening_line(config, plan, len(factors), state.max_steps, state.global_step))
-    if corrections:
+    if corrections and config.measures:
         log.say(f"beside that: {', '.join(one.name for one in corrections)}")
+    for line in lines:
+        log.say(line)
     for kind, words in (("strength", too_strong(config, plan, state.max_steps)), ("schedule", idle)):
         if words:
             log.warn(kind, words)
@@ -150,13 +152,36 @@ def open_session(
     return session
 
 
+class Measuring(NamedTuple):
+    """What a run measures with: all of it None where it has no subspace, and so no checks."""
+
+    subspace: Subspace | None = None
+    reference: Mapping[str, float] | None = None
+    placement: Mapping[str, Any] | None = None
+    share: RankShare | None = None
+
+
+def _measuring(
+    config: SafeMergeConfig,
+    model: nn.Module,
+    writer: Writer,
+    factors: Mapping[str, LoraFactors],
+    safety: Sequence[Adapter],
+) -> Measuring:
+    """The subspace, the safety adapters' cosines, where V is kept, and this process's share of the modules."""
+    subspace = _subspace(config, model, writer, factors)
+    reference = cosines_needed([config.gate_at()], safety, factors, subspace)
+    choice = place(config, subspace, factors)
+    return Measuring(subspace, reference, choice.to_dict(), rank_share(choice, factors, subspace))
+
+
 def _subspace(
     config: SafeMergeConfig, model: nn.Module, writer: Writer, factors: Mapping[str, LoraFactors]
 ) -> Subspace:
     """The subspace, which fits the factors and the base weights."""
     # A base weight that gave a part of itself to the factors is not the aligned checkpoint's any more.
     weights = {} if writer.initial else base_weights(model)
-    subspace = Subspace.load(config.subspace)
+    subspace = Subspace.load(str(config.subspace))
     subspace.check(factors, weights)
     if config.gate_at().asks_cosines or "subspace" in _needs(config):
         # A compressed file may leave a decision open at any check: its exact one is looked for now.
@@ -166,7 +191,8 @@ def _subspace(
 
 def _needs(config: SafeMergeConfig) -> dict[str, str]:
     """What the settings need to be there, and who says so: the merge, or else another correction."""
-    return {**_listed(config), **needs_of(config.how, config.gate_at(), config.rules)}
+    of_the_merge = needs_of(config.how, config.gate_at(), config.rules) if config.measures else {}
+    return {**_listed(config), **of_the_merge}
 
 
 def _listed(config: SafeMergeConfig) -> dict[str, str]:
@@ -184,9 +210,13 @@ def _outlets(
     return log, trackers
 
 
-def _start(step: int, config: SafeMergeConfig, subspace: Subspace, num_modules: int, **of_a_run: Any) -> dict[str, Any]:
+def _start(
+    step: int, config: SafeMergeConfig, subspace: Subspace | None, num_modules: int, **of_a_run: Any
+) -> dict[str, Any]:
     """The journal's entry of this training, with what `start_entry` takes of a training besides."""
-    sources = Sources(source_name(config.subspace), subspace.aligned, subspace.unaligned)
+    sources = Sources(None, None, None)
+    if subspace is not None:
+        sources = Sources(source_name(str(config.subspace)), subspace.aligned, subspace.unaligned)
     return start_entry(step, config.to_publish(), versions_of(*_VERSIONED), sources, num_modules, **of_a_run)
 
 
@@ -230,6 +260,15 @@ def _corrections(
     return corrections
 
 
+def _prepare(corrections: Sequence[Correction | GradientTerm], model: nn.Module, tokenizer: Any) -> list[str]:
+    """Let the corrections ready themselves, and return what they have to say."""
+    lines: list[str] = []
+    for one in corrections:
+        if isinstance(one, Prepared):
+            one.prepare(RunStart(model, tokenizer, lines.append))
+    return lines
+
+
 def _merge(config: SafeMergeConfig) -> Merge:
     """The merge, with the average of the run's updates where its method goes to that."""
     names = ("every", "from_step", "until_step", "at_train_end")
@@ -251,12 +290,13 @@ def _rehearse(
     config: SafeMergeConfig,
     at: RunPoint,
     merge: Merge,
-    share: RankShare | None,
-    reference: Mapping[str, float] | None,
+    measuring: Measuring,
 ) -> None:
     """Measure, decide and compute a merge of every module, and drop it: what cannot work shows now, not at step 50."""
-    factors = at.factors()
-    readings = measure_together(factors, at.subspace, share, {"gate": config.gate_at(), "reference": reference})
+    if measuring.subspace is None:
+        return
+    factors, gate = at.factors(), {"gate": config.gate_at(), "reference": measuring.reference}
+    readings = measure_together(factors, measuring.subspace, measuring.share, gate)
     _require_finite(readings)
     choices = choices_of(config)
     MergePlan.of(readings, choices)

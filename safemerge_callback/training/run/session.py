@@ -28,6 +28,7 @@ from ...record.entries import check_entry, end_entry
 from ...record.log import Log
 from ...record.metrics import check_metrics
 from ...record.progress import Progress
+from ...subspace import Subspace
 from ..config.settings import SafeMergeConfig
 from ..trackers import Report, Trackers, decision_rows
 from .artifact import Outcome, Section, run_section
@@ -77,7 +78,7 @@ class Session:
     def __post_init__(self) -> None:
         writer = self.start.writer
         self.engine = ChangeEngine(writer, self.start.optimizer, self.config.optimizer_state, self.log)
-        self.marks = Marks(writer, self.config.at_train_end)
+        self.marks = Marks(writer, self.config.measures and self.config.at_train_end)
         self.kept = kept_of(self.merge, self.corrections)
         self.changes = [one for one in self.corrections if not isinstance(one, GradientTerm)]
         self.gradients = GradientEngine([one for one in self.corrections if isinstance(one, GradientTerm)], self.log)
@@ -91,6 +92,12 @@ class Session:
     def writer(self) -> Writer:
         """Who reads and writes the live factors."""
         return self.start.writer
+
+    @property
+    def subspace(self) -> Subspace:
+        """What checks measure with; only a run that has one checks."""
+        assert self.start.subspace is not None, "a check needs a subspace"
+        return self.start.subspace
 
     @property
     def journal(self) -> Path:
@@ -116,15 +123,20 @@ class Session:
         for one in self.changes:
             if one.schedule.due(step, self.state.max_steps, last=last):
                 self.engine.make(one, self.point)
-        final = config.at_train_end and self.final_due(stopping=stopping)
-        self.settle(hold="the final check at this step decides" if final else None)
-        now = final or self.merge.schedule.due(step, self.state.max_steps)
-        # Nothing follows the last step that a check could be measured beside.
-        beside = now and config.asynchronous and not last and self.begin()
-        if now and not beside:
-            self.check(final=final)
+        if config.measures:
+            self._check_where_due(stopping=stopping, last=last)
         if last:
             self.marks.seal(step)
+
+    def _check_where_due(self, *, stopping: bool, last: bool) -> None:
+        """Conclude the check that was begun beside this step, and check where the schedule or the run's end says so."""
+        final = self.config.at_train_end and self.final_due(stopping=stopping)
+        self.settle(hold="the final check at this step decides" if final else None)
+        now = final or self.merge.schedule.due(self.step, self.state.max_steps)
+        # Nothing follows the last step that a check could be measured beside.
+        beside = now and self.config.asynchronous and not last and self.begin()
+        if now and not beside:
+            self.check(final=final)
 
     def before_step(self, model: nn.Module) -> None:
         """Add the gradients that are due to the step that begins."""
@@ -147,9 +159,7 @@ class Session:
     def check(self, *, final: bool, weights_of: int | None = None) -> tuple[Edit, ...]:
         """Measure, decide, record, merge, record, report. `weights_of`: the step the weights are from, if another."""
         began = time.perf_counter()
-        readings = attempt(
-            "measure", lambda: measure_once(self.writer.gather(), self.start.subspace, self.share, self.gate)
-        )
+        readings = attempt("measure", lambda: measure_once(self.writer.gather(), self.subspace, self.share, self.gate))
         return self.conclude(readings, self._moment(began, weights_of, final=final))
 
     def begin(self) -> bool:
@@ -158,7 +168,7 @@ class Session:
             words = "training allows TF32 products, which a check beside it would forbid: checks are synchronous"
             self.log.warn("asynchronous", words)
             return False
-        self.pending = begin(self.step, self.writer, self.start.subspace, self.share, self.gate)
+        self.pending = begin(self.step, self.writer, self.subspace, self.share, self.gate)
         self.progress.pending = self.step
         return True
 
@@ -271,7 +281,8 @@ class Session:
         """What the run leaves behind, with the model where its adapter is to be saved."""
         adapters = ", ".join(map(source_name, self.config.adapters)) or None
         left = "; ".join(f"of {source}: {words}" for source, words in self.unmerged.items()) or None
-        parts = {"subspace": source_name(self.config.subspace), "safety_adapter": adapters, "left_out": left}
+        subspace = self.config.subspace and source_name(self.config.subspace)
+        parts = {"subspace": subspace, "safety_adapter": adapters, "left_out": left}
         parts["settings"] = self.config.words or None
         return Outcome(self.journal, self.plan, self.progress, parts, model)
 
