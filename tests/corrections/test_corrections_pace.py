@@ -1,0 +1,85 @@
+"""How often a term comes, and which rows come next."""
+
+from collections import Counter
+
+import pytest
+
+from safemerge_callback.corrections.pace import Pace
+from safemerge_callback.corrections.row_order import RowOrder
+from safemerge_callback.corrections.schedule import Schedule
+
+
+def run(pace, steps, needed=lambda step: False, clock=None):
+    """The steps of a run at which the term comes."""
+    came = []
+    for step in range(1, steps + 1):
+        if pace.due(step, steps, last=step == steps):
+            began = pace.begin()
+            if clock:
+                clock.now += clock.term
+            pace.end(step, steps, began, needed=needed(step))
+            came.append(step)
+        if clock:
+            clock.now += clock.task
+    return came
+
+
+class Clock:
+    def __init__(self, term, task):
+        self.now, self.term, self.task = 0.0, term, task
+
+    def __call__(self):
+        return self.now
+
+
+def test_every_step_without_more():
+    assert run(Pace(Schedule()), 5) == [1, 2, 3, 4, 5]
+    assert run(Pace(Schedule(every=2, from_step=3)), 9) == [4, 6, 8]
+
+
+def test_by_need_the_interval_doubles_up_to_the_longest_and_one_need_brings_it_back():
+    assert run(Pace(Schedule(), by_need=True, longest=4), 20) == [1, 3, 7, 11, 15, 19]
+    assert run(Pace(Schedule(), by_need=True, longest=8), 20, needed=lambda s: s == 7) == [1, 3, 7, 8, 10, 14]
+    assert run(Pace(Schedule(), by_need=True), 4, needed=lambda s: True) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("term", "task", "least"), [(0.1, 1.0, 1), (0.3, 1.0, 2), (1.0, 1.0, 6), (2.0, 1.0, 12)])
+def test_what_is_too_dear_comes_more_seldom(term, task, least):
+    clock = Clock(term, task)
+    pace = Pace(Schedule(), max_share=0.15, clock=clock)
+    came = run(pace, 120, clock=clock)
+    assert pace.least == least
+    late = [b - a for a, b in zip(came[8:], came[9:], strict=False)]
+    assert set(late) == {least}
+    spent = term / (term + least * task)
+    assert spent <= 0.15
+    assert least == 1 or term / (term + (least - 1) * task) > 0.15
+
+
+def test_its_state_goes_on_where_it_was():
+    one = Pace(Schedule(), by_need=True)
+    whole = run(Pace(Schedule(), by_need=True), 30)
+    first = run(one, 30)[:2]
+    other = Pace(Schedule(), by_need=True)
+    began = run(other, 4)
+    again = Pace(Schedule(), by_need=True)
+    for name, value in other.state().items():
+        setattr(again, name, value)
+    rest = [step for step in range(5, 31) if again.due(step, 30) and (again.end(step, 30, 0.0, needed=False) or True)]
+    assert first == whole[:2]
+    assert began + rest == whole
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(1, 1), (2, 1), (1, 2), (3, 2)])
+def test_every_row_comes_once_a_pass_whatever_the_ranks(count, ranks):
+    orders = [RowOrder(12, seed=4) for _ in range(ranks)]
+    alone = RowOrder(12, seed=4)
+    drawn = []
+    for _ in range(12 // (count * ranks)):
+        together = [row for rank, order in enumerate(orders) for row in order.draw(count, rank, ranks)]
+        assert together == alone.draw(count * ranks)
+        drawn += together
+    assert Counter(drawn) == Counter(range(12))
+    assert sorted(RowOrder(12, seed=4, drawn=12).draw(12)) == list(range(12))
+    assert RowOrder(12, seed=4, drawn=12).draw(12) != drawn
+    assert RowOrder(12, seed=5).draw(12) != RowOrder(12, seed=4).draw(12)
