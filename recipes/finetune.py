@@ -7,7 +7,7 @@
 A YAML file maps settings to values, over those of its `base` if it names one (another file, by its path from this one's
 folder), and the command line overrides it. Settings are those of TRL's SFTConfig and
 ModelConfig, the data's below, and every knob of SafeMergeConfig with `safemerge_` before its name; the callback is used
-when `safemerge_subspace` is given.
+when `safemerge_subspace` or `safemerge_corrections` is given.
 """
 
 from __future__ import annotations
@@ -102,17 +102,19 @@ SafeMergeArguments = _prefixed()
 
 
 def safemerge_config(arguments: Any) -> SafeMergeConfig | None:
-    """Return the callback's settings out of SafeMergeArguments; None where no subspace file is named.
+    """Return the callback's settings out of SafeMergeArguments; None where neither subspace nor corrections are named.
 
-    Raises ConfigError for a value that SafeMergeConfig refuses, and for knobs given without a subspace file.
+    Raises ConfigError for a value that SafeMergeConfig refuses, and for other knobs without either.
     """
     knobs = {knob.name: getattr(arguments, PREFIX + knob.name) for knob in fields(SafeMergeConfig)}
-    if knobs["subspace"] is not None:
+    if knobs["subspace"] is not None or knobs["corrections"] is not None:
         return SafeMergeConfig(**knobs)
     idle = SafeMergeArguments()
     given = [PREFIX + name for name in knobs if getattr(arguments, PREFIX + name) != getattr(idle, PREFIX + name)]
     if given:
-        raise ConfigError(f"{given} have no effect without {PREFIX}subspace: name that file, or drop them")
+        raise ConfigError(
+            f"{given} have no effect without {PREFIX}subspace: name that file, or {PREFIX}corrections, or drop them"
+        )
     return None
 
 

@@ -4,6 +4,6 @@ A correction is a file; its name is its name in YAML. Importing the folder fills
 imported here.
 """
 
-from . import merge
+from . import merge, replay
 
-__all__ = ["merge"]
+__all__ = ["merge", "replay"]

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from ..live.ranks import from_first
 from .schedule import Schedule, interval
@@ -66,9 +67,8 @@ class Pace:
     def _least(self) -> int:
         """The shortest interval that keeps the share: i steps of the task, and one time of the term among them."""
         assert self.max_share is not None
-        pairs = list(zip(self.times, self.times[1:], strict=False))
         cost = statistics.median(end - began for _, began, end in self.times[1:])
-        task = statistics.median((then[1] - now[2]) / (then[0] - now[0]) for now, then in pairs)
+        task = statistics.median((then[1] - now[2]) / (then[0] - now[0]) for now, then in pairwise(self.times))
         wanted = cost * (1 - self.max_share) / (self.max_share * task) if task > 0 else 1.0
         return max(1, math.ceil(wanted))
 

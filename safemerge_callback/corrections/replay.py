@@ -42,8 +42,8 @@ class ReplaySettings(Schedule):
     or `rows`, prompts with responses, in a file, on the Hub, or a list. `system`: a system prompt before each.
 
     The loss is one of `LOSSES`, over the first `first_tokens` of each response (None: all of it), against the
-    reference's `top_k` likeliest tokens (None: all). `batch_size` rows a rank count `weight` times a step. `hinge`: only
-    what is above the reference's own loss by so many of its spreads. `surgery`: the task's gradient without its part
+    reference's `top_k` likeliest tokens (None: all). `batch_size` rows a rank count `weight` times a step. `hinge`:
+    only what is above the reference's own loss by so many of its spreads. `surgery`: the task's gradient without its part
     against this one. `max_norm`: this one's norm is at most such a share of the task's.
 
     `by_need`: the interval doubles, up to `longest` times `every`, while the loss is at the reference's. `max_share`:
@@ -100,6 +100,11 @@ def safety_rows(model: nn.Module, tokenizer: Any, settings: ReplaySettings) -> t
 
     Collective. Raises ConfigError as `harvest`, `load_prompts` and `load_rows`.
     """
+    from ..evaluation.harvest import harvest
+    from ..evaluation.prompts import PACKAGED, load_prompts
+    from ..evaluation.safety_rows import load_rows
+    from ..signals.rows import RowFormat, row_tokens
+
     row_format = RowFormat(system=settings.system)
     if settings.rows is not None:
         rows = load_rows(settings.rows)

@@ -11,7 +11,7 @@ from torch import Tensor
 def without_conflict(task: Sequence[Tensor], safety: Sequence[Tensor]) -> list[Tensor]:
     """Return the task's gradient without its part against the safety gradient, both one tensor a parameter.
 
-    g - min(0, ⟨g, h⟩)/‖h‖²·h, with one inner product over all parameters, float32, on the device; g itself where h is 0.
+    g - min(0, ⟨g, h⟩)/‖h‖²·h, with one inner product over all parameters, float32, on the device; g where h is 0.
 
     Source: SafeGrad, arXiv:2508.07172, equation of its surgery; the guard ‖h‖² > 1e-9 is its released code's.
     """

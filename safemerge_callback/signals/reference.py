@@ -94,9 +94,13 @@ def _rows_of(outputs: RowOutputs, batch: RowBatch, top_k: int | None) -> Iterato
     losses = -every.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1)
     log_probs, tokens, rest = _likeliest(every, top_k)
     for row, mask in enumerate(batch.mask):
-        kept = (None if values is None else values[row][mask].cpu() for values in (log_probs, tokens, rest))
-        state = None if outputs.hidden is None else outputs.hidden[row].cpu()
-        yield ReferenceRow(*kept, state, float(losses[row][mask].mean()))
+        yield ReferenceRow(
+            log_probs[row][mask].cpu(),
+            None if tokens is None else tokens[row][mask].cpu(),
+            None if rest is None else rest[row][mask].cpu(),
+            None if outputs.hidden is None else outputs.hidden[row].cpu(),
+            float(losses[row][mask].mean()),
+        )
 
 
 def _likeliest(log_probs: Tensor, top_k: int | None) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -51,7 +51,8 @@ def test_at_the_reference_it_is_the_references_own(name):
     assert float(losses.mean()) == pytest.approx(least, abs=1e-6)
     assert spread > 0
     assert LOSSES[name].limit(of, 2.0) == pytest.approx(least + 2 * spread)
-    assert float(loss_of(name, 1, of)[1].mean()) > least
+    if name != "ce":  # whose targets are whatever they are
+        assert float(loss_of(name, 1, of)[1].mean()) > least
 
 
 def test_ce_is_the_mean_of_the_targets_logarithms():

@@ -1,6 +1,7 @@
 """How often a term comes, and which rows come next."""
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -49,7 +50,7 @@ def test_what_is_too_dear_comes_more_seldom(term, task, least):
     pace = Pace(Schedule(), max_share=0.15, clock=clock)
     came = run(pace, 120, clock=clock)
     assert pace.least == least
-    late = [b - a for a, b in zip(came[8:], came[9:], strict=False)]
+    late = [b - a for a, b in pairwise(came[8:])]
     assert set(late) == {least}
     spent = term / (term + least * task)
     assert spent <= 0.15

@@ -158,7 +158,7 @@ def test_without_a_gate_it_is_the_one_whose_knob_is_given():
         ({"safety_adapter": None, "weights": [0.8, 0.2]}, "'linear' merges one in; .* use method 'pull'"),
         ({"safety_adapter": ""}, "safety_adapter is ''"),
         ({"subspace": ""}, "subspace is ''"),
-        ({"subspace": None}, "subspace is None"),
+        ({"subspace": None}, "'subspace' is missing, and safety_adapter is 'folder', which is of a merge"),
     ],
 )
 def test_a_bad_value_is_refused_by_name_and_value(change, says):

@@ -19,7 +19,7 @@ def own_losses(reference: Reference) -> tuple[float, float]:
 
 
 @row_loss(own_losses)
-def ce(outputs: RowOutputs, batch: RowBatch, reference: ReferenceRows) -> Tensor:
+def ce(outputs: RowOutputs, batch: RowBatch, _reference: ReferenceRows) -> Tensor:
     """Return each row's mean of -log p(target) over its response's tokens, (n,), float32, in nats.
 
     Source: SafeInstruct, Bianchi et al., arXiv:2309.07875. Differs: the rows come in a pass of their own beside the

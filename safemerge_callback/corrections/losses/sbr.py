@@ -11,7 +11,7 @@ from .registry import row_loss
 
 
 def _spread(reference: Reference) -> tuple[float, float]:
-    """0 where the model is the reference. A state less than halfway to the next row's is still its own row's nearest."""
+    """0 where the model is the reference. A state less than halfway to the next row's is still nearest its own row."""
     states = torch.stack([row.hidden for row in reference if row.hidden is not None]).double()
     if len(states) < 2:
         return 0.0, 0.0
@@ -21,12 +21,13 @@ def _spread(reference: Reference) -> tuple[float, float]:
 
 
 @row_loss(_spread, hidden=True)
-def sbr(outputs: RowOutputs, batch: RowBatch, reference: ReferenceRows) -> Tensor:
+def sbr(outputs: RowOutputs, _batch: RowBatch, reference: ReferenceRows) -> Tensor:
     """Return each row's mean squared difference of the last hidden state, (n,), float32, mean over its d numbers.
 
     Source: SBR, arXiv:2605.05995, whose released weight is 50 by this mean. Differs: its released code finds the
     prompt's end right only in batches padded on the right, and adds the term once a micro-batch; here it counts once an
     optimizer step, and harmless prompts may be among the rows.
     """
-    assert outputs.hidden is not None and reference.hidden is not None, "this loss asks for hidden states"
+    assert outputs.hidden is not None, "this loss asks for hidden states"
+    assert reference.hidden is not None, "this loss asks for hidden states"
     return (outputs.hidden - reference.hidden).square().mean(-1)
