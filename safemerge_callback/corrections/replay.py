@@ -43,8 +43,8 @@ class ReplaySettings(Schedule):
 
     The loss is one of `LOSSES`, over the first `first_tokens` of each response (None: all of it), against the
     reference's `top_k` likeliest tokens (None: all). `batch_size` rows a rank count `weight` times a step. `hinge`:
-    only what is above the reference's own loss by so many of its spreads. `surgery`: the task's gradient without its part
-    against this one. `max_norm`: this one's norm is at most such a share of the task's.
+    only what is above the reference's own loss by so many of its spreads. `surgery`: the task's gradient without its
+    part against this one. `max_norm`: this one's norm is at most such a share of the task's.
 
     `by_need`: the interval doubles, up to `longest` times `every`, while the loss is at the reference's. `max_share`:
     the share of the training's time that it may take, None for any.

@@ -11,10 +11,6 @@ from torch import Tensor, nn
 
 from .rows import RowTokens
 
-# Where DDP, DeepSpeed and FSDP1, and torch.compile, keep the model that they wrap.
-_WRAPPED = ("module", "_orig_mod")
-
-
 class RowBatch(NamedTuple):
     """Rows (n) ending at one place, padded on the left: prompt, then response but for its last token, `length` in all.
 
@@ -87,9 +83,7 @@ def _right_aligned(rows: Sequence[Sequence[int]], length: int, device: torch.dev
 def _keywords(model: nn.Module) -> frozenset[str]:
     """What the innermost model's forward pass takes by name: engines, torch.compile and PEFT hand all of it on."""
     inner: Any = model
-    while deeper := next(
-        (getattr(inner, name) for name in _WRAPPED if isinstance(getattr(inner, name, None), nn.Module)), None
-    ):
+    while isinstance(deeper := getattr(inner, "module", getattr(inner, "_orig_mod", None)), nn.Module):
         inner = deeper
     base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     return frozenset(inspect.signature(base.forward).parameters)

@@ -1,4 +1,4 @@
-"""What is asked of safety rows: a loss is a file, its name its name in YAML; importing the folder fills the registry."""
+"""What is asked of safety rows: a loss is a file, and its name is YAML's; importing the folder fills the registry."""
 
 from . import ce, kl, sbr
 from .registry import LOSSES, RowLoss, row_loss
