@@ -15,7 +15,7 @@ from ..errors import AdapterError, ConfigError, shown
 from ..io.choices import one_of, truth
 from ..io.numbers import is_number, is_whole
 from ..io.whole_file import whole_file
-from ..live.ranks import from_first, rank, together, world_size
+from ..live.ranks import all_or_none, from_first, rank, world_size
 from ..signals.adapter_off import adapter_off
 from ..signals.reference import Reference, take_reference
 from ..signals.row_batch import row_batch, row_outputs
@@ -124,6 +124,58 @@ def row_losses(
     return loss.function(row_outputs(model, batch, hidden=loss.hidden), batch, reference.rows(which, device))
 
 
+@dataclass(frozen=True)
+class ReplayRows:
+    """Safety rows with what the reference says of them, and the order in which they come; made by `replay_rows`.
+
+    `words` says in a sentence which they are. `limit`: the loss of a model that is one of the reference's own spreads
+    from it. `floor`: the loss above which a row counts, None where all of it does.
+    """
+
+    tokens: tuple[RowTokens, ...]
+    reference: Reference
+    row_loss: RowLoss
+    order: RowOrder
+    batch_size: int
+    limit: float
+    floor: float | None
+    words: str
+
+    def next_losses(self, model: nn.Module) -> tuple[Tensor, list[str]]:
+        """Return the losses (n,) of this rank's next rows, with gradients, and each row's kind."""
+        which = self.order.draw(self.batch_size, rank(), world_size())
+        losses = row_losses(model, self.tokens, self.reference, which, self.row_loss)
+        return losses, [self.tokens[row].kind for row in which]
+
+    def mean(self, losses: Tensor) -> Tensor:
+        """Return the mean of what counts of the losses."""
+        return (losses if self.floor is None else (losses - self.floor).relu()).mean()
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """Return the loss of the next rows, a scalar to be added to the task's: for a loop of one's own."""
+        return self.mean(self.next_losses(model)[0])
+
+
+def replay_rows(model: nn.Module, tokenizer: Any, settings: ReplaySettings | None = None) -> ReplayRows:
+    """Return the rows that the settings name, with the reference: the model itself, its adapter off.
+
+    Costs the answers to the prompts, unless they are in the cache, and a forward pass a row. The model is left as it
+    was. Collective. Raises ConfigError for a model without an adapter, or that is not aligned, and as `safety_rows`.
+    """
+    settings = settings or ReplaySettings()
+    loss = LOSSES[settings.loss]
+    with adapter_off(model):
+        rows, words = safety_rows(model, tokenizer, settings)
+        tokens = tuple(shortened(row, settings.first_tokens) for row in rows)
+        reference = take_reference(model, tokens, top_k=settings.top_k, hidden=loss.hidden)
+    mean, most = reference.rest_mass
+    if settings.top_k is not None and not loss.hidden:
+        words += f"; beside the {settings.top_k} likeliest tokens {mean:.2g} of the probability, {most:.2g} at most"
+    floor = None if settings.hinge is None else loss.limit(reference, settings.hinge)
+    order = RowOrder(len(tokens), settings.seed)
+    return ReplayRows(tokens, reference, loss, order, settings.batch_size, loss.limit(reference), floor, words)
+
+
 @dataclass
 class Tally:
     """The losses by kind since they were last told, on the device, and how many rows that were."""
@@ -155,47 +207,30 @@ class Replay:
     def __init__(self, settings: ReplaySettings) -> None:
         self.settings = settings
         self.weight = settings.weight
-        self.loss_of = LOSSES[settings.loss]
         self.schedule = Pace(settings, settings.by_need, settings.longest, settings.max_share)
         self.tally = Tally()
-        self.rows: tuple[RowTokens, ...] = ()
-        self.order = RowOrder(1, settings.seed)
-        self.reference = Reference()
-        self.limit = self.floor = 0.0
         self.began = 0.0
         self.max_steps = 0
 
     def prepare(self, start: RunStart) -> None:
-        """Answer the prompts with the adapter off, and take the reference. Collective. Raises ConfigError."""
-        settings = self.settings
+        """Get the rows and the reference. Collective. Raises as `replay_rows`, and without a tokenizer."""
         if start.tokenizer is None:
             raise ConfigError(
                 "replay asks the model in words, and this trainer has no tokenizer: give it one (processing_class=)"
             )
-        with adapter_off(start.model):
-            rows, words = safety_rows(start.model, start.tokenizer, settings)
-            self.rows = tuple(shortened(row, settings.first_tokens) for row in rows)
-            self.reference = take_reference(
-                start.model, self.rows, top_k=settings.top_k, hidden=self.loss_of.hidden, batch_size=8
-            )
-        self.order = RowOrder(len(self.rows), settings.seed)
-        self.limit = self.loss_of.limit(self.reference)
-        self.floor = 0.0 if settings.hinge is None else self.loss_of.limit(self.reference, settings.hinge)
-        start.say(f"replay: {words}")
+        self.rows = replay_rows(start.model, start.tokenizer, self.settings)
+        start.say(f"replay: {self.rows.words}")
 
     def loss(self, at: RunPoint, model: nn.Module) -> Tensor:
         """Return the mean loss of this rank's next rows."""
         self.began, self.max_steps = self.schedule.begin(), at.max_steps
-        which = self.order.draw(self.settings.batch_size, rank(), world_size())
-        losses = row_losses(model, self.rows, self.reference, which, self.loss_of)
-        self.tally.add([self.rows[row].kind for row in which], losses)
-        if self.settings.hinge is not None:
-            losses = (losses - self.floor).relu()
-        return losses.mean()
+        losses, kinds = self.rows.next_losses(model)
+        self.tally.add(kinds, losses)
+        return self.rows.mean(losses)
 
     def observe(self, step: int, loss: float) -> None:
         """Take note of the mean loss over the ranks: whether the rows are needed soon again."""
-        most = 0.0 if self.settings.hinge is not None else self.limit
+        most = self.rows.limit if self.rows.floor is None else 0.0
         self.schedule.end(step, self.max_steps, self.began, needed=not loss <= most)
 
     def figures(self) -> Mapping[str, float]:
@@ -208,16 +243,16 @@ class Replay:
 
     def save(self, folder: Path, save: str) -> None:
         """Write where the order of the rows and the pace stand. Raises OSError."""
-        state = {"save": save, "drawn": self.order.drawn, **self.schedule.state()}
+        state = {"save": save, "drawn": self.rows.order.drawn, **self.schedule.state()}
         with whole_file(folder / STATE_FILE) as place:
             place.write_text(json.dumps(state) + "\n", encoding="utf-8")
 
     def load(self, folders: Sequence[Path], save: str | None) -> bool:
         """Go on from there; as `Kept.load`."""
-        state = from_first(together(lambda: read_state(folders, save) if rank() == 0 else None))
+        state = from_first(all_or_none(lambda: read_state(folders, save) if rank() == 0 else None))
         if state is None:
             return False
-        self.order.drawn = state["drawn"]
+        self.rows.order.drawn = state["drawn"]
         pace = self.schedule
         pace.factor, pace.least, pace.next_step = state["factor"], state["least"], state["next_step"]
         pace.measured = state["measured"]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .rows import RowTokens
 
+
 class RowBatch(NamedTuple):
     """Rows (n) ending at one place, padded on the left: prompt, then response but for its last token, `length` in all.
 

@@ -74,16 +74,19 @@ class World:
 
         return SafeMergeCallback(**self.knobs(**changed))
 
-    def trainer(self, output: str | Path, *callbacks: Any, model: Any = None, **changed: Any) -> Any:
+    def trainer(
+        self, output: str | Path, *callbacks: Any, model: Any = None, tokenizer: Any = None, **changed: Any
+    ) -> Any:
         """The real Trainer of a model, if none is given a fresh one, on sixteen rows of random tokens."""
-        from transformers import Trainer
+        from transformers import Trainer, default_data_collator
 
         from tests.support.trainer import tokens
 
         settings = self.settings(output, **changed)
         data = tokens()
         model = model if model is not None else self.model()
-        return Trainer(model, settings, train_dataset=data, eval_dataset=data[:2], callbacks=list(callbacks))
+        rows = {"train_dataset": data, "eval_dataset": data[:2], "data_collator": default_data_collator}
+        return Trainer(model, settings, processing_class=tokenizer, callbacks=list(callbacks), **rows)
 
     def settings(self, output: str | Path, **changed: Any) -> Any:
         """The arguments of `trainer`."""

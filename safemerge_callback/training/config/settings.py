@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from ...decision.weights.by_pattern import MODULE_WEIGHTS
 from ...errors import ConfigError, nearest, shown
 from ...io.addresses import source_name
 from ...io.documents import read_yaml
+from ...io.paths import existing
 from ...methods import METHODS, How
 from ...methods.aliases import without_alias
 from ...methods.density import DENSITY, MAJORITY_SIGN
@@ -315,4 +316,19 @@ def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("subspace", "safety_adapter", "journal"):
         path = settings.get(key)
         names[key] = [source_name(one) for one in path] if isinstance(path, list) else path and source_name(path)
+    if settings.get("corrections"):
+        names["corrections"] = [_published(entry) for entry in settings["corrections"]]
     return {key: value for key, value in names.items() if key in settings}
+
+
+def _published(entry: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A correction's settings without paths, and without rows that a list holds: their number stands for them."""
+    return {name: {key: _public(value) for key, value in settings.items()} for name, settings in entry.items()}
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        rows = any(isinstance(one, Mapping) or is_dataclass(one) for one in value)
+        return f"{len(value)} rows" if rows else [_public(one) for one in value]
+    path = existing(value) if isinstance(value, str) else None
+    return value if path is None else source_name(path)

@@ -1,0 +1,139 @@
+"""`replay` in real trainings: what it holds, what it leaves alone, and that a resume goes on as if nothing had been."""
+
+import json
+
+import pytest
+import torch
+
+from safemerge_callback import SafeMergeCallback, SafeMergeConfig
+from safemerge_callback.corrections.losses import LOSSES
+from safemerge_callback.corrections.replay import ReplaySettings, row_losses
+from safemerge_callback.errors import ConfigError
+from safemerge_callback.signals.adapter_off import adapter_off
+from safemerge_callback.signals.reference import take_reference
+from safemerge_callback.signals.rows import RowTokens
+from tests.support.trainer import lora_weights
+
+ROWS = [
+    {"prompt": "a b c", "response": "w0 w1 w2", "kind": "harm"},
+    {"prompt": "d e", "response": "w3 w4", "kind": "harm"},
+    {"prompt": "f g h i", "response": "yes w5 w6 w7", "kind": "benign"},
+]
+
+
+def replaying(**settings):
+    return SafeMergeCallback(corrections=[{"replay": {"rows": ROWS, "max_share": None, **settings}}])
+
+
+def train(world, chat_tokenizer, output, *guards, **changed):
+    trainer = world.trainer(output, *guards, tokenizer=chat_tokenizer, **changed)
+    trainer.train()
+    return trainer
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def row_tokens(chat_tokenizer):
+    rows = []
+    for row in ROWS:
+        chat = [{"role": "user", "content": row["prompt"]}]
+        prompt = chat_tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        response = chat_tokenizer(row["response"], add_special_tokens=False)["input_ids"]
+        rows.append(RowTokens(tuple(prompt), (*response, chat_tokenizer.eos_token_id), row["kind"]))
+    return rows
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_rows_are_held_where_the_task_alone_loses_them(world, chat_tokenizer, tmp_path, loss):
+    weight = {"ce": 1.0, "kl": 1.0, "sbr": 20.0}[loss]
+    many = {"max_steps": 40, "learning_rate": 2e-2}
+    plain = train(world, chat_tokenizer, tmp_path / "plain", **many)
+    held = train(world, chat_tokenizer, tmp_path / loss, replaying(loss=loss, weight=weight, batch_size=3), **many)
+    rows, losses = row_tokens(chat_tokenizer), {}
+    for name, trainer in {"plain": plain, "held": held}.items():
+        model = trainer.model.eval()
+        with adapter_off(model):
+            reference = take_reference(model, rows, top_k=None, hidden=True)
+        with torch.no_grad():
+            losses[name] = float(row_losses(model, rows, reference, range(3), LOSSES[loss]).mean())
+    assert losses["held"] < 0.5 * losses["plain"]
+
+
+def test_weight_0_is_absence_to_the_bit(world, chat_tokenizer, tmp_path):
+    model = {"model": world.model(lora_dropout=0.3)}
+    plain = train(world, chat_tokenizer, tmp_path / "plain", **model)
+    model = {"model": world.model(lora_dropout=0.3)}
+    absent = train(world, chat_tokenizer, tmp_path / "0", replaying(weight=0.0), **model)
+    assert same(lora_weights(plain.model), lora_weights(absent.model))
+    model = {"model": world.model(lora_dropout=0.3)}
+    there = train(world, chat_tokenizer, tmp_path / "1", replaying(), **model)
+    assert not same(lora_weights(plain.model), lora_weights(there.model))
+
+
+@pytest.mark.parametrize("settings", [{}, {"by_need": True}, {"batch_size": 2, "hinge": 0.5, "loss": "ce"}])
+def test_a_resumed_run_is_the_unbroken_one(world, chat_tokenizer, tmp_path, settings):
+    steps = {"max_steps": 8, "save_strategy": "steps", "save_steps": 1}
+    whole = train(world, chat_tokenizer, tmp_path / "whole", replaying(**settings), **steps)
+    for step in (1, 4, 7):
+        again = world.trainer(tmp_path / "whole", replaying(**settings), tokenizer=chat_tokenizer, **steps)
+        again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert same(lora_weights(whole.model), lora_weights(again.model)), step
+
+
+def test_the_journal_says_what_it_cost_and_held(world, chat_tokenizer, tmp_path, runs):
+    train(world, chat_tokenizer, tmp_path, replaying(batch_size=2))
+    entries = runs.entries(tmp_path, "gradient")
+    assert [entry["step"] for entry in entries] == [1, 2, 3, 4, 5, 6]
+    assert all(entry["correction"] == "replay" and entry["steps"] == 1 for entry in entries)
+    assert entries[0]["loss"] == pytest.approx(0.0, abs=1e-5)
+    assert entries[-1]["loss"] > 1e-4
+    (start,) = runs.entries(tmp_path, "start")
+    assert start["subspace"]["path"] is None
+    assert start["config"]["corrections"][0]["replay"]["rows"] == "3 rows"
+    assert ROWS[0]["response"] not in json.dumps(start)
+    assert not runs.entries(tmp_path, "check")
+
+
+def test_without_a_tokenizer_it_is_refused_before_the_first_step(world, tmp_path):
+    with pytest.raises(ConfigError, match="this trainer has no tokenizer"):
+        world.trainer(tmp_path, replaying()).train()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"loss": "kld"}, "loss 'kld' is unknown.*did you mean 'kl'"),
+        ({"weight": -1}, "weight is -1"),
+        ({"weight": float("nan")}, "weight is nan"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"first_tokens": 0}, "first_tokens is 0"),
+        ({"top_k": 1.5}, "top_k is 1.5"),
+        ({"max_share": 1}, "max_share is 1"),
+        ({"hinge": 0}, "hinge is 0"),
+        ({"max_norm": -2}, "max_norm is -2"),
+        ({"surgery": "yes"}, "surgery is 'yes'"),
+        ({"rows": ROWS, "prompts": ["x"]}, "rows and prompts are both given"),
+        ({"seed": "a"}, "seed is 'a'"),
+        ({"longest": 0}, "longest is 0"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_its_value(settings, says):
+    with pytest.raises(ConfigError, match=f"correction 'replay': {says}"):
+        SafeMergeCallback(corrections=[{"replay": settings}])
+
+
+def test_without_a_file_it_is_replay():
+    config = SafeMergeCallback().config
+    assert not config.measures
+    assert not config.merges
+    assert config.changes
+    (chosen,) = config.chosen_corrections
+    assert chosen.settings == ReplaySettings()
+    assert SafeMergeConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ConfigError, match="corrections is empty and there is no subspace"):
+        SafeMergeCallback(corrections=[])
+    with pytest.raises(ConfigError, match="'subspace' is missing, and threshold is 0.3, which is of a merge"):
+        SafeMergeCallback(threshold=0.3, corrections=[{"replay": {}}])
+    assert SafeMergeCallback("s").config.corrections is None
