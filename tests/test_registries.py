@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from safemerge_callback import SafeMergeConfig
+from safemerge_callback.corrections.losses import LOSSES
 from safemerge_callback.corrections.registry import CORRECTIONS
 from safemerge_callback.decision import GATES
 from safemerge_callback.decision.weights import WEIGHTS
@@ -112,6 +113,14 @@ REGISTRIES: Mapping[str, Registry] = {
         "docs/corrections.md",
         lambda name: config(corrections=[{name: {}}]),
         "tests/corrections/test_corrections_{}.py",
+    ),
+    "losses": Registry(
+        LOSSES,
+        "safemerge_callback/corrections/losses",
+        r"^@row_loss\(",
+        "docs/replay.md",
+        lambda name: config(corrections=[{"replay": {"loss": name}}]),
+        "tests/corrections",
     ),
     "judges": Registry(
         JUDGES,

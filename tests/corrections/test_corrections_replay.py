@@ -59,7 +59,7 @@ def test_the_rows_are_held_where_the_task_alone_loses_them(world, chat_tokenizer
         with torch.no_grad():
             losses[name] = float(row_losses(model, rows, reference, range(3), LOSSES[loss]).mean())
     # What `ce` asks for is none of the model's own words, which a short training learns a part of.
-    assert losses["held"] < {"ce": 0.9}.get(loss, 0.5) * losses["plain"]
+    assert losses["held"] < {"ce": 0.95}.get(loss, 0.5) * losses["plain"]
 
 
 def test_weight_0_is_absence_to_the_bit(world, chat_tokenizer, tmp_path):

@@ -102,6 +102,8 @@ def _check_types(config: Draft) -> None:
 def _check_no_merge(config: Draft, defaults: Mapping[str, Any]) -> None:
     """Refuse settings of a merge where there is no subspace to measure with."""
     of_a_merge = [name for name in vars(config) if name not in ("subspace", *OF_THE_RUN)]
+    # A gate may be there because its knob is.
+    of_a_merge.sort(key=lambda name: name == "gate")
     if idle := [name for name in of_a_merge if getattr(config, name) != defaults[name]]:
         raise ConfigError(
             f"setting 'subspace' is missing, and {idle[0]} is {shown(getattr(config, idle[0]))}, which is of a merge: "

@@ -15,7 +15,7 @@ class Settings(TypedDict, total=False):
 
     preset: str
     combination_type: str
-    subspace: str | PathLike[str]
+    subspace: str | PathLike[str] | None
     safety_adapter: str | PathLike[str] | Sequence[str | PathLike[str]] | None
     gate: str
     threshold: float
