@@ -12,9 +12,10 @@ from benchmarks.trainers.cell import logits, safety_updates
 from benchmarks.trainers.witness import best_of_rank, dense
 from benchmarks.trainers.world import make_base
 from safemerge_callback import read_journal
+from safemerge_callback.corrections.replay import ReplaySettings
 
 PAGE = Path(__file__).parents[1] / "docs" / "plain_loop.md"
-CODE, TRACKED = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+CODE, REPLAYED, TRACKED = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +110,20 @@ def test_the_loop_that_logs_sends_its_checks_to_tensorboard(ready):
     assert [e.step for e in events.Scalars("my/accuracy")] == [2, 4]
     entries = read_journal("out/safemerge.jsonl")
     assert [(e["kind"], e["step"]) for e in entries] == [("check", 2), ("merge", 2), ("check", 4), ("merge", 4)]
+
+
+def test_the_two_lines_of_replay_hold_the_rows_that_the_loop_loses(ready, chat_tokenizer):
+    rows = [
+        {"prompt": "a b c", "response": "w0 w1 w2", "kind": "harm"},
+        {"prompt": "f g h", "response": "yes w5 w6", "kind": "benign"},
+    ]
+    settings, code = ReplaySettings(rows=rows, batch_size=2), changed(REPLAYED, "tokenizer)", "tokenizer, settings)")
+    first, last = {k: v.clone() for k, v in ready.state_dict().items()}, {}
+    for name, loop in {"held": code, "plain": changed(code, " + rows.loss(model)", "")}.items():
+        ready.load_state_dict(first)
+        optimizer = torch.optim.AdamW([p for p in ready.parameters() if p.requires_grad], lr=1e-2)
+        names = {"model": ready, "tokenizer": chat_tokenizer, "settings": settings, "batches": batches(30)}
+        names["optimizer"] = optimizer
+        exec(compile(loop, str(PAGE), "exec"), names)
+        last[name] = names["rows"].loss(ready).item()
+    assert last["held"] < 0.5 * last["plain"]

@@ -57,7 +57,8 @@ def with_merge_entry(knobs: dict[str, Any]) -> dict[str, Any]:
     entries = named_entries(listed)
     merges = [settings for name, settings in entries if name == MERGE]
     rest = [{name: dict(settings)} for name, settings in entries if name != MERGE]
-    flat = {**{key: value for key, value in knobs.items() if key != "corrections"}, "corrections": rest or (None if merges else rest)}
+    others = rest or (None if merges else [])
+    flat = {**{key: value for key, value in knobs.items() if key != "corrections"}, "corrections": others}
     if not merges:
         return flat
     beside = sorted(flat.keys() - set(OF_THE_RUN))
