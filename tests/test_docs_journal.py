@@ -10,6 +10,7 @@ from safemerge_callback.decision import GATES, Edit, MergePlan, Reading, Reading
 from safemerge_callback.methods import METHODS
 from safemerge_callback.record import VERSION
 from safemerge_callback.record.entries import READERS, change_entry, check_entry, gradient_entry, merge_entry
+from safemerge_callback.record.history import TermReading
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "journal.md").read_text(encoding="utf-8")
@@ -19,6 +20,7 @@ EVERYWHERE = {"kind", "step", "time"}
 OPEN = {
     "start": {"config", "versions", "left_out", "subspace.aligned", "subspace.unaligned"},
     "merge": {"module_weights"},
+    "gradient": {"figures"},
     "probe": {"settings.prompts", "settings.rules", "settings.chat_template_kwargs"},
 }
 # What a method cannot do without, or writes only where it is given.
@@ -53,7 +55,7 @@ def keys_of(entry, closed, before=""):
 def lines():
     """Lines of every kind: a stored training's, and a check of every gate and a merge by every method."""
     yield change_entry(1, "shrink", [Edit("a", 0.0, 0.1)], {"a": 0.8}, 0.1)
-    yield gradient_entry(1, "rows", 0.5, 2.0, 10)
+    yield gradient_entry(1, "rows", TermReading(0.5, 2.0, 10, 0.5, 3.0, -0.1, {"rows": 10}))
     yield from read_journal(ROOT / "tests" / "record" / "journals" / f"v{VERSION}.jsonl")
     known = {"null_std": 0.1, "reference": 0.5, "signed_cosine": 0.0}
     readings = Readings(Reading(name, 0.4, 0.7, 1.0, 4, (8, 8), **known) for name in ("a", "b"))

@@ -3,113 +3,247 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..live.engine import ENGINES
 from ..live.faults import Fault, attempt
-from ..ops import wide_dtype
+from ..live.gradients import TrainedParameters, own_gradient
+from ..live.micro_batch import MicroBatch, micro_batch, refusal
+from ..live.ranks import many, mean_over_ranks
+from ..live.stopwatch import Stopwatch
 from ..record.entries import gradient_entry
+from ..record.history import TermReading
 from ..record.log import Log
 from ..signals.model_state import preserve_random_states
-from .protocol import GradientTerm, RunPoint
-
-# Where gradients are whole on every rank and are averaged at the last micro-batch: a backward before it adds to them.
-SERVED = ENGINES[:2]
+from .joining import Angles, TermGradient, join
+from .protocol import Apart, Budgeted, GradientTerm, Observant, RunPoint, Tallied
 
 
-def check_gradient_engine(name: str, engine: str) -> None:
-    """Raise ConfigError for an engine in which one more micro-batch is not proven to be exact."""
-    if engine not in SERVED:
+def way_for(
+    terms: Sequence[GradientTerm], model: nn.Module, optimizer: Any = None, trainer: Any = None
+) -> MicroBatch | None:
+    """Return how a training makes these terms' passes; None where there is no term. Collective under FSDP.
+
+    `trainer`: where it was attached. ConfigError for the first term that cannot be in this training.
+    """
+    words = refusal(model, optimizer, trainer) if terms else None
+    if words:
+        raise ConfigError(f"correction {terms[0].name!r} adds a gradient, {words}; or leave it out")
+    batch = micro_batch(model, optimizer, trainer) if terms else None
+    for term in terms:
+        _check_apart(term, batch)
+    return batch
+
+
+def _check_apart(term: GradientTerm, batch: MicroBatch | None) -> None:
+    """Raise ConfigError for a term whose gradient must be seen by itself where it is not."""
+    if batch is None or not isinstance(term, Apart):
+        return
+    if batch.trained is None:
         raise ConfigError(
-            f"correction {name!r} adds a gradient, which is not done under {engine} yet: train in one process or with "
-            "DDP, or leave it out"
+            f"correction {term.name!r} keeps its gradient apart from the task's, and DeepSpeed shows neither: train in "
+            "one process, with DDP or with FSDP, or leave it out"
+        )
+    if batch.scaler is not None:
+        raise ConfigError(
+            f"correction {term.name!r} keeps its gradient apart from the task's, where fp16's scaler does not see it "
+            "overflow: train in bf16, or leave it out"
         )
 
 
-def add_gradient(term: GradientTerm, at: RunPoint, model: nn.Module, scaler: Any = None) -> Tensor:
-    """Add the gradient of weight · loss to what the parameters have; return the loss, detached, in `wide_dtype`.
+class Pass(NamedTuple):
+    """One pass of a term: the mean loss over the ranks, NaN where it was dropped, and what went wrong on this rank.
 
-    `scaler`: torch's GradScaler where the training has one. The random states and the modules' modes are given back;
-    after an error the gradients are, too. Raises what the term raises, and ValueError for a loss that is no scalar.
+    `along`: means over the ranks of what came along with the loss.
     """
-    with _gradients_kept(model), preserve_random_states(model), _training(model), torch.enable_grad():
-        loss = term.loss(at, model)
-        if loss.ndim:
-            raise ValueError(f"the loss of {term.name!r} has the shape {tuple(loss.shape)}: a scalar was expected")
-        weighted = term.weight * loss
-        (weighted if scaler is None else scaler.scale(weighted)).backward()
-    return loss.detach().to(wide_dtype(loss.device))
+
+    loss: float
+    along: tuple[float, ...] = ()
+    fault: Fault | None = None
+
+
+def add_gradient(term: GradientTerm, at: RunPoint, batch: MicroBatch, along: Sequence[float] = ()) -> Pass:
+    """Add the gradient of weight · loss to the step's, unless the loss is not finite on every rank. Collective.
+
+    Random states and the modules' modes are given back. What goes wrong on a rank is in what is returned, and leaves no
+    gradient there; but where passes are collective it is raised. `along`: numbers whose means over the ranks are asked
+    for, too, in the same exchange: there is one, and one wait for the device.
+    """
+    with _as_in_training(batch.model, at.optimizer):
+        loss = _survived(term, batch, lambda: _scalar(term, term.loss(at, batch.model)))
+        fault = loss if isinstance(loss, Fault) else None
+        mean, *others = mean_over_ranks([math.nan if fault else loss, *along], batch.device)
+        if fault or not math.isfinite(mean):
+            return Pass(math.nan, tuple(others), fault or Fault(term.name, _not_finite(loss)))
+        done = _survived(term, batch, lambda: batch.backward(term.weight * loss))
+        return Pass(mean, tuple(others), done if isinstance(done, Fault) else None)
+
+
+def _survived(term: GradientTerm, batch: MicroBatch, action: Callable[[], Any]) -> Any:
+    """What `action` gives, or the fault, after which every gradient is as it was; it is raised in collective passes."""
+    if batch.trained is None or batch.collective:
+        return action()
+    before = [None if g is None else g.clone() for g in batch.trained.gradients()]
+    done = attempt(term.name, action)
+    if isinstance(done, Fault):
+        batch.trained.restore(before)
+    return done
+
+
+def _scalar(term: GradientTerm, loss: Tensor) -> Tensor:
+    if loss.ndim:
+        raise ValueError(f"the loss of {term.name!r} has the shape {tuple(loss.shape)}: a scalar was expected")
+    return loss
+
+
+def _not_finite(loss: Tensor) -> str:
+    value = float(loss)
+    return "its loss is not finite on another process" if math.isfinite(value) else f"its loss is {value}"
 
 
 @contextmanager
-def _gradients_kept(model: nn.Module) -> Iterator[None]:
-    """Give every gradient back as it was where something is raised within."""
-    before = [(p, None if p.grad is None else p.grad.clone()) for p in model.parameters() if p.requires_grad]
-    try:
-        yield
-    except BaseException:
-        for parameter, gradient in before:
-            parameter.grad = gradient
-        raise
-
-
-@contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
-    """Training mode within, and every module's own mode after it."""
+def _as_in_training(model: nn.Module, optimizer: Any) -> Iterator[None]:
+    """Gradients and training mode within; then the random states and every module's own mode as they were."""
     idle = [module for module in model.modules() if not module.training]
-    model.train()
-    try:
-        yield
-    finally:
-        for module in idle:
-            module.training = False
+    with preserve_random_states(model), torch.enable_grad():
+        model.train()
+        # An optimizer that is free of a schedule holds other weights for evaluation than it trains.
+        if callable(to_train := getattr(optimizer, "train", None)):
+            to_train()
+        try:
+            yield
+        finally:
+            for module in idle:
+                module.training = False
 
 
 @dataclass
-class TermLosses:
-    """The losses of a term since they were last told, on the device, and over how many steps."""
+class Tally:
+    """What a term came to since it was last told; `watch` has its seconds since the training began, `told` of them."""
 
-    total: Tensor | float = 0.0
+    watch: Stopwatch
+    total: float = 0.0
     steps: int = 0
+    told: float = 0.0
+
+    def reading(self, weight: float, known: Mapping[str, float], figures: Mapping[str, float]) -> TermReading:
+        """Return it in numbers, with the norm and cosine where they are known, and begin anew."""
+        seconds = self.watch.seconds
+        reading = TermReading(
+            weight, self.total / self.steps, self.steps, seconds - self.told, **known, figures=figures
+        )
+        self.total, self.steps, self.told = 0.0, 0, seconds
+        return reading
 
 
 @dataclass
 class GradientEngine:
-    """Adds the terms that are due to each step's gradient, and tells of their losses; it knows no term by name."""
+    """Adds the terms that are due to each step's gradient, and tells of them; it knows no term by name.
+
+    `batch`: how the training takes one more micro-batch; None where there is no term.
+    """
 
     terms: Sequence[GradientTerm]
+    batch: MicroBatch | None
     log: Log
-    losses: dict[str, TermLosses] = field(default_factory=dict)
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    own: list[TermGradient] = field(default_factory=list)
+    measured: bool = False
+    angles: Angles | None = None
+    begun: float | None = None
 
-    def before_step(self, at: RunPoint, model: nn.Module) -> None:
-        """Add what is due in the step that comes after `at`. Every rank calls it alike; weight 0 is absence."""
-        for term in self.terms:
-            step = at.step + 1
-            if term.weight and term.schedule.due(step, at.max_steps, last=step >= at.max_steps):
-                self._add(term, at, model)
+    @property
+    def untold(self) -> bool:
+        """Whether there is anything to report."""
+        return any(tally.steps for tally in self.tallies.values())
 
-    def _add(self, term: GradientTerm, at: RunPoint, model: nn.Module) -> None:
-        scaler = getattr(at.optimizer, "scaler", None)
-        loss = attempt(term.name, lambda: add_gradient(term, at, model, scaler))
-        if isinstance(loss, Fault):
-            words = f"{term.name} failed at step {at.step + 1}, which goes without its gradient: {loss.error}"
-            self.log.fault(at.step + 1, loss, words, alert="a gradient term failed")
+    def before_step(self, at: RunPoint, *, measured: bool = False) -> None:
+        """Add what is due in the step that comes after `at`. Every rank calls it alike; weight 0 is absence.
+
+        `measured`: whether norms and angles of this step's gradients are asked for. Terms that keep theirs apart come
+        first, while there is no other.
+        """
+        self.own, self.angles, self.measured = [], None, measured
+        step = at.step + 1
+        due = [t for t in self.terms if t.weight and t.schedule.due(step, at.max_steps, last=step >= at.max_steps)]
+        for term in sorted(due, key=lambda term: not isinstance(term, Apart)):
+            self._add(term, at)
+
+    def _add(self, term: GradientTerm, at: RunPoint) -> None:
+        batch, step = cast(MicroBatch, self.batch), at.step + 1
+        self.begun = self.begun or time.perf_counter()
+        tally = self.tallies.setdefault(term.name, Tally(Stopwatch(batch.device)))
+        along = tally.watch.seconds, time.perf_counter() - self.begun
+        apart = isinstance(term, Apart)
+        trained = batch.trained if apart or self.measured else None
+        with tally.watch.lap(), own_gradient(trained, apart=apart) as own:
+            done = add_gradient(term, at, batch, along)
+        if done.fault:
+            words = f"{term.name} failed at step {step}, which goes without its gradient: {done.fault.error}"
+            self.log.fault(step, done.fault, words, alert="a gradient term failed")
+        if math.isfinite(done.loss):
+            tally.total, tally.steps = tally.total + done.loss, tally.steps + 1
+            if trained:
+                vector = batch.unscaled(trained.mean(own.vector))
+                self.own.append(TermGradient(term, vector, own.tensors, apart))
+        self._tell_term(term, step, done)
+
+    def _tell_term(self, term: GradientTerm, step: int, done: Pass) -> None:
+        """Let the term know what its pass cost and came to."""
+        seconds, elapsed = done.along
+        if isinstance(term, Budgeted):
+            term.spent(step, seconds / elapsed if elapsed else 0.0)
+        if isinstance(term, Observant) and math.isfinite(done.loss):
+            term.observe(step, done.loss)
+
+    def before_update(self, step: int) -> None:
+        """Let what was kept apart join the step's gradient, which is whole, averaged and clipped now."""
+        if not self.own:
             return
-        losses = self.losses.setdefault(term.name, TermLosses())
-        losses.total, losses.steps = losses.total + loss, losses.steps + 1
+        trained = cast(TrainedParameters, cast(MicroBatch, self.batch).trained)
+        if self.measured:
+            self.angles = Angles.of(trained, self.own)
+        for own in self.own:
+            if own.apart:
+                self._join(trained, own, step)
+        self.own = []
 
-    def report(self, step: int) -> dict[str, float]:
-        """Note each term's mean loss since it was last told, and return it by its key for trackers. Waits for it."""
-        means = {name: (float(losses.total) / losses.steps, losses.steps) for name, losses in self.losses.items()}
-        self.losses.clear()
-        weights = {term.name: term.weight for term in self.terms}
-        for name, (mean, steps) in means.items():
-            self.log.note(gradient_entry(step, name, weights[name], mean, steps))
-        return {f"safemerge/corrections/{name}/loss": mean for name, (mean, _) in means.items() if math.isfinite(mean)}
+    def _join(self, trained: TrainedParameters, own: TermGradient, step: int) -> None:
+        name = own.term.name
+        if many():
+            # One rank that went on without it would part from the others.
+            join(trained, own)
+        elif isinstance(done := attempt(name, lambda: join(trained, own)), Fault):
+            words = f"{name} could not join step {step}, which goes without its gradient: {done.error}"
+            self.log.fault(step, done, words, alert="a gradient term failed")
+
+    def report(self, step: int, norm: float | None = None) -> dict[str, float]:
+        """Note what each term came to since it was last told, and return it by its keys for trackers.
+
+        `norm`: that of the step's whole gradient before it was clipped; None where it was not clipped.
+        """
+        angles = self.angles.readings(norm) if self.angles else {}
+        self.angles = None
+        numbers: dict[str, float] = {}
+        for term in self.terms:
+            tally = self.tallies.get(term.name)
+            if tally is not None and tally.steps:
+                reading = tally.reading(term.weight, angles.get(term.name, {}), self._figures(term, step))
+                self.log.note(gradient_entry(step, term.name, reading))
+                numbers |= {f"safemerge/corrections/{term.name}/{key}": x for key, x in reading.numbers().items()}
+        return numbers
+
+    def _figures(self, term: GradientTerm, step: int) -> Mapping[str, float]:
+        figures = attempt(term.name, term.figures) if isinstance(term, Tallied) else {}
+        if isinstance(figures, Fault):
+            words = f"{term.name} could not say its figures at step {step}, training goes on: {figures.error}"
+            self.log.fault(step, figures, words, kind=f"{term.name} figures")
+            return {}
+        return figures

@@ -109,8 +109,10 @@ class GradientTerm(Protocol):
     def loss(self, at: RunPoint, model: nn.Module) -> Tensor:
         """Return this rank's mean loss on rows of the term's own, a scalar; the mean over the ranks counts.
 
-        Called in training mode with gradients, before the step's own batches. `at.step` steps are done. What it raises
-        costs this rank's share of this step's term and nothing else. What it draws leaves the task's random numbers be.
+        Called in training mode with gradients, before the step's own batches. `at.step` steps are done. What it raises,
+        and a loss that is NaN or infinite on any rank, costs this step's term and nothing else; but where every rank
+        must run a pass together, under FSDP and DeepSpeed, an error ends the training. What it draws leaves the task's
+        random numbers be.
         """
 
 
@@ -123,6 +125,48 @@ class Prepared(Protocol):
 
         Raises a SafeMergeError child, on all ranks, for what cannot be.
         """
+
+
+@runtime_checkable
+class Observant(Protocol):
+    """A gradient term that is told what its loss was."""
+
+    def observe(self, step: int, loss: float, /) -> None:
+        """Take the mean loss over the ranks, unweighted and the same on every rank, in the step that is number `step`.
+
+        Called after the pass, not for one whose loss was dropped: so all ranks may decide alike by it.
+        """
+
+
+@runtime_checkable
+class Budgeted(Protocol):
+    """A gradient term that is told what it costs."""
+
+    def spent(self, step: int, share: float, /) -> None:
+        """Take its share of the training's seconds before this pass, from 0 to 1, the same on every rank.
+
+        Over all steps since this training began, or was resumed. Called after each pass, before `Observant.observe`.
+        """
+
+
+@runtime_checkable
+class Apart(Protocol):
+    """A gradient term whose gradient joins the task's by a rule of its own, after that was clipped."""
+
+    def combine(self, task: list[Tensor], term: list[Tensor], /) -> list[Tensor]:
+        """Return what the optimizer gets, in the shapes of `task`; both are means over the ranks, the term's weighted.
+
+        Each list is one vector: a tensor for each parameter that is trained, or under FSDP a single one of all. Every
+        rank calls it with the same numbers. Both may be overwritten.
+        """
+
+
+@runtime_checkable
+class Tallied(Protocol):
+    """A gradient term with figures of its own."""
+
+    def figures(self) -> Mapping[str, float]:
+        """Return figures by name since they were last asked for, whenever the trainer logs. Every rank is asked."""
 
 
 @runtime_checkable

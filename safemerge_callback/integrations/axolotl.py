@@ -19,6 +19,7 @@ from ..training import SafeMergeCallback, SafeMergeConfig
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import Trainer
 
 
 class SafeMergeArgs(BaseModel):
@@ -49,6 +50,13 @@ class SafeMergePlugin(BasePlugin):
     def add_callbacks_pre_trainer(self, cfg: dict[str, Any], model: nn.Module) -> list[SafeMergeCallback]:
         """Return the callback; nothing is opened or loaded before training begins."""
         return [SafeMergeCallback(config_of(cfg))]
+
+    def add_callbacks_post_trainer(self, cfg: dict[str, Any], trainer: Trainer) -> list[SafeMergeCallback]:
+        """Let the callback know its trainer, which a gradient term needs under DeepSpeed; no callback more."""
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, SafeMergeCallback):
+                callback.attach(trainer)
+        return []
 
 
 def config_of(cfg: dict[str, Any]) -> SafeMergeConfig:

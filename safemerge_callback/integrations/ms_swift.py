@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import ConfigError, shown
+from ..evaluation.harvest_cache import VARIABLE as CACHE
 from ..io.documents import parse_yaml
 from ..training import SafeMergeCallback, SafeMergeConfig
 from . import split_settings
@@ -34,9 +35,10 @@ def register(registry: dict[str, Callable[..., Any]] | None = None) -> None:
     registry[NAME] = make_callback
 
 
-def make_callback(_args: Any, _trainer: Any) -> SafeMergeCallback:
-    """Return the callback for a trainer, called as every entry of callbacks_map; ConfigError as `config_of`."""
-    return SafeMergeCallback(config_of(os.environ))
+def make_callback(_args: Any, trainer: Any) -> SafeMergeCallback:
+    """Return the callback of a trainer, called as every entry of callbacks_map; ConfigError as `config_of`."""
+    callback = SafeMergeCallback(config_of(os.environ))
+    return callback if trainer is None else callback.attach(trainer)
 
 
 def config_of(environment: Mapping[str, str]) -> SafeMergeConfig:
@@ -44,7 +46,7 @@ def config_of(environment: Mapping[str, str]) -> SafeMergeConfig:
 
     Raises ConfigError where there is none, and for a variable or a value that is refused.
     """
-    given, _ = split_settings(environment, PREFIX)
+    given, _ = split_settings({name: text for name, text in environment.items() if name != CACHE}, PREFIX)
     if not given:
         raise ConfigError(
             f"callback {NAME!r} has no settings: set {PREFIX}SUBSPACE and others under `ENV` of ms-swift's YAML or in "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -40,6 +40,20 @@ def from_first(value: Value) -> Value:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def mean_over_ranks(numbers: Sequence[float | Tensor], device: torch.device) -> list[float]:
+    """Return the means of these over the ranks, in float64; NaN where any rank's is. Collective.
+
+    One small exchange, and one wait for the device that they come from, whatever their number.
+    """
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    row = torch.stack([torch.as_tensor(number, device=device).detach().to(wide) for number in numbers])
+    if many():
+        row = row.to(_wire(device))
+        dist.all_reduce(row)
+        row /= dist.get_world_size()
+    return row.tolist()
 
 
 def everyones(value: Value) -> list[Value]:

@@ -120,6 +120,27 @@ class Best(NamedTuple):
     loss_after: float | None
 
 
+class TermReading(NamedTuple):
+    """What a gradient term came to over `steps` optimizer steps: its mean loss, its `weight`, the seconds it took.
+
+    `norm`: of its weighted gradient in the last of them, before clipping, and `cosine` that gradient's to the task's;
+    NaN where they are not known. `figures`: the term's own, by name.
+    """
+
+    weight: float
+    loss: float
+    steps: int
+    seconds: float = math.nan
+    norm: float = math.nan
+    cosine: float = math.nan
+    figures: Mapping[str, float] = MappingProxyType({})
+
+    def numbers(self) -> dict[str, float]:
+        """Return what a tracker shows of it, by name: what is finite."""
+        named = {"loss": self.loss, "seconds": self.seconds, "norm": self.norm, "cosine": self.cosine}
+        return {key: value for key, value in {**self.figures, **named}.items() if math.isfinite(value)}
+
+
 @dataclass
 class History:
     """What happened in a run, by module and step; `read_history` makes it.
@@ -131,7 +152,7 @@ class History:
     `num_layers` and `knob` (the one that says how much the gate merges): of the last check; `how`: of the last
     merge. `starts` and `end`: the journal's own entries. `faults`: one line each. `seconds`: spent on checks and
     merges, `check_seconds` and `merge_seconds` of it. `best`: what the last merge did to a reloaded best model.
-    `losses`: of each gradient term, by step.
+    `terms`: gradient term -> step -> what it came to.
     """
 
     title: str
@@ -155,7 +176,7 @@ class History:
     check_seconds: float = 0.0
     merge_seconds: float = 0.0
     best: Best | None = None
-    losses: dict[str, dict[int, float]] = field(default_factory=dict)
+    terms: dict[str, dict[int, TermReading]] = field(default_factory=dict)
 
     @cached_property
     def modules(self) -> list[str]:
@@ -166,6 +187,11 @@ class History:
     def steps(self) -> list[int]:
         """Every step that was checked, ascending."""
         return sorted({step for _, step in [*self.cells, *self.merges]})
+
+    @property
+    def losses(self) -> dict[str, dict[int, float]]:
+        """Gradient term -> step -> its mean loss."""
+        return {name: {step: one.loss for step, one in steps.items()} for name, steps in self.terms.items()}
 
     @property
     def ended(self) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from os import PathLike
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
+from weakref import ref
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..errors import ConfigError, shown
 from ..io.text_table import html_table
 from ..record.progress import Progress
 from .checkpoints import at_each_save, no_more_saves
@@ -17,6 +20,13 @@ from .run.artifact import Section
 from .run.model_card import mark_card, mark_push
 from .run.opening import alone, dismissed, open_session
 from .run.session import Session
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+def _nobody() -> None:
+    """The trainer of a callback that knows none; a function that a pickle can name."""
 
 
 class SafeMergeCallback(TrainerCallback):
@@ -37,10 +47,35 @@ class SafeMergeCallback(TrainerCallback):
         self.session: Session | None = None
         self.progress = Progress()
         self.section: Section | None = None
+        self._trainer: Callable[[], Trainer | None] = _nobody
+
+    @property
+    def trainer(self) -> Trainer | None:
+        """The trainer that it was attached to, while that lives."""
+        return self._trainer()
+
+    def attach(self, trainer: Trainer) -> Self:
+        """Return this callback, which knows the trainer from now on, and is one of its callbacks.
+
+        Gradient terms need it under DeepSpeed; elsewhere it changes nothing. Before `trainer.train()`. Raises
+        ConfigError for what is no Trainer of transformers.
+        """
+        from transformers import Trainer
+
+        if not isinstance(trainer, Trainer):
+            raise ConfigError(
+                f"attach was given {shown(trainer)}: give the Trainer, made before, as guard.attach(trainer)"
+            )
+        # One that is only being made gets its callbacks later.
+        handler = getattr(trainer, "callback_handler", None)
+        if handler is not None and not any(callback is self for callback in handler.callbacks):
+            trainer.add_callback(self)
+        self._trainer = ref(trainer)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle the settings and the counts; a training that goes on stays with the original."""
-        return {**vars(self), "session": None}
+        return {**vars(self), "session": None, "_trainer": _nobody}
 
     def __repr__(self) -> str:
         return f"SafeMergeCallback({repr(self.config).partition('(')[2]}"
@@ -71,24 +106,28 @@ class SafeMergeCallback(TrainerCallback):
         """Load and check everything; on a resume, go on from the checkpoint's state."""
         alone(self, model, state)
         self.session, self.progress, self.section = None, Progress(), None
-        self.session = session = open_session(
-            self.config, model, args, state, kwargs.get("optimizer"), kwargs.get("processing_class")
-        )
+        # It may have been attached to one trainer, and given to another.
+        trainer = self.trainer if self.trainer is not None and self.trainer.state is state else None
+        with_what = kwargs.get("optimizer"), kwargs.get("processing_class"), trainer
+        self.session = session = open_session(self.config, model, args, state, *with_what)
         self.progress = session.progress
         at_each_save(state, session.save)
 
     def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Add the gradients that are due: the parameters have none yet, and clipping is still to come."""
-        if self.session and model is not None and self.session.gradients.terms:
+        if self.session and self.session.gradients.terms:
             with self.session.clock.hook():
-                self.session.before_step(model)
+                self.session.before_step()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let gradients that were kept apart join the step's, which are whole and clipped."""
+        if self.session and self.session.gradients.own:
+            with self.session.clock.hook():
+                self.session.before_update()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check, and perhaps merge, before this step is evaluated and saved."""
@@ -104,11 +143,18 @@ class SafeMergeCallback(TrainerCallback):
             with self.session.clock.hook():
                 self.session.marks.end_epoch()
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Tell the mean losses of the gradient terms whenever the trainer logs."""
-        if self.session and self.session.gradients.losses:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Tell what the gradient terms came to whenever the trainer logs."""
+        if self.session and self.session.gradients.untold:
             with self.session.clock.hook():
-                self.session.tell_losses()
+                self.session.tell_terms((logs or {}).get("grad_norm"))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Remember which checkpoint it is that was just saved."""

@@ -361,13 +361,13 @@ def test_what_cannot_be_is_refused_when_the_callback_is_made(world, listed, says
         world.guard(**WATCH, corrections=listed)
 
 
-def test_an_engine_that_a_correction_does_not_serve_is_refused_before_the_first_step(world, tmp_path, monkeypatch):
-    from safemerge_callback.training.run import opening
+def test_a_term_that_a_training_cannot_take_is_refused_before_the_first_step(world, tmp_path, monkeypatch):
+    from safemerge_callback.live import micro_batch
 
-    monkeypatch.setattr(opening, "engine_of", lambda *about: "DeepSpeed")
+    monkeypatch.setattr(micro_batch, "engine_of", lambda *about: "DeepSpeed")
     seen = Gradients()
     trainer = world.trainer(tmp_path, world.guard(**WATCH, corrections=[{"rows": {}}]), seen, max_steps=2)
-    with pytest.raises(ConfigError, match="correction 'rows' adds a gradient, which is not done under DeepSpeed yet"):
+    with pytest.raises(ConfigError, match="correction 'rows' adds a gradient, which DeepSpeed takes only through"):
         trainer.train()
     assert seen.steps == []
 

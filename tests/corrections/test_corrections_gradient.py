@@ -2,18 +2,19 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback
 
-from safemerge_callback.corrections.gradient import add_gradient, check_gradient_engine
+from safemerge_callback.corrections.gradient import add_gradient
+from safemerge_callback.corrections.protocol import RunPoint
 from safemerge_callback.corrections.registry import correction
 from safemerge_callback.corrections.schedule import Schedule
-from safemerge_callback.errors import ConfigError
 from safemerge_callback.live.engine import engine_of
+from safemerge_callback.live.micro_batch import micro_batch
 from tests.support.ranks import run_on
 from tests.support.trainer import lora_weights
 from tests.support.world import World
@@ -82,13 +83,6 @@ def test_under_ddp_it_is_the_mean_over_the_ranks(world, runs, tmp_path):
     assert [(e["step"], e["steps"]) for e in runs.entries(tmp_path / "with", "gradient")] == [(1, 1), (2, 1)]
 
 
-@pytest.mark.parametrize("engine", ["FSDP", "DeepSpeed"])
-def test_where_it_is_not_proven_it_is_refused(engine):
-    with pytest.raises(ConfigError, match=f"'rows' adds a gradient, which is not done under {engine} yet"):
-        check_gradient_engine("rows", engine)
-    check_gradient_engine("rows", "DDP")
-
-
 def test_a_plain_model_is_of_one_process(world):
     assert engine_of(world.model()) == "one process"
 
@@ -101,14 +95,17 @@ class Term:
         return model(torch.ones(3)).square().mean()
 
 
-def test_modes_and_gradients_are_given_back(world):
+AT = RunPoint(0, 1, cast(Any, None), cast(Any, None))
+
+
+def test_modes_and_gradients_are_given_back():
     model = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)).eval()
     model[0].weight.grad = torch.ones(2, 3)
     random = torch.get_rng_state()
-    loss = add_gradient(Term(), None, model)
+    done = add_gradient(Term(), AT, micro_batch(model))
     assert not any(module.training for module in model.modules())
     assert torch.equal(torch.get_rng_state(), random)
-    assert loss.grad_fn is None
+    assert done.fault is None
     added = model[0].weight.grad - 1
     model.train()
     model[0].weight.grad = None
@@ -122,6 +119,6 @@ def test_a_loss_that_is_no_scalar_is_refused_and_leaves_no_gradient():
             return model(torch.ones(3))
 
     model = nn.Linear(3, 2)
-    with pytest.raises(ValueError, match=r"the loss of 'term' has the shape \(2,\)"):
-        add_gradient(Rows(), None, model)
+    done = add_gradient(Rows(), AT, micro_batch(model))
+    assert "ValueError: the loss of 'term' has the shape (2,)" in done.fault.error
     assert model.weight.grad is None

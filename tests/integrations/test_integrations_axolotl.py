@@ -45,6 +45,9 @@ class PluginManager:
     def add_callbacks_pre_trainer(self, cfg, model):
         return [c for plugin in self.plugins.values() for c in plugin.add_callbacks_pre_trainer(cfg, model)]
 
+    def add_callbacks_post_trainer(self, cfg, trainer):
+        return [c for plugin in self.plugins.values() for c in plugin.add_callbacks_post_trainer(cfg, trainer)]
+
 
 @pytest.fixture
 def plugin(integration):
@@ -67,7 +70,7 @@ def test_every_method_takes_what_axolotl_gives(plugin):
 
     assert issubclass(plugin.SafeMergePlugin, BasePlugin)
     ours = [name for name, value in vars(plugin.SafeMergePlugin).items() if inspect.isfunction(value)]
-    assert ours == ["register", "get_input_args", "add_callbacks_pre_trainer"]
+    assert ours == ["register", "get_input_args", "add_callbacks_pre_trainer", "add_callbacks_post_trainer"]
     for name in ours:
         theirs = inspect.signature(getattr(BasePlugin, name)).parameters
         assert list(inspect.signature(getattr(plugin.SafeMergePlugin, name)).parameters) == list(theirs)
@@ -80,7 +83,10 @@ def test_the_callback_that_the_manager_gets_trains_and_merges(manager, world, tm
     model = world.model()
     callbacks = manager.add_callbacks_pre_trainer(cfg, model)
     assert [type(c) for c in callbacks] == [SafeMergeCallback]
-    world.trainer(tmp_path, *callbacks, model=model).train()
+    trainer = world.trainer(tmp_path, *callbacks, model=model)
+    assert not list(manager.add_callbacks_post_trainer(cfg, trainer))
+    assert callbacks[0].trainer is trainer
+    trainer.train()
     merged_once(tmp_path)
 
 

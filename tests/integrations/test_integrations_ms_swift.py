@@ -58,6 +58,21 @@ def test_the_registered_callback_trains_and_merges(plugin, world, tmp_path, envi
     merged_once(tmp_path)
 
 
+def test_the_callback_knows_the_trainer_that_is_being_made(plugin, world, tmp_path, environ):
+    """ms-swift makes its callbacks before the trainer of transformers has been set up."""
+    from transformers import Trainer
+
+    environ(f"ENV: {{SAFEMERGE_SUBSPACE: {world.subspace}, SAFEMERGE_SAFETY_ADAPTER: {world.safety}}}")
+
+    class SwiftMixin(Trainer):
+        def __init__(self, model, args, **more):
+            super().__init__(model, args, callbacks=[plugin.make_callback(args, self)], **more)
+
+    trainer = SwiftMixin(world.model(), world.settings(tmp_path))
+    (callback,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, SafeMergeCallback)]
+    assert callback.trainer is trainer
+
+
 def test_values_are_read_as_in_yaml(plugin):
     found = plugin.config_of(
         {
@@ -67,6 +82,7 @@ def test_values_are_read_as_in_yaml(plugin):
             "SAFEMERGE_GATE": "threshold",
             "SAFEMERGE_THRESHOLD": "0.4",
             "SAFEMERGE_UNTIL_STEP": "null",
+            "SAFEMERGE_CACHE": "/where/harvests/are",
             "HOME": "/root",
         }
     )

@@ -30,7 +30,7 @@ from safemerge_callback.record.entries import (
     undo_noted,
     versions_of,
 )
-from safemerge_callback.record.history import Best, Cell, Event, History, Measured, Probe
+from safemerge_callback.record.history import Best, Cell, Event, History, Measured, Probe, TermReading
 from safemerge_callback.record.progress import Progress
 
 PACKAGE = Path(__file__).parents[2] / "safemerge_callback"
@@ -223,10 +223,21 @@ def test_a_change_goes_on_from_the_shares_and_is_taken_back(read):
     assert history.seconds == 0.75
 
 
-def test_the_losses_of_a_gradient_term(read):
-    _, history = read(gradient_entry(10, "rows", 0.5, 2.0, 10), gradient_entry(20, "rows", 0.5, math.nan, 10))
+def test_a_gradient_term(read):
+    """What is known of it comes back; a line of before had neither seconds nor figures."""
+    whole = TermReading(0.5, 2.0, 10, 1.5, 3.0, -0.25, {"rows": 4.0})
+    unknown = TermReading(0.5, math.nan, 10, 0.5)
+    (_, other), history = read(gradient_entry(10, "rows", whole), gradient_entry(20, "rows", unknown))
+    assert history.terms["rows"][10] == whole
+    assert {"norm", "cosine", "figures"}.isdisjoint(other)
     assert history.losses["rows"][10] == 2.0
     assert math.isnan(history.losses["rows"][20])
+    older = {"kind": "gradient", "step": 30, "correction": "rows", "weight": 0.5, "loss": 1.0, "steps": 10}
+    add_entry(history, older, "here")
+    reading = history.terms["rows"][30]
+    assert reading[:3] == (0.5, 1.0, 10)
+    assert reading.numbers() == {"loss": 1.0}
+    assert whole.numbers() == {"rows": 4.0, "loss": 2.0, "seconds": 1.5, "norm": 3.0, "cosine": -0.25}
 
 
 def kinds_written(path):

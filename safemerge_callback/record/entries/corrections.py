@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...decision import Edit
-from ..history import History
+from ..history import History, TermReading
 from .checks import read_shares
 from .values import count, module_name, number
 
@@ -29,11 +30,19 @@ def read_change(history: History, entry: Mapping[str, Any]) -> None:
     history.changes |= {(module_name(module), count(entry["step"])) for module in entry["modules"]}
 
 
-def gradient_entry(step: int, correction: str, weight: float, loss: float, steps: int) -> dict[str, Any]:
-    """Return the entry of a gradient term: its mean loss over so many steps up to this one, and its weight."""
-    return {"kind": "gradient", "step": step, "correction": correction, "weight": weight, "loss": loss, "steps": steps}
+def gradient_entry(step: int, correction: str, reading: TermReading) -> dict[str, Any]:
+    """Return the entry of a gradient term over so many steps up to this one; what is not known is left out."""
+    entry = {"kind": "gradient", "step": step, "correction": correction, "weight": reading.weight, "loss": reading.loss}
+    entry |= {"steps": reading.steps, "seconds": reading.seconds}
+    entry |= {key: value for key in ("norm", "cosine") if not math.isnan(value := getattr(reading, key))}
+    return entry | ({"figures": dict(reading.figures)} if reading.figures else {})
 
 
 def read_gradient(history: History, entry: Mapping[str, Any]) -> None:
-    """One loss more of its term."""
-    history.losses.setdefault(str(entry["correction"]), {})[count(entry["step"])] = number(entry["loss"])
+    """One reading more of its term; lines of before had no seconds."""
+    numbers = {key: number(entry.get(key)) for key in ("seconds", "norm", "cosine")}
+    figures = {str(name): number(value) for name, value in entry.get("figures", {}).items()}
+    reading = TermReading(
+        number(entry["weight"]), number(entry["loss"]), count(entry["steps"]), **numbers, figures=figures
+    )
+    history.terms.setdefault(str(entry["correction"]), {})[count(entry["step"])] = reading

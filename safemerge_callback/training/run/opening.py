@@ -17,7 +17,7 @@ from transformers import TrainerState, TrainingArguments
 from ...adapters import Adapter, LoraFactors, load_adapter
 from ...adapters.snapshot import set_aside_snapshot
 from ...corrections.average import Average, RunAverage
-from ...corrections.gradient import check_gradient_engine
+from ...corrections.gradient import way_for
 from ...corrections.merge import Merge
 from ...corrections.protocol import Correction, GradientTerm, Kept, Prepared, RunPoint, RunStart
 from ...corrections.schedule import Schedule
@@ -36,6 +36,7 @@ from ...io.addresses import source_name
 from ...io.paths import as_path
 from ...live import Writer, base_moved, base_weights, writer_for
 from ...live.engine import engine_of
+from ...live.micro_batch import MicroBatch
 from ...live.optimizer import check_optimizer
 from ...live.ranks import all_or_none, from_first
 from ...ops import LowRank
@@ -98,10 +99,12 @@ def open_session(
     state: TrainerState,
     optimizer: Any = None,
     tokenizer: Any = None,
+    trainer: Any = None,
 ) -> Session:
     """Load subspace and safety adapter, check them against the live model, ready the journal, restore a resumed run.
 
-    Raises a `SafeMergeError` child that says what does not fit and what to do; nothing has been trained yet.
+    `trainer`: where it was attached. Raises a `SafeMergeError` child that says what does not fit and what to do;
+    nothing has been trained yet.
     """
     if model is None:
         raise ConfigError("the trainer gave no model to the callback: pass the callback to a Trainer that has a model")
@@ -121,7 +124,7 @@ def open_session(
     measuring = _measuring(config, model, writer, factors, safety) if config.measures else Measuring()
     at = RunPoint(state.global_step, state.max_steps, writer, measuring.subspace, safety, optimizer)
     merge = _merge(config)
-    corrections = _corrections(config, model, args, at)
+    corrections, batch = _corrections(config, model, at, trainer)
     lines = _prepare(corrections, model, tokenizer)
     for kept in kept_of(merge, corrections):
         _take_up(kept, past)
@@ -133,7 +136,7 @@ def open_session(
     progress.journal_entries += journal.append(start)
     log, trackers = _outlets(config, state, journal, progress)
     clock = Clock(progress, begun=began)
-    with_what = (measuring.share, measuring.reference, left, corrections)
+    with_what = (measuring.share, measuring.reference, left, corrections, batch)
     session = Session(config, args, state, at, merge, log, trackers, clock, *with_what)
     if words := warning_of(left):
         log.warn("left out", words)
@@ -247,17 +250,16 @@ def _unmerged(model: nn.Module, safety: Sequence[Adapter], modules: Collection[s
 
 
 def _corrections(
-    config: SafeMergeConfig, model: nn.Module, args: TrainingArguments, at: RunPoint
-) -> list[Correction | GradientTerm]:
-    """The corrections of the list, made anew; ConfigError for one that cannot be in this training."""
+    config: SafeMergeConfig, model: nn.Module, at: RunPoint, trainer: Any
+) -> tuple[list[Correction | GradientTerm], MicroBatch | None]:
+    """The corrections of the list, made anew, and how a gradient term's pass is made, if there is one.
+
+    ConfigError for one that cannot be in this training.
+    """
     engine = engine_of(model, at.optimizer)
     corrections = [chosen.for_run(engine, at.max_steps) for chosen in config.chosen_corrections]
-    # Where a row's tokens are split over processes, no rank has a loss of its own.
-    split = getattr(args, "parallelism_config", None) is not None
-    for term in corrections:
-        if isinstance(term, GradientTerm):
-            check_gradient_engine(term.name, "a parallelism_config" if split else engine)
-    return corrections
+    terms = [one for one in corrections if isinstance(one, GradientTerm)]
+    return corrections, way_for(terms, model, at.optimizer, trainer)
 
 
 def _prepare(corrections: Sequence[Correction | GradientTerm], model: nn.Module, tokenizer: Any) -> list[str]:

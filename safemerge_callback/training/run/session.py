@@ -23,6 +23,7 @@ from ...errors import ConfigError
 from ...io.addresses import source_name
 from ...live import Writer
 from ...live.faults import Fault, attempt
+from ...live.micro_batch import MicroBatch
 from ...live.ranks import from_first
 from ...record.entries import check_entry, end_entry
 from ...record.log import Log
@@ -70,6 +71,7 @@ class Session:
     reference: Mapping[str, float] | None = None
     unmerged: Mapping[str, str] = field(default_factory=dict)
     corrections: Sequence[Correction | GradientTerm] = ()
+    batch: MicroBatch | None = None
     pending: Pending | None = None
     plan: MergePlan | None = None
     saved: Saved | None = None
@@ -81,7 +83,8 @@ class Session:
         self.marks = Marks(writer, self.config.measures and self.config.at_train_end)
         self.kept = kept_of(self.merge, self.corrections)
         self.changes = [one for one in self.corrections if not isinstance(one, GradientTerm)]
-        self.gradients = GradientEngine([one for one in self.corrections if isinstance(one, GradientTerm)], self.log)
+        terms = [one for one in self.corrections if isinstance(one, GradientTerm)]
+        self.gradients = GradientEngine(terms, self.batch, self.log)
 
     @property
     def progress(self) -> Progress:
@@ -138,13 +141,17 @@ class Session:
         if now and not beside:
             self.check(final=final)
 
-    def before_step(self, model: nn.Module) -> None:
-        """Add the gradients that are due to the step that begins."""
-        self.gradients.before_step(self.point, model)
+    def before_step(self) -> None:
+        """Add the gradients that are due to the step that begins; measure them where it will be logged."""
+        self.gradients.before_step(self.point, measured=logged_at(self.step + 1, self.args, self.state))
 
-    def tell_losses(self) -> None:
-        """Tell the mean losses of the gradient terms since they were last told, where there are any."""
-        numbers = self.gradients.report(self.step)
+    def before_update(self) -> None:
+        """Let gradients that were kept apart join the step's, which are whole now."""
+        self.gradients.before_update(self.step + 1)
+
+    def tell_terms(self, norm: float | None = None) -> None:
+        """Tell what the gradient terms came to; `norm`: of the step's whole gradient, before it was clipped."""
+        numbers = self.gradients.report(self.step, norm)
         if numbers:
             self.log.tell(self.step, lambda: self.trackers.numbers(self.args, self.state, numbers))
 
@@ -293,7 +300,7 @@ class Session:
         hook.
         """
         self.settle(hold="training ended before this check could be applied")
-        self.tell_losses()
+        self.tell_terms()
         self._check_what_is_left(model, batches)
         if self.engine.witness:
             self.engine.witness.closing()
@@ -379,6 +386,12 @@ class Session:
             self.log.warn("nothing merged", nothing_merged(self.progress, self.plan))
         took = self.clock.seconds, self.clock.now.share
         self.log.say(closing_line(self.config, self.progress, *took, self.journal, self.plan))
+
+
+def logged_at(step: int, args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether the trainer logs after this step, as far as that is known before it: not at the end of an epoch."""
+    every = state.logging_steps if args.logging_strategy == "steps" else 0
+    return bool(every and step % every == 0) or (args.logging_first_step and step == 1)
 
 
 def kept_of(merge: Merge, corrections: Sequence[Correction | GradientTerm]) -> list[Kept]:
