@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from ..record.history import TermReading
 from ..record.log import Log
 from ..signals.model_state import preserve_random_states
 from .joining import Angles, TermGradient, join
-from .protocol import Apart, Budgeted, GradientTerm, Observant, RunPoint, Tallied
+from .protocol import Apart, GradientTerm, Observant, RunPoint, Tallied
 
 
 def way_for(
@@ -59,31 +58,27 @@ def _check_apart(term: GradientTerm, batch: MicroBatch | None) -> None:
 
 
 class Pass(NamedTuple):
-    """One pass of a term: the mean loss over the ranks, NaN where it was dropped, and what went wrong on this rank.
-
-    `along`: means over the ranks of what came along with the loss.
-    """
+    """One pass of a term: the mean loss over the ranks, NaN where it was dropped, and what went wrong on this rank."""
 
     loss: float
-    along: tuple[float, ...] = ()
     fault: Fault | None = None
 
 
-def add_gradient(term: GradientTerm, at: RunPoint, batch: MicroBatch, along: Sequence[float] = ()) -> Pass:
+def add_gradient(term: GradientTerm, at: RunPoint, batch: MicroBatch) -> Pass:
     """Add the gradient of weight · loss to the step's, unless the loss is not finite on every rank. Collective.
 
     Random states and the modules' modes are given back. What goes wrong on a rank is in what is returned, and leaves no
-    gradient there; but where passes are collective it is raised. `along`: numbers whose means over the ranks are asked
-    for, too, in the same exchange: there is one, and one wait for the device.
+    gradient there; but where passes are collective it is raised. One number is exchanged, which is also the one wait for
+    the device.
     """
     with _as_in_training(batch.model, at.optimizer):
         loss = _survived(term, batch, lambda: _scalar(term, term.loss(at, batch.model)))
         fault = loss if isinstance(loss, Fault) else None
-        mean, *others = mean_over_ranks([math.nan if fault else loss, *along], batch.device)
+        mean = mean_over_ranks(math.nan if fault else loss, batch.device)
         if fault or not math.isfinite(mean):
-            return Pass(math.nan, tuple(others), fault or Fault(term.name, _not_finite(loss)))
+            return Pass(math.nan, fault or Fault(term.name, _not_finite(loss)))
         done = _survived(term, batch, lambda: batch.backward(term.weight * loss))
-        return Pass(mean, tuple(others), done if isinstance(done, Fault) else None)
+        return Pass(mean, done if isinstance(done, Fault) else None)
 
 
 def _survived(term: GradientTerm, batch: MicroBatch, action: Callable[[], Any]) -> Any:
@@ -157,7 +152,6 @@ class GradientEngine:
     own: list[TermGradient] = field(default_factory=list)
     measured: bool = False
     angles: Angles | None = None
-    begun: float | None = None
 
     @property
     def untold(self) -> bool:
@@ -178,13 +172,11 @@ class GradientEngine:
 
     def _add(self, term: GradientTerm, at: RunPoint) -> None:
         batch, step = cast(MicroBatch, self.batch), at.step + 1
-        self.begun = self.begun or time.perf_counter()
         tally = self.tallies.setdefault(term.name, Tally(Stopwatch(batch.device)))
-        along = tally.watch.seconds, time.perf_counter() - self.begun
         apart = isinstance(term, Apart)
         trained = batch.trained if apart or self.measured else None
         with tally.watch.lap(), own_gradient(trained, apart=apart) as own:
-            done = add_gradient(term, at, batch, along)
+            done = add_gradient(term, at, batch)
         if done.fault:
             words = f"{term.name} failed at step {step}, which goes without its gradient: {done.fault.error}"
             self.log.fault(step, done.fault, words, alert="a gradient term failed")
@@ -193,15 +185,8 @@ class GradientEngine:
             if trained:
                 vector = batch.unscaled(trained.mean(own.vector))
                 self.own.append(TermGradient(term, vector, own.tensors, apart))
-        self._tell_term(term, step, done)
-
-    def _tell_term(self, term: GradientTerm, step: int, done: Pass) -> None:
-        """Let the term know what its pass cost and came to."""
-        seconds, elapsed = done.along
-        if isinstance(term, Budgeted):
-            term.spent(step, seconds / elapsed if elapsed else 0.0)
-        if isinstance(term, Observant) and math.isfinite(done.loss):
-            term.observe(step, done.loss)
+            if isinstance(term, Observant):
+                term.observe(step, done.loss)
 
     def before_update(self, step: int) -> None:
         """Let what was kept apart join the step's gradient, which is whole, averaged and clipped now."""

@@ -139,17 +139,6 @@ class Observant(Protocol):
 
 
 @runtime_checkable
-class Budgeted(Protocol):
-    """A gradient term that is told what it costs."""
-
-    def spent(self, step: int, share: float, /) -> None:
-        """Take its share of the training's seconds before this pass, from 0 to 1, the same on every rank.
-
-        Over all steps since this training began, or was resumed. Called after each pass, before `Observant.observe`.
-        """
-
-
-@runtime_checkable
 class Apart(Protocol):
     """A gradient term whose gradient joins the task's by a rule of its own, after that was clipped."""
 

@@ -19,7 +19,6 @@ from ..training import SafeMergeCallback, SafeMergeConfig
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import Trainer
 
 
 class SafeMergeArgs(BaseModel):
@@ -51,7 +50,7 @@ class SafeMergePlugin(BasePlugin):
         """Return the callback; nothing is opened or loaded before training begins."""
         return [SafeMergeCallback(config_of(cfg))]
 
-    def add_callbacks_post_trainer(self, cfg: dict[str, Any], trainer: Trainer) -> list[SafeMergeCallback]:
+    def add_callbacks_post_trainer(self, cfg: dict[str, Any], trainer: Any) -> list[SafeMergeCallback]:
         """Let the callback know its trainer, which a gradient term needs under DeepSpeed; no callback more."""
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, SafeMergeCallback):

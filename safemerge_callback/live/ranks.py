@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -42,18 +42,18 @@ def from_first(value: Value) -> Value:
     return box[0]
 
 
-def mean_over_ranks(numbers: Sequence[float | Tensor], device: torch.device) -> list[float]:
-    """Return the means of these over the ranks, in float64; NaN where any rank's is. Collective.
+def mean_over_ranks(number: float | Tensor, device: torch.device) -> float:
+    """Return its mean over the ranks, the same on all, taken in float64; NaN where any rank's is. Collective.
 
-    One small exchange, and one wait for the device that they come from, whatever their number.
+    One small exchange, and one wait for the device that it comes from.
     """
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    row = torch.stack([torch.as_tensor(number, device=device).detach().to(wide) for number in numbers])
-    if many():
-        row = row.to(_wire(device))
-        dist.all_reduce(row)
-        row /= dist.get_world_size()
-    return row.tolist()
+    wide = torch.as_tensor(number, device=device).detach()
+    wide = wide.to(torch.float32 if device.type == "mps" else torch.float64)
+    if not many():
+        return float(wide)
+    wide = wide.to(_wire(device))
+    dist.all_reduce(wide)
+    return float(wide) / dist.get_world_size()
 
 
 def everyones(value: Value) -> list[Value]:
