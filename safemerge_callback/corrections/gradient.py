@@ -68,8 +68,7 @@ def add_gradient(term: GradientTerm, at: RunPoint, batch: MicroBatch) -> Pass:
     """Add the gradient of weight · loss to the step's, unless the loss is not finite on every rank. Collective.
 
     Random states and the modules' modes are given back. What goes wrong on a rank is in what is returned, and leaves no
-    gradient there; but where passes are collective it is raised. One number is exchanged, which is also the one wait for
-    the device.
+    gradient there; but where passes are collective it is raised. One number is exchanged: the one wait for the device.
     """
     with _as_in_training(batch.model, at.optimizer):
         loss = _survived(term, batch, lambda: _scalar(term, term.loss(at, batch.model)))
