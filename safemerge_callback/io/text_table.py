@@ -22,7 +22,7 @@ def render(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], ri
     """Return one line a row under `columns`; those named in `right` are aligned to the right. No colours, no markup."""
     table = Grid()
     for column in columns:
-        table.add_column(column, justify="right" if column in right else "left", no_wrap=True)
+        table.add_column(Text(printable(column)), justify="right" if column in right else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     text = io.StringIO()

@@ -18,6 +18,8 @@ from .journal import JOURNAL_FILE
 
 # The trainer's own measure, beside what was asked.
 LOSS = "eval_loss"
+# The correction that has a line of its own in a journal.
+MERGE = "merge"
 
 
 class Cell(NamedTuple):
@@ -147,12 +149,12 @@ class History:
 
     `cells`: (module, step) -> reading; where a step was checked twice, the later one. `merges`: (module, step) -> the
     share of the task's update that was left after it; those in `undone` were taken back, with the share there is then,
-    and `before` has the share before it. `changes`: those of them that were another correction than the merge.
-    `residuals`: (module, step) -> the share of a merged update that did not fit the rank. `gate`, `threshold`,
-    `num_layers` and `knob` (the one that says how much the gate merges): of the last check; `how`: of the last
-    merge. `starts` and `end`: the journal's own entries. `faults`: one line each. `seconds`: spent on checks and
-    merges, `check_seconds` and `merge_seconds` of it. `best`: what the last merge did to a reloaded best model.
-    `terms`: gradient term -> step -> what it came to.
+    and `before` has the share before it. `corrections`: the names of those that changed a module at a step, in their
+    order, where that was not the merge alone. `residuals`: (module, step) -> the share of a new update that did not fit
+    the rank. `gate`, `threshold`, `num_layers` and `knob` (the one that says how much the gate merges): of the last
+    check; `how`: of the last merge. `starts` and `end`: the journal's own entries. `faults`: one line each. `seconds`:
+    spent on checks, merges and other changes; `check_seconds`, `merge_seconds` and, by correction, `change_seconds` of
+    it. `best`: what the last merge did to a reloaded best model. `terms`: gradient term -> step -> what it came to.
     """
 
     title: str
@@ -168,13 +170,14 @@ class History:
     undone: dict[tuple[str, int], float] = field(default_factory=dict)
     residuals: dict[tuple[str, int], float] = field(default_factory=dict)
     before: dict[tuple[str, int], float] = field(default_factory=dict)
-    changes: set[tuple[str, int]] = field(default_factory=set)
+    corrections: dict[tuple[str, int], tuple[str, ...]] = field(default_factory=dict)
     probes: list[Probe] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     starts: list[Mapping[str, Any]] = field(default_factory=list)
     end: Mapping[str, Any] = field(default_factory=dict)
     check_seconds: float = 0.0
     merge_seconds: float = 0.0
+    change_seconds: dict[str, float] = field(default_factory=dict)
     best: Best | None = None
     terms: dict[str, dict[int, TermReading]] = field(default_factory=dict)
 
@@ -185,8 +188,13 @@ class History:
 
     @cached_property
     def steps(self) -> list[int]:
-        """Every step that was checked, ascending."""
+        """Every step that was checked or at which something was changed, ascending."""
         return sorted({step for _, step in [*self.cells, *self.merges]})
+
+    @cached_property
+    def checks(self) -> list[int]:
+        """Every step that was checked, ascending: modules were measured there, or merged."""
+        return sorted({step for _, step in [*self.cells, *self.by_correction[MERGE]]})
 
     @property
     def losses(self) -> dict[str, dict[int, float]]:
@@ -213,9 +221,28 @@ class History:
         return limits.pop() if len(limits) == 1 else math.nan
 
     @cached_property
+    def by_correction(self) -> dict[str, dict[tuple[str, int], bool]]:
+        """Correction -> (module, step) -> whether what it changed there was taken back; the merge first, always.
+
+        Of several at one step the last is taken back.
+        """
+        keys: dict[str, dict[tuple[str, int], bool]] = {MERGE: {}}
+        for key in self.merges:
+            *earlier, last = self.corrections_at(*key)
+            for name in earlier:
+                keys.setdefault(name, {})[key] = False
+            keys.setdefault(last, {})[key] = key in self.undone
+        return keys
+
+    def corrections_at(self, module: str, step: int) -> tuple[str, ...]:
+        """Return the names of the corrections that changed a module at a step, in their order; empty for none."""
+        key = module, step
+        return self.corrections.get(key, (MERGE,)) if key in self.merges else ()
+
+    @cached_property
     def merged_modules(self) -> set[str]:
         """Every module that was merged at least once."""
-        return {name for name, _ in self.merges}
+        return {name for name, _ in self.by_correction[MERGE]}
 
     @cached_property
     def moved(self) -> dict[int, float]:
@@ -238,7 +265,7 @@ class History:
     def _adapter_merged(self) -> bool:
         settings = self.starts[-1].get("config") if self.starts else None
         named = isinstance(settings, Mapping) and settings.get("safety_adapter")
-        return bool(named) and bool(self.merges.keys() - self.undone.keys() - self.changes)
+        return bool(named) and not all(self.by_correction[MERGE].values())
 
     @cached_property
     def task_weights(self) -> dict[str, dict[int, float]]:

@@ -8,9 +8,9 @@ from statistics import median
 from typing import Any
 
 from ..record.history import History
-from .counted import counted
 from .layout import LEFT, OUTSIDE, Grid, Panel, grid_for, panels
 from .saving import checked_name, figure_module, save_figure
+from .words import correction_words, counted, mark_words
 
 _STILL, _BROKEN, _ABSENT = (0.87, 0.87, 0.87, 1.0), (0.84, 0.12, 0.16, 1.0), (1.0, 1.0, 1.0, 0.0)
 _INK, _MUTED, _BACK = "#222222", "#6b6b6b", "#ffb000"
@@ -129,15 +129,16 @@ def _spread(count: int, at_most: int) -> list[int]:
 
 def _title(figure: Any, history: History) -> None:
     wide, tall = figure.get_size_inches()
-    facts = f"{counted(history.modules, 'module')}, {counted(history.steps, 'check')}, {history.rule}"
-    merged = f"{counted(history.merges, 'merge')} in {counted(history.merged_modules, 'module')}"
+    facts = f"{counted(history.modules, 'module')}, {counted(history.checks, 'check')}, {history.rule}"
+    merged, *others = correction_words(history).values()
+    done = "; ".join([facts, merged if history.merged_modules else "nothing merged", *others])
     text = {"x": LEFT / wide, "ha": "left", "va": "top", "parse_math": False}
     figure.text(y=1 - 0.2 / tall, s=history.title, fontsize=12.5, color=_INK, fontweight="bold", **text)
     about = "cosine of each module's update to the safety subspace"
     figure.text(y=1 - 0.48 / tall, s=about, fontsize=9, color=_INK, **text)
     figure.text(
         y=1 - 0.68 / tall,
-        s=f"{facts}; {merged if history.merges else 'nothing merged'}",
+        s=done,
         fontsize=9,
         color=_MUTED,
         **text,
@@ -171,7 +172,7 @@ def _legend(figure: Any, history: History, grid: Grid) -> None:
 
     states = {cell.state for cell in history.cells.values()}
     dot = Line2D([], [], linestyle="", marker="o", markersize=5, markerfacecolor="white", markeredgecolor=_INK)
-    keys: dict[str, Any] = {"merged": dot} if history.merges else {}
+    keys: dict[str, Any] = {mark_words(history): dot} if history.merges else {}
     if history.undone:
         look: dict[str, Any] = {
             "linestyle": "",

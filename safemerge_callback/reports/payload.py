@@ -13,6 +13,7 @@ from typing import Any
 from ..decision import BAND
 from ..record.history import Cell, History, Measured
 from .layout import panels
+from .words import changed_words, mark_words
 
 SCALE = 10_000
 _BROKEN, _STILL = -1, -2
@@ -40,6 +41,7 @@ def page_data(history: History) -> dict[str, Any]:
         "steps": history.steps,
         "panels": [part.title for part in parts],
         "modules": modules,
+        **({"mark": mark_words(history)} if history.corrections else {}),
         "templates": list(templates),
         "probes": [
             {"step": p.step, "when": p.when, "measures": [_measure(m) for m in p.measures]} for p in history.probes
@@ -69,7 +71,15 @@ def _module(history: History, name: str, templates: dict[str, int]) -> dict[str,
         "left": [thousandths(share) for share in left.values()],
         "lost": [thousandths(history.residuals.get((name, step), math.nan)) for step in left],
         "undone": [at[step] for step in left if (name, step) in history.undone],
+        **_other_changes(history, name, at),
     }
+
+
+def _other_changes(history: History, name: str, at: Mapping[int, int]) -> dict[str, dict[str, str]]:
+    """By check, in words, what was done to a module where that was not the merge alone."""
+    steps = [step for step in at if (name, step) in history.corrections]
+    changes = {str(at[step]): changed_words(history, name, step) for step in steps}
+    return {"changes": changes} if changes else {}
 
 
 def _cosine(cell: Cell | None) -> int | None:

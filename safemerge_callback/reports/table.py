@@ -12,12 +12,13 @@ from ..evaluation.measure import Share
 from ..evaluation.units import amount
 from ..io.printable import printable
 from ..io.text_table import render
-from ..record.history import Cell, History
+from ..record.history import MERGE, Cell, History
 from ..signals.thoughts import ADVICE
-from .counted import counted
 from .layout import Panel, panels
+from .words import change_counts, correction_words, counted
 
-_COLUMNS = ("type", "modules", "moved", "null", "first", "last", "lowest", "where", "merges", "task left")
+_COLUMNS = ("type", "modules", "moved", "null", "first", "last", "lowest", "where")
+_WORDS = ("type", "where")
 _KINDS = {"harm": "harm (higher is safer)", "over_refusal": "over-refusal (lower is better)", "task": "utility"}
 _FIGURE_COLUMNS = ("kind", "measure", "judge", "n", "value", "95 % interval", "incoherent", "unjudged")
 _RIGHT = ("n", "value", "95 % interval", "incoherent", "unjudged")
@@ -29,34 +30,29 @@ def summary(history: History) -> str:
     `moved` is the mean over the type's modules of how far their updates go along V at the last check, left out where
     the journal does not say. `null`, `first` and `last` are medians of the null cosine and of the cosines at the type's
     first and last check;
-    `lowest` is the lowest cosine of any module, `where` its module and step; `merges` counts modules times events;
+    `lowest` is the lowest cosine of any module, `where` its module and step; `merges`, and a
+    column of its own for each other correction, count modules times events;
     `task left` is the smallest share of the task's update that merging left in a module. The last probe follows.
     """
     if not history.steps:
-        return "\n".join(
-            [
-                f"{printable(history.title)}: no check, {counted(history.probes, 'probe')}",
-                *map(printable, _told(history)),
-            ]
-        )
+        head = f"{printable(history.title)}: no check, {counted(history.probes, 'probe')}"
+        return "\n".join([head, *map(printable, _closing_lines(history))])
     steps = history.steps
-    columns = [name for name in _COLUMNS if name != "moved" or history.moved]
-    rows = [[row[name] for name in columns] for row in (_row(history, panel) for panel in panels(history.modules))]
     span = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
-    title = (
-        f"{history.title}: {counted(history.modules, 'module')}, {counted(steps, 'check')} at {span}, {history.rule}"
-    )
-    back = f", {len(history.undone)} taken back" if history.undone else ""
-    merged = f"{counted(history.merges, 'merge')} in {counted(history.merged_modules, 'module')}{back}"
-    lines = [render(title, columns, rows, right=[name for name in columns if name not in ("type", "where")])]
+    sizes = f"{counted(history.modules, 'module')}, {counted(history.checks, 'check')}"
+    title = f"{history.title}: {sizes} at {span}, {history.rule}"
+    done = correction_words(history)
+    if history.how:
+        done[MERGE] += f": {history.how}"
+    lines = [_types_table(history, title)]
     if history.moved:
         step, mean = max(history.moved.items())
         lines.insert(0, f"moved {mean:+z.2f} on average at step {step}, {history.moved_words}")
-    lines.append(printable(f"{merged}{f': {history.how}' if history.how else ''}; {history.seconds:.1f} s in all"))
-    return "\n".join([*lines, *map(printable, _told(history))])
+    lines.append(printable("; ".join([*done.values(), f"{history.seconds:.1f} s in all"])))
+    return "\n".join([*lines, *map(printable, _closing_lines(history))])
 
 
-def _told(history: History) -> Iterator[str]:
+def _closing_lines(history: History) -> Iterator[str]:
     """The last probe, all its measures together, and the faults."""
     if history.probes:
         probe = history.probes[-1]
@@ -66,10 +62,23 @@ def _told(history: History) -> Iterator[str]:
         yield f"{counted(history.faults, 'fault')}, the first: {history.faults[0]}"
 
 
+def _types_table(history: History, title: str) -> str:
+    """A line a module type; a column for each correction says how often it changed the type's modules."""
+    columns = [name for name in _COLUMNS if name != "moved" or history.moved]
+    counts = change_counts(history)
+    rows = []
+    for panel in panels(history.modules):
+        row, left = _row(history, panel), [history.task_weights.get(name, {}) for name in panel.modules]
+        least = min((share for shares in left for share in shares.values()), default=1.0)
+        changes = [str(sum(count[name] for name in panel.modules)) for count in counts.values()]
+        rows.append([*(row[name] for name in columns), *changes, f"{least:.3g}"])
+    heads = [*columns, *counts, "task left"]
+    return render(title, heads, rows, right=[name for name in heads if name not in _WORDS])
+
+
 def _row(history: History, panel: Panel) -> dict[str, str]:
     cells = {key: cell for name in panel.modules for key, cell in _cells_of(history, name)}
     measured = {key: cell for key, cell in cells.items() if cell.state == "measured"}
-    left = [share for name in panel.modules for share in history.task_weights.get(name, {}).values()]
     lowest = min(measured, key=lambda key: measured[key].cosine, default=None)
     steps = sorted({step for _, step in measured}) or [0]
     first, last = ([cell for (_, at), cell in measured.items() if at == step] for step in (steps[0], steps[-1]))
@@ -83,8 +92,6 @@ def _row(history: History, panel: Panel) -> dict[str, str]:
         "last": _median(cell.cosine for cell in last),
         "lowest": f"{measured[lowest].cosine:.4f}" if lowest else "-",
         "where": f"{lowest[0]} at {lowest[1]}" if lowest else "-",
-        "merges": str(len(left)),
-        "task left": f"{min(left, default=1.0):.3g}",
     }
 
 

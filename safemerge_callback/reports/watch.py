@@ -19,8 +19,8 @@ from ..io.printable import printable
 from ..record import JOURNAL_FILE, parse_lines, require_journal_file, tell_torn
 from ..record.entries import add_entry
 from ..record.history import Cell, History, title_of
-from .counted import counted
 from .layout import OUTSIDE, panels
+from .words import change_counts, correction_words, counted
 
 WORST = 10
 _BARS = "▁▂▃▄▅▆▇█"
@@ -110,17 +110,17 @@ def frame(history: History, path: Path) -> RenderableType:
     if not history.cells and not history.probes:
         what = "it holds no check yet" if history.starts else "no journal there yet"
         return Text(f"{printable(str(path))}: {what}; waiting (Ctrl-C leaves)", style="dim")
-    drift = [_head(history), _worst(history), _merges(history)] if history.cells else [Text(printable(history.title))]
+    drift = [_head(history), _worst(history), _changes(history)] if history.cells else [Text(printable(history.title))]
     return Group(*drift, *_probes(history), *_events(history))
 
 
 def _head(history: History) -> Text:
-    step = history.steps[-1]
+    step = history.checks[-1]
     cells = [cells[step] for cells in history.by_module.values() if step in cells]
     known = sorted(cell.cosine for cell in cells if cell.state == "measured")
     text = Text(printable(history.title), style="bold")
     text.append(f"  {'ended at' if history.ended else 'last check at'} step {step}", style="not bold")
-    text.append(f", {counted(history.steps, 'check')}, {printable(history.rule)}", style="not bold dim")
+    text.append(f", {counted(history.checks, 'check')}, {printable(history.rule)}", style="not bold dim")
     if step in history.moved:
         text.append(f"\nmoved {history.moved[step]:+z.2f} on average ", style="not bold")
         means = list(history.moved.values())[-_TREND:]
@@ -142,19 +142,12 @@ def _worst(history: History) -> Table:
     names = sorted(measured, key=lambda n: last[n].moved if history.moved else last[n].margin)[:WORST]
     broken = [name for name, cell in last.items() if cell.state == "broken"][:WORST]
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    third = ("moved",) if history.moved else ()
-    for heading in (
-        "module",
-        "trend",
-        *third,
-        "cosine",
-        "to gate",
-        *(() if third else ("null",)),
-        "merges",
-        "task left",
-    ):
+    counts = change_counts(history)
+    readings = ("moved", "cosine", "to gate") if history.moved else ("cosine", "to gate", "null")
+    for heading in ("module", "trend", *readings, *counts, "task left"):
         plain = heading in ("module", "trend")
-        table.add_column(heading, justify="left" if plain else "right", no_wrap=heading != "module")
+        title = Text(printable(heading))
+        table.add_column(title, justify="left" if plain else "right", no_wrap=heading != "module")
     shown = [value for n in names for value in map(lead, _trend(history, n)) if not math.isnan(value)]
     limits = (min(shown), max(shown)) if shown else (0.0, 1.0)
     short = {
@@ -164,13 +157,14 @@ def _worst(history: History) -> Table:
     }
     for name in [*broken, *names]:
         title = Text(printable(short[name]), no_wrap=True, overflow="ellipsis")
-        table.add_row(title, *_row(history, name, last[name], limits))
+        changes = (Text(str(count[name])) for count in counts.values())
+        table.add_row(title, *_readings(history, name, last[name], limits), *changes, Text(_left(history, name)))
     return table
 
 
-def _row(history: History, name: str, cell: Cell, limits: tuple[float, float]) -> Iterator[Text]:
-    left = history.task_weights.get(name, {})
-    merged = {step for step in left if (name, step) not in history.undone}
+def _readings(history: History, name: str, cell: Cell, limits: tuple[float, float]) -> Iterator[Text]:
+    """A module's trend, with merges and other changes in another colour, and what was read at its last check."""
+    merged = {step for step in history.task_weights.get(name, {}) if (name, step) not in history.undone}
     steps = list(history.by_module[name])[-_TREND:]
     values = list(map(_moved if history.moved else _cosine, _trend(history, name)))
     yield _sparkline(values, limits, [step in merged for step in steps])
@@ -180,8 +174,11 @@ def _row(history: History, name: str, cell: Cell, limits: tuple[float, float]) -
     yield Text("-" if math.isnan(cell.limit) or cell.state == "broken" else f"{cell.margin:+.4f}")
     if not history.moved:
         yield Text("-" if math.isnan(cell.null_cosine) else f"{cell.null_cosine:.4f}", style="dim")
-    yield Text(str(len(left)))
-    yield Text(f"{left[max(left)]:.1%}" if left else "100%")
+
+
+def _left(history: History, name: str) -> str:
+    left = history.task_weights.get(name, {})
+    return f"{left[max(left)]:.1%}" if left else "100%"
 
 
 def _trend(history: History, name: str) -> list[Cell]:
@@ -207,14 +204,16 @@ def _sparkline(values: Sequence[float], limits: tuple[float, float], marked: Seq
     return text
 
 
-def _merges(history: History) -> Text:
-    if not history.merges:
-        return Text("nothing merged yet", style="dim")
-    step = max(step for _, step in history.merges)
-    last = [name for name, at in history.merges if at == step]
-    back = f", {len(history.undone)} taken back" if history.undone else ""
-    total = f"{counted(history.merges, 'merge')} in {counted(history.merged_modules, 'module')}{back}"
-    return Text(f"{total}; the last at step {step}: {counted(last, 'module')}")
+def _changes(history: History) -> Text:
+    """A line for each correction that changed something."""
+    lines = []
+    for name, words in correction_words(history).items():
+        changes = history.by_correction[name]
+        if changes:
+            step = max(step for _, step in changes)
+            last = [module for module, at in changes if at == step]
+            lines.append(printable(f"{words}; the last at step {step}: {counted(last, 'module')}"))
+    return Text("\n".join(lines)) if lines else Text("nothing merged yet", style="dim")
 
 
 def _probes(history: History) -> Iterator[Text]:

@@ -1,11 +1,14 @@
 """A change with state and a gradient term, added from here: nothing else in the package knows of them."""
 
+import io
 import json
+import re
 from dataclasses import dataclass
 from functools import partial
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import TrainerCallback
 
 from safemerge_callback import SafetyEvalCallback
@@ -16,6 +19,8 @@ from safemerge_callback.decision import Edit
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.ops import LowRank
 from safemerge_callback.record import change_entry
+from safemerge_callback.reports import draw_heat_map, read_history, render_page, summary, watch_run
+from safemerge_callback.reports.page.figures import costs, happenings, tiles
 from safemerge_callback.training import Rollback
 
 WATCH = {"gate": "watch", "safety_adapter": None, "every": 3}
@@ -160,6 +165,37 @@ def test_a_change_is_written_and_recorded(world, runs, tmp_path):
     assert start["config"]["corrections"] == [{"shrink": told}]
     assert guard.progress.merges == 0
     assert set(guard.progress.task_weights.values()) == {0.015625}
+
+
+def test_reports_call_a_change_by_its_corrections_name(world, runs, tmp_path):
+    """Nothing was merged in this run, and no table, page or watch says that it was."""
+    guard = world.guard(**WATCH, corrections=[{"shrink": {}}])
+    world.trainer(tmp_path, guard, max_steps=6).train()
+    history = read_history(tmp_path)
+    modules = len(history.modules)
+    changes = f"{3 * modules} changes by shrink in {modules} modules"
+    table = summary(history)
+    assert "2 checks at steps 2 to 6" in table
+    assert f"0 merges in 0 modules; {changes}" in table
+    assert re.search(r"merges\W+shrink\W+task left", table)
+    shown = Console(file=io.StringIO(), width=132, record=True)
+    watch_run(tmp_path, once=True, console=shown)
+    watch = shown.export_text()
+    assert f"{changes}; the last at step 6: {modules} modules" in watch
+    assert re.search(r"merges +shrink +task left", watch)
+    assert "2 checks, gate watch" in watch
+    assert "merges in" not in watch
+    assert [(step, what) for step, what, _ in happenings(history)] == [(step, "shrink") for step in (2, 4, 6)]
+    assert [name for name, _ in costs(history)][:3] == ["checks", "merges", "changes by shrink"]
+    tiles_by_label = {tile.label: tile.value for tile in tiles(history)}
+    assert (tiles_by_label["module merges"], tiles_by_label["module changes by shrink"]) == ("0", str(3 * modules))
+    page = render_page(history)
+    assert '<span class="tag shrink">shrink</span>' in page
+    assert '"mark":"changed by shrink"' in page
+    assert '<span class="tag merge">' not in page
+    picture = draw_heat_map(history)
+    assert any(f"nothing merged; {changes}" in text.get_text() for text in picture.texts)
+    assert "changed by shrink" in [text.get_text() for text in picture.legends[0].get_texts()]
 
 
 def test_without_corrections_nothing_is_told_of_them(world, runs, tmp_path):

@@ -71,10 +71,11 @@ def test_a_merge_that_is_taken_back_leaves_the_change_of_its_step(write):
     rollback = {"kind": "rollback", "step": 10, "modules": [Q], "reason": "it cost too much"}
     entries = [change, check(10, {Q: 0.3}), merge(10, [Q], left=0.4)]
     assert read_history(write(*entries)).task_weights == {Q: {10: 0.4}}
-    assert read_history(write(*entries)).changes == set()
+    assert read_history(write(*entries)).by_correction == {"merge": {(Q, 10): False}, "shrink": {(Q, 10): False}}
+    assert read_history(write(*entries, rollback)).by_correction["merge"] == {(Q, 10): True}
     assert read_history(write(*entries, rollback)).task_weights == {Q: {10: 0.5}}
     alone = read_history(write(change, rollback, check(10, {Q: 0.3})))
-    assert (alone.task_weights, alone.changes) == ({Q: {10: 1.0}}, {(Q, 10)})
+    assert (alone.task_weights, alone.by_correction) == ({Q: {10: 1.0}}, {"merge": {}, "shrink": {(Q, 10): True}})
 
 
 def test_what_has_not_moved_is_no_cosine(write):

@@ -374,3 +374,27 @@ def test_a_run_with_a_probe_alone_has_its_curves(look, tmp_path, example):
     assert page.locator("#own-charts path.line").count() == 1
     assert page.locator("#heat, #modules, #curves").count() == 0
     assert "harm" in page.locator("#probe").inner_text()
+
+
+def test_a_change_of_another_correction_has_its_name(look, tmp_path):
+    journal = write_example(tmp_path / "run", layers=2, checks=3)
+    entries = [json.loads(line) for line in journal.read_text().splitlines()]
+    last = next(entry for entry in reversed(entries) if entry["kind"] == "merge")
+    change = {"kind": "change", "step": last["step"], "correction": "average", "seconds": 0.1}
+    change["modules"] = [{**module, "task_weight": 0.5} for module in last["modules"]]
+    entries.insert(entries.index(last), change)
+    entries.insert(1, {**change, "step": 5})
+    journal.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    page = look(write_page(read_history(journal), tmp_path / "page.html"))
+    chart = page.locator("#moved-chart")
+    chart.locator("svg[role=img]").focus()
+    page.keyboard.press("Home")
+    assert chart.locator(".readout").inner_text().endswith("modules were changed by average at this check")
+    page.keyboard.press("End")
+    assert chart.locator(".readout").inner_text().endswith("modules were changed by average and merged at this check")
+    assert "merged, or changed by average" in page.locator("#scale").inner_text()
+    page.locator("#table th[data-key=change-average] button").click()
+    column = page.locator("#table th").evaluate_all("heads => heads.findIndex(h => h.dataset.key === 'change-average')")
+    counts = page.locator("#table tbody tr").evaluate_all(f"rows => rows.map(r => r.cells[{column}].textContent)")
+    assert counts == sorted(counts)
+    assert counts.count("2") == len(last["modules"])

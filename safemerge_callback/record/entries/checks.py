@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ...decision import KNOB, Edit, Gate, MergePlan, Reading
-from ..history import Cell, Event, History
+from ..history import MERGE, Cell, Event, History
 from ..metrics import limit_of
 from .values import count, known, module_name, number
 from .version_1 import limit_of_version_1
@@ -113,15 +113,17 @@ def read_merge(history: History, entry: Mapping[str, Any]) -> None:
     history.how = f"method {entry['method']}, space {entry['space']}, weights {weights}"
     history.merge_seconds += number(entry["seconds"])
     history.seconds += number(entry["seconds"])
-    read_shares(history, entry)
-    history.changes -= {(module_name(module), count(entry["step"])) for module in entry["modules"]}
+    read_shares(history, entry, MERGE)
 
 
-def read_shares(history: History, entry: Mapping[str, Any]) -> None:
-    """What is left in each module after a merge or another change, and what of the new update did not fit."""
+def read_shares(history: History, entry: Mapping[str, Any], correction: str) -> None:
+    """What a correction left in each module, and what of the new update did not fit."""
     step, left = count(entry["step"]), history.task_weights
     for module in entry["modules"]:
         key = module_name(module), step
+        others = [name for name in history.corrections_at(*key) if name != correction]
+        if others or correction != MERGE:
+            history.corrections[key] = (*others, correction)
         history.before[key] = next(reversed(left.get(key[0], {}).values()), 1.0)
         history.merges[key] = number(module["task_weight"])
         history.residuals[key] = number(module.get("residual"))

@@ -9,7 +9,7 @@ from typing import Any
 from ...decision import Edit
 from ..history import History, TermReading
 from .checks import read_shares
-from .values import count, module_name, number
+from .values import count, number
 
 
 def change_entry(
@@ -25,9 +25,10 @@ def change_entry(
 
 def read_change(history: History, entry: Mapping[str, Any]) -> None:
     """The modules' shares go on from it as from a merge, and a rollback takes it back."""
-    history.seconds += number(entry["seconds"])
-    read_shares(history, entry)
-    history.changes |= {(module_name(module), count(entry["step"])) for module in entry["modules"]}
+    correction, seconds = str(entry["correction"]), number(entry["seconds"])
+    history.seconds += seconds
+    history.change_seconds[correction] = history.change_seconds.get(correction, 0.0) + seconds
+    read_shares(history, entry, correction)
 
 
 def gradient_entry(step: int, correction: str, reading: TermReading) -> dict[str, Any]:

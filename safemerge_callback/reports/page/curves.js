@@ -41,15 +41,18 @@ function drawMoved() {
   drawn.picture.append(svg("line", { class: "axis", x1: drawn.left, x2: drawn.width - MARGIN.right, y1: drawn.y(0), y2: drawn.y(0) }));
   limitLine(drawn, edge);
   drawn.picture.append(svg("path", { class: "line c0", d: path(run.steps.map((step, check) => [step, means[check]]), drawn.x, drawn.y) }));
-  const merged = new Set(run.modules.flatMap((module) => module.merged));
-  for (const check of merged) {
+  const changes = new Map();
+  for (const module of run.modules) {
+    for (const check of module.merged) changes.set(check, (changes.get(check) || new Set()).add(changeOf(module, check)));
+  }
+  for (const check of changes.keys()) {
     if (means[check] !== null) drawn.picture.append(svg("circle", { class: "ring c0", cx: drawn.x(run.steps[check]), cy: drawn.y(means[check]), r: run.steps.length > 80 ? 2.4 : 3.6 }));
   }
   limitLabel(drawn, edge, `edge ${edge}`);
   follow(box, drawn, run.steps, (check) => {
     const mean = means[check];
     const told = mean === null ? "not known" : `${mean.toFixed(2)}, ${mean < edge ? "below" : "not below"} ${edge}`;
-    return `step ${run.steps[check]}: moved ${told}${merged.has(check) ? "; modules were merged at this check" : ""}`;
+    return `step ${run.steps[check]}: moved ${told}${changes.has(check) ? `; modules were ${[...changes.get(check)].join(", or ")} at this check` : ""}`;
   });
 }
 

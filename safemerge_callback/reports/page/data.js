@@ -49,14 +49,19 @@ for (const module of run.modules) {
   module.undoneAt = new Set(module.undone);
 }
 
+// What was done to a module at a check: by the merge, unless the data names who else it was.
+function changeOf(module, check) {
+  return (module.changes || {})[check] || "merged";
+}
+
 function tellCell(module, check) {
   const words = [`${module.name}, step ${run.steps[check]}: ${stateOf(module, check)}`];
   const none = at(module.null, check);
   if (none !== null && none !== undefined && module.cosine[check] !== null) words.push(`null ${digits(none)}`);
   const merge = module.merged.indexOf(check);
   if (merge >= 0) {
-    const lost = module.lost[merge] === null ? "" : `, ${digits(module.lost[merge], 3)} of the merged update did not fit the rank`;
-    words.push(`${module.undoneAt.has(check) ? "merged and taken back" : "merged"}, ${digits(module.left[merge])} of the task's update left${lost}`);
+    const lost = module.lost[merge] === null ? "" : `, ${digits(module.lost[merge], 3)} of the ${(module.changes || {})[check] ? "new" : "merged"} update did not fit the rank`;
+    words.push(`${changeOf(module, check)}${module.undoneAt.has(check) ? " and taken back" : ""}, ${digits(module.left[merge])} of the task's update left${lost}`);
   }
   const reason = reasonOf(module, check);
   if (reason) words.push(`gate: ${reason}`);

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from ...decision import BAND
 from ...evaluation.units import SHARE, amount, number
-from ...record.history import LOSS, Cell, History, Measured, Probe
-from ..counted import counted
+from ...record.history import LOSS, MERGE, Cell, History, Measured, Probe
 from ..layout import panels
+from ..words import counted
 
 KINDS = {
     "harm": "harmful prompts (higher is safer)",
@@ -31,7 +31,10 @@ class Tile(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A module's row; numbers stay numbers (NaN where there is none), since the page sorts by them."""
+    """A module's row; numbers stay numbers (NaN where there is none), since the page sorts by them.
+
+    `changes`: how often each correction changed it, the merge first, and how often that was taken back.
+    """
 
     name: str
     kind: str
@@ -42,8 +45,7 @@ class Row(NamedTuple):
     margin: float
     lowest: float
     lowest_at: int | None
-    merges: int
-    undone: int
+    changes: tuple[tuple[int, int], ...]
     left: float
     norm: float
     moved: float
@@ -69,8 +71,15 @@ def page_figures(history: History) -> dict[str, Any]:
         "has_moved": bool(history.moved),
         "band": BAND,
         "has_weights": bool(history.merges),
+        "change_columns": _change_columns(history),
         "num": lambda value, digits=4: _NONE if value is None or math.isnan(value) else f"{value:.{digits}f}",
     }
+
+
+def _change_columns(history: History) -> list[tuple[str, str, str]]:
+    """Key, heading and meaning of a column for each correction but the merge."""
+    others = [name for name in history.by_correction if name != MERGE]
+    return [(f"change-{name}", name, f"how often {name} changed it") for name in others]
 
 
 def _span(history: History) -> str:
@@ -79,53 +88,52 @@ def _span(history: History) -> str:
     state = f"ended at step {history.end.get('step', steps[-1])}" if history.ended else "has not ended"
     if not history.steps:
         return f"no check, {counted(history.probes, 'probe')} at {span}; {state}"
-    return f"{counted(history.modules, 'module')}, {counted(steps, 'check')} at {span}; {state}"
+    return f"{counted(history.modules, 'module')}, {counted(history.checks, 'check')} at {span}; {state}"
 
 
 def tiles(history: History) -> list[Tile]:
     """Return the figures that say at a glance how the run went."""
     if not history.steps:
         return list(_probe_tiles(history.probes))
-    found = [*_moved(history), *_cosines(history)]
-    taken = f", {len(history.undone)} taken back" if history.undone else ""
-    found.append(
-        Tile("module merges", str(len(history.merges)), f"in {counted(history.merged_modules, 'module')}{taken}")
-    )
+    figures = [*_moved(history), *_cosines(history)]
+    figures += [_changes_tile(name, changes) for name, changes in history.by_correction.items()]
     lefts = [shares[max(shares)] for shares in history.task_weights.values()]
-    found.append(Tile("least task update left", f"{min(lefts, default=1.0):.1%}", "of any module's own update"))
-    found += _probe_tiles(history.probes)
-    spent = history.end.get("seconds")
-    found.append(
-        Tile(
-            "cost",
-            seconds_text(history.seconds if spent is None else spent),
-            share_text(history) or "checks and merges",
-        )
-    )
-    return found
+    figures.append(Tile("least task update left", f"{min(lefts, default=1.0):.1%}", "of any module's own update"))
+    figures += _probe_tiles(history.probes)
+    spent = seconds_text(history.end.get("seconds") or history.seconds)
+    of_what = "checks, merges and other changes" if history.change_seconds else "checks and merges"
+    figures.append(Tile("cost", spent, share_text(history) or of_what))
+    return figures
+
+
+def _changes_tile(correction: str, changes: Mapping[tuple[str, int], bool]) -> Tile:
+    """How often a correction changed a module: the merge, and each other one apart."""
+    label = "module merges" if correction == MERGE else f"module changes by {correction}"
+    back = f", {sum(changes.values())} taken back" if any(changes.values()) else ""
+    return Tile(label, str(len(changes)), f"in {counted({name for name, _ in changes}, 'module')}{back}")
 
 
 def _moved(history: History) -> list[Tile]:
     """How far the updates go along V, and which way they point, where the journal says so."""
     last = [cells[max(cells)] for cells in history.by_module.values() if cells]
-    found = []
+    figures = []
     if history.moved:
         step, mean = max(history.moved.items())
-        found.append(Tile(f"moved along the alignment, mean at step {step}", f"{mean:+z.2f}", history.moved_words))
-    return found + _direction([cell.signed_z for cell in last if not math.isnan(cell.signed_z)])
+        figures.append(Tile(f"moved along the alignment, mean at step {step}", f"{mean:+z.2f}", history.moved_words))
+    return figures + _direction([cell.signed_z for cell in last if not math.isnan(cell.signed_z)])
 
 
 def _cosines(history: History) -> list[Tile]:
     measured = {key: cell for key, cell in history.cells.items() if cell.state == "measured"}
     last = [cells[max(cells)] for cells in history.by_module.values() if cells]
-    found = []
+    figures = []
     if measured:
         name, step = min(measured, key=lambda key: measured[key].cosine)
-        found.append(Tile("lowest cosine", f"{measured[name, step].cosine:.3f}", f"{name}, step {step}"))
+        figures.append(Tile("lowest cosine", f"{measured[name, step].cosine:.3f}", f"{name}, step {step}"))
     if any(not math.isnan(cell.limit) for cell in last):
         below = sum(cell.state == "measured" and cell.margin < 0 for cell in last)
-        found.append(Tile("below the gate at the last check", str(below), f"of {len(last)} modules"))
-    return found
+        figures.append(Tile("below the gate at the last check", str(below), f"of {len(last)} modules"))
+    return figures
 
 
 def _direction(signed: Sequence[float]) -> list[Tile]:
@@ -166,14 +174,25 @@ def words(measure: str) -> str:
 
 def module_rows(history: History) -> list[Row]:
     """Return a row for every module, panel by panel, layer by layer."""
+    by_module = [_changes_by_module(changes) for changes in history.by_correction.values()]
     return [
-        _module_row(history, name, part.title, label)
+        _module_row(history, name, part.title, label, by_module)
         for part in panels(history.modules)
         for name, label in zip(part.modules, part.labels, strict=True)
     ]
 
 
-def _module_row(history: History, name: str, kind: str, label: str) -> Row:
+def _changes_by_module(changes: Mapping[tuple[str, int], bool]) -> dict[str, list[bool]]:
+    """Module -> whether each of its changes was taken back."""
+    modules: dict[str, list[bool]] = {}
+    for (name, _), undone in changes.items():
+        modules.setdefault(name, []).append(undone)
+    return modules
+
+
+def _module_row(
+    history: History, name: str, kind: str, label: str, by_module: Sequence[Mapping[str, list[bool]]]
+) -> Row:
     cells = history.by_module[name]
     known = {step: cell for step, cell in cells.items() if cell.state == "measured"}
     steps, nothing = list(known), Cell(math.nan, math.nan, "absent")
@@ -190,8 +209,7 @@ def _module_row(history: History, name: str, kind: str, label: str) -> Row:
         margin=last.margin if last.state == "measured" and not math.isnan(last.limit) else math.nan,
         lowest=known[lowest].cosine if lowest is not None else math.nan,
         lowest_at=lowest,
-        merges=len(left),
-        undone=sum((name, step) in history.undone for step in left),
+        changes=tuple((len(backs := changes.get(name, [])), sum(backs)) for changes in by_module),
         left=left[max(left)] if left else 1.0,
         norm=last.update_norm,
         moved=last.moved,
@@ -236,32 +254,38 @@ def share_text(history: History) -> str:
 
 
 def costs(history: History) -> list[tuple[str, str]]:
-    """Return what the run's checks, merges and probes took, and which share of the training that was."""
-    asked = sum(probe.seconds for probe in history.probes)
-    found = []
+    """Return what the run's checks, merges, other changes and probes took, and which share of the training that was."""
+    probe_seconds = sum(probe.seconds for probe in history.probes)
+    lines = []
     if history.steps:
-        found.append(("checks", f"{seconds_text(history.check_seconds)} for {counted(history.steps, 'step')}"))
-        found.append(("merges", f"{seconds_text(history.merge_seconds)} for {counted(history.merges, 'module merge')}"))
+        lines.append(("checks", f"{seconds_text(history.check_seconds)} for {counted(history.checks, 'step')}"))
+        merges = counted(history.by_correction[MERGE], "module merge")
+        lines.append(("merges", f"{seconds_text(history.merge_seconds)} for {merges}"))
+    for name, seconds in history.change_seconds.items():
+        changes = counted(history.by_correction.get(name, ()), "module change")
+        lines.append((f"changes by {name}", f"{seconds_text(seconds)} for {changes}"))
     if history.probes:
-        found.append(("probes, beside the training", f"{seconds_text(asked)} for {counted(history.probes, 'probe')}"))
+        lines.append(
+            ("probes, beside the training", f"{seconds_text(probe_seconds)} for {counted(history.probes, 'probe')}")
+        )
     if share_text(history):
         # More than its parts: the trackers, the state files and the digests of the weights take their time too.
-        found.append(("all but the probes", f"{seconds_text(history.end['seconds'])}, {share_text(history)}"))
-    return found
+        lines.append(("all but the probes", f"{seconds_text(history.end['seconds'])}, {share_text(history)}"))
+    return lines
 
 
 def happenings(history: History) -> list[tuple[int | None, str, str]]:
-    """Return (step, what, in words) of merges, rules and faults, by step."""
-    merged: dict[int, list[str]] = {}
-    for name, step in history.merges:
-        merged.setdefault(step, []).append(name)
-    found: list[tuple[int | None, str, str]] = [
-        (step, "merge", f"{counted(names, 'module')}: {_some(names)}") for step, names in merged.items()
-    ]
-    found += [(e.step, e.kind, f"{e.reason}{_touched(e.modules)}") for e in history.events]
-    found += [(int(s["step"]), "resume", "the run went on from a checkpoint") for s in history.starts[1:]]
-    found += [(None, "fault", text) for text in history.faults]
-    return sorted(found, key=lambda happening: math.inf if happening[0] is None else happening[0])
+    """Return (step, what, in words) of merges, other changes (by the correction's name), rules and faults, by step."""
+    events: list[tuple[int | None, str, str]] = []
+    for correction, changes in reversed(history.by_correction.items()):
+        modules: dict[int, list[str]] = {}
+        for name, step in changes:
+            modules.setdefault(step, []).append(name)
+        events += [(step, correction, f"{counted(names, 'module')}: {_some(names)}") for step, names in modules.items()]
+    events += [(e.step, e.kind, f"{e.reason}{_touched(e.modules)}") for e in history.events]
+    events += [(int(s["step"]), "resume", "the run went on from a checkpoint") for s in history.starts[1:]]
+    events += [(None, "fault", text) for text in history.faults]
+    return sorted(events, key=lambda happening: math.inf if happening[0] is None else happening[0])
 
 
 def _touched(modules: Sequence[str]) -> str:
@@ -275,12 +299,12 @@ def _some(names: Sequence[str]) -> str:
 def sources(history: History) -> dict[str, list[tuple[str, str]]]:
     """Return heading -> (name, value) of what the journal's last start says of the run; nothing where it has none."""
     start = history.starts[-1] if history.starts else {}
-    told = {"kind", "version", "config", "versions", "subspace", "placement", "time"}
-    run = {key: value for key, value in start.items() if key not in told}
-    asked = next((probe.settings for probe in reversed(history.probes) if probe.settings), None)
+    in_parts = {"kind", "version", "config", "versions", "subspace", "placement", "time"}
+    run = {key: value for key, value in start.items() if key not in in_parts}
+    probe_settings = next((probe.settings for probe in reversed(history.probes) if probe.settings), None)
     parts = {
         "settings": start.get("config"),
-        "probe": asked,
+        "probe": probe_settings,
         "subspace": start.get("subspace"),
         "placement": start.get("placement"),
         "versions": start.get("versions"),

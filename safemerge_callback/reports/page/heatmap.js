@@ -39,7 +39,7 @@ function sharp(canvas, width, height) {
 
 function drawScale() {
   const canvas = element("canvas", { role: "img", "aria-label": `colour scale: cosine ${digits(bottom, 2)}, dark, to ${digits(top, 2)}, bright` });
-  const keys = [["merged", "merged"], ["undone", "merge taken back"], ["still", "nothing to measure"], ["broken", "not finite"]];
+  const keys = [["merged", run.mark || "merged"], ["undone", run.mark ? "taken back" : "merge taken back"], ["still", "nothing to measure"], ["broken", "not finite"]];
   const seen = {
     merged: run.modules.some((module) => module.merged.length),
     undone: run.modules.some((module) => module.undone.length),
