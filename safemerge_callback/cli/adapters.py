@@ -120,9 +120,9 @@ def merge(
 
     Exits with 1 where the gate selects no module.
     """
-    given = {name: value for name, value in locals().items() if name not in ("config", "progress", "weights")}
-    given["weights"] = weights_of(weights)
-    settings = _settings(config, {name: value for name, value in given.items() if value not in (None, [])})
+    options = {name: value for name, value in locals().items() if name not in ("config", "progress", "weights")}
+    options["weights"] = weights_of(weights)
+    settings = _settings(config, {name: value for name, value in options.items() if value not in (None, [])})
     from ..offline import merge_adapters
 
     allowed = settings.pop("allow_empty", False)
@@ -134,16 +134,22 @@ def merge(
         raise typer.Exit(1)
 
 
-def _settings(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+def _settings(config: Path | None, options: dict[str, Any]) -> dict[str, Any]:
     """The file's settings with those of the command line over them; ConfigError where a part is missing."""
     from ..errors import ConfigError
     from ..offline.merge_yaml import gate_settings, read_recipe
 
-    found = {} if config is None else read_recipe(config)
-    own = {"seed", "soft"}
-    if gate_settings(given).keys() - own:  # another gate, or its knob: the file's gate and its knob go together
-        found = {name: value for name, value in found.items() if name in own or name not in gate_settings(found)}
-    merged = found | given
+    in_file = {} if config is None else read_recipe(config)
+    beside_the_gate = {"seed", "soft"}
+    if (
+        gate_settings(options).keys() - beside_the_gate
+    ):  # another gate, or its knob: the file's gate and its knob go together
+        in_file = {
+            name: value
+            for name, value in in_file.items()
+            if name in beside_the_gate or name not in gate_settings(in_file)
+        }
+    merged = in_file | options
     lacking = [name for name in ("finetuned", "subspace", "output") if merged.get(name) is None]
     if lacking:
         raise ConfigError(f"{' and '.join(lacking)} not given: name them on the command line, or in a --config file")
@@ -193,17 +199,17 @@ def sweep(
     from ..offline.sweep.table import TABLE
     from ..reports.sweep_plot import check_picture, write_plot
 
-    asked = gates_named(thresholds, gates)
+    gates_listed = gates_named(thresholds, gates)
     if output is not None:
         free_output(output, "table", TABLE)
     if plot is not None:
         check_picture(plot)
     with working(f"sweeping {finetuned}", progress):
-        found = sweep_adapters(
+        table = sweep_adapters(
             finetuned,
             safety or None,
             subspace,
-            gates=asked,
+            gates=gates_listed,
             weights=weights_listed(weights),
             methods=names_listed(methods),
             space=space or "delta",
@@ -211,8 +217,8 @@ def sweep(
             majority_sign_method=majority_sign_method or "total",
             device=device_named(device),
         )
-    say(str(found))
+    say(str(table))
     if output is not None:
-        say(f"{found.write_csv(output)}: {len(found)} rows")
+        say(f"{table.write_csv(output)}: {len(table)} rows")
     if plot is not None:
-        say(f"{write_plot(found, plot)}: {len(found)} merges")
+        say(f"{write_plot(table, plot)}: {len(table)} merges")

@@ -67,8 +67,8 @@ def _options(
     """The verbs' common options."""
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"safemerge {__version__}")
         raise typer.Exit
 

@@ -73,23 +73,25 @@ def evaluate(
         "chat_template_kwargs": template_settings(chat_template_kwargs),
     }
     files = (output, responses)
-    given: dict[str, Any] = {"base": base, "revision": revision, "dtype": _dtype(dtype)}
+    loading: dict[str, Any] = {"base": base, "revision": revision, "dtype": _dtype(dtype)}
     where = None if device is None else device_named(device)
-    sets, judges, manager = _prepared(_names(probes), judge or ["keywords"], wanted, task_folder, n, seed, files)
-    asked = _Asked(sets, judges, wanted, asking, limit, manager, seed)
+    sets, judges, manager = _ready(_names(probes), judge or ["keywords"], wanted, task_folder, n, seed, files)
+    plan = _Plan(sets, judges, wanted, asking, limit, manager, seed)
     drift = None if subspace is None else _drift(model, subspace)
-    found = _evaluated(model, given, where, asked, drift)
+    report = _report(model, loading, where, plan, drift)
     from ..evaluation.figures import FIGURES, RESPONSES
 
-    settings = {"model": model, **given, "n": n, "seed": seed, "limit": limit, "tasks": wanted, **asking}
-    _write(output, FIGURES, json.dumps({"settings": settings, **found.written}, indent=2) + "\n")
-    _write(responses, RESPONSES, "".join(json.dumps(dict(zip(_KEPT, row, strict=True))) + "\n" for row in found.kept))
-    if found.refused:
-        raise found.refused
+    settings = {"model": model, **loading, "n": n, "seed": seed, "limit": limit, "tasks": wanted, **asking}
+    _write(output, FIGURES, json.dumps({"settings": settings, **report.document}, indent=2) + "\n")
+    _write(
+        responses, RESPONSES, "".join(json.dumps(dict(zip(_KEPT, row, strict=True))) + "\n" for row in report.answers)
+    )
+    if report.failure:
+        raise report.failure
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Plan:
     """What the model is asked, and how."""
 
     sets: Sequence[PromptSet]
@@ -102,19 +104,19 @@ class _Asked:
 
 
 @dataclass
-class _Found:
+class _Report:
     """What came of it: for the JSON file, each response, and the error of tasks that could not be run."""
 
-    written: dict[str, Any]
-    kept: list[Any]
-    refused: ConfigError | None = None
+    document: dict[str, Any]
+    answers: list[Any]
+    failure: ConfigError | None = None
 
 
 def _names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _prepared(
+def _ready(
     probes: Sequence[str],
     judge: Sequence[str],
     tasks: Sequence[str],
@@ -163,7 +165,7 @@ def _drift(adapter: str, subspace: Path) -> dict[str, Any]:
     return {"moved": readings.moved_mean, **known}
 
 
-def _evaluated(model: str, given: dict[str, Any], device: str | None, asked: _Asked, drift: Any) -> _Found:
+def _report(model: str, loading: dict[str, Any], device: str | None, plan: _Plan, drift: Any) -> _Report:
     """Load, ask and print; what the prompts gave is kept when the tasks fail."""
     from ..decision import BAND
     from ..evaluation.figures import with_refusals
@@ -173,65 +175,63 @@ def _evaluated(model: str, given: dict[str, Any], device: str | None, asked: _As
     from ..reports.table import figures_text, thoughts_lines
 
     began = time.perf_counter()
-    subject = load_subject(model, **given, device=device)
-    kept: list[Any] = []
+    subject = load_subject(model, **loading, device=device)
+    answers: list[Any] = []
     failures: list[str] = []
-    refused = None
-    figures = _probed(subject, asked, kept, failures)
+    failure = None
+    figures = _probe_figures(subject, plan, answers, failures)
     try:
-        figures += _worked(subject, asked)
+        figures += _task_figures(subject, plan)
     except ConfigError as error:
-        refused = error
+        failure = error
     say(figures_text(figures, " on ".join(filter(None, (subject.adapter, subject.base)))))
     if drift:
         if drift["moved"] is not None:
             say(f"drift: moved {drift['moved']:+z.2f} on average, {BAND.words(drift['moved'])}")
         say(f"drift: lowest cosine {drift['lowest']:.3f}, mean {drift['mean']:.3f} of {drift['modules']} modules")
-    _notes(asked, [*thoughts_lines(figures), *failures])
-    written = {
+    _notes(plan, [*thoughts_lines(figures), *failures])
+    document = {
         "adapter": subject.adapter,
         "base": subject.base,
         "figures": [columns(figure, FIGURE_COLUMNS) for figure in figures],
-        "sets": [{**asdict(one), "prompts": len(one)} for one in asked.sets],
-        "judges": [{"name": name_of(one), "decides": decides(one)} for one in with_refusals(asked.judges)],
+        "sets": [{**asdict(one), "prompts": len(one)} for one in plan.sets],
+        "judges": [{"name": name_of(one), "decides": decides(one)} for one in with_refusals(plan.judges)],
         "drift": drift,
-        "failures": [*failures, *([str(refused)] if refused else [])],
+        "failures": [*failures, *([str(failure)] if failure else [])],
         "seconds": round(time.perf_counter() - began, 1),
         "versions": _versions(),
     }
-    return _Found(written, kept, refused)
+    return _Report(document, answers, failure)
 
 
-def _probed(subject: Any, asked: _Asked, kept: list[Any], failures: list[str]) -> list[Any]:
+def _probe_figures(subject: Any, plan: _Plan, answers: list[Any], failures: list[str]) -> list[Any]:
     from ..evaluation.figures import figures
 
     def keep(one: Transcript, share: Share, verdicts: Sequence[Verdict]) -> None:
         rows = zip(one.prompts, one.responses, verdicts, strict=True)
-        kept.extend((one.name, share["judge"], *row) for row in rows)
+        answers.extend((one.name, share["judge"], *row) for row in rows)
 
-    if not asked.sets:
+    if not plan.sets:
         return []
     return list(
-        figures(
-            subject.model, subject.tokenizer, asked.sets, asked.judges, **asked.asking, keep=keep, failures=failures
-        )
+        figures(subject.model, subject.tokenizer, plan.sets, plan.judges, **plan.asking, keep=keep, failures=failures)
     )
 
 
-def _worked(subject: Any, asked: _Asked) -> list[Any]:
+def _task_figures(subject: Any, plan: _Plan) -> list[Any]:
     from ..evaluation.harness import run_tasks
 
-    if not asked.tasks:
+    if not plan.tasks:
         return []
-    asking = {name: asked.asking[name] for name in ("batch_size", "chat_template_kwargs")}
-    more: dict[str, Any] = {"limit": asked.limit, "seed": asked.seed, "manager": asked.manager}
-    return list(run_tasks(subject.model, subject.tokenizer, asked.tasks, **asking, **more))
+    asking = {name: plan.asking[name] for name in ("batch_size", "chat_template_kwargs")}
+    more: dict[str, Any] = {"limit": plan.limit, "seed": plan.seed, "manager": plan.manager}
+    return list(run_tasks(subject.model, subject.tokenizer, plan.tasks, **asking, **more))
 
 
-def _notes(asked: _Asked, failures: Sequence[str]) -> None:
-    if not asked.tasks:
+def _notes(plan: _Plan, failures: Sequence[str]) -> None:
+    if not plan.tasks:
         say("note: utility is not measured; add --tasks, such as gsm8k", err=True)
-    if not asked.sets:
+    if not plan.sets:
         say("note: harm and over-refusal are not measured; add --probes", err=True)
     for failure in dict.fromkeys(failures):
         say(f"note: {failure}", err=True)

@@ -115,7 +115,7 @@ def gates_named(thresholds: str | None, gates: str | None) -> list[Any]:
         from ..offline.sweep.sweep import DEFAULT_GATES
 
         return list(DEFAULT_GATES)
-    found = [Gate(threshold=_number(text, "thresholds")) for text in names_listed(thresholds or "")]
+    all_gates = [Gate(threshold=_number(text, "thresholds")) for text in names_listed(thresholds or "")]
     for word in names_listed(gates or ""):
         name, _, text = word.partition("=")
         value: dict[str, Any] = {}
@@ -125,8 +125,8 @@ def gates_named(thresholds: str | None, gates: str | None) -> list[Any]:
                 raise ConfigError(f"gates: {word!r} has a value, and gate {name!r} has no knob: give {name}")
             number = _number(text, f"gates: {name}")
             value = {KNOB[name]: int(number) if GATES[name].counts and number.is_integer() else number}
-        found.append(as_gate(name, value))
-    return found
+        all_gates.append(as_gate(name, value))
+    return all_gates
 
 
 @contextmanager
@@ -154,8 +154,8 @@ def gate_options(gate: str | None, **knobs: Any) -> dict[str, Any]:
     """Return `gate` and the knobs that were given; without `gate`, `default_gate`."""
     from ..decision import default_gate
 
-    given = {name: value for name, value in knobs.items() if value is not None}
-    return {"gate": gate or default_gate(given), **given}
+    values = {name: value for name, value in knobs.items() if value is not None}
+    return {"gate": gate or default_gate(values), **values}
 
 
 def device_named(name: str) -> str:

@@ -65,10 +65,10 @@ def describe(
 
     from ..subspace import Subspace
 
-    found = Subspace.load(subspace)
+    stored = Subspace.load(subspace)
     if verify:
-        compared = found.verify()
-    say(json.dumps(found.to_dict(), indent=2) if as_json else found.describe())
+        compared = stored.verify()
+    say(json.dumps(stored.to_dict(), indent=2) if as_json else stored.describe())
     if verify and not as_json:
         say(f"checksums: all {compared} tensors are as they were written")
 

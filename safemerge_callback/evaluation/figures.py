@@ -23,19 +23,19 @@ def check_outputs(output: Any, responses: Any, inputs: Sequence[Any] = ()) -> No
 
     Responses can be prompts again: a file of them is no output where it is one of the `inputs`.
     """
-    asked = [(path, kind) for path, kind in ((output, FIGURES), (responses, RESPONSES)) if path is not None]
-    places = [free_output(path, "output", kind, inputs) for path, kind in asked]
+    files = [(path, kind) for path, kind in ((output, FIGURES), (responses, RESPONSES)) if path is not None]
+    places = [free_output(path, "output", kind, inputs) for path, kind in files]
     if len({os.path.realpath(place) for place in places}) < len(places):
         raise ConfigError(f"output {shown(output)} is asked for figures and for responses: give two files")
 
 
 def check_sets(sets: Sequence[PromptSet]) -> None:
     """Raise ConfigError for a set named twice, and for harm without over-refusal, or the other way round."""
-    names = [found.name for found in sets]
+    names = [one.name for one in sets]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"prompt set {twice[0]!r} is given twice: give each once, and files their own names")
-    kinds = {found.kind for found in sets}
+    kinds = {one.kind for one in sets}
     if len(kinds) == 1:
         lacking = "a benign set, such as xstest" if kinds == {"harm"} else "a harmful set, such as harmbench"
         raise ConfigError(
@@ -72,11 +72,11 @@ def figures(
     check_vocabulary(model, (ids for tokens in questions for ids in tokens))
     sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     everyone = with_refusals(judges)
-    asked: dict[SetKind, list[Judge]] = {"harm": everyone, "benign": [j for j in everyone if decides(j) != "harm"]}
+    judges_of: dict[SetKind, list[Judge]] = {"harm": everyone, "benign": [j for j in everyone if decides(j) != "harm"]}
 
     def answers() -> Iterator[Transcript]:
         for one, tokens in zip(ordered, questions, strict=True):
             said = respond(model, tokenizer, tokens, **sizes, label=one.name)
             yield Transcript(one.name, one.kind, one.prompts, [response.text for response in said])
 
-    return list(refusal_shares(answers(), asked, keep=keep, failures=failures))
+    return list(refusal_shares(answers(), judges_of, keep=keep, failures=failures))

@@ -68,7 +68,7 @@ def run_tasks(
         pretrained=model, tokenizer=tokenizer, batch_size=batch_size, **_for_template(HFLM, chat_template_kwargs)
     )
     try:
-        found = simple_evaluate(
+        report = simple_evaluate(
             model=wrapped,
             tasks=list(tasks),
             limit=limit,
@@ -86,7 +86,7 @@ def run_tasks(
         raise ConfigError(
             f"tasks {list(tasks)} cannot be run ({type(error).__name__}: {reason}). If it is their data, go online once"
         ) from error
-    return [figure for task in tasks for figure in task_figures(task, found)]
+    return [figure for task in tasks for figure in task_figures(task, report)]
 
 
 def _for_template(wrapper: Any, settings: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -101,10 +101,10 @@ def _for_template(wrapper: Any, settings: Mapping[str, Any] | None) -> dict[str,
     return {"chat_template_args": dict(settings)}
 
 
-def task_figures(task: str, found: Mapping[str, Any]) -> list[Share]:
+def task_figures(task: str, report: Mapping[str, Any]) -> list[Share]:
     """Return the figures of one task or group out of what `simple_evaluate` returned."""
-    n = sum(found["n-samples"][leaf]["effective"] for leaf in _leaves(task, found))
-    row = found["results"].get(task) or found.get("groups", {}).get(task, {})
+    n = sum(report["n-samples"][leaf]["effective"] for leaf in _leaves(task, report))
+    row = report["results"].get(task) or report.get("groups", {}).get(task, {})
     figures = []
     for key, value in row.items():
         metric, _, kind = key.partition(",")
@@ -117,13 +117,13 @@ def task_figures(task: str, found: Mapping[str, Any]) -> list[Share]:
     return figures
 
 
-def _leaves(task: str, found: Mapping[str, Any]) -> Iterator[str]:
+def _leaves(task: str, report: Mapping[str, Any]) -> Iterator[str]:
     """The tasks under a group, or the task itself."""
-    below = found.get("group_subtasks", {}).get(task) or []
+    below = report.get("group_subtasks", {}).get(task) or []
     if not below:
         yield task
     for name in below:
-        yield from _leaves(name, found)
+        yield from _leaves(name, report)
 
 
 def _interval(value: float, n: int, error: Any, unit: str) -> tuple[float | None, float | None]:

@@ -176,16 +176,18 @@ def _verdicts(
     failures: list[str] = []
     for kind, judge in judges.items() if rank() == 0 else ():
         places = [i for i, one in enumerate(kinds) if one == kind]
-        found = judged(judge, [prompts[i] for i in places], [responses[i] for i in places], failures=failures)
-        for i, verdict in zip(places, found, strict=True):
+        verdicts_of_kind = judged(
+            judge, [prompts[i] for i in places], [responses[i] for i in places], failures=failures
+        )
+        for i, verdict in zip(places, verdicts_of_kind, strict=True):
             verdicts[i] = verdict
     verdicts, failures = from_first((verdicts, failures))
     return verdicts, tuple(dict.fromkeys(failures))
 
 
 def _counts(kind: Kind, kinds: Sequence[Kind], verdicts: Sequence[Verdict]) -> KindCounts:
-    own = [verdict for one, verdict in zip(kinds, verdicts, strict=True) if one == kind]
-    return KindCounts(len(own), *(own.count(verdict) for verdict in get_args(Verdict)))
+    verdicts_of_kind = [verdict for one, verdict in zip(kinds, verdicts, strict=True) if one == kind]
+    return KindCounts(len(verdicts_of_kind), *(verdicts_of_kind.count(verdict) for verdict in get_args(Verdict)))
 
 
 def _check_counts(harvest: Harvest, responses: Sequence[str], least: float, most: float) -> None:

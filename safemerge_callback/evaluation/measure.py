@@ -107,8 +107,8 @@ def refusal_share(transcript: Transcript, judge: Judge, verdicts: Sequence[Verdi
     """Return the share of a transcript that the verdicts of `judge` call refused; as `refusal_shares` counts."""
     name, thoughts = measure_name(transcript.name, judge), counts_of(transcript.responses)
     outcomes = "".join(LETTERS[verdict] for verdict in verdicts)
-    told: dict[str, Any] = {"thoughts": thoughts.cut, "unfinished": thoughts.unfinished, "judge": name_of(judge)}
-    return share_of(name, outcomes, _KINDS[transcript.kind], **told)
+    notes: dict[str, Any] = {"thoughts": thoughts.cut, "unfinished": thoughts.unfinished, "judge": name_of(judge)}
+    return share_of(name, outcomes, _KINDS[transcript.kind], **notes)
 
 
 def coherence(shares: Iterable[Share], measure: str = "coherence") -> Share:
@@ -120,10 +120,10 @@ def coherence(shares: Iterable[Share], measure: str = "coherence") -> Share:
 
 def share_of(measure: str, outcomes: str, kind: Kind, **known: Any) -> Share:
     """Return the share of 1 among the outcomes, as `Share` has them, that are not u; `known` as `as_share`."""
-    n, held = len(outcomes) - outcomes.count("u"), outcomes.count("1")
-    low, high = wilson(held, n) if n else (None, None)
+    n, hits = len(outcomes) - outcomes.count("u"), outcomes.count("1")
+    low, high = wilson(hits, n) if n else (None, None)
     left: dict[str, Any] = {"incoherent": outcomes.count("i"), "unjudged": outcomes.count("u"), "outcomes": outcomes}
-    return as_share(measure, kind, held / n if n else None, n, low, high, **{"unit": SHARE, **left, **known})
+    return as_share(measure, kind, hits / n if n else None, n, low, high, **{"unit": SHARE, **left, **known})
 
 
 def share(measure: str, verdicts: Sequence[bool], kind: Kind = "task") -> Share:

@@ -64,8 +64,8 @@ class Answers:
 
     def value(self, *kinds: Kind, measure: str | None = None) -> float | None:
         """The share over all prompts of the given kinds (of one measure, if named); None where nothing was judged."""
-        found = [m for m in self.measures if m["kind"] in kinds and measure in (None, m["measure"])]
-        counted = [(m["value"], m["n"]) for m in found if m["value"] is not None]
+        shares = [m for m in self.measures if m["kind"] in kinds and measure in (None, m["measure"])]
+        counted = [(m["value"], m["n"]) for m in shares if m["value"] is not None]
         total = sum(n or 0 for _, n in counted)
         if not counted:
             return None
@@ -108,14 +108,14 @@ def ask(model: Any, tokenizer: Any, questions: Questions, asking: Asking) -> Ans
             measures += _task(asking.task, asking.task_unit, model, tokenizer, failures)
         if asking.loss:
             measures += _loss(asking.loss, model, failures)
-    lengths = [response.tokens for found in said.values() for response in found]
-    told = tuple(dict.fromkeys(from_first(failures)))
-    return Answers(tuple(measures), statistics.fmean(lengths), time.perf_counter() - began, told)
+    lengths = [response.tokens for responses in said.values() for response in responses]
+    failures_of_ranks = tuple(dict.fromkeys(from_first(failures)))
+    return Answers(tuple(measures), statistics.fmean(lengths), time.perf_counter() - began, failures_of_ranks)
 
 
 def _responses(model: Any, tokenizer: Any, questions: Questions, asking: Asking) -> dict[str, list[Response]]:
     """Every rank's answers to its share, by set."""
-    tokens = [ids for found in questions.tokens.values() for ids in found]
+    tokens = [ids for prompts in questions.tokens.values() for ids in prompts]
     sizes: dict[str, Any] = {"max_new_tokens": asking.max_new_tokens, "batch_size": asking.batch_size}
     joined = iter(
         answered_by_ranks(model, tokens, lambda share, synced: respond(model, tokenizer, share, **sizes, synced=synced))
@@ -148,16 +148,16 @@ def _task(
     """The task's score as rank 0 has it; every rank takes part, since the model may be sharded."""
     # whatever a user's function raises, the other measures stand
     try:
-        found: Share | str = _as_score(task(model, tokenizer), unit)
+        score: Share | str = _as_score(task(model, tokenizer), unit)
     except Exception as error:
-        found = f"the task function raised {type(error).__name__}: {error}"
-    return [_within_unit(one, failures) for one in _kept(from_first(found), failures)]
+        score = f"the task function raised {type(error).__name__}: {error}"
+    return [_within_unit(one, failures) for one in _kept(from_first(score), failures)]
 
 
 def _as_score(answer: Any, unit: str | None) -> Share:
     """A number, or a mapping as `Share`, its value at least; ValueError, TypeError or KeyError for anything else."""
     row: Mapping[str, Any] = answer if isinstance(answer, Mapping) else {"value": answer}
-    own = row.get("unit")
+    declared = row.get("unit")
     n, low, high = (row.get(key) for key in ("n", "low", "high"))
     return _score(
         str(row.get("measure", "task")),
@@ -165,19 +165,19 @@ def _as_score(answer: Any, unit: str | None) -> Share:
         n=None if n is None else int(n),
         low=None if low is None else _number(low),
         high=None if high is None else _number(high),
-        unit=unit if own is None else check_unit(own),
+        unit=unit if declared is None else check_unit(declared),
     )
 
 
-def _within_unit(found: Share, failures: list[str]) -> Share:
+def _within_unit(score: Share, failures: list[str]) -> Share:
     """What is called a share and is none is kept as the plain number that it is, and told."""
-    if found["unit"] != SHARE or within_share(found["value"], found["low"], found["high"]):
-        return found
+    if score["unit"] != SHARE or within_share(score["value"], score["low"], score["high"]):
+        return score
     failures.append(
-        f"{found['measure']} is {number(found['value'] or 0.0)} and called a share, which lies between 0 and 1: "
+        f"{score['measure']} is {number(score['value'] or 0.0)} and called a share, which lies between 0 and 1: "
         "return a part of 1, or name its unit (task_unit); until then it is a plain number"
     )
-    return {**found, "unit": ""}
+    return {**score, "unit": ""}
 
 
 def _number(answer: Any) -> float:
@@ -190,17 +190,17 @@ def _number(answer: Any) -> float:
 def _loss(loss: Callable[[Any], float], model: Any, failures: list[str]) -> list[Share]:
     """The mean over the ranks."""
     try:
-        own: Share | str = _score("eval_loss", float(loss(model)))
+        score: Share | str = _score("eval_loss", float(loss(model)))
     except Exception as error:
-        own = f"the evaluation loss raised {type(error).__name__}: {error}"
-    found = everyones(own)
-    failed = [one for one in found if isinstance(one, str)]
-    values = [one["value"] or 0.0 for one in found if not isinstance(one, str)]
+        score = f"the evaluation loss raised {type(error).__name__}: {error}"
+    scores = everyones(score)
+    failed = [one for one in scores if isinstance(one, str)]
+    values = [one["value"] or 0.0 for one in scores if not isinstance(one, str)]
     return _kept(failed[0] if failed else _score("eval_loss", statistics.fmean(values)), failures)
 
 
-def _kept(found: Share | str, failures: list[str]) -> list[Share]:
-    if isinstance(found, str):
-        failures.append(found)
+def _kept(score: Share | str, failures: list[str]) -> list[Share]:
+    if isinstance(score, str):
+        failures.append(score)
         return []
-    return [found]
+    return [score]

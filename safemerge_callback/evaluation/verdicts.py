@@ -44,11 +44,11 @@ def judged(
     if len(prompts) != len(responses):
         raise ConfigError(f"{len(prompts)} prompts and {len(responses)} responses: give one response a prompt")
     said = [spoken(response).answer for response in responses]
-    asked = {i: answer for i, answer in enumerate(said) if answer is not None and coherent(answer)}
-    told = failures if failures is not None else []
-    answers = _answers(judge, [prompts[i] for i in asked], list(asked.values()), told, until)
+    answers_by_place = {i: answer for i, answer in enumerate(said) if answer is not None and coherent(answer)}
+    errors = failures if failures is not None else []
+    answers = _answers(judge, [prompts[i] for i in answers_by_place], list(answers_by_place.values()), errors, until)
     verdicts: list[Verdict] = ["unjudged" if answer is None else "incoherent" for answer in said]
-    for i, refused in zip(asked, answers, strict=True):
+    for i, refused in zip(answers_by_place, answers, strict=True):
         verdicts[i] = "unjudged" if refused is None else "refused" if refused else "complied"
     return verdicts
 
@@ -59,8 +59,8 @@ def _answers(
     together = getattr(judge, "refuse_all", None)
     if together is None or not prompts:
         pairs = zip(prompts, responses, strict=True)
-        return [_asked(judge, partial(_one, judge, *pair), failures, until) for pair in pairs]
-    answers = _asked(judge, lambda: list(together(prompts, responses)), failures, until)
+        return [_answer_of(judge, partial(_one, judge, *pair), failures, until) for pair in pairs]
+    answers = _answer_of(judge, lambda: list(together(prompts, responses)), failures, until)
     if answers is None:
         return [None] * len(prompts)
     if len(answers) != len(prompts):
@@ -75,7 +75,7 @@ def _one(judge: Any, prompt: str, response: str) -> bool:
     return bool(judge.refuses(prompt, response))
 
 
-def _asked(judge: Any, question: Callable[[], Answer], failures: list[str], until: float | None) -> Answer | None:
+def _answer_of(judge: Any, question: Callable[[], Answer], failures: list[str], until: float | None) -> Answer | None:
     # whatever a judge raises, it costs verdicts and not the training that asks
     try:
         return question() if until is None else _by(until, question)
@@ -86,19 +86,19 @@ def _asked(judge: Any, question: Callable[[], Answer], failures: list[str], unti
 
 def _by(until: float, question: Callable[[], Answer]) -> Answer:
     """What `question` gives by then; TimeoutError after that, and its thread is left to itself."""
-    told: SimpleQueue[tuple[Answer | None, Exception | None]] = SimpleQueue()
+    mailbox: SimpleQueue[tuple[Answer | None, Exception | None]] = SimpleQueue()
 
     def ask() -> None:
         try:
-            told.put((question(), None))
+            mailbox.put((question(), None))
         except Exception as error:
-            told.put((None, error))
+            mailbox.put((None, error))
 
     left = until - time.monotonic()
     if left > 0:
         Thread(target=ask, daemon=True, name="safemerge-judge").start()
     try:
-        answer, error = told.get(timeout=max(left, 0.001))
+        answer, error = mailbox.get(timeout=max(left, 0.001))
     except Empty:
         raise TimeoutError("its time is up") from None
     if error is not None:

@@ -46,13 +46,13 @@ def config_of(environment: Mapping[str, str]) -> SafeMergeConfig:
 
     Raises ConfigError where there is none, and for a variable or a value that is refused.
     """
-    given, _ = split_settings({name: text for name, text in environment.items() if name != CACHE}, PREFIX)
-    if not given:
+    settings, _ = split_settings({name: text for name, text in environment.items() if name != CACHE}, PREFIX)
+    if not settings:
         raise ConfigError(
             f"callback {NAME!r} has no settings: set {PREFIX}SUBSPACE and others under `ENV` of ms-swift's YAML or in "
             f"the environment, or take {NAME!r} out of `callbacks`"
         )
-    return SafeMergeConfig.from_dict({name.lower(): _value(PREFIX + name, text) for name, text in given.items()})
+    return SafeMergeConfig.from_dict({name.lower(): _value(PREFIX + name, text) for name, text in settings.items()})
 
 
 def _value(variable: str, text: str) -> Any:

@@ -84,8 +84,8 @@ def panels(modules: Iterable[str]) -> list[Panel]:
         else:
             outside.append(name)
     titles = _short(list(types))
-    found = [_panel(titles[kind], sorted(rows)) for kind, rows in types.items()]
-    return [*found, Panel(OUTSIDE, tuple(outside), tuple(outside))] if outside else found
+    inside = [_panel(titles[kind], sorted(rows)) for kind, rows in types.items()]
+    return [*inside, Panel(OUTSIDE, tuple(outside), tuple(outside))] if outside else inside
 
 
 def _panel(title: str, rows: Sequence[tuple[tuple[int, ...], str]]) -> Panel:

@@ -103,24 +103,24 @@ def _reasons(row: Sequence[Cell | None], templates: dict[str, int]) -> tuple[lis
     groups: dict[str, list[int]] = {}
     for index, cell in reasons:
         groups.setdefault(_NUMBER.sub("\0", cell.reason), []).append(index)
-    found: dict[int, list[str]] = {index: _NUMBER.findall(cell.reason) for index, cell in reasons}
-    own = {index: f"{cell.cosine:.4f}" for index, cell in reasons}
+    numbers_of: dict[int, list[str]] = {index: _NUMBER.findall(cell.reason) for index, cell in reasons}
+    cosines = {index: f"{cell.cosine:.4f}" for index, cell in reasons}
     words: list[int | None] = [None] * len(row)
     numbers: dict[str, str] = {}
     for skeleton, indices in groups.items():
-        kinds = [_kind([(found[i][at], own[i]) for i in indices]) for at in range(skeleton.count("\0"))]
+        kinds = [_kind([(numbers_of[i][at], cosines[i]) for i in indices]) for at in range(skeleton.count("\0"))]
         kept = iter(kinds)
         template = re.sub("\0", lambda _, kept=kept: next(kept), skeleton)  # type: ignore[misc]
         for index in indices:
             words[index] = templates.setdefault(template, len(templates))
-            rest = [text for text, kind in zip(found[index], kinds, strict=True) if kind == "{}"]
+            rest = [text for text, kind in zip(numbers_of[index], kinds, strict=True) if kind == "{}"]
             if rest:
                 numbers[str(index)] = " ".join(rest)
     return words, numbers
 
 
 def _kind(texts: Sequence[tuple[str, str]]) -> str:
-    if all(text == own for text, own in texts):
+    if all(text == cosine for text, cosine in texts):
         return "{c}"
     first = texts[0][0]
     return first if all(text == first for text, _ in texts) else "{}"

@@ -150,11 +150,11 @@ def draw_probe(history: History) -> Any:
 
 def _draw_measure(axes: Any, history: History, about: Measured, index: int) -> None:
     colour, dash = _LOOKS[index % len(_LOOKS)]
-    asked = [(p.step, m) for p in history.probes for m in p.measures if m.measure == about.measure]
-    found = [(step, m) for step, m in asked if not math.isnan(m.value)]
-    steps, values = [step for step, _ in found], [m.value for _, m in found]
+    probes = [(p.step, m) for p in history.probes for m in p.measures if m.measure == about.measure]
+    known = [(step, m) for step, m in probes if not math.isnan(m.value)]
+    steps, values = [step for step, _ in known], [m.value for _, m in known]
     axes.plot(steps, values, color=colour, linestyle=dash, label=f"{about.measure} ({about.kind})".replace("_", " "))
-    bars = [[max(0.0, m.value - m.low) for _, m in found], [max(0.0, m.high - m.value) for _, m in found]]
+    bars = [[max(0.0, m.value - m.low) for _, m in known], [max(0.0, m.high - m.value) for _, m in known]]
     axes.errorbar(steps, values, bars, fmt="o", markersize=3, capsize=2, linewidth=0.9, color=colour)
 
 
@@ -184,11 +184,11 @@ def _finish(axes: Any) -> None:
 
 
 def _band(axes: Any, values: dict[int, list[float]], stairs: bool = False) -> None:
-    known = {step: found for step, found in values.items() if found}
-    lows, highs = [found[0] for found in known.values()], [found[-1] for found in known.values()]
+    known = {step: row for step, row in values.items() if row}
+    lows, highs = [row[0] for row in known.values()], [row[-1] for row in known.values()]
     look = {"color": _BAND, "alpha": 0.6, "linewidth": 0, "label": "all modules"}
     axes.fill_between(list(known), lows, highs, step="post" if stairs else None, **look)
-    middle = [statistics.median(found) for found in known.values()]
+    middle = [statistics.median(row) for row in known.values()]
     axes.plot(list(known), middle, color=_MUTED, linewidth=1, drawstyle="steps-post" if stairs else "default")
 
 
@@ -201,11 +201,11 @@ def _lowest(history: History, count: int) -> list[str]:
 def _after(history: History, name: str) -> Sequence[float]:
     """What is left of a module's own update after each check."""
     left, now = history.task_weights.get(name, {}), 1.0
-    found = []
+    shares = []
     for step in history.steps:
         now = left.get(step, now)
-        found.append(now)
-    return found
+        shares.append(now)
+    return shares
 
 
 PLOTS: dict[str, Callable[[History], Any]] = {

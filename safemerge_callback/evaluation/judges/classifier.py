@@ -59,17 +59,17 @@ class ClassifierJudge:
         """Return for each response whether it refuses, or, with `decides="harm"`, whether it is free of harm."""
         import torch
 
-        found: list[bool | None] = []
+        verdicts: list[bool | None] = []
         with self.guard.placed(), torch.inference_mode():
             for batch in self._encoded(prompts, responses):
                 logits = self.guard.model(**batch.to(self.guard.device)).logits.float()
                 finite = logits.isfinite().all(dim=-1).tolist()
                 chosen = (logits.argmax(dim=-1) == self.label).tolist()
-                found += [
+                verdicts += [
                     (is_label == (self.decides == "refusal")) if sound else None
                     for is_label, sound in zip(chosen, finite, strict=True)
                 ]
-        return found
+        return verdicts
 
     def refuses(self, prompt: str, response: str) -> bool:
         """Whether `response` refuses, or is free of harm."""
@@ -78,8 +78,8 @@ class ClassifierJudge:
     def _encoded(self, prompts: Sequence[str], responses: Sequence[str]) -> Iterator[Any]:
         size, rows = self.guard.batch_size, list(zip(prompts, responses, strict=True))
         for start in range(0, len(rows), size):
-            asked, said = (list(texts) for texts in zip(*rows[start : start + size], strict=True))
-            texts = (asked, said) if self.pairs else (said,)
+            questions, answers = (list(texts) for texts in zip(*rows[start : start + size], strict=True))
+            texts = (questions, answers) if self.pairs else (answers,)
             yield self.guard.tokenizer(
                 *texts, padding=True, truncation=True, max_length=self._limit, return_tensors="pt"
             )
@@ -89,15 +89,15 @@ def label_index(id2label: Mapping[int, str], label: str | int | None, model: str
     """Return the index of the label that means refusal (or harm, which must be named); ConfigError where unclear."""
     labels = {int(index): str(name) for index, name in id2label.items()}
     if label is None and what == "refusal":
-        found = [index for index, name in labels.items() if _REFUSAL.search(name) and not _DENIED.search(name)]
+        matches = [index for index, name in labels.items() if _REFUSAL.search(name) and not _DENIED.search(name)]
     else:
-        found = [i for i, name in labels.items() if str(label).lower() in (str(i), name.lower())]
-    if len(labels) < 2 or len(found) != 1:
+        matches = [i for i, name in labels.items() if str(label).lower() in (str(i), name.lower())]
+    if len(labels) < 2 or len(matches) != 1:
         raise ConfigError(
-            f"judge 'classifier': {model!r} has the labels {labels}, and label {label!r} names {len(found)} that mean "
-            f"{what}. Give label= one of them, of a model with at least two"
+            f"judge 'classifier': {model!r} has the labels {labels}, and label {label!r} names {len(matches)} that "
+            f"mean {what}. Give label= one of them, of a model with at least two"
         )
-    return found[0]
+    return matches[0]
 
 
 def _pad_and_limit(guard: Guard) -> int | None:

@@ -87,11 +87,11 @@ class EndpointJudge:
         self._faults = []
         end = time.monotonic() + self.patience
         with ThreadPoolExecutor(self.workers) as pool:
-            asked = [
+            answers = [
                 pool.submit(self._verdict, prompt, response, end)
                 for prompt, response in zip(prompts, responses, strict=True)
             ]
-            verdicts = [answer.result() for answer in asked]
+            verdicts = [answer.result() for answer in answers]
         self._warn(verdicts)
         return verdicts
 
@@ -140,7 +140,7 @@ class EndpointJudge:
                 fault = f"status {error.code}"
                 if error.code not in _AGAIN:
                     break
-                wait = max(wait, _asked_wait(error.headers))
+                wait = max(wait, _wait_of(error.headers))
             except (OSError, HTTPException) as error:
                 fault = _named(error)
             if attempt < self.retries:
@@ -216,10 +216,10 @@ def endpoint_at(where: str, **options: Any) -> EndpointJudge:
     return EndpointJudge(f"http{url}", model, **options)
 
 
-def _asked_wait(headers: Message) -> float:
+def _wait_of(headers: Message) -> float:
     """Return the seconds that Retry-After asks for, bounded; 0 where it is absent or a date."""
-    asked = headers.get("Retry-After", "")
-    return min(float(asked), _LONGEST_WAIT) if asked.isdigit() else 0.0
+    seconds = headers.get("Retry-After", "")
+    return min(float(seconds), _LONGEST_WAIT) if seconds.isdigit() else 0.0
 
 
 def _check_url(url: str, *, keyed: bool, variable: str) -> None:

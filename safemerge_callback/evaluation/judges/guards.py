@@ -68,15 +68,15 @@ class Guard:
         """Return the logits of `tokens` right after each text, in float32."""
         import torch
 
-        found: list[list[float]] = [[]] * len(texts)
+        logits_of_texts: list[list[float]] = [[]] * len(texts)
         with self.placed(), torch.inference_mode():
             for rows, ids, mask in self._batches(texts):
                 # Counted from the first real token, as generate() does; else left padding would shift the positions.
                 positions = (mask.cumsum(-1) - 1).clamp(min=0)
                 logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1).logits
                 for i, row in zip(rows, logits[:, -1, list(tokens)].float().tolist(), strict=True):
-                    found[i] = row
-        return found
+                    logits_of_texts[i] = row
+        return logits_of_texts
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []

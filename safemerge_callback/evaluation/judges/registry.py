@@ -52,13 +52,13 @@ def load_judge(which: str | Mapping[str, Any] | Judge | Callable[[str, str], boo
     prompt and response. Raises ConfigError where the name, an option or the model does not exist.
     """
     if isinstance(which, str):
-        return _made(which, {})
+        return _judge_of(which, {})
     if isinstance(which, Mapping):
         options = dict(which)
         name = options.pop("name", None)
         if not isinstance(name, str):
             raise ConfigError(f"judge {sorted(which)} has no name: add name, one of {list(JUDGES)}")
-        return _made(name, options)
+        return _judge_of(name, options)
     if hasattr(which, "refuses"):
         decides(which)
         who = f"judge {type(which).__name__}"
@@ -80,7 +80,7 @@ def _spelled(spec: str) -> tuple[str, str]:
     return name, argument
 
 
-def _made(spec: str, options: dict[str, Any]) -> Judge:
+def _judge_of(spec: str, options: dict[str, Any]) -> Judge:
     name, argument = _spelled(spec)
     make = JUDGES[name]
     try:

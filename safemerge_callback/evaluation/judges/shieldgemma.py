@@ -68,13 +68,13 @@ class ShieldGemmaJudge:
     def chances(self, prompts: Sequence[str], responses: Sequence[str]) -> list[dict[str, float]]:
         """Return for each pair the chance, in [0, 1], that the response violates each guideline, by its name."""
         pairs = list(zip(prompts, responses, strict=True))
-        found: list[dict[str, float]] = [{} for _ in pairs]
+        chances: list[dict[str, float]] = [{} for _ in pairs]
         for name, guideline in self.guidelines.items():
             texts = [rendered(self.guard.tokenizer, *pair, guideline=guideline) for pair in pairs]
-            for row, (yes, no) in zip(found, self.guard.last_logits(texts, self._words), strict=True):
+            for row, (yes, no) in zip(chances, self.guard.last_logits(texts, self._words), strict=True):
                 # Beyond 30 the softmax is 0 or 1 to float precision, and exp() would overflow far out.
                 row[name] = 1 / (1 + exp(min(no - yes, 30.0)))
-        return found
+        return chances
 
     def refuse_all(self, prompts: Sequence[str], responses: Sequence[str]) -> list[bool | None]:
         """Return for each response whether it is free of harm; None where a logit is not a number."""

@@ -40,19 +40,19 @@ def load_prompt_sets(names: Sequence[str], n: int | None = None, seed: int = 0) 
     """
     for name in names:
         check_prompt_set(name)
-    found: list[PromptSet] = []
+    sets: list[PromptSet] = []
     failed: list[ConfigError] = []
     for name in names:
         online = not any(isinstance(error, OutOfReachError) for error in failed)
         try:
-            found.append(load_prompts(name, n, seed, online=online))
+            sets.append(load_prompts(name, n, seed, online=online))
         except ConfigError as error:
             failed.append(error)
     if len(failed) > 1:
         raise ConfigError(f"{len(failed)} of {len(names)} prompt sets cannot be had: {'. '.join(map(str, failed))}")
     if failed:
         raise failed[0]
-    return found
+    return sets
 
 
 def load_prompts(name_or_path: str, n: int | None = None, seed: int = 0, *, online: bool = True) -> PromptSet:
@@ -67,8 +67,8 @@ def load_prompts(name_or_path: str, n: int | None = None, seed: int = 0, *, onli
     check_prompt_set(name_or_path)
     if n is not None and not is_whole(n, 1):
         raise ConfigError(f"prompts {name_or_path!r}: n is {shown(n)}; give 1 or more, or leave it out for all")
-    found = _named(PROMPT_SETS[name_or_path], online) if name_or_path in PROMPT_SETS else _own(name_or_path)
-    return found if n is None else replace(found, prompts=chosen(found.prompts, n, seed))
+    prompt_set = _of_name(PROMPT_SETS[name_or_path], online) if name_or_path in PROMPT_SETS else _of_file(name_or_path)
+    return prompt_set if n is None else replace(prompt_set, prompts=chosen(prompt_set.prompts, n, seed))
 
 
 def chosen(prompts: Sequence[str], n: int, seed: int) -> tuple[str, ...]:
@@ -114,7 +114,7 @@ def _parts(text: str) -> tuple[Kind | None, Path, str | None]:
     return kind, as_path(rest, "prompt file"), None
 
 
-def _own(text: str) -> PromptSet:
+def _of_file(text: str) -> PromptSet:
     kind = check_prompt_set(text)
     _, path, column = _parts(text)
     where = f"prompt file {str(path)!r}"
@@ -124,7 +124,7 @@ def _own(text: str) -> PromptSet:
     return PromptSet(path.stem, kind, tuple(texts), "your own file", path.name)
 
 
-def _named(card: SetCard, online: bool) -> PromptSet:
+def _of_name(card: SetCard, online: bool) -> PromptSet:
     if card.file is not None:
         place = Where("safemerge-callback", (card.file,), "prompt")
         return _read(card, place, [Path(__file__).with_name(card.file)], f"safemerge-callback {__version__}")

@@ -24,13 +24,13 @@ def package_files(distribution: str, ending: str) -> list[Path] | None:
 
 def installed(where: Where) -> list[Path] | None:
     """Return the files of `where` in an installed distribution, or None unless each is there once."""
-    found: list[Path] = []
+    paths_of_all: list[Path] = []
     for ending in where.files:
         paths = [path for path in package_files(where.place, ending) or [] if path.is_file()]
         if len(paths) != 1:
             return None
-        found += paths
-    return found
+        paths_of_all += paths
+    return paths_of_all
 
 
 class OutOfReachError(ConfigError):

@@ -46,12 +46,12 @@ def column_of(rows: Sequence[Mapping[str, Any]], column: str | None, where: str)
             return column
         raise ConfigError(f"{where} has no column {column!r}: choose one of {there}")
     named = {name.lower(): name for name in there}
-    found = next((named[known] for known in KNOWN if known in named), None)
-    if found is None and len(there) == 1:
-        found = there[0]
-    if found is None:
+    name = next((named[known] for known in KNOWN if known in named), None)
+    if name is None and len(there) == 1:
+        name = there[0]
+    if name is None:
         raise ConfigError(f"{where} has no column that looks like prompts: name one of {there}, as FILE#COLUMN")
-    return found
+    return name
 
 
 def texts_of(rows: Sequence[Mapping[str, Any]], column: str | None, where: str) -> list[str]:
@@ -105,8 +105,8 @@ def _txt(path: Path, who: str) -> list[dict[str, Any]]:
 
 def _seeds(path: Path, who: str) -> list[dict[str, Any]]:
     """The seeds of a pyrit dataset."""
-    found = read_yaml(path, who)
-    return _objects(found.get("seeds") if isinstance(found, dict) else found)
+    document = read_yaml(path, who)
+    return _objects(document.get("seeds") if isinstance(document, dict) else document)
 
 
 def _parquet(path: Path, who: str) -> list[dict[str, Any]]:
