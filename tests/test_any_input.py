@@ -21,6 +21,7 @@ from safemerge_callback.evaluation.harness import check_tasks
 from safemerge_callback.evaluation.judges import load_judge
 from safemerge_callback.evaluation.loading import is_adapter
 from safemerge_callback.evaluation.prompts import load_prompts
+from safemerge_callback.evaluation.rows import load_rows
 from safemerge_callback.offline import merge_adapters, undo_merge
 from safemerge_callback.offline.merge_yaml import read_recipe
 from safemerge_callback.record import Journal, read_journal
@@ -75,6 +76,7 @@ TAKERS = {
     "adapter": load_adapter,
     "model": is_adapter,
     "prompts": lambda path: load_prompts(path, 3),
+    "rows": load_rows,
     "history": read_history,
     "journal read": read_journal,
     "journal": lambda path: Journal(path, enabled=False),

@@ -16,7 +16,7 @@ from ..live.forward import answered_by_ranks
 from ..live.ranks import from_first, rank
 from ..signals.chat import template_settings, text_part
 from ..signals.model_state import preserve_state
-from ..signals.responses import check_vocabulary, continuations, responses_of
+from ..signals.responses import check_vocabulary, continuations, end_tokens, responses_of
 from ..signals.rows import PLAIN, Kind, RowFormat, RowTokens, SafetyRow, prompt_tokens
 from ..signals.thoughts import ADVICE, counts_of
 from .harvest_cache import cached, harvest_folder, harvest_key
@@ -47,13 +47,15 @@ class KindCounts(NamedTuple):
 class Harvest:
     """Safety rows in a model's own words: `rows` as text, `tokens` the same as token ids, in the prompts' order.
 
-    `counts` says by kind how many prompts there were and how they were judged; `from_cache`, that the model was not
-    asked again; `failures`, in words, where the judge failed.
+    `counts` says by kind how many prompts there were and how they were judged; `unended`, how many responses are left
+    out since they had not ended; `from_cache`, that the model was not asked again; `failures`, in words, where the
+    judge failed.
     """
 
     rows: tuple[SafetyRow, ...]
     tokens: tuple[RowTokens, ...]
     counts: Mapping[Kind, KindCounts]
+    unended: int = 0
     from_cache: bool = False
     failures: tuple[str, ...] = ()
 
@@ -64,7 +66,8 @@ class Harvest:
     def __str__(self) -> str:
         """Such as `kept 121 of 128 harmful, 126 of 128 harmless`."""
         parts = [f"{self.kept(kind)} of {count.prompts} {_WORDS[kind]}" for kind, count in self.counts.items()]
-        return f"kept {', '.join(parts)}"
+        unended = f"; {self.unended} more had not ended" if self.unended else ""
+        return f"kept {', '.join(parts)}{unended}"
 
 
 def harvest(
@@ -79,14 +82,16 @@ def harvest(
     chat_template_kwargs: Mapping[str, Any] | str | None = None,
     least_refused: float = LEAST_REFUSED,
     most_refused: float = MOST_REFUSED,
+    whole: bool = False,
     cache: bool | str | Path = True,
     label: str | None = None,
 ) -> Harvest:
     """Return the model's greedy answers to `prompts` that are as an aligned model's: a forward pass a token of a batch.
 
     Of a harmful set what the judge calls refused is kept, of a harmless one what it calls answered; each row is the
-    first `max_new_tokens` tokens as they were generated, with the token that ends the turn where it came. The model is
-    asked as it is, so whoever wants the aligned one puts the adapter off, and is left as it was found.
+    first `max_new_tokens` tokens as they were generated, with the token that ends the turn where it came; `whole`
+    leaves out those in which it did not. The model is asked as it is, so whoever wants the aligned one puts the adapter
+    off, and is left as it was found.
 
     Answers are kept under a fingerprint of the model's weights, the prompts as the template writes them and
     `max_new_tokens`, in `cache` (a folder; True: as `harvest_folder`; False: nowhere), and judged anew each time. A
@@ -110,13 +115,16 @@ def harvest(
         tokens,
         lambda: _continued(model, tokenizer, tokens, sizes),
     )
+    ends = end_tokens(model, text_part(tokenizer))
     responses = [one.text for one in responses_of(model, text_part(tokenizer), tokens, said)]
     verdicts, failures = _verdicts(judges, kinds, texts, responses)
-    keep = [i for i, kind in enumerate(kinds) if verdicts[i] == _KEPT[kind] and said[i]]
+    fitting = [i for i, kind in enumerate(kinds) if verdicts[i] == _KEPT[kind] and said[i]]
+    keep = [i for i in fitting if not whole or len(said[i]) < max_new_tokens or said[i][-1] in ends]
     rows = Harvest(
         tuple(SafetyRow(texts[i], responses[i], kinds[i], row_format.system) for i in keep),
         tuple(RowTokens(tuple(tokens[i]), tuple(said[i]), kinds[i]) for i in keep),
         {kind: _counts(kind, kinds, verdicts) for kind in _WORDS},
+        len(fitting) - len(keep),
         from_cache,
         failures,
     )
@@ -214,8 +222,9 @@ def _check_counts(harvest: Harvest, responses: Sequence[str], least: float, most
         if not harvest.kept(kind):
             raise ConfigError(
                 f"harvest: nothing is left of {counts.prompts} {_WORDS[kind]} prompts ({counts.refused} refused, "
-                f"{counts.complied} answered, {counts.incoherent} incoherent, {counts.unjudged} not judged): rows of "
-                "one kind alone teach a model to refuse all or nothing. Give other prompts, or rows of your own"
+                f"{counts.complied} answered, {counts.incoherent} incoherent, {counts.unjudged} not judged, "
+                f"{harvest.unended} of both kinds not ended): rows of one kind "
+                "alone teach a model to refuse all or nothing. Give other prompts, or rows of your own"
             )
 
 

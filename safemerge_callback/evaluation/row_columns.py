@@ -6,15 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError
-from ..signals.row_format import format_of
+from ..signals.row_format import PAIRS, format_of
 from ..signals.rows import PLAIN, RowFormat, SafetyRow
 
 Writer = Callable[[SafetyRow], Mapping[str, Any]]
-# Columns of a question and of its answer, as texts or as turns.
-_PAIRS = (
-    *(("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("instruction", "response")),
-    *(("question", "answer"), ("question", "response")),
-)
 _WHOLE = ("messages", "conversations")
 _SHAREGPT = {"system": "system", "user": "human", "assistant": "gpt"}
 
@@ -29,7 +24,7 @@ def row_writer(rows: Sequence[Mapping[str, Any]], *, in_format: bool = False) ->
     names = list(dict.fromkeys(name for row in rows for name in row))
     row_format = (format_of(rows) or PLAIN) if in_format else PLAIN
     whole = next((name for name in _WHOLE if _are_turns(rows, name)), None)
-    pair = next((pair for pair in _PAIRS if set(pair) <= set(names)), None)
+    pair = next((pair for pair in PAIRS if set(pair) <= set(names)), None)
     if "rejected" in names or (whole is None and pair is None):
         raise ConfigError(
             f"the training set has the columns {names}, in which a refusal or an answer cannot be written: give a set "

@@ -11,6 +11,7 @@ from typing import Any, cast, get_args
 from ..errors import ConfigError, nearest, shown
 from ..io.addresses import address_of
 from ..io.outputs import FileKind
+from ..io.paths import existing
 from ..signals.rows import Kind, SafetyRow
 from .judges import KeywordJudge
 from .prompts.tables import ENDINGS, read_rows
@@ -31,7 +32,7 @@ def load_rows(source: Any, *, split: str = "train", both: bool = True) -> tuple[
     for a column that is missing, a value that is empty or no text and a kind that is none; for no rows at all; with
     `both`, for rows of one kind alone; and for a source that cannot be read.
     """
-    where, table = _table(source, split)
+    where, table = load_table(source, "safety rows", split)
     if not table:
         raise ConfigError(f"{where} has no rows: give at least one refusal and one answer")
     judge = KeywordJudge()
@@ -52,31 +53,38 @@ def check_both_kinds(rows: Iterable[SafetyRow], where: str) -> None:
             )
 
 
+def columns_of(row: SafetyRow) -> dict[str, str]:
+    """Return a row as `load_rows` takes it; `system` only where there is one."""
+    return {name: getattr(row, name) for name in COLUMNS if getattr(row, name) is not None}
+
+
 def rows_text(rows: Iterable[SafetyRow]) -> str:
-    """Return rows as JSON lines that `load_rows` reads; `system` only where there is one."""
-    columns = ({name: getattr(row, name) for name in COLUMNS} for row in rows)
-    kept = ({name: value for name, value in row.items() if value is not None} for row in columns)
-    return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in kept)
+    """Return rows as JSON lines that `load_rows` reads."""
+    return "".join(f"{json.dumps(columns_of(row), ensure_ascii=False)}\n" for row in rows)
 
 
-def _table(source: Any, split: str) -> tuple[str, Sequence[Any]]:
-    """What the source is called, and its rows."""
+def load_table(source: Any, what: str, split: str = "train") -> tuple[str, Sequence[Any]]:
+    """Return what a source is called in a sentence, and its rows, whatever they hold.
+
+    `source` is a list or a data set, a file (.jsonl, .csv, .json), or the id of a data set on the Hub, of which `split`
+    is read; `what` is what its rows are called. ConfigError where it is none, or cannot be read.
+    """
     if not isinstance(source, str | Path):
         if not isinstance(source, Iterable) or isinstance(source, Mapping | bytes):
             raise ConfigError(
-                f"safety rows are {shown(source)}: give a list of rows, a file ({', '.join(_TABLES)}), or the id of a "
-                "data set on the Hub"
+                f"{what} are {shown(source)}: give a list of rows, a file ({', '.join(_TABLES)}), or the id of a data "
+                "set on the Hub"
             )
-        return "the safety rows", list(source)
-    what = f"safety rows {shown(str(source))}"
-    if Path(source).suffix.lower() in _TABLES and not Path(source).expanduser().exists():
-        raise ConfigError(f"{what}: there is no such file")
-    address = address_of(source, what, error=ConfigError, kind="file")
+        return f"the {what}", list(source)
+    who = f"{what} {shown(str(source))}"
+    if Path(source).suffix.lower() in _TABLES and existing(source) is None:
+        raise ConfigError(f"{who}: there is no such file")
+    address = address_of(source, who, error=ConfigError, kind="file")
     if address.path is None:
-        return what, _hub_rows(address.repo, address.revision, split, what)
+        return who, _hub_rows(address.repo, address.revision, split, who)
     if address.path.suffix.lower() not in _TABLES:
-        raise ConfigError(f"{what}: give a file that ends in {', '.join(_TABLES)}")
-    return what, read_rows(address.path, what="safety rows")
+        raise ConfigError(f"{who}: give a file that ends in {', '.join(_TABLES)}")
+    return who, read_rows(address.path, what=what)
 
 
 def _hub_rows(repo: str, revision: str | None, split: str, what: str) -> Sequence[Any]:

@@ -15,6 +15,11 @@ from .rows import RowFormat
 _FIRST, _LEAST = 64, 4
 # Where a conversation may stand, TRL's names first; the last is that of ShareGPT.
 _CONVERSATIONS = ("messages", "prompt", "chosen", "conversations")
+# Columns of a question and of its answer, as texts or as turns.
+PAIRS = (
+    *(("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("instruction", "response")),
+    *(("question", "answer"), ("question", "response")),
+)
 _ROLES = {"human": "user", "gpt": "assistant"}
 
 
@@ -42,16 +47,39 @@ def format_of(dataset: Iterable[Any]) -> RowFormat | None:
     return RowFormat(system, _wrapper([question.text for question in alike]), chat)
 
 
+def turns_of(row: Any) -> list[tuple[str, str]]:
+    """Return the conversation that a row of a training set holds, each turn as role and text; empty where none can be
+    read: in `messages`, `chosen` or `conversations`, or as a question and its answer in the columns of `PAIRS`.
+    """
+    if not isinstance(row, Mapping):
+        return []
+    pair = next((pair for pair in PAIRS if all(row.get(name) for name in pair)), None)
+    if pair is not None:
+        asks, answers = (row[name] for name in pair)
+        more = row.get("input") if pair[0] == "instruction" else None
+        asks = f"{asks}\n\n{more}" if isinstance(more, str) and more else asks
+        return [*_as_turns(asks, "user"), *_as_turns(answers, "assistant")]
+    return next((turns for name in _CONVERSATIONS if (turns := _as_turns(row.get(name), ""))), [])
+
+
+def _as_turns(value: Any, role: str) -> list[tuple[str, str]]:
+    """A text is a turn of `role`, if there is one."""
+    if isinstance(value, str):
+        return [(role, value)] if role and value else []
+    if not isinstance(value, Sequence) or not all(isinstance(turn, Mapping) for turn in value):
+        return []
+    return [(_role(turn), _text(turn)) for turn in value]
+
+
 def _question(row: Any) -> _Question | None:
     """What a row asks first; None where it cannot be told."""
     if not isinstance(row, Mapping):
         return None
     for column in _CONVERSATIONS:
-        turns = row.get(column)
-        if column == "prompt" and isinstance(turns, str):
-            return _Question(None, turns, False)
-        if isinstance(turns, Sequence) and turns and all(isinstance(turn, Mapping) for turn in turns):
-            return _first_question([(_role(turn), _text(turn)) for turn in turns])
+        if column == "prompt" and isinstance(row.get(column), str):
+            return _Question(None, row[column], False)
+        if turns := _as_turns(row.get(column), ""):
+            return _first_question(turns)
     return None
 
 

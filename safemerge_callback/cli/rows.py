@@ -1,0 +1,254 @@
+"""The verbs on safety rows: harvest them of a model, and select which of them to mix in."""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from ..errors import ConfigError
+from ..io.choices import one_of
+from ..io.outputs import free_output, new_output
+from .app import Verb, app, examples, say
+from .options import device_named
+
+if TYPE_CHECKING:
+    from ..evaluation.loading import Subject
+    from ..evaluation.selection import Chosen
+    from ..signals.rows import RowTokens, SafetyRow
+
+_Output = Annotated[Path, typer.Option("--output", "-o", help="JSON-lines file for the rows, which may be harmful.")]
+_Dtype = Annotated[str, typer.Option(help="The model's dtype, or auto: as in its checkpoint.")]
+_Device = Annotated[str | None, typer.Option(help="Where to compute; left out: an accelerator, if any.")]
+_Kwargs = Annotated[
+    str | None, typer.Option(help="JSON for the chat template, such as '{\"enable_thinking\": false}'.")
+]
+
+
+@app.command(
+    cls=Verb,
+    epilog=examples(
+        "harvest meta-llama/Llama-3.1-8B-Instruct -o rows.jsonl",
+        "harvest MODEL --prompts harm:mine.csv,benign:own.csv --judge wildguard -o rows.jsonl",
+    ),
+)
+def harvest(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The aligned model, or an adapter: folder or Hub id.")],
+    output: _Output,
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="Sets with commas between: names, harm:FILE, benign:FILE. [default: this package's two]"),
+    ] = None,
+    n: Annotated[int | None, typer.Option("--n", min=1, help="Prompts of each set, by --seed. [default: all]")] = None,
+    seed: Annotated[int, typer.Option(help="What chooses the prompts.")] = 0,
+    judge: Annotated[str, typer.Option(help="keywords, classifier:MODEL, llamaguard, ...")] = "keywords",
+    system: Annotated[str | None, typer.Option(help="A system prompt before every prompt.")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="A response that has not ended by then is left out.")
+    ] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts a batch.")] = 16,
+    chat_template_kwargs: _Kwargs = None,
+    dtype: _Dtype = "auto",
+    device: _Device = None,
+) -> None:
+    """Write a model's own refusals of harmful prompts and answers to harmless ones as rows, to mix in or to replay."""
+    from ..evaluation.harvest import check_prompt_sets
+    from ..evaluation.harvest import harvest as harvested
+    from ..evaluation.judges import check_judge, check_ready, load_judge
+    from ..evaluation.loading import load_subject
+    from ..evaluation.prompts import PACKAGED, load_prompt_sets, prompt_file
+    from ..evaluation.rows import ROWS_FILE, rows_text
+    from ..signals.rows import RowFormat
+
+    names = list(PACKAGED) if prompts is None else [part.strip() for part in prompts.split(",") if part.strip()]
+    free_output(output, "output", ROWS_FILE, [prompt_file(name) for name in names])
+    check_judge(judge)
+    where = None if device is None else device_named(device)
+    sets = load_prompt_sets(names, n, seed)
+    check_prompt_sets(sets)
+    judges = load_judge(judge)
+    check_ready([judges])
+    subject = load_subject(model, dtype=dtype, device=where)
+    rows = harvested(
+        subject.model,
+        subject.tokenizer,
+        sets,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        judge=judges,
+        row_format=RowFormat(system),
+        chat_template_kwargs=chat_template_kwargs,
+        whole=True,
+        label="harvest",
+    )
+    _write(output, rows_text(rows.rows))
+    say(str(rows))
+    for failure in rows.failures:
+        say(f"note: {failure}", err=True)
+
+
+@app.command(
+    cls=Verb,
+    epilog=examples(
+        "select rows.jsonl --aligned MODEL --unaligned BASE --data train.jsonl -o chosen.jsonl",
+        "select rows.jsonl --aligned MODEL --data train.jsonl --by dpp --n 60 -o chosen.jsonl",
+    ),
+)
+def select(
+    rows: Annotated[
+        str, typer.Argument(metavar="ROWS", help="Safety rows: .jsonl, .csv, .json, or a data set's Hub id.")
+    ],
+    aligned: Annotated[str, typer.Option(help="The aligned model: folder or Hub id.")],
+    output: _Output,
+    unaligned: Annotated[
+        str | None, typer.Option(help="Its unaligned counterpart, or a fine-tuned adapter of it. Of --by gap.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="The task's training rows: a file or Hub id. Of --by dpp and --share.")
+    ] = None,
+    by: Annotated[
+        str, typer.Option(help="gap: perplexity gap of the two models; dpp: relevance and diversity.")
+    ] = "gap",
+    n: Annotated[int | None, typer.Option("--n", min=1, help="Rows to choose. [default: by --share]")] = None,
+    share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Rows to choose for each row of --data.")] = 0.03,
+    power: Annotated[float, typer.Option(min=0.0, help="How much relevance counts against diversity (dpp).")] = 4.0,
+    limit: Annotated[int, typer.Option(min=1, help="Rows of --data that are read at most (dpp), by --seed.")] = 2000,
+    seed: Annotated[int, typer.Option(help="What chooses the rows of --data.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a batch.")] = 8,
+    chat_template_kwargs: _Kwargs = None,
+    dtype: _Dtype = "auto",
+    device: _Device = None,
+) -> None:
+    """Choose the safety rows that are worth most, each with its reason."""
+    from ..evaluation.rows import ROWS_FILE, load_rows, load_table
+    from ..evaluation.selection import chosen_text
+
+    rule = _RULES[one_of(by, _RULES, "--by")]
+    if {"unaligned": unaligned, "data": data}[rule.needs] is None:
+        raise ConfigError(f"--by {by} needs --{rule.needs}: give it")
+    if n is None and data is None:
+        raise ConfigError("how many rows to choose is not said: give --n, or --data, of whose rows --share is counted")
+    free_output(output, "output", ROWS_FILE, [source for source in (rows, data) if source is not None])
+    table = load_rows(rows, both=False)
+    task = [] if data is None else load_table(data, "training rows")[1]
+    count = n if n is not None else max(1, round(share * len(task)))
+    some = random.Random(seed).sample(task, min(limit, len(task)))
+    opening = _Opening(dtype, None if device is None else device_named(device), batch_size, chat_template_kwargs)
+    chosen = rule.choose(_Question(table, some, aligned, unaligned, count, power), opening)
+    _write(output, chosen_text(chosen))
+    say(_summary(chosen, table, count, by))
+
+
+class _Question(NamedTuple):
+    """What is chosen from, for which task, by which models, how many."""
+
+    rows: Sequence[SafetyRow]
+    task: Sequence[Any]
+    aligned: str
+    unaligned: str | None
+    number: int
+    power: float
+
+
+class _Opening(NamedTuple):
+    """How models are opened and read."""
+
+    dtype: str
+    device: str | None
+    batch_size: int
+    chat_template_kwargs: str | None
+
+
+def _by_gap(question: _Question, opening: _Opening) -> list[Chosen]:
+    from ..evaluation.selection import select_by_gap
+
+    losses = _losses(question.rows, question.aligned, str(question.unaligned), opening)
+    return select_by_gap(question.rows, *losses, question.number)
+
+
+def _by_dpp(question: _Question, opening: _Opening) -> list[Chosen]:
+    from ..evaluation.selection import select_by_dpp
+
+    states = _states(question.rows, question.task, question.aligned, opening)
+    return select_by_dpp(question.rows, *states, question.number, question.power)
+
+
+class _Rule(NamedTuple):
+    """A way to choose, and the option without which it cannot."""
+
+    choose: Callable[[_Question, _Opening], list[Chosen]]
+    needs: str
+
+
+_RULES = {"gap": _Rule(_by_gap, "unaligned"), "dpp": _Rule(_by_dpp, "data")}
+
+
+def _losses(
+    rows: Sequence[SafetyRow], aligned: str, unaligned: str, opening: _Opening
+) -> tuple[list[float], list[float]]:
+    """The losses of the two models, one of them in memory at a time."""
+    from ..evaluation.loading import accelerator, is_adapter, load_pretrained, load_subject
+    from ..evaluation.selection import check_same_tokens
+    from ..signals.row_scores import response_losses
+
+    how: dict[str, Any] = {"dtype": opening.dtype, "device": opening.device}
+    subject = load_subject(aligned, **how)
+    tokens, tokenizer = _row_tokens(subject, rows, opening), subject.tokenizer
+    here = response_losses(subject.model, tokens, opening.batch_size)
+    del subject
+    gc.collect()
+    # The tokens are those of the aligned model's template: its counterpart need not have one.
+    if is_adapter(unaligned):
+        model, other = load_subject(unaligned, **how)[:2]
+    else:
+        model, other = load_pretrained(unaligned, who="unaligned model", dtype=opening.dtype)
+        model = model.to(accelerator(opening.device))
+    check_same_tokens(tokenizer, other, rows)
+    return here, response_losses(model, tokens, opening.batch_size)
+
+
+def _states(rows: Sequence[SafetyRow], task: Sequence[Any], aligned: str, opening: _Opening) -> tuple[Any, Any]:
+    """Where the aligned model places the rows, and the task's."""
+    from ..evaluation.loading import load_subject
+    from ..evaluation.selection import task_tokens
+    from ..signals.row_scores import mean_states
+
+    subject = load_subject(aligned, dtype=opening.dtype, device=opening.device)
+    tokens = [[*row.prompt, *row.response] for row in _row_tokens(subject, rows, opening)]
+    others = task_tokens(subject.model, subject.tokenizer, task, opening.chat_template_kwargs)
+    here = mean_states(subject.model, tokens, opening.batch_size)
+    return here, mean_states(subject.model, others, opening.batch_size)
+
+
+def _row_tokens(subject: Subject, rows: Sequence[SafetyRow], opening: _Opening) -> tuple[RowTokens, ...]:
+    from ..evaluation.harvest import check_lengths
+    from ..signals.responses import check_vocabulary
+    from ..signals.rows import row_tokens
+
+    tokens = row_tokens(subject.tokenizer, rows, settings=opening.chat_template_kwargs)
+    whole = [[*row.prompt, *row.response] for row in tokens]
+    check_vocabulary(subject.model, whole)
+    check_lengths(subject.model, whole, 0)
+    return tokens
+
+
+def _summary(chosen: Sequence[Chosen], rows: Sequence[SafetyRow], count: int, by: str) -> str:
+    kinds = Counter(one.row.kind for one in chosen)
+    parts = ", ".join(f"{kinds[kind]} {kind}" for kind in sorted(kinds, reverse=True))
+    fewer = "" if len(chosen) == count else f" ({count} were asked for)"
+    scores = [one.score for one in chosen]
+    span = f"scores {min(scores):+.3f} to {max(scores):+.3f}"
+    return f"chose {len(chosen)} of {len(rows)} rows by {by}{fewer}: {parts}; {span}"
+
+
+def _write(path: Path, text: str) -> None:
+    from ..evaluation.rows import ROWS_FILE
+
+    with new_output(path, "output", ROWS_FILE) as part:
+        part.write_text(text, encoding="utf-8")
+    say(f"{path}: written", err=True)

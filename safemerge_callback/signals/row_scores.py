@@ -1,0 +1,52 @@
+"""How likely a model finds each response, and where it places each text; a forward pass a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .model_state import preserve_state
+from .row_batch import row_batch, row_outputs
+from .rows import RowTokens
+
+
+def response_losses(model: Any, rows: Sequence[RowTokens], batch_size: int = 16) -> list[float]:
+    """Return the mean −log p of each row's response tokens given what stands before them, in nats a token.
+
+    Its exponential is the perplexity of the response.
+    """
+    losses = [0.0] * len(rows)
+    with preserve_state(model):
+        for places in _batches([len(row.prompt) + len(row.response) for row in rows], batch_size):
+            batch = row_batch([rows[i] for i in places], model.device)
+            logits = row_outputs(model, batch).logits
+            each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.targets, reduction="none")
+            means = (each * batch.mask).sum(1) / batch.mask.sum(1)
+            for i, mean in zip(places, means.tolist(), strict=True):
+                losses[i] = mean
+    return losses
+
+
+def mean_states(model: Any, tokens: Sequence[Sequence[int]], batch_size: int = 16) -> Tensor:
+    """Return the mean over each text's tokens of the last hidden state, (texts, hidden size), float32 on the CPU."""
+    states: dict[int, Tensor] = {}
+    with preserve_state(model):
+        for places in _batches([len(ids) for ids in tokens], batch_size):
+            longest = len(tokens[places[0]])
+            ids = [[*tokens[i], *[0] * (longest - len(tokens[i]))] for i in places]
+            mask = [[1] * len(tokens[i]) + [0] * (longest - len(tokens[i])) for i in places]
+            asked = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+            last = model(**{k: v.to(model.device) for k, v in asked.items()}, output_hidden_states=True)
+            for i, state in zip(places, last.hidden_states[-1], strict=True):
+                # Padded on the right, where nothing earlier can see it.
+                states[i] = state[: len(tokens[i])].float().mean(0).cpu()
+    return torch.stack([states[i] for i in range(len(tokens))])
+
+
+def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices of alike lengths together, the longest first, so that memory fails at once or not at all."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    yield from (order[start : start + batch_size] for start in range(0, len(order), batch_size))
