@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, ConfigError, shown
 from ..evaluation.harvest import harvest
-from ..evaluation.prompts import PACKAGED, load_prompts
+from ..evaluation.prompts import PACKAGED, check_prompt_set, load_prompts
 from ..evaluation.rows import load_rows
 from ..io.choices import one_of, truth
 from ..io.numbers import is_number, is_whole
@@ -42,7 +42,9 @@ class ReplaySettings(Schedule):
 
     Rows: `prompts` (names of prompt sets, or `harm:FILE` and `benign:FILE`; by default the packaged ones), of each kind
     at most `num_prompts`, are answered by the aligned model itself when the run begins, in at most `max_new_tokens`;
-    or `rows`, prompts with responses, in a file, on the Hub, or a list. `system`: a system prompt before each.
+    or `rows`, prompts with responses, in a file, on the Hub, or a list. `in_format`: the system prompt and the words
+    around each prompt, as {system: ..., template: "... {prompt} ..."}, or a list of such, {} for none: rows come in
+    each.
 
     The loss is one of `LOSSES`, over the first `first_tokens` of each response (None: all of it), against the
     reference's `top_k` likeliest tokens (None: all). `batch_size` rows a rank count `weight` times a step. `hinge`:
@@ -57,7 +59,7 @@ class ReplaySettings(Schedule):
     prompts: Any = None
     num_prompts: int = 128
     max_new_tokens: int = 24
-    system: str | None = None
+    in_format: Any = None
     loss: str = "kl"
     first_tokens: int | None = 8
     top_k: int | None = 256
@@ -85,6 +87,22 @@ class ReplaySettings(Schedule):
             truth(getattr(self, name), name)
         if self.rows is not None and self.prompts is not None:
             raise ConfigError("rows and prompts are both given: give prompts to be answered, or rows with responses")
+        row_formats(self.in_format)
+        self._check_prompts()
+
+    def _check_prompts(self) -> None:
+        names = [self.prompts] if isinstance(self.prompts, str) else self.prompts
+        if names is None:
+            return
+        if not isinstance(names, list | tuple) or not names:
+            raise ConfigError(f"prompts is {shown(names)}: give names of prompt sets, or harm:FILE and benign:FILE")
+        kinds = {check_prompt_set(name) for name in names}
+        if len(kinds) < 2:
+            raise ConfigError(
+                f"prompts {shown(names)} are of one kind alone, {kinds.pop()}: add some of the other, or a model "
+                "learns to refuse all or nothing"
+            )
+        object.__setattr__(self, "prompts", list(names))
 
     def _check_numbers(self) -> None:
         if not is_number(self.weight) or self.weight < 0:
@@ -98,19 +116,35 @@ class ReplaySettings(Schedule):
             raise ConfigError(f"max_share is {shown(share)}: give a share of the training's time between 0 and 1")
 
 
-def safety_rows(model: nn.Module, tokenizer: Any, settings: ReplaySettings) -> tuple[Sequence[RowTokens], str]:
+def row_formats(in_format: Any) -> list[RowFormat]:
+    """Return the formats of a setting: one, or one after the other; ConfigError for what is none."""
+    formats = in_format if isinstance(in_format, list | tuple) else [in_format]
+    return [_row_format(one) for one in formats] or [RowFormat()]
+
+
+def _row_format(one: Any) -> RowFormat:
+    if one is None or isinstance(one, RowFormat):
+        return one or RowFormat()
+    allowed = [each.name for each in fields(RowFormat)]
+    if not isinstance(one, Mapping) or not set(one) <= set(allowed):
+        raise ConfigError(f"in_format is {shown(one)}: give a mapping of some of {allowed}, or a list of such")
+    return RowFormat(**one)
+
+
+def safety_rows(model: nn.Module, tokenizer: Any, settings: ReplaySettings) -> tuple[list[RowTokens], str]:
     """Return the rows as this model's tokens, and a sentence on them: given, or the model's own answers as it is now.
 
-    Collective. Raises ConfigError as `harvest`, `load_prompts` and `load_rows`.
+    In each of the formats. Collective. Raises ConfigError as `harvest`, `load_prompts` and `load_rows`.
     """
-    row_format = RowFormat(system=settings.system)
+    formats = row_formats(settings.in_format)
     if settings.rows is not None:
         rows = load_rows(settings.rows)
-        return row_tokens(tokenizer, rows, row_format), f"{len(rows)} rows, as they were given"
+        tokens = [row for one in formats for row in row_tokens(tokenizer, rows, one)]
+        return tokens, f"{len(tokens)} rows, as they were given"
     names = PACKAGED if settings.prompts is None else settings.prompts
     sets = [load_prompts(name, settings.num_prompts, settings.seed) for name in names]
-    found = harvest(model, tokenizer, sets, max_new_tokens=settings.max_new_tokens, row_format=row_format)
-    return found.tokens, str(found)
+    found = [harvest(model, tokenizer, sets, max_new_tokens=settings.max_new_tokens, row_format=one) for one in formats]
+    return [row for one in found for row in one.tokens], "; ".join(map(str, found))
 
 
 def row_losses(

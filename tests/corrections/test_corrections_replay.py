@@ -118,6 +118,12 @@ def test_without_a_tokenizer_it_is_refused_before_the_first_step(world, tmp_path
         ({"rows": ROWS, "prompts": ["x"]}, "rows and prompts are both given"),
         ({"seed": "a"}, "seed is 'a'"),
         ({"longest": 0}, "longest is 0"),
+        ({"prompts": 3}, "prompts is 3"),
+        ({"prompts": []}, r"prompts is \[\]"),
+        ({"prompts": ["advbench"]}, r"prompts \['advbench'\] are of one kind alone, harm"),
+        ({"prompts": "advbenhc"}, "prompts 'advbenhc' are unknown.*did you mean 'advbench'"),
+        ({"in_format": {"sytem": "Be kind."}}, r"in_format is \{'sytem': 'Be kind\.'\}: give a mapping of some of"),
+        ({"in_format": [{"template": "no place"}]}, "row format: template 'no place' must hold {prompt} once"),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_value(settings, says):
