@@ -70,7 +70,7 @@ def questions(
     where it refuses such turns, does not read a setting, or where a text does not stand in what it writes: the model
     would be asked something else.
     """
-    if not getattr(tokenizer, "chat_template", None) and "chat_template" not in settings:
+    if not has_template(tokenizer, settings):
         raise ConfigError(
             "the tokenizer has no chat template: take a chat or instruct model, set tokenizer.chat_template, or give "
             f"`template`, the words around a prompt, such as 'Question: {PLACE}\\nAnswer:'"
@@ -109,6 +109,12 @@ def _no_system(system: str, does: str) -> ConfigError:
         f"the system prompt {shown(system)} is one that the chat template {does}: set tokenizer.chat_template to one "
         "that shows a system's turn, write the words into the user's turn, or leave the system prompt out"
     )
+
+
+def has_template(processing: Any, kwargs: Mapping[str, Any] | str | None = None) -> bool:
+    """Whether a tokenizer or a processor has a chat template, or `chat_template_kwargs` bring one."""
+    template = getattr(text_part(processing), "chat_template", None) or inherited(processing)
+    return bool(template) or "chat_template" in template_settings(kwargs)
 
 
 def template_settings(kwargs: Mapping[str, Any] | str | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from ..errors import ConfigError, shown
-from .chat import PLACE, inherited, questions, rendered, shows, template_settings, text_part
+from .chat import PLACE, has_template, inherited, questions, rendered, shows, template_settings, text_part
 from .responses import tokenized
 
 # What a safe model does with a prompt: it refuses "harm", and answers "benign".
@@ -74,6 +74,11 @@ def prompt_tokens(
 
     `settings` go to the chat template. ConfigError as `tokenized`.
     """
+    if row_format.chat and not has_template(tokenizer, settings):
+        raise ConfigError(
+            "the tokenizer has no chat template, in which a prompt would be put to the model: take a chat or instruct "
+            "model, or set tokenizer.chat_template to the one that its family uses"
+        )
     if not row_format.chat:
         return tokenized(tokenizer, prompts, row_format.template, settings)
     texts = [row_format.wrapped(prompt) for prompt in prompts]
