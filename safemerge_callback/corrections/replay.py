@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError, ConfigError, shown
-from ..evaluation.harvest import harvest
+from ..evaluation.harvest import check_lengths, harvest
 from ..evaluation.prompts import PACKAGED, check_prompt_set, load_prompts
 from ..evaluation.rows import load_rows
 from ..io.choices import one_of, truth
@@ -140,6 +141,9 @@ def safety_rows(model: nn.Module, tokenizer: Any, settings: ReplaySettings) -> t
     if settings.rows is not None:
         rows = load_rows(settings.rows)
         tokens = [row for one in formats for row in row_tokens(tokenizer, rows, one)]
+        check_lengths(
+            model, [row.prompt for row in tokens], settings.first_tokens or max(len(r.response) for r in tokens)
+        )
         return tokens, f"{len(tokens)} rows, as they were given"
     names = PACKAGED if settings.prompts is None else settings.prompts
     sets = [load_prompts(name, settings.num_prompts, settings.seed) for name in names]
@@ -275,7 +279,7 @@ class Replay:
 
     def save(self, folder: Path, save: str) -> None:
         """Write where the order of the rows and the pace stand. Raises OSError."""
-        state = {"save": save, "drawn": self.rows.order.drawn, **self.schedule.state()}
+        state = {"save": save, "drawn": self.rows.order.drawn, "ranks": world_size(), **self.schedule.state()}
         with whole_file(folder / STATE_FILE) as place:
             place.write_text(json.dumps(state) + "\n", encoding="utf-8")
 
@@ -285,6 +289,12 @@ class Replay:
         if state is None:
             return False
         self.rows.order.drawn = state["drawn"]
+        if state["ranks"] != world_size():
+            warnings.warn(
+                f"safemerge: the checkpoint is of {state['ranks']} processes and there are {world_size()} now: replay "
+                f"goes on with the next of its rows, {self.settings.batch_size} a process",
+                stacklevel=2,
+            )
         pace = self.schedule
         pace.factor, pace.least, pace.next_step = state["factor"], state["least"], state["next_step"]
         pace.measured = state["measured"]
@@ -325,7 +335,7 @@ def read_state(folders: Sequence[Path], save: str | None) -> dict[str, Any] | No
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
             if save is None or state["save"] == save:
-                return {**Pace(Schedule()).state(), "drawn": 0, **state}
+                return {**Pace(Schedule()).state(), "drawn": 0, "ranks": world_size(), **state}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise AdapterError(
                 f"{str(path)!r} cannot be read ({error}), so it is not known which safety rows come next: take another "

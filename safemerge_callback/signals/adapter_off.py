@@ -9,13 +9,15 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigError
+from ..live.modules import base_moved
 
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
     """Within, a PEFT model answers without its adapters; afterwards what was trainable is, and nothing else.
 
-    ConfigError where there is no adapter to put off, and where one is merged into the base weights.
+    ConfigError where there is no adapter to put off, where one is merged into the base weights, and where it has taken
+    a part of these.
     """
     peft_model: Any = next((module for module in model.modules() if hasattr(module, "disable_adapter")), None)
     if peft_model is None:
@@ -28,6 +30,11 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
         raise ConfigError(
             f"an adapter is merged into the base weight of {merged!r}, so the base is not the aligned model any more: "
             "unmerge it (model.unmerge_adapter()), or save the merged model and add a new adapter to it"
+        )
+    if base_moved(model):
+        raise ConfigError(
+            "the adapter began as a part of the base weight (PiSSA, OLoRA), so the model without it is not the aligned "
+            "one: train a LoRA with init_lora_weights=True"
         )
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:

@@ -8,7 +8,7 @@ import torch
 from safemerge_callback import SafeMergeCallback, SafeMergeConfig
 from safemerge_callback.corrections.losses import LOSSES
 from safemerge_callback.corrections.replay import ReplaySettings, row_losses
-from safemerge_callback.errors import ConfigError
+from safemerge_callback.errors import AdapterError, ConfigError
 from safemerge_callback.signals.adapter_off import adapter_off
 from safemerge_callback.signals.reference import take_reference
 from safemerge_callback.signals.rows import RowTokens
@@ -81,6 +81,36 @@ def test_a_resumed_run_is_the_unbroken_one(world, chat_tokenizer, tmp_path, sett
         again = world.trainer(tmp_path / "whole", replaying(**settings), tokenizer=chat_tokenizer, **steps)
         again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         assert same(lora_weights(whole.model), lora_weights(again.model)), step
+
+
+def test_a_resume_on_another_number_of_processes_says_so(world, chat_tokenizer, tmp_path):
+    steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    train(world, chat_tokenizer, tmp_path, replaying(), **steps)
+    path = tmp_path / "checkpoint-2" / "safemerge_replay.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "ranks": 3, "drawn": 6}))
+    again = world.trainer(tmp_path, replaying(), tokenizer=chat_tokenizer, **steps)
+    with pytest.warns(UserWarning, match="the checkpoint is of 3 processes and there are 1 now"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"save": 1}'])
+def test_a_state_that_cannot_be_read_is_refused_before_the_first_step(world, chat_tokenizer, tmp_path, text):
+    steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    train(world, chat_tokenizer, tmp_path, replaying(), **steps)
+    (tmp_path / "checkpoint-2" / "safemerge_replay.json").write_text(text)
+    again = world.trainer(tmp_path, replaying(), tokenizer=chat_tokenizer, **steps)
+    if text == '{"save": 1}':  # another save's
+        with pytest.warns(UserWarning, match="holds no place in the safety rows"):
+            again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    else:
+        with pytest.raises(AdapterError, match=r"safemerge_replay\.json' cannot be read"):
+            again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_row_longer_than_the_model_takes_is_refused(world, chat_tokenizer, tmp_path):
+    rows = [{**ROWS[0], "prompt": "a " * 70}, ROWS[2]]
+    with pytest.raises(ConfigError, match="64"):
+        train(world, chat_tokenizer, tmp_path, replaying(rows=rows))
 
 
 def test_the_journal_says_what_it_cost_and_held(world, chat_tokenizer, tmp_path, runs):

@@ -95,3 +95,6 @@ def test_a_model_without_an_adapter_or_with_one_merged_has_no_reference(world):
     model.merge_adapter()
     with pytest.raises(ConfigError, match="is merged into the base weight"), adapter_off(model):
         pass
+    model = world.model(init_lora_weights="pissa")
+    with pytest.raises(ConfigError, match="began as a part of the base weight"), adapter_off(model):
+        pass
