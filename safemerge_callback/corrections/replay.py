@@ -147,8 +147,10 @@ def safety_rows(model: nn.Module, tokenizer: Any, settings: ReplaySettings) -> t
         return tokens, f"{len(tokens)} rows, as they were given"
     names = PACKAGED if settings.prompts is None else settings.prompts
     sets = [load_prompts(name, settings.num_prompts, settings.seed) for name in names]
-    found = [harvest(model, tokenizer, sets, max_new_tokens=settings.max_new_tokens, row_format=one) for one in formats]
-    return [row for one in found for row in one.tokens], "; ".join(map(str, found))
+    harvests = [
+        harvest(model, tokenizer, sets, max_new_tokens=settings.max_new_tokens, row_format=one) for one in formats
+    ]
+    return [row for one in harvests for row in one.tokens], "; ".join(map(str, harvests))
 
 
 def row_losses(

@@ -56,17 +56,17 @@ def row_outputs(model: nn.Module, batch: RowBatch, *, hidden: bool = False) -> R
     so (`logits_to_keep`). With `hidden` all layers' states are kept during the pass.
     """
     wanted = batch.targets.shape[1]
-    asked: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     names = _keywords(model)
     if "position_ids" in names:
-        asked["position_ids"] = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
+        inputs["position_ids"] = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
     if "logits_to_keep" in names:
-        asked["logits_to_keep"] = wanted
+        inputs["logits_to_keep"] = wanted
     if "use_cache" in names:
-        asked["use_cache"] = False
+        inputs["use_cache"] = False
     if hidden:
-        asked["output_hidden_states"] = True
-    outputs = model(**asked)
+        inputs["output_hidden_states"] = True
+    outputs = model(**inputs)
     states = _at_prompts_end(outputs.hidden_states[-1], batch.mask) if hidden else None
     return RowOutputs(outputs.logits[:, -wanted:].float(), states)
 

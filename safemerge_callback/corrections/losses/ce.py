@@ -12,13 +12,13 @@ from ...signals.row_batch import RowBatch, RowOutputs
 from .registry import row_loss
 
 
-def own_losses(reference: Reference) -> tuple[float, float]:
+def ce_spread(reference: Reference) -> tuple[float, float]:
     """Return the mean and the standard deviation over the rows of the reference's own cross-entropy."""
     losses = [row.loss for row in reference]
     return statistics.fmean(losses), statistics.pstdev(losses)
 
 
-@row_loss(own_losses)
+@row_loss(ce_spread)
 def ce(outputs: RowOutputs, batch: RowBatch, _reference: ReferenceRows) -> Tensor:
     """Return each row's mean of -log p(target) over its response's tokens, (n,), float32, in nats.
 

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from ...signals.reference import Reference, ReferenceRows
 from ...signals.row_batch import RowBatch, RowOutputs
-from .ce import mean_over, own_losses
+from .ce import ce_spread, mean_over
 from .registry import row_loss
 
 
 def _spread(reference: Reference) -> tuple[float, float]:
     """0 where the model is the reference. Along its likeliest tokens KL is about the rise of the cross-entropy."""
-    return 0.0, own_losses(reference)[1]
+    return 0.0, ce_spread(reference)[1]
 
 
 @row_loss(_spread)

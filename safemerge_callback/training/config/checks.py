@@ -27,7 +27,7 @@ from .choices import declared_knobs, gate_at, how_of, rules_of
 from .shorthands import OF_THE_RUN, as_list
 
 # How what a correction needs is given.
-_GIVEN_AS = {
+_ADVICE = {
     "subspace": "give the safety-subspace file (`safemerge build` makes one)",
     "safety_adapter": "give its folder or Hub id",
 }
@@ -327,6 +327,6 @@ def _check_corrections(config: Draft) -> None:
         for need in sorted(one.kind.needs & vars(config).keys()):
             if getattr(config, need) is None:
                 raise ConfigError(
-                    f"{need} is missing: correction {one.kind.name!r} needs one; {_GIVEN_AS[need]}, or leave the "
+                    f"{need} is missing: correction {one.kind.name!r} needs one; {_ADVICE[need]}, or leave the "
                     "correction out"
                 )
