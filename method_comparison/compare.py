@@ -25,6 +25,7 @@ from pathlib import Path
 from recipes.data.splits import SETS, prompts_of, rows_of
 from recipes.data.tasks import get_task
 from recipes.processor import measured_pace
+from safemerge_callback.io.whole_file import whole_file
 
 from .grid import Cell, Grid, cells_of, load_grid
 from .page import write_page
@@ -118,9 +119,11 @@ def _slower(grid: Grid) -> str:
 
 
 def build_subspaces(grid: Grid) -> None:
-    """Write the safety subspace and its random control, unless they are there."""
+    """Write the safety subspace, its random control and the rows in nobody's own words, unless they are there."""
+    from recipes.data.foreign import foreign_rows
     from recipes.models import checkpoint
     from safemerge_callback import build_subspace
+    from safemerge_callback.evaluation.rows import rows_text
 
     from .random_subspace import random_subspace
 
@@ -129,6 +132,9 @@ def build_subspaces(grid: Grid) -> None:
         build_subspace(grid.subspace, aligned=aligned, unaligned=unaligned, target_modules=list(grid.target_modules))
     if not grid.random_subspace.is_file():
         random_subspace(grid.subspace, grid.random_subspace, seed=grid.random_subspace_seed)
+    if not grid.foreign_rows.is_file():
+        with whole_file(grid.foreign_rows) as part:
+            part.write_text(rows_text(foreign_rows()), encoding="utf-8")
 
 
 def repeat(grid: Grid, cells: Sequence[Cell], folder: Path, workers: int = 0, say: Say = print) -> None:

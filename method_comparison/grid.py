@@ -62,6 +62,11 @@ class Grid:
         return Path(self.output_dir) / "subspace.safetensors"
 
     @property
+    def foreign_rows(self) -> Path:
+        """The file of safety rows in nobody's own words."""
+        return Path(self.output_dir) / "foreign-rows.jsonl"
+
+    @property
     def random_subspace(self) -> Path:
         """The control's file: same spectrum, random singular vectors."""
         return Path(self.output_dir) / f"random-subspace-{self.random_subspace_seed}.safetensors"

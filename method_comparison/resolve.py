@@ -97,11 +97,15 @@ def _merge_settings(grid: Grid, cell: Cell) -> dict[str, Any]:
 
 def _placed(grid: Grid, cell: Cell, value: Any) -> Any:
     """The value, with the grid's own files and the cell's seed where it names them."""
+    if isinstance(value, list):
+        return [_placed(grid, cell, one) for one in value]
+    if isinstance(value, Mapping):
+        return {key: _placed(grid, cell, one) for key, one in value.items()}
     if not isinstance(value, str):
         return value
     if value == "{seed}":
         return cell.seed
-    for name in ("subspace", "random_subspace"):
+    for name in ("subspace", "random_subspace", "foreign_rows"):
         value = value.replace("{" + name + "}", str(getattr(grid, name)))
     return value
 

@@ -30,6 +30,7 @@ CODE = (
     "safemerge_callback/*.py",
     *(f"safemerge_callback/{floor}/**/*.py" for floor in FLOORS),
     "safemerge_callback/evaluation/*.json",
+    "safemerge_callback/evaluation/prompts/*.jsonl",
     "recipes/data/*.py",
     *(f"recipes/{name}.py" for name in ("finetune", "evaluate", "models", "settings")),
     *(f"method_comparison/{name}.py" for name in ("cells", "random_subspace", "resolve")),
