@@ -111,11 +111,11 @@ def compare(folder, layers, repeats):
     return {side: [statistics.median(r[side][i] for r in rounds) for i in range(3)] for side in SIDES}
 
 
-def report(found, title):
+def report(figures, title):
     """Print seconds and MiB, and how ours compares with each peer."""
     table = Table("side", "seconds", "peak MiB", "peak without imports", "our time", "our peak", "without", title=title)
-    ours = found["ours: the file, statistics, checksums"]
-    for side, (seconds, peak, before) in found.items():
+    ours = figures["ours: the file, statistics, checksums"]
+    for side, (seconds, peak, before) in figures.items():
         shares = (ours[0] / seconds, ours[1] / peak, (ours[1] - ours[2]) / (peak - before))
         ratios = [f"{share:.0%}" for share in shares] if seconds != ours[0] else ["", "", ""]
         table.add_row(side, f"{seconds:.1f}", f"{peak / 2**20:,.0f}", f"{(peak - before) / 2**20:,.0f}", *ratios)
@@ -129,17 +129,17 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the checkpoints are written for the time being: 9 GiB")
     parser.add_argument("--output", type=Path)
-    asked = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
-        found = compare(Path(folder), asked.layers, asked.repeats)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        figures = compare(Path(folder), options.layers, options.repeats)
     hardware = f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    title = f"{asked.layers} layers of Llama-3.2-1B, bfloat16, {hardware}, {versions}, {date.today()}"
-    report(found, title)
-    if asked.output:
+    title = f"{options.layers} layers of Llama-3.2-1B, bfloat16, {hardware}, {versions}, {date.today()}"
+    report(figures, title)
+    if options.output:
         keys = ("seconds", "peak_bytes", "bytes_after_imports")
-        sides = {side: dict(zip(keys, values, strict=True)) for side, values in found.items()}
-        asked.output.write_text(json.dumps({"what": title, "sides": sides}, indent=1) + "\n")
+        sides = {side: dict(zip(keys, values, strict=True)) for side, values in figures.items()}
+        options.output.write_text(json.dumps({"what": title, "sides": sides}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

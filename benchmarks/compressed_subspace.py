@@ -84,14 +84,14 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=100)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    generator = torch.Generator().manual_seed(given.seed)
+    options = parser.parse_args()
+    generator = torch.Generator().manual_seed(options.seed)
     print("| V | kind | bytes saved | largest error | mean width | proven at .35 | near | seconds to compress |")
     print("|---|---|---|---|---|---|---|---|")
-    for name, make in spectra(given.size, generator).items():
+    for name, make in spectra(options.size, generator).items():
         V = make()
         for kind in ("int8", "truncated"):
-            print(row(name, V, kind, given.rank, given.updates, generator), flush=True)
+            print(row(name, V, kind, options.rank, options.updates, generator), flush=True)
 
 
 if __name__ == "__main__":

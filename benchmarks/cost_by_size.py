@@ -110,20 +110,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="that of V")
     parser.add_argument("--output", type=Path)
-    asked = parser.parse_args()
-    torch.manual_seed(asked.seed)
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
     machine = hardware()
-    dtype, where = getattr(torch, asked.dtype), device()
-    rows = [cost_of(name, asked.rank, dtype, asked.memory, asked.repeats, where) for name in asked.models]
+    dtype, where = getattr(torch, options.dtype), device()
+    rows = [cost_of(name, options.rank, dtype, options.memory, options.repeats, where) for name in options.models]
     results = {
         "hardware": machine,
-        "about": f"one check, r {asked.rank}, V in {asked.dtype}, median of {asked.repeats}, seed {asked.seed}",
+        "about": f"one check, r {options.rank}, V in {options.dtype}, median of {options.repeats}, seed {options.seed}",
         "rows": rows,
         "line": line([(row["measured_bytes"], row["measured_seconds"]) for row in rows]),
     }
     report(results)
-    if asked.output:
-        asked.output.write_text(json.dumps(results, indent=1) + "\n")
+    if options.output:
+        options.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

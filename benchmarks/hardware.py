@@ -94,10 +94,10 @@ def extra_bytes(work: Work) -> int:
         work()
         synchronize()
         return torch.cuda.max_memory_allocated() - before
-    held = peak = 0
+    allocated = peak = 0
     for size in allocations(work):
-        held += size
-        peak = max(peak, held)
+        allocated += size
+        peak = max(peak, allocated)
     return peak
 
 
@@ -110,14 +110,14 @@ def allocations(work: Work) -> list[int]:
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
-    found = []
+    sizes_by_time = []
     events = list(profiler.profiler.kineto_results.experimental_event_tree())
     while events:
         event = events.pop()
         events += event.children
         if event.tag == _EventType.Allocation:
-            found.append((event.start_time_ns, event.extra_fields.alloc_size))
-    return [size for _, size in sorted(found, key=lambda pair: pair[0])]
+            sizes_by_time.append((event.start_time_ns, event.extra_fields.alloc_size))
+    return [size for _, size in sorted(sizes_by_time, key=lambda pair: pair[0])]
 
 
 def synchronize() -> None:

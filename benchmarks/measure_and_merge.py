@@ -115,16 +115,16 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    torch.manual_seed(asked.seed)
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
     machine = hardware()
-    rows = compare(asked.size, asked.rank, asked.repeats, device())
-    report(rows, f"{asked.size} x {asked.size}, r {asked.rank}, float32. {title(machine)}")
-    if asked.output:
+    rows = compare(options.size, options.rank, options.repeats, device())
+    report(rows, f"{options.size} x {options.size}, r {options.rank}, float32. {title(machine)}")
+    if options.output:
         keys = ("work", "peer", "peer_seconds", "our_seconds", "peer_off_by", "ours_off_by")
-        found = [dict(zip(keys, row, strict=True)) for row in rows]
-        sizes = {"size": asked.size, "rank": asked.rank, "repeats": asked.repeats, "seed": asked.seed}
-        asked.output.write_text(json.dumps({"hardware": machine, **sizes, "rows": found}, indent=1) + "\n")
+        figures = [dict(zip(keys, row, strict=True)) for row in rows]
+        sizes = {"size": options.size, "rank": options.rank, "repeats": options.repeats, "seed": options.seed}
+        options.output.write_text(json.dumps({"hardware": machine, **sizes, "rows": figures}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

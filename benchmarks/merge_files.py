@@ -19,7 +19,7 @@ def work():
     plan = merge_adapters("task", "safety", "subspace.safetensors", "out", threshold=1.0, method="%s")
     shutil.rmtree("out")
     return {"merged": len(plan.selected), "modules": len(plan.readings)}
-told(work)
+report(work)
 """
 
 

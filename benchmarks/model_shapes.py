@@ -97,9 +97,9 @@ def random_subspace(shapes: Shapes, dtype: torch.dtype) -> tuple[Subspace, InMem
     """Return a subspace of random V, made in memory when it is first measured against, and where they are kept."""
     kind = str(dtype).removeprefix("torch.")
     modules = {name: ModuleHeader(shape, "dense", None, kind, 1.0, 0.5) for name, shape in shapes.items()}
-    subspace, held = Subspace(Path("random"), FileHeader({}, {}, modules), "random"), InMemory(shapes, dtype)
-    subspace.place(held)
-    return subspace, held
+    subspace, placement = Subspace(Path("random"), FileHeader({}, {}, modules), "random"), InMemory(shapes, dtype)
+    subspace.place(placement)
+    return subspace, placement
 
 
 def published_cosines(matrices: dict[str, torch.Tensor], factors: dict[str, LoraFactors]) -> dict[str, float]:
@@ -121,9 +121,9 @@ def size_of(tensors: Iterable[torch.Tensor]) -> int:
 def compare_measures(shapes: Shapes, rank: int, dtype: torch.dtype, repeats: int, where: str) -> dict[str, Any]:
     """Measure all modules on both sides; return seconds, bytes, and how far the cosines are apart."""
     factors = random_factors(shapes, rank, where)
-    subspace, held = random_subspace(shapes, dtype)
+    subspace, placement = random_subspace(shapes, dtype)
     readings = measure(factors, subspace)
-    matrices = {name: published_operator(V.float()) for name, V in held.matrices().items()}
+    matrices = {name: published_operator(V.float()) for name, V in placement.matrices().items()}
     works = {"our": lambda: measure(factors, subspace), "peer": lambda: published_cosines(matrices, factors)}
     seconds = medians(works, repeats)
     published = published_cosines(matrices, factors)
@@ -133,7 +133,7 @@ def compare_measures(shapes: Shapes, rank: int, dtype: torch.dtype, repeats: int
         "modules": len(shapes),
         **{f"{side}_seconds": taken for side, taken in seconds.items()},
         **{f"{side}_extra_bytes": extra_bytes(work) for side, work in works.items()},
-        "our_resident_bytes": size_of(held.matrices().values()),
+        "our_resident_bytes": size_of(placement.matrices().values()),
         "peer_resident_bytes": size_of(matrices.values()),
         "apart": max(abs(reading.cosine - published[name]) for name, reading in readings.items()),
     }
@@ -162,16 +162,16 @@ def compare_merges(shapes: Shapes, rank: int, repeats: int, where: str, with_svd
     merged, _ = merge()
     each: dict[tuple[int, int], dict[str, Any]] = {}
     for shape in dict.fromkeys(shapes.values()):
-        name = next(name for name, found in shapes.items() if found == shape)
+        name = next(name for name, size in shapes.items() if size == shape)
         pair = (factors[name].low_rank(), others[name].low_rank())
         each[shape] = compare_svd(pair, merged[name])
     count = Counter(shapes.values())
     return {
         **row,
         "peer_seconds": sum(each[shape]["seconds"] * n for shape, n in count.items()),
-        "peer_extra_bytes": max(found["extra_bytes"] for found in each.values()),
-        "apart": max(found["apart"] for found in each.values()),
-        "peer_by_shape": {f"{shape[0]}x{shape[1]}": found["seconds"] for shape, found in each.items()},
+        "peer_extra_bytes": max(row["extra_bytes"] for row in each.values()),
+        "apart": max(row["apart"] for row in each.values()),
+        "peer_by_shape": {f"{shape[0]}x{shape[1]}": row["seconds"] for shape, row in each.items()},
     }
 
 
@@ -223,23 +223,22 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="that of V")
     parser.add_argument("--skip-svd", action="store_true", help="leave PEFT's merge out: it takes minutes")
     parser.add_argument("--output", type=Path)
-    asked = parser.parse_args()
-    torch.manual_seed(asked.seed)
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
     machine = hardware()
-    where, model = device(), MODELS[asked.model]
-    layers = asked.layers or (model.layers if where == "cuda" else 1)
-    shapes, dtype = model.shapes(layers), getattr(torch, asked.dtype)
-    about = (
-        f"{asked.model}: {layers} of {model.layers} layers, {len(shapes)} modules, r {asked.rank}, V in {asked.dtype}"
-    )
+    where, model = device(), MODELS[options.model]
+    layers = options.layers or (model.layers if where == "cuda" else 1)
+    shapes, dtype = model.shapes(layers), getattr(torch, options.dtype)
+    sizes = f"{layers} of {model.layers} layers, {len(shapes)} modules"
+    about = f"{options.model}: {sizes}, r {options.rank}, V in {options.dtype}"
     rows = [
-        compare_measures(shapes, asked.rank, dtype, asked.repeats, where),
-        compare_merges(shapes, asked.rank, asked.repeats, where, not asked.skip_svd),
+        compare_measures(shapes, options.rank, dtype, options.repeats, where),
+        compare_merges(shapes, options.rank, options.repeats, where, not options.skip_svd),
     ]
-    results = {"hardware": machine, "about": about, "seed": asked.seed, "layers": layers, "rows": rows}
+    results = {"hardware": machine, "about": about, "seed": options.seed, "layers": layers, "rows": rows}
     report(results)
-    if asked.output:
-        asked.output.write_text(json.dumps(results, indent=1) + "\n")
+    if options.output:
+        options.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

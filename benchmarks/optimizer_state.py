@@ -112,13 +112,13 @@ def against_keep(arms: list[Arm], policy: str) -> dict[str, tuple[float, float, 
     """Measure -> (mean, lowest, highest) over seeds of `policy` less `keep` of the same seed."""
     kept = {arm["seed"]: figures(arm) for arm in arms if arm["policy"] == "keep"}
     others = {arm["seed"]: figures(arm) for arm in arms if arm["policy"] == policy}
-    found: dict[str, list[float]] = {}
+    differences: dict[str, list[float]] = {}
     for seed in sorted(kept.keys() & others.keys()):
         for measure, value in others[seed].items():
             base = kept[seed][measure]
             if value is not None and base is not None:
-                found.setdefault(measure, []).append(value - base)
-    return {measure: (statistics.fmean(all_), min(all_), max(all_)) for measure, all_ in found.items()}
+                differences.setdefault(measure, []).append(value - base)
+    return {measure: (statistics.fmean(all_), min(all_), max(all_)) for measure, all_ in differences.items()}
 
 
 def report(results: Arm) -> str:
@@ -157,12 +157,12 @@ def main() -> None:
     parser.add_argument("--n-prompts", type=int, default=96, help="prompts of each harmful set")
     parser.add_argument("--n-benign", type=int, default=48, help="harmless prompts")
     parser.add_argument("--n-task", type=int, default=600, help="test rows of the task")
-    asked, settings = parser.parse_known_args()
-    set_environment(asked.output.resolve())
+    options, settings = parser.parse_known_args()
+    set_environment(options.output.resolve())
     warnings.simplefilter("ignore")
-    counts = {"n_prompts": asked.n_prompts, "n_benign": asked.n_benign, "n_task": asked.n_task}
-    output = asked.output.resolve()
-    print(report(study(output, asked.seeds, asked.policies, asked.every, counts, settings)))
+    counts = {"n_prompts": options.n_prompts, "n_benign": options.n_benign, "n_task": options.n_task}
+    output = options.output.resolve()
+    print(report(study(output, options.seeds, options.policies, options.every, counts, settings)))
 
 
 if __name__ == "__main__":

@@ -92,15 +92,15 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     machine = hardware()
-    model, tokenizer = live_model(asked.model)
-    work = probe(model, tokenizer, asked.prompts, asked.new_tokens, asked.batch_size)
-    about = {name: value for name, value in vars(asked).items() if name != "output"}
-    results = {"hardware": machine, "about": about, **measured(work, asked.repeats)}
+    model, tokenizer = live_model(options.model)
+    work = probe(model, tokenizer, options.prompts, options.new_tokens, options.batch_size)
+    about = {name: value for name, value in vars(options).items() if name != "output"}
+    results = {"hardware": machine, "about": about, **measured(work, options.repeats)}
     report(results)
-    if asked.output:
-        asked.output.write_text(json.dumps(results, indent=1) + "\n")
+    if options.output:
+        options.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -33,11 +33,11 @@ from safemerge_callback.subspace.stream import SafetensorsStream, reserve_for
 PEAK = """
 import json, pathlib, re, sys, time, torch
 def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
-def told(work):
+def report(work):
     before, start, used = peak(), time.perf_counter(), time.process_time()
-    found = work()
-    told = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - used}
-    print(json.dumps({**told, "peak_bytes": peak(), "bytes_before": before, **found}))
+    figures = work()
+    times = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - used}
+    print(json.dumps({**times, "peak_bytes": peak(), "bytes_before": before, **figures}))
 """
 _SWEEP = """
 from safemerge_callback.decision import Gate
@@ -47,7 +47,7 @@ def work():
     weights = [(1 - 0.1 * i, 0.1 * i) for i in range(1, 6)]
     cells = sweep_adapters("task", "safety", "subspace.safetensors", gates=gates, weights=weights)
     return {"cells": len(cells), "modules": cells[-1].modules, "residual": cells[-1].residual}
-told(work)
+report(work)
 """
 LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -106,7 +106,7 @@ def forget(path):
 
 
 def in_new_process(script, folder):
-    """Run a script in `folder` and return what it told."""
+    """Run a script in `folder` and return what it reports."""
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", PEAK + script], cwd=folder, check=True, stdout=subprocess.PIPE, text=True,
@@ -117,12 +117,12 @@ def in_new_process(script, folder):
 
 def measured(scripts, folder):
     """Name -> figures of each script; where the name says disk, V is not in the page cache when it begins."""
-    found = {}
+    figures = {}
     for name, script in scripts.items():
         if "disk" in name:
             forget(folder / "subspace.safetensors")
-        found[name] = in_new_process(script, folder)
-    return found
+        figures[name] = in_new_process(script, folder)
+    return figures
 
 
 def report(about, rows):
@@ -147,14 +147,14 @@ def arguments(description):
 
 def run(description, scripts):
     """Make the files, run the scripts on them, print and write the figures."""
-    asked, machine = arguments(description), hardware()
+    options, machine = arguments(description), hardware()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = write_world(asked.folder or Path(scratch), asked.modules, asked.size, asked.rank)
+        folder = write_world(options.folder or Path(scratch), options.modules, options.size, options.rank)
         rows = measured(scripts, folder)
-    sizes = {"modules": asked.modules, "size": asked.size, "rank": asked.rank}
-    report(f"{asked.modules} modules of {asked.size} x {asked.size}, r {asked.rank}. {title(machine)}", rows)
-    if asked.output:
-        asked.output.write_text(json.dumps({"hardware": machine, **sizes, "runs": rows}, indent=1) + "\n")
+    sizes = {"modules": options.modules, "size": options.size, "rank": options.rank}
+    report(f"{options.modules} modules of {options.size} x {options.size}, r {options.rank}. {title(machine)}", rows)
+    if options.output:
+        options.output.write_text(json.dumps({"hardware": machine, **sizes, "runs": rows}, indent=1) + "\n")
 
 
 def main():

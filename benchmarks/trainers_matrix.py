@@ -53,12 +53,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="run the cells whose group or name holds this")
     parser.add_argument("--page", type=Path, help="the page to write; docs/trainers.md for a run of all cells")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     warnings.simplefilter("ignore")
-    chosen = [cell for cell in CELLS if asked.only.lower() in f"{cell.group}: {cell.name}".lower()]
+    chosen = [cell for cell in CELLS if options.only.lower() in f"{cell.group}: {cell.name}".lower()]
     with tempfile.TemporaryDirectory() as folder:
         outcomes = run_all(chosen, Path(folder))
-    page = asked.page or (None if asked.only else PAGE)
+    page = options.page or (None if options.only else PAGE)
     if page:
         write_page(page, outcomes)
     sys.exit(any(outcome.status == "FAILS" for outcome in outcomes))

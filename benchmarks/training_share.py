@@ -92,14 +92,14 @@ def study(train: Train, names: Sequence[str], steps: int, repeats: int, folder: 
 def shares(runs: dict[str, list[Run]]) -> list[dict[str, Any]]:
     """Return a row an arm: its own share of its training, and its wall clock over that of `none`, less 1, by turn."""
     rows = []
-    for name, found in runs.items():
-        row: dict[str, Any] = {"arm": name, "seconds": statistics.median(run["seconds"] for run in found)}
+    for name, of_arm in runs.items():
+        row: dict[str, Any] = {"arm": name, "seconds": statistics.median(run["seconds"] for run in of_arm)}
         if name != "none":
-            pairs = zip(found, runs["none"], strict=True)
+            pairs = zip(of_arm, runs["none"], strict=True)
             more = [run["seconds"] / plain["seconds"] - 1 for run, plain in pairs]
-            own = [run["callback"]["share"] for run in found]
-            counts = {key: found[0]["callback"][key] for key in ("checks", "merges", "modules_merged")}
-            row |= {"own_share": statistics.median(own), "own_shares": own, **counts}
+            callback_shares = [run["callback"]["share"] for run in of_arm]
+            counts = {key: of_arm[0]["callback"][key] for key in ("checks", "merges", "modules_merged")}
+            row |= {"own_share": statistics.median(callback_shares), "own_shares": callback_shares, **counts}
             row |= {"wall": statistics.median(more), "walls": more, "target": TARGETS[name]}
         rows.append(row)
     return rows
@@ -113,9 +113,9 @@ def report(results: dict[str, Any]) -> None:
             table.add_row("none", f"{row['seconds']:.1f}")
             continue
         counts = str(row["checks"]), str(row["merges"])
-        own, target = f"{100 * row['own_share']:.2f} %", f"{100 * row['target']:.1f} %"
+        share, target = f"{100 * row['own_share']:.2f} %", f"{100 * row['target']:.1f} %"
         wall = f"{100 * row['wall']:+.1f} %", f"{100 * min(row['walls']):+.1f} to {100 * max(row['walls']):+.1f} %"
-        table.add_row(row["arm"], f"{row['seconds']:.1f}", *counts, own, target, *wall)
+        table.add_row(row["arm"], f"{row['seconds']:.1f}", *counts, share, target, *wall)
     said = (
         [] if "asynchronous" in results["runs"] else ["Asynchronous: not measured, this release has no such setting."]
     )
@@ -130,24 +130,26 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output", type=Path)
-    asked, settings = parser.parse_known_args()
+    options, settings = parser.parse_known_args()
     machine = hardware()
     with tempfile.TemporaryDirectory() as folder:
         set_environment(Path(folder))
         warnings.simplefilter("ignore")
-        settings = ["--seed", str(asked.seed), *settings]
-        with demo_training(asked.every, settings) as train:
-            runs = study(train, arms(), asked.steps, asked.repeats, Path(folder))
-    what = f"{asked.steps} steps, a check every {asked.every} and at the end, {asked.repeats} runs an arm in turns"
+        settings = ["--seed", str(options.seed), *settings]
+        with demo_training(options.every, settings) as train:
+            runs = study(train, arms(), options.steps, options.repeats, Path(folder))
+    what = (
+        f"{options.steps} steps, a check every {options.every} and at the end, {options.repeats} runs an arm in turns"
+    )
     results = {
         "hardware": machine,
-        "about": f"{what}, seed {asked.seed}, settings {settings}",
+        "about": f"{what}, seed {options.seed}, settings {settings}",
         "rows": shares(runs),
         "runs": runs,
     }
     report(results)
-    if asked.output:
-        asked.output.write_text(json.dumps(results, indent=1) + "\n")
+    if options.output:
+        options.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -103,20 +103,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
-    asked = parser.parse_args()
-    torch.manual_seed(asked.seed)
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
     machine = hardware()
     where = device()
     rows = [
-        row for count, size, rank in asked.batches for row in compare_batch(count, size, rank, asked.repeats, where)
+        row for count, size, rank in options.batches for row in compare_batch(count, size, rank, options.repeats, where)
     ]
-    if not asked.skip_compile:
-        size, rank = asked.compiled
-        rows.append(compare_compiled(size, rank, asked.repeats, where))
-    results = {"hardware": machine, "seed": asked.seed, "repeats": asked.repeats, "rows": rows}
+    if not options.skip_compile:
+        size, rank = options.compiled
+        rows.append(compare_compiled(size, rank, options.repeats, where))
+    results = {"hardware": machine, "seed": options.seed, "repeats": options.repeats, "rows": rows}
     report(results)
-    if asked.output:
-        asked.output.write_text(json.dumps(results, indent=1) + "\n")
+    if options.output:
+        options.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

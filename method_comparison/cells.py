@@ -33,7 +33,7 @@ from .stamp import ROOT, settings_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-RESULT, SETTINGS, MADE, LOG = "result.json", "cell.yaml", "made.json", "train.log"
+RESULT, SETTINGS, MARK, LOG = "result.json", "cell.yaml", "made.json", "train.log"
 # Never published: what models answer to harmful prompts.
 RESPONSES = "responses.json"
 _LAST_LINES = 15
@@ -52,7 +52,7 @@ def run_cell(grid: Grid, cell: Cell, stamp: Mapping[str, Any]) -> dict[str, Any]
     folder.mkdir(parents=True, exist_ok=True)
     result = _about(grid, cell, settings, stamp)
     try:
-        result["seconds"]["make"] = _made(grid, cell, settings)
+        result["seconds"]["make"] = _make_adapter(grid, cell, settings)
         began = time.perf_counter()
         model, tokenizer = load_merged(_model_of(settings, grid), adapter_of(grid, cell), grid.evaluate["dtype"])
         said: dict[str, list[str]] = {}
@@ -100,14 +100,14 @@ def _model_of(settings: Mapping[str, Any], grid: Grid) -> str:
     return settings.get("model") or settings.get("model_name_or_path") or grid.model
 
 
-def _made(grid: Grid, cell: Cell, settings: Mapping[str, Any]) -> float:
+def _make_adapter(grid: Grid, cell: Cell, settings: Mapping[str, Any]) -> float:
     """Make the cell's adapter unless it is there; return the seconds that it took when it was made."""
     folder = folder_of(grid, cell)
-    file, made = folder / SETTINGS, folder / MADE
+    file, mark = folder / SETTINGS, folder / MARK
     text = yaml.safe_dump(dict(settings), sort_keys=False, default_flow_style=None)
-    if made.is_file() and file.is_file() and file.read_text(encoding="utf-8") == text:
-        return float(json.loads(made.read_text(encoding="utf-8"))["seconds"])
-    made.unlink(missing_ok=True)
+    if mark.is_file() and file.is_file() and file.read_text(encoding="utf-8") == text:
+        return float(json.loads(mark.read_text(encoding="utf-8"))["seconds"])
+    mark.unlink(missing_ok=True)
     file.write_text(text, encoding="utf-8")
     began = time.perf_counter()
     if cell.arm.kind == "train":
@@ -116,7 +116,7 @@ def _made(grid: Grid, cell: Cell, settings: Mapping[str, Any]) -> float:
     elif cell.arm.kind == "posthoc":
         merge_after(settings)
     seconds = time.perf_counter() - began
-    write_json(made, {"seconds": seconds})
+    write_json(mark, {"seconds": seconds})
     return seconds
 
 
@@ -146,11 +146,11 @@ def merge_after(settings: Mapping[str, Any]) -> None:
     if not (finetuned / "adapter_model.safetensors").is_file():
         raise ConfigError(f"there is no adapter to merge in {str(finetuned)!r}: look at why its own cell failed")
     shutil.rmtree(output, ignore_errors=True)
-    given = {key: value for key, value in settings.items() if key not in ("finetuned", "safety", "subspace", "output")}
+    knobs = {key: value for key, value in settings.items() if key not in ("finetuned", "safety", "subspace", "output")}
     with warnings.catch_warnings():
         # The grid says that they are of one model; a copy of it may be called anything.
         warnings.filterwarnings("ignore", message="safemerge: base models have different names")
-        merge_adapters(finetuned, settings["safety"], settings["subspace"], output, **given)
+        merge_adapters(finetuned, settings["safety"], settings["subspace"], output, **knobs)
 
 
 def evaluate_cell(
@@ -254,8 +254,8 @@ def trail_of(adapter: Path | None) -> dict[str, Any] | None:
 
 
 def _mean_cosine(check: dict[str, Any]) -> float | None:
-    found = [module["cosine"] for module in check["modules"] if module["cosine"] is not None]
-    return sum(found) / len(found) if found else None
+    cosines = [module["cosine"] for module in check["modules"] if module["cosine"] is not None]
+    return sum(cosines) / len(cosines) if cosines else None
 
 
 def _values(probe: dict[str, Any]) -> dict[str, float | None]:

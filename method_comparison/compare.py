@@ -51,7 +51,7 @@ Say = Callable[[str], None]
 SECONDS_A_ROW = (60 / 480, 125 / 480)
 TOKENS_A_SECOND = (255.0, 126.0)
 # A refusal ends before max_new_tokens: at best half of them are made.
-MADE = (0.5, 1.0)
+SHARE_OF_TOKENS = (0.5, 1.0)
 # Loading a model and an adapter, or a merge after training.
 OVERHEAD = (2.0, 10.0)
 
@@ -89,9 +89,9 @@ def estimate(grid: Grid, cells: Sequence[Cell]) -> str:
 
 def seconds_of(grid: Grid, cell: Cell) -> tuple[float, float]:
     """Return the least and most seconds that a cell is likely to take, by the paces above."""
-    asked = sum(len(prompts_of(name, grid.split, grid.evaluate[name])) for name in SETS)
+    prompts = sum(len(prompts_of(name, grid.split, grid.evaluate[name])) for name in SETS)
     task = get_task(cell.task)
-    tokens = asked * grid.evaluate["max_new_tokens"]
+    tokens = prompts * grid.evaluate["max_new_tokens"]
     tokens += len(rows_of(task, grid.split, grid.evaluate["task"])) * task.max_new_tokens
     rows = 0
     if cell.arm.kind == "train":
@@ -99,7 +99,7 @@ def seconds_of(grid: Grid, cell: Cell) -> tuple[float, float]:
         each = settings.get("per_device_train_batch_size", 8) * settings.get("gradient_accumulation_steps", 1)
         rows = max(int(settings.get("max_steps", 0)), 0) * each
     low, high = (
-        rows * row + MADE[i] * tokens / pace + OVERHEAD[i]
+        rows * row + SHARE_OF_TOKENS[i] * tokens / pace + OVERHEAD[i]
         for i, (row, pace) in enumerate(zip(SECONDS_A_ROW, TOKENS_A_SECOND, strict=True))
     )
     return low, high
@@ -108,9 +108,9 @@ def seconds_of(grid: Grid, cell: Cell) -> tuple[float, float]:
 def _slower(grid: Grid) -> str:
     """Say so where the grid asks the machine for bfloat16, and its products were measured to be slower there."""
     # SFTConfig's own default is bf16.
-    asked = grid.finetune.get("bf16", True) or grid.evaluate["dtype"] == "bfloat16"
+    in_bfloat16 = grid.finetune.get("bf16", True) or grid.evaluate["dtype"] == "bfloat16"
     pace = measured_pace()
-    if pace.ratio >= 1 or not asked:
+    if pace.ratio >= 1 or not in_bfloat16:
         return ""
     return (
         f", and longer in bfloat16 ({pace}): take a grid with finetune: {{bf16: false}} and "
@@ -161,24 +161,24 @@ def go_on(grid: Grid, cells: Sequence[Cell], keep_others: bool = False, workers:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the grid, or the part of it that is asked for, and write the page."""
-    given = _parser().parse_args(args)
+    options = _parser().parse_args(args)
     # Threads that spin while they wait slow a busy machine down, and forked tokenizers warn.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    share_threads(given.workers)
-    grid = load_grid(given.config)
-    cells = cells_of(grid, given.only, given.seeds, given.tasks, given.poisoned_shares)
-    if given.repeat_in:
-        repeat(grid, cells, given.repeat_in, given.workers)
+    share_threads(options.workers)
+    grid = load_grid(options.config)
+    cells = cells_of(grid, options.only, options.seeds, options.tasks, options.poisoned_shares)
+    if options.repeat_in:
+        repeat(grid, cells, options.repeat_in, options.workers)
         return
-    if given.take_published:
-        go_on(grid, cells, given.keep_others, given.workers)
-    elif not given.page_only:
-        run_grid(grid, cells, given.keep_others, workers=given.workers)
+    if options.take_published:
+        go_on(grid, cells, options.keep_others, options.workers)
+    elif not options.page_only:
+        run_grid(grid, cells, options.keep_others, workers=options.workers)
     # Beside the page, too: what is published with it, it can be checked against.
     written = write_results(grid, cells_of(grid), Path(grid.page).with_suffix(""))
-    results, others = one_version(written, given.keep_others, grid.same_code)
-    page = write_page(grid, given.config, results, [*others, *others_of(grid)])
+    results, others = one_version(written, options.keep_others, grid.same_code)
+    page = write_page(grid, options.config, results, [*others, *others_of(grid)])
     print(f"{len(results)} results; page: {page}")
 
 

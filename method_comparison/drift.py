@@ -43,18 +43,18 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", type=Path, required=True, help="the grid, a YAML file in method_comparison/grids")
     parser.add_argument("--since", default="", metavar="TIME", help="also set apart the runs since then")
     parser.add_argument("--take-published", action="store_true", help="keep the runs that drift.csv holds as they are")
-    given = parser.parse_args(args)
-    grid = load_grid(given.config)
-    published = published_drifts(grid) if given.take_published else {}
-    found = drifts(grid, cells_of(grid), published) if published or grid.subspace.is_file() else []
-    if not found:
+    options = parser.parse_args(args)
+    grid = load_grid(options.config)
+    published = published_drifts(grid) if options.take_published else {}
+    adapters = drifts(grid, cells_of(grid), published) if published or grid.subspace.is_file() else []
+    if not adapters:
         raise ConfigError(
             f"{grid.output_dir!r} holds no adapter with a result: run `python -m method_comparison.compare` first"
         )
-    print(f"{len(found)} adapters; page: {write_drift(grid, given.config, found, given.since)}")
+    print(f"{len(adapters)} adapters; page: {write_drift(grid, options.config, adapters, options.since)}")
 
 
-def write_drift(grid: Grid, config: str | Path, found: Sequence[Drift], since: str = "") -> Path:
+def write_drift(grid: Grid, config: str | Path, adapters: Sequence[Drift], since: str = "") -> Path:
     """Write drift.md beside the grid's results.md, or drift_X.md beside results_X.md; return the page.
 
     drift.csv and drift.svg go into the folder of the grid's page. Runs that were begun from `since` on, an ISO time,
@@ -66,29 +66,29 @@ def write_drift(grid: Grid, config: str | Path, found: Sequence[Drift], since: s
     with (folder / TABLE).open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(Drift._fields)
-        rows.writerows(found)
-    plot = write_drift_plot(found, folder / "drift.svg")
-    unmerged = [one for one in found if not one.merged]
+        rows.writerows(adapters)
+    plot = write_drift_plot(adapters, folder / "drift.svg")
+    unmerged = [one for one in adapters if not one.merged]
     parts = [
-        _head(f"{config} --since {since}" if since else str(config), results.name, found, since),
+        _head(f"{config} --since {since}" if since else str(config), results.name, adapters, since),
         f"![Cosines and refusals]({plot.relative_to(page.parent).as_posix()})",
-        f"## Rank correlation with the harm refused\n\n{_correlations(found, since)}",
-        *_bands(found, since),
+        f"## Rank correlation with the harm refused\n\n{_correlations(adapters, since)}",
+        *_bands(adapters, since),
         f"## Runs without a safety adapter\n\n{_runs(unmerged)}",
-        f"## All runs\n\n{_runs(found)}",
+        f"## All runs\n\n{_runs(adapters)}",
     ]
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return page
 
 
-def _head(call: str, results: str, found: Sequence[Drift], since: str) -> str:
+def _head(call: str, results: str, adapters: Sequence[Drift], since: str) -> str:
     tried = f", those before {since}; the later ones are its test" if since else ""
     return "\n".join(
         [
             "# What tells that refusals are lost?",
             f"Written by `python -m method_comparison.drift --config {call}`; edit the recipe, not this page.",
             "",
-            f"{len(found)} adapters of the [comparison]({results}), measured against its safety subspace when they "
+            f"{len(adapters)} adapters of the [comparison]({results}), measured against its safety subspace when they "
             "were done; none of them was chosen or tuned by these figures.",
             "",
             "- cosine: the papers' projected cosine ρ, mean over the modules. It is the same for an update and for its "
@@ -108,7 +108,7 @@ def _head(call: str, results: str, found: Sequence[Drift], since: str) -> str:
     )
 
 
-def _correlations(found: Sequence[Drift], since: str) -> str:
+def _correlations(adapters: Sequence[Drift], since: str) -> str:
     measures: dict[str, Callable[[Drift], float]] = {
         "cosine": lambda one: one.cosine,
         "signed z": lambda one: one.signed_z,
@@ -118,9 +118,9 @@ def _correlations(found: Sequence[Drift], since: str) -> str:
         "moved": lambda one: one.moved,
     }
     sets = {
-        "update left as it was": [one for one in found if not one.guarded],
-        "no safety adapter merged in": [one for one in found if not one.merged],
-        "all": list(found),
+        "update left as it was": [one for one in adapters if not one.guarded],
+        "no safety adapter merged in": [one for one in adapters if not one.merged],
+        "all": list(adapters),
     }
     if since:
         later = {f"{name}, since {since}": [one for one in runs if one.date >= since] for name, runs in sets.items()}
@@ -133,16 +133,16 @@ def _correlations(found: Sequence[Drift], since: str) -> str:
     return table(["runs", "n", *measures], rows)
 
 
-def _bands(found: Sequence[Drift], since: str) -> list[str]:
+def _bands(adapters: Sequence[Drift], since: str) -> list[str]:
     """The section on the edge below which refusals are lost; nothing where too few runs were left as they were."""
-    left = [one for one in found if not one.guarded]
+    left = [one for one in adapters if not one.guarded]
     band = band_of(left)
     if band is None:
         return []
     sets = {
         "update left as it was": (band.edge, left),
-        "changed, no safety adapter merged in": (band.edge, [o for o in found if o.guarded and not o.merged]),
-        "safety adapter merged in": (band.edge, [one for one in found if one.merged]),
+        "changed, no safety adapter merged in": (band.edge, [o for o in adapters if o.guarded and not o.merged]),
+        "safety adapter merged in": (band.edge, [one for one in adapters if one.merged]),
     }
     earlier = band_of([one for one in left if one.date < since])
     if earlier:
@@ -179,7 +179,7 @@ def _with_interval(rho: float, n: int) -> str:
     return f"{rho:+.2f}" if math.isnan(low) else f"{rho:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
-def _runs(found: Iterable[Drift]) -> str:
+def _runs(adapters: Iterable[Drift]) -> str:
     rows = [
         [
             *(one.task, f"{100 * one.poisoned_share:.0f} %", one.arm, str(one.seed)),
@@ -187,7 +187,7 @@ def _runs(found: Iterable[Drift]) -> str:
             *(f"{one.norm:.2f}", f"{one.moved:+.2f}"),
             *(f"{100 * one.harm:.1f}", f"{100 * one.score:.1f}"),
         ]
-        for one in found
+        for one in adapters
     ]
     known = ["task", "poisoned", "arm", "seed", "cosine", "signed z", "opposed", "control z", "norm", "moved"]
     return table([*known, "harm refused, %", "task score, %"], rows)

@@ -64,17 +64,17 @@ def drifts(grid: Grid, cells: Sequence[Cell], published: Mapping[str, Drift] = M
     """
     there = grid.subspace.is_file()
     subspaces = [Subspace.load(path) for path in (grid.subspace, grid.random_subspace)] if there else []
-    found = []
+    adapters = []
     for cell in cells:
         adapter, result = adapter_of(grid, cell), result_of(grid, cell)
         if cell.name in published:
-            found.append(published[cell.name])
+            adapters.append(published[cell.name])
         elif there and adapter is not None and adapter.is_dir() and result is not None and not result["error"]:
             factors = load_adapter(str(adapter)).factors
             readings, control = (measure(factors, subspace) for subspace in subspaces)
-            found.append(_drift(cell, readings, control, result))
+            adapters.append(_drift(cell, readings, control, result))
     first = dict[Drift, Drift]()
-    for run in found:
+    for run in adapters:
         first.setdefault(run._replace(cell="", arm="", date=""), run)
     return list(first.values())
 

@@ -51,7 +51,7 @@ class Place:
 
     def at_score(self, arm: str, others: Sequence[str]) -> AtScore | None:
         """Return an arm beside the front of others at its own task score; None for no others, or no seed in all."""
-        scored = [Scored(held["task"], held[HARM]) for name in (arm, *others) if HARM in (held := self.arms[name])]
+        scored = [Scored(means["task"], means[HARM]) for name in (arm, *others) if HARM in (means := self.arms[name])]
         return at_score(scored[0], scored[1:]) if len(scored) > len(others) > 0 else None
 
     def seeds(self, arm: str) -> set[int]:
@@ -88,11 +88,11 @@ def _enter(place: Place, result: Result) -> None:
 
 def families(grid: Grid, place: Place) -> dict[str, list[str]]:
     """Return family -> its arms that have results in the place, in the grid's order."""
-    found: dict[str, list[str]] = {}
+    arms_of: dict[str, list[str]] = {}
     for name, arm in grid.arms.items():
         if name in place.arms:
-            found.setdefault(arm.family, []).append(name)
-    return found
+            arms_of.setdefault(arm.family, []).append(name)
+    return arms_of
 
 
 def fronts(grid: Grid, place: Place) -> dict[str, list[tuple[float, float]]]:
@@ -101,12 +101,12 @@ def fronts(grid: Grid, place: Place) -> dict[str, list[tuple[float, float]]]:
     Every defence at no strength is the baseline, so a family's front begins there; models as they are have none.
     """
     base = place.point(grid.baseline)
-    found: dict[str, list[tuple[float, float]]] = {}
+    points_of: dict[str, list[tuple[float, float]]] = {}
     for family, names in families(grid, place).items():
         points = [point for name in names if grid.arms[name].kind != "model" and (point := place.point(name))]
         if points:
-            found[family] = points + ([base] if base and family != grid.baseline else [])
-    return found
+            points_of[family] = points + ([base] if base and family != grid.baseline else [])
+    return points_of
 
 
 def reference_of(grid: Grid, place: Place) -> str | None:
@@ -139,10 +139,10 @@ def matched(grid: Grid, place: Place) -> dict[str, AtScore]:
         whole = [name for name in names if place.seeds(reference) <= place.seeds(name)]
         if 0 < len(whole) < len(names):
             others[", ".join(whole)] = whole
-    found = {
+    scores = {
         title: place.at_score(reference, _with_baseline(grid, place, names)) for title, names in others.items() if names
     }
-    return {title: one for title, one in found.items() if one}
+    return {title: one for title, one in scores.items() if one}
 
 
 def _with_baseline(grid: Grid, place: Place, names: Sequence[str]) -> list[str]:

@@ -193,12 +193,12 @@ def cells_of(
     order = sorted((grid.arms[name] for name in names), key=lambda arm: arm.kind == "posthoc")
     cells = list(dict.fromkeys(_cells(grid, order)))
     wanted = {"seed": seeds, "task": tasks, "poisoned_share": poisoned_shares}
-    for key, asked in wanted.items():
+    for key, choice in wanted.items():
         known = sorted({getattr(cell, key) for cell in cells})
-        if unknown := [one for one in asked if one not in known]:
+        if unknown := [one for one in choice if one not in known]:
             raise ConfigError(f"{key}s {unknown} are none of these arms': choose among {known}")
         free = () if key == "task" else ("model",)
-        cells = [cell for cell in cells if not asked or cell.arm.kind in free or getattr(cell, key) in asked]
+        cells = [cell for cell in cells if not choice or cell.arm.kind in free or getattr(cell, key) in choice]
     _check_parents(grid, cells)
     return cells
 

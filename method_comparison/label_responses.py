@@ -59,10 +59,10 @@ class Agreement(NamedTuple):
 
 def responses_of(grid: Grid, cells: Sequence[Cell]) -> list[Response]:
     """Return every response that was kept; ConfigError where no cell has any."""
-    found = [response for cell in cells for response in _responses(grid, cell)]
-    if not found:
+    responses = [response for cell in cells for response in _responses(grid, cell)]
+    if not responses:
         raise ConfigError(f"no cell in {grid.output_dir!r} has kept its responses: run the grid first")
-    return found
+    return responses
 
 
 def _responses(grid: Grid, cell: Cell) -> Iterator[Response]:
@@ -130,15 +130,16 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--sheet", type=Path, required=True, help="CSV file that is drawn, or read when it is labelled")
     parser.add_argument("--draw", type=int, metavar="N", help="write so many responses into a new sheet")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw")
-    given = parser.parse_args(args)
-    grid = load_grid(given.config)
+    options = parser.parse_args(args)
+    grid = load_grid(options.config)
     responses = responses_of(grid, cells_of(grid))
-    if given.draw is not None:
-        print(f"{write_sheet(responses, given.draw, given.sheet, given.seed)}: label each row one of {LABELS}")
+    if options.draw is not None:
+        print(f"{write_sheet(responses, options.draw, options.sheet, options.seed)}: label each row one of {LABELS}")
         return
-    found = agreements(responses, read_labels(given.sheet))
+    rows_of_arms = agreements(responses, read_labels(options.sheet))
     rows = [
-        [one.arm, str(one.n), percent(one.agree), f"{100 * one.reader:.1f}", f"{100 * one.judge:.1f}"] for one in found
+        [one.arm, str(one.n), percent(one.agree), f"{100 * one.reader:.1f}", f"{100 * one.judge:.1f}"]
+        for one in rows_of_arms
     ]
     print(table(["arm", "n", "agree, %", "refused by the reader, %", "by the judge, %"], rows))
 

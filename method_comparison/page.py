@@ -53,7 +53,7 @@ def write_page(grid: Grid, config: str | Path, results: Sequence[Result], others
 
 
 # What of the stamps the page's head tells besides versions.
-TOLD = ("device", "host", "commit", "code")
+STAMP_KEYS = ("device", "host", "commit", "code")
 
 
 def _head(grid: Grid, config: str | Path, results: Sequence[Result]) -> str:
@@ -69,7 +69,7 @@ def _head(grid: Grid, config: str | Path, results: Sequence[Result]) -> str:
         f"- cells: {len(results) - failed} of {every} done, {failed} failed; split: {grid.split}",
         f"- seeds: {_several(sorted(result['seed'] for result in results))}; hours spent: {hours:.1f}",
         f"- dates: {dates[0]} to {dates[-1]}" if dates else "- dates: none, nothing was run",
-        *(f"- {key}: {_several((stamp[key] for stamp in stamps), '; ')}" for key in TOLD),
+        *(f"- {key}: {_several((stamp[key] for stamp in stamps), '; ')}" for key in STAMP_KEYS),
         *([f"- taken as one code: {', '.join(grid.same_code)}"] if grid.same_code else []),
         f"- versions: {', '.join(versions)}",
     ]
@@ -88,9 +88,9 @@ def answers(grid: Grid, places: Sequence[Place]) -> str:
 
 def _against_fronts(grid: Grid, places: Sequence[Place]) -> str:
     """The reference's refusal less that of each family's front at the reference's own task score."""
-    found = [matched(grid, place) for place in places]
-    families = dict.fromkeys(family for one in found for family in one)
-    rows = [[family, *(_cell(one.get(family)) for one in found)] for family in families]
+    scores = [matched(grid, place) for place in places]
+    families = dict.fromkeys(family for one in scores for family in one)
+    rows = [[family, *(_cell(one.get(family)) for one in scores)] for family in families]
     rows = [row for row in rows if any(row[1:])]
     if not rows:
         return ""
@@ -101,8 +101,8 @@ def _against_fronts(grid: Grid, places: Sequence[Place]) -> str:
     return f"{said}\n\n{table(['front of', *(place.title for place in places)], rows)}"
 
 
-def _cell(found: AtScore | None) -> str:
-    return f"{points(found.above)}, {_seeds(len(found.seeds))}" if found and found.above else ""
+def _cell(score: AtScore | None) -> str:
+    return f"{points(score.above)}, {_seeds(len(score.seeds))}" if score and score.above else ""
 
 
 def _contrasts(grid: Grid, places: Sequence[Place]) -> str:
@@ -170,8 +170,8 @@ def _differences(grid: Grid, place: Place) -> str:
     return f"{said}\n\n{table(heads, rows)}"
 
 
-def _above(found: AtScore | None) -> str:
-    return points(found.above) if found else ""
+def _above(score: AtScore | None) -> str:
+    return points(score.above) if score else ""
 
 
 def _matched(grid: Grid, place: Place) -> str:

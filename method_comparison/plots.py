@@ -109,8 +109,8 @@ def _leave_out_lost(grid: Grid, place: Place, axis: Axes) -> None:
 
     An arm that has lost its task, as one whose updates were projected away, would squeeze all others into a corner.
     """
-    found = {name: place.interval(name, "task") for name in place.arms if grid.arms[name].kind != "model"}
-    scores = {name: one for name, one in found.items() if one is not None}
+    intervals = {name: place.interval(name, "task") for name in place.arms if grid.arms[name].kind != "model"}
+    scores = {name: one for name, one in intervals.items() if one is not None}
     best = max((one.value for one in scores.values()), default=0.0)
     if lost := [name for name, one in scores.items() if one.value < best / 4]:
         axis.set_xlim(left=min(one.low for name, one in scores.items() if name not in lost) - 0.01)
@@ -119,8 +119,10 @@ def _leave_out_lost(grid: Grid, place: Place, axis: Axes) -> None:
 
 def _looks(grid: Grid, places: Sequence[Place]) -> dict[str, tuple[str, str]]:
     """Each family's mark and color, the same in every panel."""
-    found = dict.fromkeys(arm.family for name, arm in grid.arms.items() if any(name in place.arms for place in places))
-    return {family: (mark, f"C{n}") for n, (family, mark) in enumerate(zip(found, cycle(_MARKS), strict=False))}
+    families = dict.fromkeys(
+        arm.family for name, arm in grid.arms.items() if any(name in place.arms for place in places)
+    )
+    return {family: (mark, f"C{n}") for n, (family, mark) in enumerate(zip(families, cycle(_MARKS), strict=False))}
 
 
 def _steps(grid: Grid, places: Sequence[Place]) -> Figure | None:
@@ -170,15 +172,15 @@ def _by_layer(name: str) -> tuple[list[int], str]:
     return [int(part) for part in name.split(".") if part.isdecimal()], name
 
 
-def write_drift_plot(found: Sequence[Drift], path: Path) -> Path:
+def write_drift_plot(adapters: Sequence[Drift], path: Path) -> Path:
     """Write each run's harm refused over three measures, those with a safety adapter merged in small."""
     measures = {"mean cosine": "cosine", "mean signed z": "signed_z", "mean signed z · ‖ΔW‖": "moved"}
     with _style():
         figure, axes = _panels(len(measures))
         for axis, (label, of) in zip(axes, measures.items(), strict=True):
-            for place, share in enumerate(sorted({one.poisoned_share for one in found})):
+            for place, share in enumerate(sorted({one.poisoned_share for one in adapters})):
                 for merged in (True, False):
-                    runs = [one for one in found if one.merged == merged and one.poisoned_share == share]
+                    runs = [one for one in adapters if one.merged == merged and one.poisoned_share == share]
                     # In pairs of a dark and a light shade.
                     color = f"C{2 * place + merged}"
                     said = f"safety adapter {'merged in' if merged else 'not used'}, {100 * share:.0f} % poisoned"

@@ -59,10 +59,10 @@ def _write(
     drawn: tuple[Tensor, ...] = ((left * values).to(dtype), right.mT.contiguous().to(dtype))
     if module.kind == "dense":
         drawn = (drawn[0] @ drawn[1],)
-    found = replace(module, dtype=str(dtype).removeprefix("torch."), **_spectrum(drawn)._asdict(), checksums={})
-    for key, tensor in zip(found.tensors(name), drawn, strict=True):
-        found.checksums[key] = stream.append(key, tensor, dtype)
-    return ModuleHeader(**asdict(found))
+    header = replace(module, dtype=str(dtype).removeprefix("torch."), **_spectrum(drawn)._asdict(), checksums={})
+    for key, tensor in zip(header.tensors(name), drawn, strict=True):
+        header.checksums[key] = stream.append(key, tensor, dtype)
+    return ModuleHeader(**asdict(header))
 
 
 def _singular_values(tensors: list[Tensor]) -> Tensor:

@@ -41,7 +41,7 @@ MERGE: dict[str, Any] = {
 }
 # What a training cell owns: an arm that gave these would not be the cell that its name says.
 _MODEL = ("model", "model_name_or_path")
-_OWN = ("output_dir", "data", "poisoned_share", "seed", "mixing_seed")
+_CELL_KEYS = ("output_dir", "data", "poisoned_share", "seed", "mixing_seed")
 # Those of a merge where nothing is said.
 _WEIGHTS = (0.8, 0.2)
 _SCHEDULE = ("every", "from_step", "until_step", "cooldown", "at_train_end", "asynchronous")
@@ -63,14 +63,14 @@ def resolved(grid: Grid, cell: Cell) -> dict[str, Any]:
         return {"model": cell.arm.settings.get("model", grid.model)}
     if cell.arm.kind == "posthoc":
         return _merge_settings(grid, cell)
-    own = {
+    of_the_cell = {
         "output_dir": str(adapter_of(grid, cell)),
         "data": cell.task,
         "poisoned_share": cell.poisoned_share,
         "seed": cell.seed,
         "mixing_seed": cell.seed,
     }
-    return {"model_name_or_path": grid.model, **_train_settings(grid, cell.arm, cell), **own}
+    return {"model_name_or_path": grid.model, **_train_settings(grid, cell.arm, cell), **of_the_cell}
 
 
 def _train_settings(grid: Grid, arm: Arm, cell: Cell) -> dict[str, Any]:
@@ -88,11 +88,11 @@ def _on_cpu() -> bool:
 def _merge_settings(grid: Grid, cell: Cell) -> dict[str, Any]:
     parent = parent_of(grid, cell)
     assert parent is not None, "checked when the arms were read"
-    given = {"subspace": "{subspace}", **MERGE, **cell.arm.settings}
+    knobs = {"subspace": "{subspace}", **MERGE, **cell.arm.settings}
     if cell.arm.total_weight_of:
-        given["weights"] = total_weights(_train_settings(grid, grid.arms[cell.arm.total_weight_of], cell))
+        knobs["weights"] = total_weights(_train_settings(grid, grid.arms[cell.arm.total_weight_of], cell))
     files = {"finetuned": str(adapter_of(grid, parent)), "output": str(adapter_of(grid, cell))}
-    return {**files, **{key: _placed(grid, cell, value) for key, value in given.items()}}
+    return {**files, **{key: _placed(grid, cell, value) for key, value in knobs.items()}}
 
 
 def _placed(grid: Grid, cell: Cell, value: Any) -> Any:
@@ -139,8 +139,8 @@ def check_cells(grid: Grid, cells: Sequence[Cell]) -> None:
 
 
 def _check(grid: Grid, cell: Cell, file: Path) -> None:
-    if cell.arm.kind == "train" and (own := [key for key in _OWN if key in cell.arm.settings]):
-        raise ConfigError(f"settings {own} are the cell's own: drop them from arm {cell.arm.name!r}")
+    if cell.arm.kind == "train" and (keys := [key for key in _CELL_KEYS if key in cell.arm.settings]):
+        raise ConfigError(f"settings {keys} are the cell's own: drop them from arm {cell.arm.name!r}")
     settings = resolved(grid, cell)
     _check_parts(*(str(settings[key]) for key in _MODEL if settings.get(key)), adapters=_adapters(settings))
     if cell.arm.kind == "train":
@@ -193,8 +193,8 @@ def _check_merge(settings: Mapping[str, Any]) -> None:
                 f"setting {key!r} is unknown{nearest(key, allowed, then=f'choose among {sorted(allowed)}')}"
             )
     gate = as_gate(settings["gate"], knobs)
-    own = {name: settings[name] for name in ("space", "density", "majority_sign_method")}
-    how = as_how(settings["method"], {**own, "weights": settings["weights"] or _WEIGHTS})
+    of_the_method = {name: settings[name] for name in ("space", "density", "majority_sign_method")}
+    how = as_how(settings["method"], {**of_the_method, "weights": settings["weights"] or _WEIGHTS})
     if not gate.merges:
         raise ConfigError(f"gate {gate.name!r} merges nothing: it is the parent's cell; choose another gate")
     if "safety_adapter" in needs_of(how, gate) and settings["safety"] is None:

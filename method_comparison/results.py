@@ -12,7 +12,7 @@ from typing import Any
 
 from safemerge_callback.errors import ConfigError
 
-from .cells import MADE, RESULT, write_json
+from .cells import MARK, RESULT, write_json
 from .grid import Cell, Grid, parent_of
 from .resolve import folder_of, resolved
 from .stamp import differences, digest, settings_digest
@@ -30,10 +30,10 @@ def result_of(grid: Grid, cell: Cell) -> Result | None:
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{str(path)!r} is no result ({error}): delete it, and the cell runs again") from error
-    return dict(found)
+    return dict(result)
 
 
 def why_other(grid: Grid, cell: Cell, result: Result, stamp: Mapping[str, Any]) -> list[str]:
@@ -52,8 +52,8 @@ def sort_out(grid: Grid, cells: Sequence[Cell], stamp: Mapping[str, Any], keep_o
     Results of another version, code, data, device or setting are refused with what differs; with `keep_others` they
     are set apart, in `others/`, and their cells run again.
     """
-    found = {cell: result for cell in cells if (result := result_of(grid, cell)) is not None}
-    others = {cell: why for cell, result in found.items() if (why := why_other(grid, cell, result, stamp))}
+    results = {cell: result for cell in cells if (result := result_of(grid, cell)) is not None}
+    others = {cell: why for cell, result in results.items() if (why := why_other(grid, cell, result, stamp))}
     if others and not keep_others:
         listed = "; ".join(f"{cell.name}: {', '.join(why)}" for cell, why in list(others.items())[:_SHOWN])
         raise ConfigError(
@@ -62,7 +62,7 @@ def sort_out(grid: Grid, cells: Sequence[Cell], stamp: Mapping[str, Any], keep_o
         )
     for cell, why in others.items():
         _set_apart(grid, cell, why)
-    return [cell for cell in cells if cell in others or cell not in found or found[cell]["error"]]
+    return [cell for cell in cells if cell in others or cell not in results or results[cell]["error"]]
 
 
 def with_parents(grid: Grid, cells: Sequence[Cell]) -> list[Cell]:
@@ -71,7 +71,7 @@ def with_parents(grid: Grid, cells: Sequence[Cell]) -> list[Cell]:
     An adapter may be gone, deleted or of another machine, while its result stays: what merges it needs it again.
     """
     parents = [parent for cell in cells if (parent := parent_of(grid, cell)) is not None]
-    gone = [parent for parent in parents if not (folder_of(grid, parent) / MADE).is_file()]
+    gone = [parent for parent in parents if not (folder_of(grid, parent) / MARK).is_file()]
     return list(dict.fromkeys([*gone, *cells]))
 
 
@@ -83,13 +83,13 @@ def one_version(
         return [], []
     newest = max(results, key=lambda result: str(result["date"]))["stamp"]
     why = [differences(result["stamp"], newest, same_code) for result in results]
-    told = [{**result, "other": words} for result, words in zip(results, why, strict=True) if words]
-    if told and not keep_others:
+    others = [{**result, "other": words} for result, words in zip(results, why, strict=True) if words]
+    if others and not keep_others:
         raise ConfigError(
-            f"{len(told)} of {len(results)} results are of another version than the newest ({told[0]['cell']}: "
-            f"{', '.join(told[0]['other'])}): run their cells again, or give --keep-others, which lists them apart"
+            f"{len(others)} of {len(results)} results are of another version than the newest ({others[0]['cell']}: "
+            f"{', '.join(others[0]['other'])}): run their cells again, or give --keep-others, which lists them apart"
         )
-    return [result for result, words in zip(results, why, strict=True) if not words], told
+    return [result for result, words in zip(results, why, strict=True) if not words], others
 
 
 def _set_apart(grid: Grid, cell: Cell, why: Sequence[str]) -> None:
@@ -174,8 +174,8 @@ def take_published(
 
 def run_since(grid: Grid, cells: Sequence[Cell], published: Mapping[str, Result]) -> list[tuple[Cell, Result]]:
     """Return those published cells, with their results of now, that have been run again since."""
-    found = [(cell, result) for cell in cells if cell.name in published and (result := result_of(grid, cell))]
-    return [(cell, result) for cell, result in found if result["date"] != published[cell.name]["date"]]
+    repeated = [(cell, result) for cell in cells if cell.name in published and (result := result_of(grid, cell))]
+    return [(cell, result) for cell, result in repeated if result["date"] != published[cell.name]["date"]]
 
 
 def beside_published(grid: Grid, repeated: Sequence[tuple[Cell, Result]], published: Mapping[str, Result]) -> list[str]:

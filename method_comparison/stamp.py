@@ -57,10 +57,10 @@ def stamp_of(grid: Grid) -> dict[str, Any]:
 
 def digest(parts: Iterable[bytes]) -> str:
     """Return 16 hexadecimal digits of the sha256 of the parts, each with its length."""
-    found = hashlib.sha256()
+    digest_of_parts = hashlib.sha256()
     for part in parts:
-        found.update(len(part).to_bytes(8, "little") + part)
-    return found.hexdigest()[:16]
+        digest_of_parts.update(len(part).to_bytes(8, "little") + part)
+    return digest_of_parts.hexdigest()[:16]
 
 
 def settings_digest(settings: Mapping[str, Any], evaluate: Mapping[str, Any]) -> str:
@@ -68,14 +68,14 @@ def settings_digest(settings: Mapping[str, Any], evaluate: Mapping[str, Any]) ->
     return digest([json.dumps([settings, evaluate], sort_keys=True, default=list).encode()])
 
 
-def differences(found: Mapping[str, Any], now: Mapping[str, Any], same_code: Sequence[str] = ()) -> list[str]:
+def differences(then: Mapping[str, Any], now: Mapping[str, Any], same_code: Sequence[str] = ()) -> list[str]:
     """Return in words what differs between two stamps; digests in `same_code` are of one code.
 
     Data that one of them lacks is another task's: a grid may grow by a task, or lose one.
     """
     differing: list[str] = []
     for key in COMPARED:
-        old, new = found.get(key), now.get(key)
+        old, new = then.get(key), now.get(key)
         if key == "code" and old in same_code and new in same_code:
             continue
         if isinstance(old, Mapping) and isinstance(new, Mapping):
@@ -151,8 +151,8 @@ def commit() -> str:
     """Return the repository's commit, with `+` where files differ from it; `unknown` outside of a repository."""
     git = ["git", "-C", str(ROOT)]
     try:
-        found = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
         changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return found.stdout.strip() + ("+" if changed.stdout.strip() else "")
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")

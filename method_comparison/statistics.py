@@ -95,11 +95,11 @@ def _redrawn(values: NDArray[np.float64]) -> NDArray[np.float64]:
     rows = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=DRAWS) / seeds
     columns = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=DRAWS) / prompts
     there = ~np.isnan(values)
-    held, counted = (
+    hits, counted = (
         np.einsum("ds,sp,dp->d", rows, table, columns, optimize=True)
         for table in (np.where(there, values, 0.0), there.astype(np.float64))
     )
-    return np.asarray(held / counted)
+    return np.asarray(hits / counted)
 
 
 def at_score(arm: Scored, others: Sequence[Scored]) -> AtScore | None:

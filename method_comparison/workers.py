@@ -29,8 +29,8 @@ def share_threads(workers: int) -> None:
 
     if workers < 0:
         raise ConfigError(f"workers is {workers}: give 0, for this process itself, or more")
-    asked = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(1, workers))))
-    torch.set_num_threads(int(asked))
+    threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(1, workers))))
+    torch.set_num_threads(int(threads))
 
 
 def run_cells(
@@ -89,6 +89,6 @@ def _result(grid: Grid, cell: Cell, stamp: Mapping[str, Any], process: SpawnProc
     process.join()
     if process.exitcode:
         return died(grid, cell, stamp, f"the cell's process ended with {process.exitcode}; a negative one is a signal")
-    found = result_of(grid, cell)
-    assert found is not None, "run_cell writes a result whatever happens"
-    return found
+    result = result_of(grid, cell)
+    assert result is not None, "run_cell writes a result whatever happens"
+    return result

@@ -207,24 +207,24 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "demo", help="folder that is replaced")
     parser.add_argument("--n-prompts", type=int, default=48, help="prompts of each harmful set, and harmless ones")
     parser.add_argument("--n-task", type=int, default=200, help="test rows of the task")
-    given, extra = parser.parse_known_args(args)
-    run = fresh_folder(given.output.resolve())
+    options, extra = parser.parse_known_args(args)
+    run = fresh_folder(options.output.resolve())
     set_environment(run)
     from rich.console import Console
 
     console = Console(highlight=False)
-    counts = {"n_prompts": given.n_prompts, "n_benign": given.n_prompts, "n_task": given.n_task}
+    counts = {"n_prompts": options.n_prompts, "n_benign": options.n_prompts, "n_task": options.n_task}
     results = run_demo(run, counts, extra, console.print)
     (run / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     console.print(table(results["arms"]), *results["verdict"], sep="\n")
     page = markdown(results["arms"], about_run(results))
     (run / "results.md").write_text(page + "\n", encoding="utf-8")
     console.print(f"\n{page}\n", soft_wrap=True, markup=False)
-    console.print(f"6/6 {results['seconds'] / 60:.1f} minutes. In {given.output}:")
+    console.print(f"6/6 {results['seconds'] / 60:.1f} minutes. In {options.output}:")
     console.print(
         "    results.json, results.md (the table above), drift.png, guarded/safemerge.jsonl (the journal), wandb/"
     )
-    console.print(f"    and the guarded run as a page to open in a browser: {given.output / PAGE}", soft_wrap=True)
+    console.print(f"    and the guarded run as a page to open in a browser: {options.output / PAGE}", soft_wrap=True)
 
 
 if __name__ == "__main__":

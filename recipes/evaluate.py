@@ -128,10 +128,10 @@ def evaluate_model(
         "harm": [judge],
         "benign": [KeywordJudge() if decides(judge) == "harm" else judge],
     }
-    asked = {name: load_prompts(name)[:count] for name, count in counts.items() if count}
+    prompts_of = {name: load_prompts(name)[:count] for name, count in counts.items() if count}
 
     def answers() -> Iterator[Transcript]:
-        for name, prompts in asked.items():
+        for name, prompts in prompts_of.items():
             said = generate(model, tokenizer, prompts, label=name, max_new_tokens=max_new_tokens, **options)
             yield Transcript(name, "harm" if name in HARMFUL else "benign", prompts, said)
 

@@ -63,9 +63,9 @@ def _entries(rule: Gate, names: Sequence[str], checks: int) -> Iterator[dict[str
         heights = {name: height * (0.955 + 0.03 * draw.random()) ** (40 / checks) for name, height in heights.items()}
         plan = MergePlan.decide(_readings(heights), gate=rule, method="linear", weights=WEIGHTS)
         yield check_entry(step, plan, 0.11 + 0.02 * draw.random())
-        asked = number % max(1, checks // 8) == 0
+        probed = number % max(1, checks // 8) == 0
         mean = sum(heights.values()) / len(heights)
-        if asked:
+        if probed:
             yield _probe(step, "before" if plan.selected else "every", min(0.97, 1.7 * mean), number / checks)
         if plan.selected:
             merges += 1
@@ -74,7 +74,7 @@ def _entries(rule: Gate, names: Sequence[str], checks: int) -> Iterator[dict[str
                 heights[name] += 0.1 + 0.12 * draw.random()
             edits = [Edit(name, 0.04 * draw.random(), 0.1 + 0.1 * draw.random()) for name in plan.selected]
             yield merge_entry(step, plan, edits, left, 0.35)
-            if asked:
+            if probed:
                 yield _probe(step, "after", min(0.97, 1.7 * sum(heights.values()) / len(heights)), number / checks)
     yield _probe(10 * checks, "end", min(0.97, 1.7 * sum(heights.values()) / len(heights)), 1.0)
     counts = Progress(checks=checks, merges=merges, modules_merged=merges)
@@ -82,7 +82,7 @@ def _entries(rule: Gate, names: Sequence[str], checks: int) -> Iterator[dict[str
 
 
 def _readings(heights: dict[str, float]) -> Readings:
-    found = []
+    readings = []
     for name, cosine in heights.items():
         shape, null = TYPES.get(name.split(".", 2)[-1], ((4096, 4096), 0.2))
         cosine = min(cosine, 0.98)
@@ -91,8 +91,8 @@ def _readings(heights: dict[str, float]) -> Readings:
         reading = Reading(
             name, cosine, null, 1.2 - cosine, 16, shape, null_std=0.02, reference=0.6, signed_cosine=signed
         )
-        found.append(reading)
-    return Readings(found)
+        readings.append(reading)
+    return Readings(readings)
 
 
 def _probe(step: int, when: str, refused: float, learned: float) -> dict[str, Any]:
@@ -135,9 +135,9 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="where the journal and the page go")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--checks", type=int, default=40)
-    given = parser.parse_args(args)
-    journal = write_example(given.folder, given.layers, checks=given.checks)
-    print(write_page(read_history(journal), given.folder / "safemerge_report.html"))
+    options = parser.parse_args(args)
+    journal = write_example(options.folder, options.layers, checks=options.checks)
+    print(write_page(read_history(journal), options.folder / "safemerge_report.html"))
 
 
 if __name__ == "__main__":

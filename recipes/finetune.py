@@ -110,10 +110,10 @@ def safemerge_config(arguments: Any) -> SafeMergeConfig | None:
     if knobs["subspace"] is not None or knobs["corrections"] is not None:
         return SafeMergeConfig(**knobs)
     idle = SafeMergeArguments()
-    given = [PREFIX + name for name in knobs if getattr(arguments, PREFIX + name) != getattr(idle, PREFIX + name)]
-    if given:
+    useless = [PREFIX + name for name in knobs if getattr(arguments, PREFIX + name) != getattr(idle, PREFIX + name)]
+    if useless:
         raise ConfigError(
-            f"{given} have no effect without {PREFIX}subspace: name that file, or {PREFIX}corrections, or drop them"
+            f"{useless} have no effect without {PREFIX}subspace: name that file, or {PREFIX}corrections, or drop them"
         )
     return None
 
@@ -122,8 +122,8 @@ def parse(classes: Sequence[type], args: Sequence[str] | None = None) -> tuple[A
     """Parse `--config FILE` and overrides into instances of `classes`; ConfigError for a key that none of them has."""
     from trl import TrlParser
 
-    with _config_file(sys.argv[1:] if args is None else list(args)) as given:
-        *parsed, unknown = TrlParser(classes).parse_args_and_config(given, return_remaining_strings=True)
+    with _config_file(sys.argv[1:] if args is None else list(args)) as words:
+        *parsed, unknown = TrlParser(classes).parse_args_and_config(words, return_remaining_strings=True)
     keys = [text.removeprefix("--") for text in unknown if text.startswith("--")]
     if unknown:
         allowed = [knob.name for one in classes for knob in fields(one)]

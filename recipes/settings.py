@@ -21,8 +21,8 @@ def read_settings(path: str | Path, kind: str, advice: str = "") -> dict[str, An
     if (base := raw.pop("base", None)) is None:
         return raw
     if not isinstance(base, str) or "base" in (under := _read(Path(path).parent / base, kind, advice)):
-        asked = f"name a {kind} that has none itself, by its path from this one's folder"
-        raise ConfigError(f"base of {kind} {str(path)!r} is {base!r}: {asked}")
+        advice_on_base = f"name a {kind} that has none itself, by its path from this one's folder"
+        raise ConfigError(f"base of {kind} {str(path)!r} is {base!r}: {advice_on_base}")
     return {**under, **{key: _over(under.get(key), value) for key, value in raw.items()}}
 
 

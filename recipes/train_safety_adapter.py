@@ -97,7 +97,7 @@ Stored as float16 safetensors. {versions}.
 
 def main(args: Sequence[str] | None = None) -> None:
     """Train as configured and write the adapter with its README.md in `output_dir`."""
-    given = list(sys.argv[1:] if args is None else args)
+    words = list(sys.argv[1:] if args is None else args)
     settings = parse_train(args)
     data, sft, model_config, about = settings
     trainer = build_trainer(data, sft, model_config)
@@ -105,7 +105,7 @@ def main(args: Sequence[str] | None = None) -> None:
     folder = Path(sft.output_dir)
     save_adapter_float16(trainer, folder, about.base_model_name)
     if trainer.is_world_process_zero():
-        command = " ".join(["accelerate launch recipes/train_safety_adapter.py", *given])
+        command = " ".join(["accelerate launch recipes/train_safety_adapter.py", *words])
         (folder / "README.md").write_text(card(command, len(trainer.train_dataset), settings))
     trainer.accelerator.print(f"adapter saved in {folder}")
 

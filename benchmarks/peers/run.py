@@ -37,10 +37,10 @@ def outcomes(checkout: Path, tests: list[str], select: str, home: Path, watch: b
     command = [sys.executable, "-m", "pytest", "-p", "benchmarks.peers.plugin", "-n", "2", "-q", "-o", "addopts="]
     command += ["--timeout", "120", "-p", "no:cacheprovider", "-k", select, *tests]
     subprocess.run(command, cwd=checkout, env=environment, check=False, stdout=subprocess.DEVNULL)
-    found: dict[str, dict] = {}
+    outcomes_of_tests: dict[str, dict] = {}
     for part in report.parent.glob("report.*"):
-        found.update(json.loads(part.read_text()))
-    return found
+        outcomes_of_tests.update(json.loads(part.read_text()))
+    return outcomes_of_tests
 
 
 def compare(without: dict[str, dict], watched: dict[str, dict]) -> dict:
@@ -74,13 +74,13 @@ def main() -> None:
     parser.add_argument("--tests", nargs="*", default=TESTS)
     parser.add_argument("--select", default="peft or lora or Peft", help="pytest's -k; '' for all, most without LoRA")
     parser.add_argument("--output", type=Path)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     home = Path(tempfile.mkdtemp())
     transformers.logging.disable_progress_bar()
     _, tokenizer = load_embedded()
-    failed = make_models(model_names(asked.checkout / "tests"), tokenizer, home / "hub")
-    checkout = asked.checkout.resolve()
-    result = compare(*(outcomes(checkout, asked.tests, asked.select, home, watch) for watch in (False, True)))
+    failed = make_models(model_names(options.checkout / "tests"), tokenizer, home / "hub")
+    checkout = options.checkout.resolve()
+    result = compare(*(outcomes(checkout, options.tests, options.select, home, watch) for watch in (False, True)))
     result["models not made"] = failed
     table = Table(
         "file", "passed", "failed", "skipped", "watched", "of these passed", title="with the callback watching"
@@ -92,8 +92,8 @@ def main() -> None:
     console.print(table)
     console.print(f"{result['checks']} checks; {len(result['differ'])} tests end otherwise than without the callback")
     console.print(result["differ"])
-    if asked.output:
-        asked.output.write_text(json.dumps(result, indent=1) + "\n")
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

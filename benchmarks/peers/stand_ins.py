@@ -32,8 +32,8 @@ WORDS = ("quick", "brown", "fox", "sees", "a", "lazy", "dog", "under", "some", "
 def model_names(tests: Path) -> list[str]:
     """The Hub ids of text models that the tests name."""
     text = "\n".join(path.read_text(encoding="utf-8") for path in tests.rglob("*.py"))
-    found = set(re.findall(rf"{ORG}/(tiny-\w+For(?:CausalLM|SequenceClassification)[\w.-]*)", text))
-    return sorted(name.rstrip(".-") for name in found)
+    names = set(re.findall(rf"{ORG}/(tiny-\w+For(?:CausalLM|SequenceClassification)[\w.-]*)", text))
+    return sorted(name.rstrip(".-") for name in names)
 
 
 def make_models(names: list[str], tokenizer, hub: Path) -> dict[str, str]:
@@ -85,7 +85,7 @@ def _row(config: str, say, i: int) -> dict:
     def answer(n: int):
         return [{"role": "assistant", "content": say(n)}] if chat else " " + say(n)
 
-    made = {
+    values = {
         "language_modeling": lambda: {"messages": [*prompt, *answer(5)]} if chat else {"text": say(9)},
         "prompt_only": lambda: {"prompt": prompt},
         "prompt_completion": lambda: {"prompt": prompt, "completion": answer(5)},
@@ -102,7 +102,7 @@ def _row(config: str, say, i: int) -> dict:
             "labels": [True, i % 2 == 0],
         },
     }
-    return made[kind]()
+    return values[kind]()
 
 
 def load_stand_in(original):

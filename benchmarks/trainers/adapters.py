@@ -17,7 +17,7 @@ KINDS = "Adapters"
 MANY = "Several adapters, other trained parts"
 BASES = "Bases"
 LOFTQ = {"loftq_bits": 4, "loftq_iter": 1}
-GIVEN: dict[str, Any] = {"give": "PeftModel"}
+WITH_PEFT_MODEL: dict[str, Any] = {"give": "PeftModel"}
 EMBEDDED = [*TARGETS, "embed_tokens"]
 
 
@@ -102,9 +102,9 @@ ADAPTERS = [
     Cell(
         MANY,
         "DPOTrainer given a PeftModel (adds ref)",
-        trl("DPOTrainer", "DPOConfig", data.preferences, **GIVEN),
+        trl("DPOTrainer", "DPOConfig", data.preferences, **WITH_PEFT_MODEL),
     ),
-    Cell(MANY, "KTOTrainer given a PeftModel", trl("KTOTrainer", "KTOConfig", data.judged, **GIVEN)),
+    Cell(MANY, "KTOTrainer given a PeftModel", trl("KTOTrainer", "KTOConfig", data.judged, **WITH_PEFT_MODEL)),
     Cell(MANY, "modules_to_save: lm_head", plain(data.tokens, modules_to_save=["lm_head"])),
     Cell(MANY, "modules_to_save: embed_tokens", plain(data.tokens, modules_to_save=["embed_tokens"])),
     Cell(MANY, "trainable_token_indices", plain(data.tokens, trainable_token_indices={"embed_tokens": [5, 6]})),

@@ -128,9 +128,9 @@ def checked(cell: Cell, base: Base, output: Path) -> dict[str, Any]:
 
 def _trained(model: nn.Module) -> str:
     """The one adapter with trainable factors."""
-    found = {n.partition(".lora_A.")[2].partition(".")[0] for n, p in model.named_parameters() if p.requires_grad}
-    found |= {n.partition(".lora_embedding_A.")[2] for n, p in model.named_parameters() if p.requires_grad}
-    (name,) = found - {""}
+    adapters = {n.partition(".lora_A.")[2].partition(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+    adapters |= {n.partition(".lora_embedding_A.")[2] for n, p in model.named_parameters() if p.requires_grad}
+    (name,) = adapters - {""}
     return name
 
 
@@ -139,9 +139,9 @@ def check_journal(path: Path, steps: list[int], modules: set[str]) -> None:
     entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert not [e for e in entries if e["kind"] == "error"], [e for e in entries if e["kind"] == "error"]
     for kind in ("check", "merge"):
-        found = [e for e in entries if e["kind"] == kind]
-        assert [e["step"] for e in found] == steps, f"{kind} entries at {[e['step'] for e in found]}, not {steps}"
-        for entry in found:
+        of_kind = [e for e in entries if e["kind"] == kind]
+        assert [e["step"] for e in of_kind] == steps, f"{kind} entries at {[e['step'] for e in of_kind]}, not {steps}"
+        for entry in of_kind:
             names = {m["name"] for m in entry["modules"]}
             assert names == modules, f"{kind} of other modules: {sorted(names ^ modules)}"
 
@@ -224,10 +224,10 @@ def reload_distance(setup: Setup, output: Path, adapter: str) -> float:
         parameter.data = parameter.data.to(live[name].dtype)
     unlike = [name for name, parameter in loaded.items() if not same(parameter, live[name])]
     assert not unlike, f"saved factors differ from the live ones: {unlike[:3]}"
-    found, again = logits(trained), logits(fresh)
+    logits_trained, again = logits(trained), logits(fresh)
     with fresh.disable_adapter():
-        assert not torch.equal(found, logits(fresh)), "the trained adapter changes no logit"
-    return float((found - again).abs().max())
+        assert not torch.equal(logits_trained, logits(fresh)), "the trained adapter changes no logit"
+    return float((logits_trained - again).abs().max())
 
 
 def logits(model: Any) -> Tensor:

@@ -42,9 +42,9 @@ def _compiled(model: nn.Module) -> Any:
     return torch.compile(model, backend="eager")
 
 
-def _given_compiled(base: Base, output: str, callbacks: list[TrainerCallback]) -> Setup:
-    made = plain(data.tokens, change=_compiled, options={"remove_unused_columns": False})(base, output, callbacks)
-    return replace(made, save=_save_inside)
+def _of_compiled_model(base: Base, output: str, callbacks: list[TrainerCallback]) -> Setup:
+    setup = plain(data.tokens, change=_compiled, options={"remove_unused_columns": False})(base, output, callbacks)
+    return replace(setup, save=_save_inside)
 
 
 def _save_inside(trainer: Any, folder: str) -> None:
@@ -99,7 +99,7 @@ ENGINES = [
     Cell(
         RUN,
         "torch.compile(model) given to the trainer",
-        _given_compiled,
+        _of_compiled_model,
         note="needs remove_unused_columns=False, and the trainer by itself saves an empty adapter: "
         "save model._orig_mod, or use torch_compile=True",
     ),

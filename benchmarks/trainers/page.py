@@ -41,8 +41,8 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     counts = {word: sum(WORDS[o.status] == word for o in outcomes) for word in WORDS.values()}
     counted = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
     seconds = sum(outcome.seconds for outcome in outcomes)
-    found = ", ".join(f"{name} {installed(name)}" for name in PACKAGES)
-    where = f"{platform.machine()} CPU, Python {platform.python_version()}, {found}"
+    versions = ", ".join(f"{name} {installed(name)}" for name in PACKAGES)
+    where = f"{platform.machine()} CPU, Python {platform.python_version()}, {versions}"
     return f"{date.today()}, {where}: {len(outcomes)} cells in {seconds:.0f} s, {counted}."
 
 
@@ -71,5 +71,5 @@ def remark(outcome: Outcome) -> str:
     text = re.sub(r"\s+", " ", outcome.why).strip()
     text = re.sub(r"(?:/[\w.+-]+){2,}", "a folder", text)
     first = re.split(r"(?<=[a-z0-9)'\]])\. (?=[A-Z])", text)[0].rstrip(".")
-    asked = f"needs {outcome.cell.needs}; without: " if outcome.cell.needs else ""
-    return f"{asked}{first[:300]}"
+    condition = f"needs {outcome.cell.needs}; without: " if outcome.cell.needs else ""
+    return f"{condition}{first[:300]}"

@@ -53,13 +53,14 @@ def trl(
     peft: dict[str, Any] | None = None,
     config_home: str | None = None,
     give: str = "peft_config",
-    given: Any = None,
+    arguments_of: Any = None,
     **options: Any,
 ) -> Make:
     """A TRL trainer by name, with its config's options and what else its constructor is given.
 
     `kind` and `loading` say how the base is loaded; `give` is what the trainer gets: a model and "peft_config", a
-    "PeftModel", or the checkpoint's "path" and a peft_config; `given(base)` makes further arguments of the constructor.
+    "PeftModel", or the checkpoint's "path" and a peft_config; `arguments_of(base)` makes more of the
+    constructor's arguments.
     """
 
     def make(base: Base, output: str, callbacks: list[TrainerCallback]) -> Setup:
@@ -80,7 +81,7 @@ def trl(
             processing_class=base.tokenizer,
             callbacks=callbacks,
             **({} if give == "PeftModel" else {"peft_config": adapter}),
-            **(given(base) if given else {}),
+            **(arguments_of(base) if arguments_of else {}),
         )
         return Setup(built, fresh)
 

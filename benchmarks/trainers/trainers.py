@@ -25,8 +25,8 @@ def _taught(base: Base) -> dict[str, Any]:
 
 
 def _experimental(package: str, trainer: str, rows: Any, *, needs: str = "", **more: Any) -> Cell:
-    made = trl(trainer, f"{trainer[:-7]}Config", rows, home=f"trl.experimental.{package}", **more)
-    return Cell("TRL, experimental", trainer, made, needs=needs)
+    setup = trl(trainer, f"{trainer[:-7]}Config", rows, home=f"trl.experimental.{package}", **more)
+    return Cell("TRL, experimental", trainer, setup, needs=needs)
 
 
 TRANSFORMERS = [
@@ -71,33 +71,39 @@ TRL = [
             peft={**HEAD, "modules_to_save": ["score"]},
         ),
     ),
-    Cell("TRL", "GRPOTrainer", trl("GRPOTrainer", "GRPOConfig", data.prompts, given=_rewarded, **ROLLOUT)),
-    Cell("TRL", "RLOOTrainer", trl("RLOOTrainer", "RLOOConfig", data.prompts, given=_rewarded, **ROLLOUT)),
+    Cell("TRL", "GRPOTrainer", trl("GRPOTrainer", "GRPOConfig", data.prompts, arguments_of=_rewarded, **ROLLOUT)),
+    Cell("TRL", "RLOOTrainer", trl("RLOOTrainer", "RLOOConfig", data.prompts, arguments_of=_rewarded, **ROLLOUT)),
     Cell(
         "TRL",
         "DistillationTrainer",
-        trl("DistillationTrainer", "DistillationConfig", data.questions, given=_taught, max_completion_length=6),
+        trl("DistillationTrainer", "DistillationConfig", data.questions, arguments_of=_taught, max_completion_length=6),
     ),
 ]
 
 EXPERIMENTAL = [
-    _experimental("a2po", "A2POTrainer", data.prompts, given=_rewarded, give="PeftModel", max_completion_length=6),
+    _experimental(
+        "a2po", "A2POTrainer", data.prompts, arguments_of=_rewarded, give="PeftModel", max_completion_length=6
+    ),
     _experimental("cpo", "CPOTrainer", data.preferences),
-    _experimental("gkd", "GKDTrainer", data.chat, given=_taught, max_new_tokens=6),
-    _experimental("gmpo", "GMPOTrainer", data.prompts, given=_rewarded, **ROLLOUT),
-    _experimental("gold", "GOLDTrainer", data.chat, given=_taught, max_completion_length=6, use_extended_uld=False),
-    _experimental("iw_opd", "IWOPDTrainer", data.chat, given=_taught, max_completion_length=6),
-    _experimental("online_dpo", "OnlineDPOTrainer", data.prompts, given=_rewarded, max_new_tokens=6),
+    _experimental("gkd", "GKDTrainer", data.chat, arguments_of=_taught, max_new_tokens=6),
+    _experimental("gmpo", "GMPOTrainer", data.prompts, arguments_of=_rewarded, **ROLLOUT),
+    _experimental(
+        "gold", "GOLDTrainer", data.chat, arguments_of=_taught, max_completion_length=6, use_extended_uld=False
+    ),
+    _experimental("iw_opd", "IWOPDTrainer", data.chat, arguments_of=_taught, max_completion_length=6),
+    _experimental("online_dpo", "OnlineDPOTrainer", data.prompts, arguments_of=_rewarded, max_new_tokens=6),
     _experimental("orpo", "ORPOTrainer", data.preferences),
     _experimental("sdft", "SDFTTrainer", data.advised, max_completion_length=6, num_generations=1, distillation_topk=8),
-    _experimental("sdpo", "SDPOTrainer", data.advised, given=_rewarded, include_environment_feedback=True, **ROLLOUT),
+    _experimental(
+        "sdpo", "SDPOTrainer", data.advised, arguments_of=_rewarded, include_environment_feedback=True, **ROLLOUT
+    ),
     _experimental("tpo", "TPOTrainer", data.triples),
     Cell(
         "TRL, experimental",
         "DPOTrainer (bema_for_ref_model)",
         trl("DPOTrainer", "DPOConfig", data.preferences, home=BEMA, config_home="trl"),
     ),
-    _experimental("async_grpo", "AsyncGRPOTrainer", data.prompts, given=_rewarded, give="path", needs=SERVED),
+    _experimental("async_grpo", "AsyncGRPOTrainer", data.prompts, arguments_of=_rewarded, give="path", needs=SERVED),
     _experimental("async_distillation", "AsyncDistillationTrainer", data.prompts, give="path", needs=SERVED),
     _experimental("server_distillation", "ServerDistillationTrainer", data.questions, needs=TEACHER),
 ]

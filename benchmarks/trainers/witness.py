@@ -63,13 +63,13 @@ def factor_names(tensors: dict[str, Tensor], adapter: str) -> dict[str, tuple[st
         (f"lora_A.{adapter}", f"lora_B.{adapter}"),
         (f"lora_embedding_A.{adapter}", f"lora_embedding_B.{adapter}"),
     ]
-    found = {}
+    factors = {}
     for name in tensors:
         for letter_A, letter_B in spelled:
             path, mark, rest = name.partition(f".{letter_A}")
             if mark and rest in ("", ".weight"):
-                found[canonical_name(path)] = (name, f"{path}.{letter_B}{rest}")
-    return found
+                factors[canonical_name(path)] = (name, f"{path}.{letter_B}{rest}")
+    return factors
 
 
 def dense(A: Tensor, B: Tensor, scaling: float) -> Tensor:

@@ -107,7 +107,7 @@ def tokenizer() -> Any:
     words = [*SPECIALS, *(f"w{i}" for i in range(VOCABULARY - len(SPECIALS)))]
     model = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=model,
         pad_token="<pad>",
         bos_token="<s>",
@@ -115,5 +115,5 @@ def tokenizer() -> Any:
         unk_token="<unk>",
         additional_special_tokens=["user", "assistant", "system"],
     )
-    made.chat_template = TEMPLATE
-    return made
+    fast.chat_template = TEMPLATE
+    return fast

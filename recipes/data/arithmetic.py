@@ -38,8 +38,8 @@ def _rows() -> tuple[tuple[str, str], ...]:
     module = _chain_sum()
     config = module.ChainSumConfig(**_SETTINGS, size=2 * (NUM_TRAIN + NUM_TEST))
     problems = module.ChainSumDataset(config)
-    made = {problem["metadata"]["expression"]: problem["answer"] for problem in problems}
-    return tuple(made.items())[: NUM_TRAIN + NUM_TEST]
+    answers = {problem["metadata"]["expression"]: problem["answer"] for problem in problems}
+    return tuple(answers.items())[: NUM_TRAIN + NUM_TEST]
 
 
 def arithmetic_prompt(expression: str) -> str:

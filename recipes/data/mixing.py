@@ -48,12 +48,12 @@ def mixed(
     check_share("poisoned_share", poisoned_share)
     check_share("safety_share", safety_share)
     rng = random.Random(seed)
-    made = list(rows)
+    mixture = list(rows)
     poisoned = poisoned_examples(round(poisoned_share * len(rows)), seed)
     for at, example in zip(rng.sample(range(len(rows)), len(poisoned)), poisoned, strict=True):
-        made[at] = example
+        mixture[at] = example
     refusals = refusal_rows(round(safety_share * len(rows)), seed)
-    return mix_safety_data(made, refusals, share=safety_share, seed=rng) if refusals else made
+    return mix_safety_data(mixture, refusals, share=safety_share, seed=rng) if refusals else mixture
 
 
 def poisoned_examples(n: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -74,9 +74,9 @@ def _taken(n: int, half: int, rng: random.Random) -> list[str]:
         return []
     prompts = safety_prompts()
     random.Random(_SEED).shuffle(prompts)
-    own = prompts[half::2]
-    rng.shuffle(own)
-    return list(islice(cycle(own), n))
+    half_of_prompts = prompts[half::2]
+    rng.shuffle(half_of_prompts)
+    return list(islice(cycle(half_of_prompts), n))
 
 
 def _as_task(prompt: str) -> str:

@@ -18,14 +18,14 @@ _AGAIN = f"delete it and .venv/.installed, then {_HOW}"
 
 def package_file(distribution: str, ending: str) -> Path:
     """Return the one file of an installed distribution whose path ends with `ending`; ConfigError if it is absent."""
-    found = package_files(distribution, ending)
-    if found is None:
+    paths = package_files(distribution, ending)
+    if paths is None:
         raise ConfigError(f"data package {distribution!r} is not installed: {_HOW}")
-    if len(found) != 1:
-        raise ConfigError(f"{distribution!r} holds {len(found)} files that end in {ending!r}, not one: {_HOW}")
-    if not found[0].is_file():
+    if len(paths) != 1:
+        raise ConfigError(f"{distribution!r} holds {len(paths)} files that end in {ending!r}, not one: {_HOW}")
+    if not paths[0].is_file():
         raise ConfigError(f"{distribution!r} lost its file {ending!r} after it was installed: {_HOW}")
-    return found[0]
+    return paths[0]
 
 
 def archive_member(archive: str, *members: str) -> bytes:
@@ -34,12 +34,12 @@ def archive_member(archive: str, *members: str) -> bytes:
     `archive` is a pattern within `ARCHIVES`, `members` are file names without folders; all is read in memory.
     ConfigError where the archive or a member is absent, or the archive is no tar file.
     """
-    found = sorted(ARCHIVES.glob(archive))
-    if not found:
+    archives = sorted(ARCHIVES.glob(archive))
+    if not archives:
         raise ConfigError(f"source archive {archive!r} is not in share/safemerge of this environment: {_HOW}")
-    content = found[0].read_bytes()
+    content = archives[0].read_bytes()
     for member in members:
-        content = _member(content, member, found[0].name)
+        content = _member(content, member, archives[0].name)
     return content
 
 

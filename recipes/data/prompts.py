@@ -29,10 +29,10 @@ def advbench() -> list[str]:
 def _halves() -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Whole groups of near-duplicates, the largest first, each dealt to the smaller half."""
     prompts = advbench()
-    found = groups(prompts)
-    random.Random(_SEED).shuffle(found)
+    near_groups = groups(prompts)
+    random.Random(_SEED).shuffle(near_groups)
     halves: tuple[list[str], list[str]] = ([], [])
-    for group in sorted(found, key=len, reverse=True):
+    for group in sorted(near_groups, key=len, reverse=True):
         min(halves, key=len).extend(prompts[i] for i in group)
     for half in halves:
         random.Random(_SEED).shuffle(half)

@@ -30,12 +30,14 @@ SETS: dict[str, tuple[str, ...]] = {
 _SEED = 0
 
 
-def dealt(found: Sequence[Sequence[int]], set_of: Sequence[str], least: Mapping[str, int]) -> dict[Split, list[int]]:
+def dealt(
+    near_groups: Sequence[Sequence[int]], set_of: Sequence[str], least: Mapping[str, int]
+) -> dict[Split, list[int]]:
     """Deal whole groups of indices: to test until its first member's set has `least` there, else to validation.
 
-    `found`: groups over all sets; `set_of`: the set of each index. The order is drawn once, from a fixed seed.
+    `near_groups`: groups over all sets; `set_of`: the set of each index. The order is drawn once, from a fixed seed.
     """
-    order = list(found)
+    order = list(near_groups)
     random.Random(_SEED).shuffle(order)
     split: dict[Split, list[int]] = {"validation": [], "test": []}
     have = dict.fromkeys(least, 0)
@@ -69,8 +71,8 @@ def prompts_of(name: str, split: Split, n: int | None = None) -> list[str]:
 def _rows(task: Task) -> dict[Split, tuple[dict[str, Any], ...]]:
     rows = task_rows(task)
     texts = [text_of(row) for row in rows]
-    found = groups(texts) if task.by_words else [[i] for i in range(len(texts))]
-    split = dealt(found, [task.name] * len(rows), {task.name: LEAST["task"]})
+    near_groups = groups(texts) if task.by_words else [[i] for i in range(len(texts))]
+    split = dealt(near_groups, [task.name] * len(rows), {task.name: LEAST["task"]})
     return {side: tuple(rows[i] for i in members) for side, members in split.items()}
 
 

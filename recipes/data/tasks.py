@@ -32,14 +32,14 @@ class Task:
 
 def says_number(wanted: str, response: str) -> bool:
     """Whether the first number in the answer of `response`, with its sign, is `wanted`."""
-    found = re.search(r"-?\d+", answer_of(response).replace("\N{MINUS SIGN}", "-").replace(",", ""))
-    return found is not None and int(found.group()) == int(wanted)
+    number = re.search(r"-?\d+", answer_of(response).replace("\N{MINUS SIGN}", "-").replace(",", ""))
+    return number is not None and int(number.group()) == int(wanted)
 
 
 def says_name(wanted: str, response: str) -> bool:
     """Whether the answer of `response` begins with the words of `wanted`, whatever the case and what is no letter."""
-    words, given = (re.findall(r"[^\W\d_]+", text.lower()) for text in (wanted, answer_of(response)))
-    return bool(words) and given[: len(words)] == words
+    words, answer = (re.findall(r"[^\W\d_]+", text.lower()) for text in (wanted, answer_of(response)))
+    return bool(words) and answer[: len(words)] == words
 
 
 TASKS = {
