@@ -25,7 +25,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 from benchmarks.trainers.adapters import ADAPTERS
-from benchmarks.trainers.cell import Cell, Outcome, run
+from benchmarks.trainers.cell import CellOutcome, TrainerCell, run
 from benchmarks.trainers.engines import ENGINES
 from benchmarks.trainers.page import write_page
 from benchmarks.trainers.trainers import EXPERIMENTAL, TRANSFORMERS, TRL
@@ -35,7 +35,7 @@ CELLS = [*TRANSFORMERS, *TRL, *EXPERIMENTAL, *ADAPTERS, *ENGINES]
 PAGE = Path(__file__).parents[1] / "docs" / "trainers.md"
 
 
-def run_all(cells: Sequence[Cell], folder: Path) -> list[Outcome]:
+def run_all(cells: Sequence[TrainerCell], folder: Path) -> list[CellOutcome]:
     """Run the cells one after another, each in a folder of its own; print a line each."""
     bases: dict[str, Base] = {}
     outcomes = []

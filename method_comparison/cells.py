@@ -27,7 +27,7 @@ from safemerge_callback.offline import merge_adapters
 from safemerge_callback.record import JOURNAL_FILE, read_journal
 from safemerge_callback.signals import generate
 
-from .grid import Cell, Grid
+from .grid import Grid, GridCell
 from .resolve import adapter_of, folder_of, resolved
 from .stamp import ROOT, settings_digest
 
@@ -43,7 +43,7 @@ COLUMNS = ("measure", "n", "value", "low", "high", "outcomes")
 Keep = Callable[[str, list[str]], None]
 
 
-def run_cell(grid: Grid, cell: Cell, stamp: Mapping[str, Any]) -> dict[str, Any]:
+def run_cell(grid: Grid, cell: GridCell, stamp: Mapping[str, Any]) -> dict[str, Any]:
     """Run a cell, write its result beside its settings, and return it; an exception becomes its `error`.
 
     An adapter that was finished before is not made again: a run that is killed while it evaluates loses no training.
@@ -68,7 +68,7 @@ def run_cell(grid: Grid, cell: Cell, stamp: Mapping[str, Any]) -> dict[str, Any]
     return result
 
 
-def died(grid: Grid, cell: Cell, stamp: Mapping[str, Any], error: str) -> dict[str, Any]:
+def died(grid: Grid, cell: GridCell, stamp: Mapping[str, Any], error: str) -> dict[str, Any]:
     """Write and return the result of a cell whose process ended before it had one."""
     result = {**_about(grid, cell, resolved(grid, cell), stamp), "error": error}
     folder_of(grid, cell).mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def died(grid: Grid, cell: Cell, stamp: Mapping[str, Any], error: str) -> dict[s
     return result
 
 
-def _about(grid: Grid, cell: Cell, settings: Mapping[str, Any], stamp: Mapping[str, Any]) -> dict[str, Any]:
+def _about(grid: Grid, cell: GridCell, settings: Mapping[str, Any], stamp: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "cell": cell.name,
         "arm": cell.arm.name,
@@ -100,7 +100,7 @@ def _model_of(settings: Mapping[str, Any], grid: Grid) -> str:
     return settings.get("model") or settings.get("model_name_or_path") or grid.model
 
 
-def _make_adapter(grid: Grid, cell: Cell, settings: Mapping[str, Any]) -> float:
+def _make_adapter(grid: Grid, cell: GridCell, settings: Mapping[str, Any]) -> float:
     """Make the cell's adapter unless it is there; return the seconds that it took when it was made."""
     folder = folder_of(grid, cell)
     file, mark = folder / SETTINGS, folder / MARK

@@ -27,7 +27,7 @@ from recipes.data.tasks import get_task
 from recipes.processor import measured_pace
 from safemerge_callback.io.whole_file import whole_file
 
-from .grid import Cell, Grid, cells_of, load_grid
+from .grid import Grid, GridCell, cells_of, load_grid
 from .page import write_page
 from .resolve import check_cells, resolved
 from .results import (
@@ -56,7 +56,9 @@ SHARE_OF_TOKENS = (0.5, 1.0)
 OVERHEAD = (2.0, 10.0)
 
 
-def run_grid(grid: Grid, cells: Sequence[Cell], keep_others: bool = False, say: Say = print, workers: int = 0) -> None:
+def run_grid(
+    grid: Grid, cells: Sequence[GridCell], keep_others: bool = False, say: Say = print, workers: int = 0
+) -> None:
     """Run every cell that has no result yet, as `run_cells` does; results.jsonl and results.csv grow with each.
 
     Raises ConfigError, before the first cell, for settings that cannot be and for results of other versions.
@@ -75,7 +77,7 @@ def run_grid(grid: Grid, cells: Sequence[Cell], keep_others: bool = False, say: 
         say(f"[{place}/{len(left)}] {cell.name}: {result['error'] or 'done'} ({spent:.0f} s)")
 
 
-def estimate(grid: Grid, cells: Sequence[Cell]) -> str:
+def estimate(grid: Grid, cells: Sequence[GridCell]) -> str:
     """Return how long the cells are likely to take on 2 CPU cores, in words."""
     spans = [seconds_of(grid, cell) for cell in cells]
     low, high = (sum(span[i] for span in spans) for i in (0, 1))
@@ -87,7 +89,7 @@ def estimate(grid: Grid, cells: Sequence[Cell]) -> str:
     )
 
 
-def seconds_of(grid: Grid, cell: Cell) -> tuple[float, float]:
+def seconds_of(grid: Grid, cell: GridCell) -> tuple[float, float]:
     """Return the least and most seconds that a cell is likely to take, by the paces above."""
     prompts = sum(len(prompts_of(name, grid.split, grid.evaluate[name])) for name in SETS)
     task = get_task(cell.task)
@@ -137,7 +139,7 @@ def build_subspaces(grid: Grid) -> None:
             part.write_text(rows_text(foreign_rows()), encoding="utf-8")
 
 
-def repeat(grid: Grid, cells: Sequence[Cell], folder: Path, workers: int = 0, say: Say = print) -> None:
+def repeat(grid: Grid, cells: Sequence[GridCell], folder: Path, workers: int = 0, say: Say = print) -> None:
     """Run the cells again in `folder`, and say a line a cell: what is as published. ConfigError where nothing is."""
     published, again = published_results(grid), elsewhere(grid, folder)
     run_grid(again, cells, say=say, workers=workers)
@@ -146,7 +148,7 @@ def repeat(grid: Grid, cells: Sequence[Cell], folder: Path, workers: int = 0, sa
         say(line)
 
 
-def go_on(grid: Grid, cells: Sequence[Cell], keep_others: bool = False, workers: int = 0, say: Say = print) -> None:
+def go_on(grid: Grid, cells: Sequence[GridCell], keep_others: bool = False, workers: int = 0, say: Say = print) -> None:
     """Run the cells that are not published, and say a line for each published one that had to be run again for them.
 
     ConfigError where nothing is published, or what is does not mix with what would be run now.

@@ -24,7 +24,7 @@ from .drift_measures import (
     LOST,
     OPPOSED,
     TABLE,
-    Drift,
+    AdapterDrift,
     band_of,
     correlation_interval,
     drifts,
@@ -54,7 +54,7 @@ def main(args: Sequence[str] | None = None) -> None:
     print(f"{len(adapters)} adapters; page: {write_drift(grid, options.config, adapters, options.since)}")
 
 
-def write_drift(grid: Grid, config: str | Path, adapters: Sequence[Drift], since: str = "") -> Path:
+def write_drift(grid: Grid, config: str | Path, adapters: Sequence[AdapterDrift], since: str = "") -> Path:
     """Write drift.md beside the grid's results.md, or drift_X.md beside results_X.md; return the page.
 
     drift.csv and drift.svg go into the folder of the grid's page. Runs that were begun from `since` on, an ISO time,
@@ -65,7 +65,7 @@ def write_drift(grid: Grid, config: str | Path, adapters: Sequence[Drift], since
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / TABLE).open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow(Drift._fields)
+        rows.writerow(AdapterDrift._fields)
         rows.writerows(adapters)
     plot = write_drift_plot(adapters, folder / "drift.svg")
     unmerged = [one for one in adapters if not one.merged]
@@ -81,7 +81,7 @@ def write_drift(grid: Grid, config: str | Path, adapters: Sequence[Drift], since
     return page
 
 
-def _head(call: str, results: str, adapters: Sequence[Drift], since: str) -> str:
+def _head(call: str, results: str, adapters: Sequence[AdapterDrift], since: str) -> str:
     tried = f", those before {since}; the later ones are its test" if since else ""
     return "\n".join(
         [
@@ -108,8 +108,8 @@ def _head(call: str, results: str, adapters: Sequence[Drift], since: str) -> str
     )
 
 
-def _correlations(adapters: Sequence[Drift], since: str) -> str:
-    measures: dict[str, Callable[[Drift], float]] = {
+def _correlations(adapters: Sequence[AdapterDrift], since: str) -> str:
+    measures: dict[str, Callable[[AdapterDrift], float]] = {
         "cosine": lambda one: one.cosine,
         "signed z": lambda one: one.signed_z,
         "opposed": lambda one: one.opposed,
@@ -133,7 +133,7 @@ def _correlations(adapters: Sequence[Drift], since: str) -> str:
     return table(["runs", "n", *measures], rows)
 
 
-def _bands(adapters: Sequence[Drift], since: str) -> list[str]:
+def _bands(adapters: Sequence[AdapterDrift], since: str) -> list[str]:
     """The section on the edge below which refusals are lost; nothing where too few runs were left as they were."""
     left = [one for one in adapters if not one.guarded]
     band = band_of(left)
@@ -179,7 +179,7 @@ def _with_interval(rho: float, n: int) -> str:
     return f"{rho:+.2f}" if math.isnan(low) else f"{rho:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
-def _runs(adapters: Iterable[Drift]) -> str:
+def _runs(adapters: Iterable[AdapterDrift]) -> str:
     rows = [
         [
             *(one.task, f"{100 * one.poisoned_share:.0f} %", one.arm, str(one.seed)),

@@ -17,7 +17,7 @@ from safemerge_callback.errors import ConfigError
 from safemerge_callback.subspace import Subspace
 
 from .figures import HARMFUL
-from .grid import Cell, Grid
+from .grid import Grid, GridCell
 from .resolve import PREFIX, adapter_of
 from .results import Result, result_of
 
@@ -28,7 +28,7 @@ TABLE = "drift.csv"
 LOST = 0.5
 
 
-class Drift(NamedTuple):
+class AdapterDrift(NamedTuple):
     """One run: means over its modules, and what came of it, shares of 1.
 
     guarded: whether the callback or a merge changed the update. merged: whether a safety adapter was merged in.
@@ -56,7 +56,9 @@ class Drift(NamedTuple):
     score: float
 
 
-def drifts(grid: Grid, cells: Sequence[Cell], published: Mapping[str, Drift] = MappingProxyType({})) -> list[Drift]:
+def drifts(
+    grid: Grid, cells: Sequence[GridCell], published: Mapping[str, AdapterDrift] = MappingProxyType({})
+) -> list[AdapterDrift]:
     """Measure the adapter of every cell that has one and a result, against the grid's two subspaces.
 
     Cells that are `published` are not measured again: neither their adapters nor the subspaces need be here. Of runs
@@ -73,29 +75,29 @@ def drifts(grid: Grid, cells: Sequence[Cell], published: Mapping[str, Drift] = M
             factors = load_adapter(str(adapter)).factors
             readings, control = (measure(factors, subspace) for subspace in subspaces)
             adapters.append(_drift(cell, readings, control, result))
-    first = dict[Drift, Drift]()
+    first = dict[AdapterDrift, AdapterDrift]()
     for run in adapters:
         first.setdefault(run._replace(cell="", arm="", date=""), run)
     return list(first.values())
 
 
-def published_drifts(grid: Grid) -> dict[str, Drift]:
+def published_drifts(grid: Grid) -> dict[str, AdapterDrift]:
     """Return cell name -> run, of the drift.csv beside the grid's page; ConfigError where there is none."""
     path = Path(grid.page).with_suffix("") / TABLE
     read: dict[Any, Callable[[str], Any]] = {bool: lambda text: text == "True", float: float, int: int, str: str}
-    kinds = get_type_hints(Drift)
+    kinds = get_type_hints(AdapterDrift)
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            rows = [Drift(**{key: read[kinds[key]](row[key]) for key in kinds}) for row in csv.DictReader(file)]
+            rows = [AdapterDrift(**{key: read[kinds[key]](row[key]) for key in kinds}) for row in csv.DictReader(file)]
     except (OSError, KeyError, ValueError) as error:
         raise ConfigError(f"{str(path)!r} holds no measured runs ({error}): leave out --take-published") from error
     return {run.cell: run for run in rows}
 
 
-def _drift(cell: Cell, readings: Readings, control: Readings, result: Result) -> Drift:
+def _drift(cell: GridCell, readings: Readings, control: Readings, result: Result) -> AdapterDrift:
     signed = _signed(readings)
     shares = {measure["measure"]: measure["value"] for measure in result["measures"]}
-    return Drift(
+    return AdapterDrift(
         cell.name,
         cell.arm.name,
         cell.task,
@@ -125,7 +127,7 @@ def _signed(readings: Readings) -> list[float]:
     return [reading.signed_z for reading in readings.values() if reading.signed_z is not None]
 
 
-def band_of(runs: Sequence[Drift]) -> Band | None:
+def band_of(runs: Sequence[AdapterDrift]) -> Band | None:
     """Return the `moved` that parts runs that lost their refusals from those that did not, and the runs on its sides.
 
     Lost is fewer than half refused. The edge is where the fewest runs stand on the wrong side (lost above it, not lost
@@ -140,12 +142,12 @@ def band_of(runs: Sequence[Drift]) -> Band | None:
     return _parted(round(10 * (order[at - 1].moved + order[at].moved)) / 20, runs)
 
 
-def _parted(edge: float, runs: Sequence[Drift]) -> Band:
+def _parted(edge: float, runs: Sequence[AdapterDrift]) -> Band:
     below, above = sides_of(edge, runs)
     return Band(edge, len(below), sum(h < LOST for h in below), len(above), sum(h < LOST for h in above))
 
 
-def sides_of(edge: float, runs: Iterable[Drift]) -> tuple[list[float], list[float]]:
+def sides_of(edge: float, runs: Iterable[AdapterDrift]) -> tuple[list[float], list[float]]:
     """The refusals of the runs below the edge, and of the others."""
     sides = [(run.moved < edge, run.harm) for run in runs]
     return [harm for below, harm in sides if below], [harm for below, harm in sides if not below]

@@ -73,7 +73,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridCell:
     """One run: an arm on a task with a poisoned share and a seed."""
 
     arm: Arm
@@ -182,7 +182,7 @@ def cells_of(
     seeds: Sequence[int] = (),
     tasks: Sequence[str] = (),
     poisoned_shares: Sequence[float] = (),
-) -> list[Cell]:
+) -> list[GridCell]:
     """Return the cells in the order in which they run: an arm that trains before what merges its adapter.
 
     `only` names arms (their parents come along), the others some of the grid's. An arm of kind `model` has one cell a
@@ -203,11 +203,11 @@ def cells_of(
     return cells
 
 
-def _cells(grid: Grid, arms: Sequence[Arm]) -> Iterator[Cell]:
+def _cells(grid: Grid, arms: Sequence[Arm]) -> Iterator[GridCell]:
     every = dict.fromkeys(seed for arm in arms for seed in arm.seeds or grid.seeds)
     for arm in (a for a in arms if a.kind == "model"):
         for task in arm.tasks or grid.tasks:
-            yield Cell(arm, task, grid.poisoned_shares[0], grid.seeds[0])
+            yield GridCell(arm, task, grid.poisoned_shares[0], grid.seeds[0])
     for seed in every:
         for task in TASKS:
             for share in dict.fromkeys(s for a in arms for s in a.poisoned_shares or grid.poisoned_shares):
@@ -216,23 +216,23 @@ def _cells(grid: Grid, arms: Sequence[Arm]) -> Iterator[Cell]:
                         arm.poisoned_shares or grid.poisoned_shares
                     )
                     if arm.kind != "model" and wanted and seed in (arm.seeds or grid.seeds):
-                        yield Cell(arm, task, share, seed)
+                        yield GridCell(arm, task, share, seed)
     for more in grid.more:
         names = chosen(grid.arms, more["arms"])
         where = more.get("tasks") or grid.tasks, more.get("poisoned_shares") or grid.poisoned_shares
         for seed, task, share, arm in product(more["seeds"], *where, arms):
             if arm.name in names and arm.kind != "model":
-                yield Cell(arm, task, share, seed)
+                yield GridCell(arm, task, share, seed)
 
 
-def parent_of(grid: Grid, cell: Cell) -> Cell | None:
+def parent_of(grid: Grid, cell: GridCell) -> GridCell | None:
     """Return the cell whose adapter this one merges, if it is one that merges."""
     if cell.arm.parent is None:
         return None
-    return Cell(grid.arms[cell.arm.parent], cell.task, cell.poisoned_share, cell.seed)
+    return GridCell(grid.arms[cell.arm.parent], cell.task, cell.poisoned_share, cell.seed)
 
 
-def _check_parents(grid: Grid, cells: Sequence[Cell]) -> None:
+def _check_parents(grid: Grid, cells: Sequence[GridCell]) -> None:
     have = {cell.name for cell in cells}
     for cell in cells:
         parent = parent_of(grid, cell)

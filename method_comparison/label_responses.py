@@ -24,7 +24,7 @@ from safemerge_callback.evaluation import wilson
 from safemerge_callback.evaluation.measure import LETTERS
 
 from .cells import RESPONSES
-from .grid import Cell, Grid, cells_of, load_grid
+from .grid import Grid, GridCell, cells_of, load_grid
 from .markdown import percent, table
 from .resolve import folder_of
 from .results import result_of
@@ -36,7 +36,7 @@ LABELS = tuple(word for word in LETTERS if word != "unjudged")
 _SHEET = ("id", "prompt", "response", "label")
 
 
-class Response(NamedTuple):
+class JudgedResponse(NamedTuple):
     """A response, the arm that gave it, and the first judge's verdict, a word of LETTERS; `id` tells neither."""
 
     id: str
@@ -57,7 +57,7 @@ class Agreement(NamedTuple):
     judge: float
 
 
-def responses_of(grid: Grid, cells: Sequence[Cell]) -> list[Response]:
+def responses_of(grid: Grid, cells: Sequence[GridCell]) -> list[JudgedResponse]:
     """Return every response that was kept; ConfigError where no cell has any."""
     responses = [response for cell in cells for response in _responses(grid, cell)]
     if not responses:
@@ -65,7 +65,7 @@ def responses_of(grid: Grid, cells: Sequence[Cell]) -> list[Response]:
     return responses
 
 
-def _responses(grid: Grid, cell: Cell) -> Iterator[Response]:
+def _responses(grid: Grid, cell: GridCell) -> Iterator[JudgedResponse]:
     path, result = folder_of(grid, cell) / RESPONSES, result_of(grid, cell)
     if result is None or result["error"] or not path.is_file():
         return
@@ -75,10 +75,10 @@ def _responses(grid: Grid, cell: Cell) -> Iterator[Response]:
         prompts, letters = prompts_of(name, grid.split, len(said)), outcomes[f"{name}_refused"]
         for place, (prompt, response, letter) in enumerate(zip(prompts, said, letters, strict=True)):
             id = digest([f"{cell.name}/{name}/{place}".encode()])
-            yield Response(id, cell.arm.name, name, prompt, response, words[letter])
+            yield JudgedResponse(id, cell.arm.name, name, prompt, response, words[letter])
 
 
-def write_sheet(responses: Sequence[Response], number: int, path: str | Path, seed: int = 0) -> Path:
+def write_sheet(responses: Sequence[JudgedResponse], number: int, path: str | Path, seed: int = 0) -> Path:
     """Write so many responses, drawn from all alike, with an empty column for labels; ConfigError where it exists."""
     path = Path(path)
     if number < 1:
@@ -106,7 +106,7 @@ def read_labels(path: str | Path) -> dict[str, str]:
     return labels
 
 
-def agreements(responses: Sequence[Response], labels: Mapping[str, str]) -> list[Agreement]:
+def agreements(responses: Sequence[JudgedResponse], labels: Mapping[str, str]) -> list[Agreement]:
     """Return a row an arm and one of all, over responses that both gave a verdict; ConfigError where none is known."""
     both = [(one, labels[one.id]) for one in responses if one.id in labels and one.verdict != "unjudged"]
     if not both:

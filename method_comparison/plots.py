@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .drift_measures import Drift
+    from .drift_measures import AdapterDrift
 
 _MARKS = "osD^v<>PX*hp"
 # The SVG's ids and date would otherwise change with every run.
@@ -172,7 +172,7 @@ def _by_layer(name: str) -> tuple[list[int], str]:
     return [int(part) for part in name.split(".") if part.isdecimal()], name
 
 
-def write_drift_plot(adapters: Sequence[Drift], path: Path) -> Path:
+def write_drift_plot(adapters: Sequence[AdapterDrift], path: Path) -> Path:
     """Write each run's harm refused over three measures, those with a safety adapter merged in small."""
     measures = {"mean cosine": "cosine", "mean signed z": "signed_z", "mean signed z · ‖ΔW‖": "moved"}
     with _style():

@@ -22,7 +22,7 @@ from safemerge_callback.methods import as_how
 from safemerge_callback.training.config.settings import SafeMergeConfig
 
 from .arms import Arm
-from .grid import Cell, Grid, parent_of
+from .grid import Grid, GridCell, parent_of
 
 # Settings of `merge_adapters` besides the knobs of its gate, and what they are where an arm does not say. The study's
 # own, whatever the defaults become and whatever knobs are added: published cells are known by the digest of these.
@@ -47,17 +47,17 @@ _WEIGHTS = (0.8, 0.2)
 _SCHEDULE = ("every", "from_step", "until_step", "cooldown", "at_train_end", "asynchronous")
 
 
-def folder_of(grid: Grid, cell: Cell) -> Path:
+def folder_of(grid: Grid, cell: GridCell) -> Path:
     """Return the cell's folder."""
     return Path(grid.output_dir) / "cells" / cell.name
 
 
-def adapter_of(grid: Grid, cell: Cell) -> Path | None:
+def adapter_of(grid: Grid, cell: GridCell) -> Path | None:
     """Return the folder of the adapter that the cell evaluates; None for a model as it is."""
     return None if cell.arm.kind == "model" else folder_of(grid, cell) / "adapter"
 
 
-def resolved(grid: Grid, cell: Cell) -> dict[str, Any]:
+def resolved(grid: Grid, cell: GridCell) -> dict[str, Any]:
     """Return all that the cell runs with, JSON-able: a file for recipes/finetune.py, or the arguments of the merge."""
     if cell.arm.kind == "model":
         return {"model": cell.arm.settings.get("model", grid.model)}
@@ -73,7 +73,7 @@ def resolved(grid: Grid, cell: Cell) -> dict[str, Any]:
     return {"model_name_or_path": grid.model, **_train_settings(grid, cell.arm, cell), **of_the_cell}
 
 
-def _train_settings(grid: Grid, arm: Arm, cell: Cell) -> dict[str, Any]:
+def _train_settings(grid: Grid, arm: Arm, cell: GridCell) -> dict[str, Any]:
     # transformers refuses bf16 without an accelerator unless it is told that there is none.
     settings = {"use_cpu": _on_cpu(), **grid.finetune, **grid.by_task.get(cell.task, {}), **arm.settings}
     return {key: _placed(grid, cell, value) for key, value in settings.items()}
@@ -85,7 +85,7 @@ def _on_cpu() -> bool:
     return not torch.accelerator.is_available()
 
 
-def _merge_settings(grid: Grid, cell: Cell) -> dict[str, Any]:
+def _merge_settings(grid: Grid, cell: GridCell) -> dict[str, Any]:
     parent = parent_of(grid, cell)
     assert parent is not None, "checked when the arms were read"
     knobs = {"subspace": "{subspace}", **MERGE, **cell.arm.settings}
@@ -95,7 +95,7 @@ def _merge_settings(grid: Grid, cell: Cell) -> dict[str, Any]:
     return {**files, **{key: _placed(grid, cell, value) for key, value in knobs.items()}}
 
 
-def _placed(grid: Grid, cell: Cell, value: Any) -> Any:
+def _placed(grid: Grid, cell: GridCell, value: Any) -> Any:
     """The value, with the grid's own files and the cell's seed where it names them."""
     if isinstance(value, list):
         return [_placed(grid, cell, one) for one in value]
@@ -125,7 +125,7 @@ def total_weights(settings: Mapping[str, Any]) -> list[float]:
     return [round(task**events, 6), round(safety * sum(task**i for i in range(events)), 6)]
 
 
-def check_cells(grid: Grid, cells: Sequence[Cell]) -> None:
+def check_cells(grid: Grid, cells: Sequence[GridCell]) -> None:
     """Raise ConfigError, naming the cell, where its settings cannot be, or a model or an adapter is not to be had."""
     check_ready(load_judge(judge) for judge in grid.evaluate["judges"])
     with tempfile.TemporaryDirectory() as folder:
@@ -138,7 +138,7 @@ def check_cells(grid: Grid, cells: Sequence[Cell]) -> None:
                 raise ConfigError(f"cell {cell.name!r} cannot run: {error}") from error
 
 
-def _check(grid: Grid, cell: Cell, file: Path) -> None:
+def _check(grid: Grid, cell: GridCell, file: Path) -> None:
     if cell.arm.kind == "train" and (keys := [key for key in _CELL_KEYS if key in cell.arm.settings]):
         raise ConfigError(f"settings {keys} are the cell's own: drop them from arm {cell.arm.name!r}")
     settings = resolved(grid, cell)

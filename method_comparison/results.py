@@ -13,7 +13,7 @@ from typing import Any
 from safemerge_callback.errors import ConfigError
 
 from .cells import MARK, RESULT, write_json
-from .grid import Cell, Grid, parent_of
+from .grid import Grid, GridCell, parent_of
 from .resolve import folder_of, resolved
 from .stamp import differences, digest, settings_digest
 
@@ -24,7 +24,7 @@ _MEASURE = ("measure", "n", "value", "low", "high")
 _SHOWN = 5
 
 
-def result_of(grid: Grid, cell: Cell) -> Result | None:
+def result_of(grid: Grid, cell: GridCell) -> Result | None:
     """Return the cell's result, if it has one; ConfigError where the file is no result."""
     path = folder_of(grid, cell) / RESULT
     if not path.is_file():
@@ -36,7 +36,7 @@ def result_of(grid: Grid, cell: Cell) -> Result | None:
     return dict(result)
 
 
-def why_other(grid: Grid, cell: Cell, result: Result, stamp: Mapping[str, Any]) -> list[str]:
+def why_other(grid: Grid, cell: GridCell, result: Result, stamp: Mapping[str, Any]) -> list[str]:
     """Return in words why a result is not what this cell would give now; nothing where it is."""
     why = differences(result["stamp"], stamp, grid.same_code)
     if result["split"] != grid.split:
@@ -46,7 +46,7 @@ def why_other(grid: Grid, cell: Cell, result: Result, stamp: Mapping[str, Any]) 
     return why
 
 
-def sort_out(grid: Grid, cells: Sequence[Cell], stamp: Mapping[str, Any], keep_others: bool) -> list[Cell]:
+def sort_out(grid: Grid, cells: Sequence[GridCell], stamp: Mapping[str, Any], keep_others: bool) -> list[GridCell]:
     """Return the cells that have yet to run: those without a result, and those whose last try failed.
 
     Results of another version, code, data, device or setting are refused with what differs; with `keep_others` they
@@ -65,7 +65,7 @@ def sort_out(grid: Grid, cells: Sequence[Cell], stamp: Mapping[str, Any], keep_o
     return [cell for cell in cells if cell in others or cell not in results or results[cell]["error"]]
 
 
-def with_parents(grid: Grid, cells: Sequence[Cell]) -> list[Cell]:
+def with_parents(grid: Grid, cells: Sequence[GridCell]) -> list[GridCell]:
     """Return the cells and, before them, those whose adapter they merge and which are done but have none left.
 
     An adapter may be gone, deleted or of another machine, while its result stays: what merges it needs it again.
@@ -92,7 +92,7 @@ def one_version(
     return [result for result, words in zip(results, why, strict=True) if not words], others
 
 
-def _set_apart(grid: Grid, cell: Cell, why: Sequence[str]) -> None:
+def _set_apart(grid: Grid, cell: GridCell, why: Sequence[str]) -> None:
     folder = folder_of(grid, cell)
     result = {**json.loads((folder / RESULT).read_text(encoding="utf-8")), "other": list(why)}
     name = digest([json.dumps(result, sort_keys=True).encode()])
@@ -108,7 +108,7 @@ def others_of(grid: Grid) -> list[Result]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
-def write_results(grid: Grid, cells: Sequence[Cell], folder: str | Path | None = None) -> list[Result]:
+def write_results(grid: Grid, cells: Sequence[GridCell], folder: str | Path | None = None) -> list[Result]:
     """Write all results of the cells to results.jsonl and results.csv in `folder` (None: the grid's); return them."""
     results = [result for cell in cells if (result := result_of(grid, cell)) is not None]
     folder = Path(folder or grid.output_dir)
@@ -149,8 +149,8 @@ def published_results(grid: Grid) -> dict[str, Result]:
 
 
 def take_published(
-    grid: Grid, cells: Sequence[Cell], published: Mapping[str, Result], stamp: Mapping[str, Any]
-) -> list[Cell]:
+    grid: Grid, cells: Sequence[GridCell], published: Mapping[str, Result], stamp: Mapping[str, Any]
+) -> list[GridCell]:
     """Give each cell that has no result the published one, if there is one without an error; return those cells.
 
     A clone has these and no cells. ConfigError, before any is taken, for those that are not what a run with `stamp`
@@ -172,13 +172,15 @@ def take_published(
     return taken
 
 
-def run_since(grid: Grid, cells: Sequence[Cell], published: Mapping[str, Result]) -> list[tuple[Cell, Result]]:
+def run_since(grid: Grid, cells: Sequence[GridCell], published: Mapping[str, Result]) -> list[tuple[GridCell, Result]]:
     """Return those published cells, with their results of now, that have been run again since."""
     repeated = [(cell, result) for cell in cells if cell.name in published and (result := result_of(grid, cell))]
     return [(cell, result) for cell, result in repeated if result["date"] != published[cell.name]["date"]]
 
 
-def beside_published(grid: Grid, repeated: Sequence[tuple[Cell, Result]], published: Mapping[str, Result]) -> list[str]:
+def beside_published(
+    grid: Grid, repeated: Sequence[tuple[GridCell, Result]], published: Mapping[str, Result]
+) -> list[str]:
     """Return a line a cell: how many of its outcomes are those published, and what else differs between the runs."""
     lines = []
     for cell, result in repeated:

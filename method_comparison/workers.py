@@ -16,7 +16,7 @@ from typing import Any
 from safemerge_callback.errors import ConfigError
 
 from .cells import died, run_cell
-from .grid import Cell, Grid, parent_of
+from .grid import Grid, GridCell, parent_of
 from .results import Result, result_of
 
 
@@ -34,8 +34,8 @@ def share_threads(workers: int) -> None:
 
 
 def run_cells(
-    grid: Grid, cells: Sequence[Cell], stamp: Mapping[str, Any], workers: int
-) -> Iterator[tuple[Cell, Result]]:
+    grid: Grid, cells: Sequence[GridCell], stamp: Mapping[str, Any], workers: int
+) -> Iterator[tuple[GridCell, Result]]:
     """Run the cells and yield each with its result as it ends: `workers` at a time, or one by one in this process (0).
 
     A cell begins after the one whose adapter it merges. A process that dies, out of memory or killed, is its cell's
@@ -45,7 +45,7 @@ def run_cells(
         for cell in cells:
             yield cell, run_cell(grid, cell, stamp)
         return
-    left, running = list(cells), dict[SpawnProcess, Cell]()
+    left, running = list(cells), dict[SpawnProcess, GridCell]()
     try:
         while left or running:
             while len(running) < workers and (begin := _next(grid, left, list(running.values()))) is not None:
@@ -60,19 +60,19 @@ def run_cells(
             process.join()
 
 
-def _next(grid: Grid, left: Sequence[Cell], running: Sequence[Cell]) -> Cell | None:
+def _next(grid: Grid, left: Sequence[GridCell], running: Sequence[GridCell]) -> GridCell | None:
     """The first cell that waits for no other; those that a cell waits for come before it."""
     return next((cell for cell in left if parent_of(grid, cell) not in [*left, *running]), None)
 
 
-def _start(grid: Grid, cell: Cell, stamp: Mapping[str, Any]) -> SpawnProcess:
+def _start(grid: Grid, cell: GridCell, stamp: Mapping[str, Any]) -> SpawnProcess:
     # Spawned: a fork of a process with threads may hang.
     process = get_context("spawn").Process(target=_run, args=(grid, cell, dict(stamp)), name=cell.name)
     process.start()
     return process
 
 
-def _run(grid: Grid, cell: Cell, stamp: Mapping[str, Any]) -> None:
+def _run(grid: Grid, cell: GridCell, stamp: Mapping[str, Any]) -> None:
     Thread(target=_end_with_parent, daemon=True).start()
     run_cell(grid, cell, stamp)
 
@@ -85,7 +85,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _result(grid: Grid, cell: Cell, stamp: Mapping[str, Any], process: SpawnProcess) -> Result:
+def _result(grid: Grid, cell: GridCell, stamp: Mapping[str, Any], process: SpawnProcess) -> Result:
     process.join()
     if process.exitcode:
         return died(grid, cell, stamp, f"the cell's process ended with {process.exitcode}; a negative one is a signal")

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.demo_report import Arm, markdown, table, verdict
-from recipes.processor import Pace, measured_pace
+from recipes.processor import ProcessorPace, measured_pace
 from safemerge_callback.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -77,7 +77,7 @@ def silence() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def machine_settings(pace: Pace) -> list[str]:
+def machine_settings(pace: ProcessorPace) -> list[str]:
     """Return the training settings that follow from the machine and what was measured on it, the same for both arms."""
     import torch
 
@@ -196,7 +196,7 @@ def run_demo(run: Path, counts: dict[str, int], extra: Sequence[str], say: Calla
 
 def about_run(results: Mapping[str, Any]) -> str:
     """Return when, on what, in which dtype and for how long the demo ran, as its table says it."""
-    pace = Pace(**results["pace"])
+    pace = ProcessorPace(**results["pace"])
     cores = f"{os.cpu_count()} cores, {results['dtype']} ({pace})"
     return f"{date.today()}, {cores}, {results['seconds'] / 60:.1f} minutes"
 

@@ -17,7 +17,7 @@ _SECONDS = 0.05
 _WORTH = 1.2
 
 
-class Pace(NamedTuple):
+class ProcessorPace(NamedTuple):
     """How quickly products of a model's shapes run on `processor`, in GFLOP/s; 0 where a dtype cannot be had."""
 
     processor: str
@@ -60,7 +60,7 @@ def processor_name() -> str:
 
 
 @cache
-def measured_pace() -> Pace:
+def measured_pace() -> ProcessorPace:
     """Measure products of `SHAPES` in both dtypes, in turns for about 50 ms each, where models run here; once.
 
     Instructions do not tell: of two processors with avx512_bf16 and without AMX, one was seen to run bfloat16 at 0.6
@@ -72,7 +72,7 @@ def measured_pace() -> Pace:
     works = {dtype: _products(getattr(torch, dtype), device) for dtype in ("float32", "bfloat16")}
     best = _best_seconds({dtype: work for dtype, work in works.items() if work is not None})
     flops = sum(2 * math.prod(shape) for shape in SHAPES)
-    return Pace(processor_name(), *(flops / best[dtype] / 1e9 if dtype in best else 0.0 for dtype in works))
+    return ProcessorPace(processor_name(), *(flops / best[dtype] / 1e9 if dtype in best else 0.0 for dtype in works))
 
 
 def _products(dtype: Any, device: Any) -> Callable[[], None] | None:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from . import data
-from .cell import Cell, Make, Setup
+from .cell import Make, Setup, TrainerCell
 from .setups import TARGETS, lora, plain, settings, trl
 from .world import Base
 
@@ -75,57 +75,61 @@ def _narrow(base: Base, output: str, callbacks: list[TrainerCallback]) -> Setup:
 
 MOVED = "measured against the initial factors; a merge loses most of the safety update, and a warning says how much"
 ADAPTERS = [
-    Cell(
+    TrainerCell(
         KINDS,
         "rank_pattern and alpha_pattern",
         plain(data.tokens, rank_pattern={"v_proj": 2}, alpha_pattern={"v_proj": 6}),
     ),
-    Cell(KINDS, "rsLoRA", plain(data.tokens, use_rslora=True)),
-    Cell(KINDS, "init gaussian", plain(data.tokens, init_lora_weights="gaussian")),
-    Cell(KINDS, "init orthogonal", plain(data.tokens, init_lora_weights="orthogonal")),
-    Cell(KINDS, "dropout 0.1, NEFTune", plain(data.tokens, lora_dropout=0.1, options={"neftune_noise_alpha": 5.0})),
-    Cell(KINDS, "every linear layer", plain(data.tokens, target_modules="all-linear")),
-    Cell(KINDS, "embeddings", plain(data.tokens, target_modules=EMBEDDED)),
-    Cell(KINDS, "output head", plain(data.tokens, target_modules=[*TARGETS, "lm_head"])),
-    Cell(KINDS, "PiSSA", plain(data.tokens, init_lora_weights="pissa"), note=MOVED, warns="began as a part"),
-    Cell(KINDS, "OLoRA", plain(data.tokens, init_lora_weights="olora"), note=MOVED, warns="began as a part"),
-    Cell(KINDS, "LoftQ", plain(data.tokens, init_lora_weights="loftq", loftq_config=LOFTQ), needs="a GPU"),
-    Cell(KINDS, "DoRA", plain(data.tokens, use_dora=True)),
-    Cell(KINDS, "lora_bias", plain(data.tokens, lora_bias=True)),
-    Cell(KINDS, "AdaLoRA", _of_kind("AdaLoraConfig", total_step=3)),
-    Cell(KINDS, "LoHa", _of_kind("LoHaConfig")),
-    Cell(KINDS, "IA3", _of_kind("IA3Config", feedforward_modules=[])),
-    Cell(MANY, "a second, frozen adapter", plain(data.tokens, change=_second)),
-    Cell(MANY, "the second adapter trained", plain(data.tokens, change=_trained_second)),
-    Cell(MANY, "two adapters active", plain(data.tokens, change=_both)),
-    Cell(MANY, "two active, adapter_name given", plain(data.tokens, change=_both), knobs={"adapter_name": "default"}),
-    Cell(
+    TrainerCell(KINDS, "rsLoRA", plain(data.tokens, use_rslora=True)),
+    TrainerCell(KINDS, "init gaussian", plain(data.tokens, init_lora_weights="gaussian")),
+    TrainerCell(KINDS, "init orthogonal", plain(data.tokens, init_lora_weights="orthogonal")),
+    TrainerCell(
+        KINDS, "dropout 0.1, NEFTune", plain(data.tokens, lora_dropout=0.1, options={"neftune_noise_alpha": 5.0})
+    ),
+    TrainerCell(KINDS, "every linear layer", plain(data.tokens, target_modules="all-linear")),
+    TrainerCell(KINDS, "embeddings", plain(data.tokens, target_modules=EMBEDDED)),
+    TrainerCell(KINDS, "output head", plain(data.tokens, target_modules=[*TARGETS, "lm_head"])),
+    TrainerCell(KINDS, "PiSSA", plain(data.tokens, init_lora_weights="pissa"), note=MOVED, warns="began as a part"),
+    TrainerCell(KINDS, "OLoRA", plain(data.tokens, init_lora_weights="olora"), note=MOVED, warns="began as a part"),
+    TrainerCell(KINDS, "LoftQ", plain(data.tokens, init_lora_weights="loftq", loftq_config=LOFTQ), needs="a GPU"),
+    TrainerCell(KINDS, "DoRA", plain(data.tokens, use_dora=True)),
+    TrainerCell(KINDS, "lora_bias", plain(data.tokens, lora_bias=True)),
+    TrainerCell(KINDS, "AdaLoRA", _of_kind("AdaLoraConfig", total_step=3)),
+    TrainerCell(KINDS, "LoHa", _of_kind("LoHaConfig")),
+    TrainerCell(KINDS, "IA3", _of_kind("IA3Config", feedforward_modules=[])),
+    TrainerCell(MANY, "a second, frozen adapter", plain(data.tokens, change=_second)),
+    TrainerCell(MANY, "the second adapter trained", plain(data.tokens, change=_trained_second)),
+    TrainerCell(MANY, "two adapters active", plain(data.tokens, change=_both)),
+    TrainerCell(
+        MANY, "two active, adapter_name given", plain(data.tokens, change=_both), knobs={"adapter_name": "default"}
+    ),
+    TrainerCell(
         MANY,
         "DPOTrainer given a PeftModel (adds ref)",
         trl("DPOTrainer", "DPOConfig", data.preferences, **WITH_PEFT_MODEL),
     ),
-    Cell(MANY, "KTOTrainer given a PeftModel", trl("KTOTrainer", "KTOConfig", data.judged, **WITH_PEFT_MODEL)),
-    Cell(MANY, "modules_to_save: lm_head", plain(data.tokens, modules_to_save=["lm_head"])),
-    Cell(MANY, "modules_to_save: embed_tokens", plain(data.tokens, modules_to_save=["embed_tokens"])),
-    Cell(MANY, "trainable_token_indices", plain(data.tokens, trainable_token_indices={"embed_tokens": [5, 6]})),
-    Cell(MANY, "bias='lora_only'", plain(data.tokens, bias="lora_only")),
-    Cell(BASES, "bf16 base, fp32 factors", _mixed),
-    Cell(BASES, "bf16 base, bf16 factors", _narrow),
-    Cell(
+    TrainerCell(MANY, "KTOTrainer given a PeftModel", trl("KTOTrainer", "KTOConfig", data.judged, **WITH_PEFT_MODEL)),
+    TrainerCell(MANY, "modules_to_save: lm_head", plain(data.tokens, modules_to_save=["lm_head"])),
+    TrainerCell(MANY, "modules_to_save: embed_tokens", plain(data.tokens, modules_to_save=["embed_tokens"])),
+    TrainerCell(MANY, "trainable_token_indices", plain(data.tokens, trainable_token_indices={"embed_tokens": [5, 6]})),
+    TrainerCell(MANY, "bias='lora_only'", plain(data.tokens, bias="lora_only")),
+    TrainerCell(BASES, "bf16 base, fp32 factors", _mixed),
+    TrainerCell(BASES, "bf16 base, bf16 factors", _narrow),
+    TrainerCell(
         BASES,
         "GPT-2 (Conv1D)",
         plain(data.tokens, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True),
         family="gpt2",
     ),
-    Cell(BASES, "tied embeddings", plain(data.tokens), family="tied"),
-    Cell(
+    TrainerCell(BASES, "tied embeddings", plain(data.tokens), family="tied"),
+    TrainerCell(
         BASES,
         "tied embeddings, LoRA on both, ensure_weight_tying",
         plain(data.tokens, target_modules=[*EMBEDDED, "lm_head"], ensure_weight_tying=True),
         family="tied",
     ),
-    Cell(BASES, "mixture of experts, LoRA on attention", plain(data.tokens), family="moe"),
-    Cell(
+    TrainerCell(BASES, "mixture of experts, LoRA on attention", plain(data.tokens), family="moe"),
+    TrainerCell(
         BASES,
         "mixture of experts, experts through target_parameters",
         plain(data.tokens, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback
 from safemerge_callback import SafeMergeError
 from safemerge_callback.adapters.refusals import moves_base
 
-from .witness import Witness, best_of_rank, changed, dense, everything, factor_names, same
+from .witness import ModelWitness, best_of_rank, changed, dense, everything, factor_names, same
 from .world import Base
 
 WEIGHTS = (0.8, 0.2)
@@ -42,7 +42,7 @@ Make = Callable[[Base, str, list[TrainerCallback]], Setup]
 
 
 @dataclass(frozen=True)
-class Cell:
+class TrainerCell:
     """A row of the table. `make(base, output, callbacks)` builds it; `knobs` are settings of the callback.
 
     `needs` says what a trainer asks for that a CPU does not have, `note` what a user should know of one that works,
@@ -60,10 +60,10 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CellOutcome:
     """What a cell came to: works, refused, unavailable (the trainer itself does not run here) or FAILS; and why."""
 
-    cell: Cell
+    cell: TrainerCell
     status: str
     why: str = ""
     modules: int = 0
@@ -74,7 +74,7 @@ class Outcome:
     seconds: float = 0.0
 
 
-def run(cell: Cell, base: Base, output: Path) -> Outcome:
+def run(cell: TrainerCell, base: Base, output: Path) -> CellOutcome:
     """Run a cell and check it; whatever it raises is an outcome too."""
     began = time.perf_counter()
     try:
@@ -85,22 +85,22 @@ def run(cell: Cell, base: Base, output: Path) -> Outcome:
     except Exception as error:
         alone = fails_alone(cell, base, output)
         facts, status, why = {}, "unavailable" if alone else "FAILS", alone or f"{type(error).__name__}: {error}"
-    return Outcome(cell, status, why, seconds=time.perf_counter() - began, **facts)
+    return CellOutcome(cell, status, why, seconds=time.perf_counter() - began, **facts)
 
 
-def fails_alone(cell: Cell, base: Base, output: Path) -> str | None:
+def fails_alone(cell: TrainerCell, base: Base, output: Path) -> str | None:
     """What the same trainer raises without our callback; None where it runs."""
     try:
-        cell.make(base, str(output / "alone"), Witness().around(None)).trainer.train()
+        cell.make(base, str(output / "alone"), ModelWitness().around(None)).trainer.train()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
 
 
-def checked(cell: Cell, base: Base, output: Path) -> dict[str, Any]:
+def checked(cell: TrainerCell, base: Base, output: Path) -> dict[str, Any]:
     """Train with the callback and return the figures; AssertionError for a promise that does not hold."""
     torch.manual_seed(3)
-    witness = Witness()
+    witness = ModelWitness()
     guard = base.guard(**cell.knobs)
     setup = cell.make(base, str(output), witness.around(guard))
     began = {name: tensor.detach().clone() for name, tensor in everything(setup.trainer.model).items()}
@@ -146,7 +146,7 @@ def check_journal(path: Path, steps: list[int], modules: set[str]) -> None:
             assert names == modules, f"{kind} of other modules: {sorted(names ^ modules)}"
 
 
-def check_untouched(witness: Witness, factors: set[str]) -> None:
+def check_untouched(witness: ModelWitness, factors: set[str]) -> None:
     """Between the two looks only factors of the trained adapter differ, and training goes on from what was merged."""
     steps = sorted(witness.before)
     assert len(steps) >= 3, f"only {len(steps)} steps"
@@ -159,7 +159,7 @@ def check_untouched(witness: Witness, factors: set[str]) -> None:
 
 
 def formula_distance(
-    witness: Witness,
+    witness: ModelWitness,
     steps: list[int],
     pairs: dict[str, tuple[str, str]],
     model: nn.Module,

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from . import data
-from .cell import Cell, Setup
+from .cell import Setup, TrainerCell
 from .setups import plain, trl
 from .world import Base
 
@@ -80,12 +80,12 @@ def _prepared(model: Any) -> Any:
     return prepare_model_for_kbit_training(model)
 
 
-def _sft(name: str, rows: Any = data.text, *, needs: str = "", **options: Any) -> Cell:
-    return Cell(RUN, name, trl("SFTTrainer", "SFTConfig", rows, **options), needs=needs)
+def _sft(name: str, rows: Any = data.text, *, needs: str = "", **options: Any) -> TrainerCell:
+    return TrainerCell(RUN, name, trl("SFTTrainer", "SFTConfig", rows, **options), needs=needs)
 
 
-def _trainer(name: str, change: Any = None, **options: Any) -> Cell:
-    return Cell(RUN, name, plain(data.tokens, change=change, options=options))
+def _trainer(name: str, change: Any = None, **options: Any) -> TrainerCell:
+    return TrainerCell(RUN, name, plain(data.tokens, change=change, options=options))
 
 
 ENGINES = [
@@ -96,7 +96,7 @@ ENGINES = [
     _trainer("gradient accumulation of 2", gradient_accumulation_steps=2),
     _trainer("torch_compile=True (inductor)", torch_compile=True),
     _trainer("torch_compile=True (eager)", torch_compile=True, torch_compile_backend="eager"),
-    Cell(
+    TrainerCell(
         RUN,
         "torch.compile(model) given to the trainer",
         _of_compiled_model,
@@ -109,8 +109,8 @@ ENGINES = [
     _sft("SFTTrainer, padding-free", padding_free=True, max_length=None),
     _sft("SFTTrainer, chat", data.chat),
     _sft("SFTTrainer, Liger kernels", needs="liger-kernel, which needs triton and a GPU", use_liger_kernel=True),
-    Cell(QUANTISED, "bitsandbytes nf4, SFTTrainer", _sft_4bit, family="wide"),
-    Cell(QUANTISED, "bitsandbytes nf4, Trainer", _quantised(_nf4), family="wide"),
-    Cell(QUANTISED, "bitsandbytes int8, Trainer", _quantised(_int8), family="wide"),
-    Cell(QUANTISED, "torchao int8 weights, Trainer", _quantised(_torchao), family="wide"),
+    TrainerCell(QUANTISED, "bitsandbytes nf4, SFTTrainer", _sft_4bit, family="wide"),
+    TrainerCell(QUANTISED, "bitsandbytes nf4, Trainer", _quantised(_nf4), family="wide"),
+    TrainerCell(QUANTISED, "bitsandbytes int8, Trainer", _quantised(_int8), family="wide"),
+    TrainerCell(QUANTISED, "torchao int8 weights, Trainer", _quantised(_torchao), family="wide"),
 ]

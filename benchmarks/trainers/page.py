@@ -9,7 +9,7 @@ from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from .cell import Outcome
+from .cell import CellOutcome
 
 BEGIN, END = "<!-- made by benchmarks.trainers_matrix: begin -->", "<!-- made by benchmarks.trainers_matrix: end -->"
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "torchao", "liger-kernel")
@@ -17,7 +17,7 @@ WORDS = {"works": "works", "refused": "refused", "unavailable": "not run", "FAIL
 HEADER = "| | | merged | from the formula | logits | remark |\n|---|---|---|---|---|---|"
 
 
-def write_page(page: Path, outcomes: Sequence[Outcome]) -> None:
+def write_page(page: Path, outcomes: Sequence[CellOutcome]) -> None:
     """Replace what is between the markers of `page`; ValueError where it has none."""
     text = page.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
@@ -27,7 +27,7 @@ def write_page(page: Path, outcomes: Sequence[Outcome]) -> None:
     page.write_text(f"{before}{BEGIN}\n\n{rendered(outcomes)}\n\n{END}{after}", encoding="utf-8")
 
 
-def rendered(outcomes: Sequence[Outcome]) -> str:
+def rendered(outcomes: Sequence[CellOutcome]) -> str:
     """A line of versions and counts, then a table for each group."""
     parts = [summary(outcomes)]
     for group in dict.fromkeys(outcome.cell.group for outcome in outcomes):
@@ -36,7 +36,7 @@ def rendered(outcomes: Sequence[Outcome]) -> str:
     return "\n\n".join(parts)
 
 
-def summary(outcomes: Sequence[Outcome]) -> str:
+def summary(outcomes: Sequence[CellOutcome]) -> str:
     """When, on what, with which versions, and how many cells came to what."""
     counts = {word: sum(WORDS[o.status] == word for o in outcomes) for word in WORDS.values()}
     counted = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
@@ -54,7 +54,7 @@ def installed(package: str) -> str:
         return "(not installed)"
 
 
-def row(outcome: Outcome) -> str:
+def row(outcome: CellOutcome) -> str:
     """A cell's line."""
     figures = ["", "", ""]
     if outcome.status == "works":
@@ -64,7 +64,7 @@ def row(outcome: Outcome) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def remark(outcome: Outcome) -> str:
+def remark(outcome: CellOutcome) -> str:
     """Why, in one sentence, without anything of this machine."""
     if outcome.status == "works":
         return outcome.why

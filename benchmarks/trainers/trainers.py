@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import data
-from .cell import Cell
+from .cell import TrainerCell
 from .setups import plain, trl
 from .world import Base
 
@@ -24,24 +24,24 @@ def _taught(base: Base) -> dict[str, Any]:
     return {"teacher_model": base.model()}
 
 
-def _experimental(package: str, trainer: str, rows: Any, *, needs: str = "", **more: Any) -> Cell:
+def _experimental(package: str, trainer: str, rows: Any, *, needs: str = "", **more: Any) -> TrainerCell:
     setup = trl(trainer, f"{trainer[:-7]}Config", rows, home=f"trl.experimental.{package}", **more)
-    return Cell("TRL, experimental", trainer, setup, needs=needs)
+    return TrainerCell("TRL, experimental", trainer, setup, needs=needs)
 
 
 TRANSFORMERS = [
-    Cell("transformers", "Trainer", plain(data.tokens)),
-    Cell(
+    TrainerCell("transformers", "Trainer", plain(data.tokens)),
+    TrainerCell(
         "transformers",
         "Trainer, sequence classification",
         plain(data.classes, kind="AutoModelForSequenceClassification", task_type="SEQ_CLS"),
     ),
-    Cell(
+    TrainerCell(
         "transformers",
         "Trainer, token classification",
         plain(lambda: data.classes(per_token=True), kind="AutoModelForTokenClassification", task_type="TOKEN_CLS"),
     ),
-    Cell(
+    TrainerCell(
         "transformers",
         "Seq2SeqTrainer (T5)",
         plain(
@@ -56,10 +56,10 @@ TRANSFORMERS = [
 ]
 
 TRL = [
-    Cell("TRL", "SFTTrainer", trl("SFTTrainer", "SFTConfig", data.text)),
-    Cell("TRL", "DPOTrainer", trl("DPOTrainer", "DPOConfig", data.preferences)),
-    Cell("TRL", "KTOTrainer", trl("KTOTrainer", "KTOConfig", data.judged)),
-    Cell(
+    TrainerCell("TRL", "SFTTrainer", trl("SFTTrainer", "SFTConfig", data.text)),
+    TrainerCell("TRL", "DPOTrainer", trl("DPOTrainer", "DPOConfig", data.preferences)),
+    TrainerCell("TRL", "KTOTrainer", trl("KTOTrainer", "KTOConfig", data.judged)),
+    TrainerCell(
         "TRL",
         "RewardTrainer",
         trl(
@@ -71,9 +71,13 @@ TRL = [
             peft={**HEAD, "modules_to_save": ["score"]},
         ),
     ),
-    Cell("TRL", "GRPOTrainer", trl("GRPOTrainer", "GRPOConfig", data.prompts, arguments_of=_rewarded, **ROLLOUT)),
-    Cell("TRL", "RLOOTrainer", trl("RLOOTrainer", "RLOOConfig", data.prompts, arguments_of=_rewarded, **ROLLOUT)),
-    Cell(
+    TrainerCell(
+        "TRL", "GRPOTrainer", trl("GRPOTrainer", "GRPOConfig", data.prompts, arguments_of=_rewarded, **ROLLOUT)
+    ),
+    TrainerCell(
+        "TRL", "RLOOTrainer", trl("RLOOTrainer", "RLOOConfig", data.prompts, arguments_of=_rewarded, **ROLLOUT)
+    ),
+    TrainerCell(
         "TRL",
         "DistillationTrainer",
         trl("DistillationTrainer", "DistillationConfig", data.questions, arguments_of=_taught, max_completion_length=6),
@@ -98,7 +102,7 @@ EXPERIMENTAL = [
         "sdpo", "SDPOTrainer", data.advised, arguments_of=_rewarded, include_environment_feedback=True, **ROLLOUT
     ),
     _experimental("tpo", "TPOTrainer", data.triples),
-    Cell(
+    TrainerCell(
         "TRL, experimental",
         "DPOTrainer (bema_for_ref_model)",
         trl("DPOTrainer", "DPOConfig", data.preferences, home=BEMA, config_home="trl"),

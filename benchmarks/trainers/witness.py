@@ -16,7 +16,7 @@ from safemerge_callback.adapters.names import canonical_name
 
 
 @dataclass
-class Witness:
+class ModelWitness:
     """Step -> every tensor of the model, before our callback and after it."""
 
     before: dict[int, dict[str, Tensor]] = field(default_factory=dict)

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from ..record.history import History
-from .layout import LEFT, OUTSIDE, Grid, Panel, grid_for, panels
+from .layout import LEFT, OUTSIDE, Panel, PanelGrid, grid_for, panels
 from .saving import checked_name, figure_module, save_figure
 from .words import correction_words, counted, mark_words
 
@@ -73,7 +73,7 @@ def _draw_cells(axes: Any, history: History, panel: Panel, colours: Any) -> None
     axes.imshow(shades, aspect="auto", interpolation="nearest")
 
 
-def _draw_merges(axes: Any, history: History, panel: Panel, grid: Grid) -> None:
+def _draw_merges(axes: Any, history: History, panel: Panel, grid: PanelGrid) -> None:
     """A dot in every merged cell, orange where that was taken back; thin lines between cells that can bear them."""
     columns, rows = len(history.steps), len(panel.modules)
     cell = min(grid.width / columns, grid.panel_height(panel) / rows) * 72
@@ -96,7 +96,7 @@ def _draw_merges(axes: Any, history: History, panel: Panel, grid: Grid) -> None:
         axes.scatter(*zip(*spots, strict=True), **marks, zorder=3)
 
 
-def _label(axes: Any, history: History, panel: Panel, grid: Grid) -> None:
+def _label(axes: Any, history: History, panel: Panel, grid: PanelGrid) -> None:
     places = _spread(len(history.steps), max(2, int(grid.width / 0.42)))
     axes.set_xticks(places, [str(history.steps[i]) for i in places], fontsize=7.5)
     axes.tick_params(length=2.5, color=_MUTED, labelcolor=_INK)
@@ -110,7 +110,7 @@ def _label(axes: Any, history: History, panel: Panel, grid: Grid) -> None:
         )
 
 
-def _label_rows(axes: Any, panel: Panel, grid: Grid, before: Panel | None) -> None:
+def _label_rows(axes: Any, panel: Panel, grid: PanelGrid, before: Panel | None) -> None:
     """Layers beside the first panel of a line and wherever they change; whole names to the right."""
     if panel.title == OUTSIDE:
         axes.yaxis.tick_right()
@@ -145,7 +145,7 @@ def _title(figure: Any, history: History) -> None:
     )
 
 
-def _colour_bar(figure: Any, history: History, colours: Any, grid: Grid) -> None:
+def _colour_bar(figure: Any, history: History, colours: Any, grid: PanelGrid) -> None:
     bar = figure.colorbar(colours, cax=figure.add_axes(grid.scale_box))
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=7.5, length=2.5, color=_MUTED, labelcolor=_INK)
@@ -166,7 +166,7 @@ def _colour_bar(figure: Any, history: History, colours: Any, grid: Grid) -> None
         )
 
 
-def _legend(figure: Any, history: History, grid: Grid) -> None:
+def _legend(figure: Any, history: History, grid: PanelGrid) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 

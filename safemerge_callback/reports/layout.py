@@ -21,7 +21,7 @@ class Panel(NamedTuple):
     labels: tuple[str, ...]
 
 
-class Grid(NamedTuple):
+class PanelGrid(NamedTuple):
     """Where panels lie, in inches: `columns` of them a line, each `width` x `height`, `gap` apart."""
 
     columns: int
@@ -56,7 +56,7 @@ class Grid(NamedTuple):
         return left / wide, below / tall, self.width / wide, height / tall
 
 
-def grid_for(parts: Sequence[Panel], steps: int) -> Grid:
+def grid_for(parts: Sequence[Panel], steps: int) -> PanelGrid:
     """Return where the panels go; cells grow and shrink so that the figure stays about as wide as a screen."""
     lines = -(-len(parts) // _PANELS_A_LINE)
     columns = -(-len(parts) // lines)
@@ -66,7 +66,7 @@ def grid_for(parts: Sequence[Panel], steps: int) -> Grid:
     rows = max(len(panel.modules) for panel in parts)
     spare = (_LEAST - LEFT - right + gap) / columns - gap
     width = min(max(0.2 * steps, 0.95, min(spare, 0.4 * steps)), _LINE / columns - gap)
-    return Grid(columns, lines, width, min(max(0.15 * rows, 1.5), 5.2), gap, right)
+    return PanelGrid(columns, lines, width, min(max(0.15 * rows, 1.5), 5.2), gap, right)
 
 
 def panels(modules: Iterable[str]) -> list[Panel]:

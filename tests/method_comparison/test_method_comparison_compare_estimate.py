@@ -5,9 +5,9 @@ import pytest
 from method_comparison import compare as module
 from method_comparison.compare import estimate
 from method_comparison.grid import cells_of, make_grid
-from recipes.processor import Pace
+from recipes.processor import ProcessorPace
 
-SLOW, QUICK = Pace("an EPYC", 124.0, 82.0), Pace("a GPU", 10.0, 100.0)
+SLOW, QUICK = ProcessorPace("an EPYC", 124.0, 82.0), ProcessorPace("a GPU", 10.0, 100.0)
 
 
 def said(monkeypatch, pace, bf16, dtype, nothing=False):

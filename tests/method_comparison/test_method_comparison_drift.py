@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from method_comparison import drift
-from method_comparison.drift_measures import Drift, band_of, published_drifts
+from method_comparison.drift_measures import AdapterDrift, band_of, published_drifts
 from method_comparison.grid import load_grid
 from safemerge_callback.decision import BAND, Band
 
@@ -15,8 +15,8 @@ CONFIG = ROOT / "method_comparison" / "grids" / "smollm2.yaml"
 
 
 def run(moved, harm):
-    numbers = dict.fromkeys(Drift._fields, 0.0)
-    return Drift(**{**numbers, "guarded": False, "merged": False, "moved": moved, "harm": harm})
+    numbers = dict.fromkeys(AdapterDrift._fields, 0.0)
+    return AdapterDrift(**{**numbers, "guarded": False, "merged": False, "moved": moved, "harm": harm})
 
 
 def test_the_band_is_that_of_the_published_runs(monkeypatch):

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from recipes import demo, demo_report
 from recipes.evaluate import share
-from recipes.processor import Pace
+from recipes.processor import ProcessorPace
 from safemerge_callback.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +87,7 @@ def test_settings_are_those_of_the_machine_and_leave_a_users_choice(monkeypatch,
     demo.set_environment(tmp_path)
     assert (os.environ["WANDB_MODE"], os.environ["WANDB_DIR"]) == ("disabled", str(tmp_path))
     for quicker, dtype in ((2.0, "bfloat16"), (0.6, "float32"), (1.05, "float32")):
-        pace = Pace("some processor", 100.0, 100.0 * quicker)
+        pace = ProcessorPace("some processor", 100.0, 100.0 * quicker)
         words = demo.machine_settings(pace)
         settings = dict(zip(words[::2], words[1::2], strict=True))
         assert set(settings) == {"--bf16", "--use_cpu", "--disable_tqdm"}
@@ -98,7 +98,7 @@ def test_the_table_for_the_readme_says_when_and_on_what_and_in_which_dtype():
     cost = {"merges": 6, "distinct": 58, "modules": 60, "seconds": 1.31, "share": 0.021}
     arms = {"plain": {"rows": rows((12, 12, 12), 4, 42)}, "guarded": {"rows": rows((44, 20, 42), 6, 42)}}
     arms["guarded"]["callback"] = cost
-    pace = Pace("AMD EPYC (AVX512)", 124.0, 82.0)
+    pace = ProcessorPace("AMD EPYC (AVX512)", 124.0, 82.0)
     about = demo.about_run({"pace": pace._asdict(), "dtype": pace.dtype, "seconds": 600.0})
     lines = demo_report.markdown(arms, about).splitlines()
     assert lines[0].endswith("refused, or answered rightly, in % with 95 % intervals:")
@@ -130,7 +130,7 @@ def test_the_demo_runs_offline_from_installed_packages_and_leaves_its_files(tmp_
     results = json.loads((run / "results.json").read_text())
     assert list(results["arms"]) == ["as shipped", "aligned", "fine-tuned", "guarded"]
     assert results["equal_before_first_merge"]
-    pace = Pace(**results["pace"])
+    pace = ProcessorPace(**results["pace"])
     assert (results["dtype"], pace.float32 > 0) == (pace.dtype, True)
     assert str(pace) in done.stdout.replace("\n", " ")
     assert (run / "results.md").read_text() in done.stdout + "\n"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from recipes import processor
-from recipes.processor import Pace, measured_pace, processor_name
+from recipes.processor import ProcessorPace, measured_pace, processor_name
 
 
 @pytest.fixture
@@ -50,4 +50,4 @@ def test_a_device_without_bfloat16_takes_float32(fresh, monkeypatch):
 
 @pytest.mark.parametrize(("quicker", "dtype"), [(3.0, "bfloat16"), (1.1, "float32"), (0.6, "float32")])
 def test_a_little_quicker_is_not_worth_the_rounding(quicker, dtype):
-    assert Pace("a processor", 100.0, 100.0 * quicker).dtype == dtype
+    assert ProcessorPace("a processor", 100.0, 100.0 * quicker).dtype == dtype

@@ -6,7 +6,7 @@ import torch
 from transformers import TrainerCallback
 
 from benchmarks.trainers import data
-from benchmarks.trainers.cell import Cell, run
+from benchmarks.trainers.cell import TrainerCell, run
 from benchmarks.trainers.setups import plain
 
 
@@ -29,7 +29,7 @@ def meddled(act, **lora):
         inside = [*rest[:-1], Meddler(act)] if len(rest) > 1 else []
         return plain(data.tokens, **lora)(base, output, [look, *inside, rest[-1]])
 
-    return Cell("test", "meddled", make)
+    return TrainerCell("test", "meddled", make)
 
 
 def factor(parameters, letter="B"):
@@ -74,7 +74,7 @@ def test_a_check_that_is_not_in_the_journal_is_noticed(bases, tmp_path):
 
 
 def test_a_trainer_that_fails_alone_is_not_blamed_on_the_callback(bases, tmp_path):
-    outcome = run(Cell("test", "broken", plain(list)), bases("llama"), tmp_path)
+    outcome = run(TrainerCell("test", "broken", plain(list)), bases("llama"), tmp_path)
     assert outcome.status == "unavailable"
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.trainers.cell import Cell, Outcome
+from benchmarks.trainers.cell import CellOutcome, TrainerCell
 from benchmarks.trainers.page import BEGIN, END, row, write_page
 from benchmarks.trainers_matrix import CELLS, PAGE
 
@@ -13,7 +13,7 @@ TABLES = TEXT.partition(BEGIN)[2].partition(END)[0]
 
 
 def cell(**more):
-    return Cell("g", "a cell", make=None, **more)
+    return TrainerCell("g", "a cell", make=None, **more)
 
 
 def test_the_page_has_every_cell_and_no_failure():
@@ -30,14 +30,14 @@ def test_a_cell_that_does_not_work_says_why_on_the_page():
 
 
 def test_a_remark_is_one_sentence_without_a_path():
-    outcome = Outcome(cell(needs="a GPU"), "unavailable", "OSError: no /tmp/some/file here. Then more")
+    outcome = CellOutcome(cell(needs="a GPU"), "unavailable", "OSError: no /tmp/some/file here. Then more")
     assert row(outcome) == "| a cell | not run |  |  |  | needs a GPU; without: OSError: no a folder here |"
 
 
 def test_only_what_is_between_the_markers_is_replaced(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    write_page(page, [Outcome(cell(), "works", "", 4, 3, 1e-7, 0.0, "float32", 1.0)])
+    write_page(page, [CellOutcome(cell(), "works", "", 4, 3, 1e-7, 0.0, "float32", 1.0)])
     text = page.read_text()
     assert text.startswith(f"before\n{BEGIN}\n")
     assert text.endswith(f"{END}\nafter\n")

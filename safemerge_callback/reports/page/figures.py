@@ -30,7 +30,7 @@ class Tile(NamedTuple):
     note: str
 
 
-class Row(NamedTuple):
+class ModuleRow(NamedTuple):
     """A module's row; numbers stay numbers (NaN where there is none), since the page sorts by them.
 
     `changes`: how often each correction changed it, the merge first, and how often that was taken back.
@@ -172,7 +172,7 @@ def words(measure: str) -> str:
     return measure.replace("_", " ")
 
 
-def module_rows(history: History) -> list[Row]:
+def module_rows(history: History) -> list[ModuleRow]:
     """Return a row for every module, panel by panel, layer by layer."""
     by_module = [_changes_by_module(changes) for changes in history.by_correction.values()]
     return [
@@ -192,14 +192,14 @@ def _changes_by_module(changes: Mapping[tuple[str, int], bool]) -> dict[str, lis
 
 def _module_row(
     history: History, name: str, kind: str, label: str, by_module: Sequence[Mapping[str, list[bool]]]
-) -> Row:
+) -> ModuleRow:
     cells = history.by_module[name]
     known = {step: cell for step, cell in cells.items() if cell.state == "measured"}
     steps, nothing = list(known), Cell(math.nan, math.nan, "absent")
     last = cells[max(cells)] if cells else nothing
     lowest = min(known, key=lambda step: known[step].cosine, default=None)
     left = history.task_weights.get(name, {})
-    return Row(
+    return ModuleRow(
         name,
         kind,
         label,
