@@ -87,9 +87,9 @@ class TrainedParameters:
             sizes = [p.numel() for p in self.parameters]
             return [part.view_as(p) for part, p in zip(vector.split(sizes), self.parameters, strict=True)]
         own = torch.nn.functional.pad(vector, (0, self.longest - len(vector)))
-        everyones = own.new_empty(dist.get_world_size(self.group), len(own))
+        everyones = own.new_empty(dist.get_world_size(self.group) * len(own))
         dist.all_gather_into_tensor(everyones, own, group=self.group)
-        return [everyones]
+        return [everyones.view(-1, len(own))]
 
     def put(self, wholes: Sequence[Tensor], spare: Gradients) -> None:
         """Write what `whole` gave, changed, into the gradients; where a parameter has none, into its `spare` one."""

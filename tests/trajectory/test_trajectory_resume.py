@@ -3,11 +3,14 @@
 import contextlib
 import json
 import shutil
+from dataclasses import dataclass
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
+from safemerge_callback.corrections.registry import CORRECTIONS, correction
+from safemerge_callback.corrections.schedule import Schedule
 from safemerge_callback.decision import merge_batch as merging
 from safemerge_callback.record import VERSION
 from safemerge_callback.record.entries import read_history
@@ -83,6 +86,68 @@ def test_resumed_at_every_step_equals_unbroken(world, runs, tmp_path):
         assert all(torch.equal(expected[n], w) for n, w in found.items()), step
         told_here = [told(e) for e in runs.entries(folder) if (e["kind"], e["step"]) != ("start", step)]
         assert told_here == [told(e) for e in runs.entries(tmp_path / "whole")], step
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawSettings(Schedule):
+    weight: float = 0.5
+
+
+class Draw:
+    """The loss on rows that it draws itself; where its own random numbers stand is in every checkpoint."""
+
+    name, noun = "draw", "place in the rows"
+
+    def __init__(self, settings):
+        self.schedule, self.weight, self.stream = settings, settings.weight, torch.Generator().manual_seed(7)
+
+    def loss(self, at, model):
+        ids = torch.randint(3, 64, (2, 8), generator=self.stream)
+        return model(input_ids=ids, labels=ids).loss
+
+    def after_step(self, at):
+        pass
+
+    def save(self, folder, save):
+        torch.save({"stream": self.stream.get_state(), "save": save}, folder / "draw.pt")
+
+    def load(self, folders, save):
+        for stored in (torch.load(folder / "draw.pt") for folder in folders):
+            self.stream.set_state(stored["stream"])
+            return stored["save"] == save
+        return False
+
+    def rewind(self, folders, save):
+        self.load(folders, save)
+
+
+def test_a_gradient_term_resumed_at_every_step_equals_unbroken(world, runs, tmp_path, monkeypatch):
+    """Its rows, the dropout that it sees and the task's, with two batches a step: weights and journal are the same."""
+
+    @correction(DrawSettings, cost="one pass each way")
+    def draw(settings):
+        return Draw(settings)
+
+    monkeypatch.setitem(CORRECTIONS, "draw", CORRECTIONS.pop("draw"))
+    knobs = {"gate": "watch", "safety_adapter": None, "every": 0, "corrections": [{"draw": {}}]}
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 12, "gradient_accumulation_steps": 2}
+
+    def trainer(folder, **changed):
+        return world.trainer(folder, world.guard(**knobs), model=world.model(lora_dropout=0.3), **{**saving, **changed})
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    for step in range(1, 12):
+        folder = tmp_path / f"from-{step}"
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
+        shutil.copy(tmp_path / "whole" / "safemerge.jsonl", folder)
+        part = trainer(folder, save_strategy="no")
+        part.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+        weights = runs.lora_weights(part.model)
+        assert all(torch.equal(weights[n], w) for n, w in runs.lora_weights(whole.model).items()), step
+        lines = [told(e) for e in runs.entries(folder) if (e["kind"], e["step"]) != ("start", step)]
+        assert lines == [told(e) for e in runs.entries(tmp_path / "whole")], step
+    assert len({e["loss"] for e in runs.entries(tmp_path / "whole", "gradient")}) == 12
 
 
 def test_the_state_tells_what_the_checkpoint_holds(world, runs, tmp_path):

@@ -145,6 +145,14 @@ def visible(model):
     return parameter.detach().float().clone()
 
 
+def check_marks(model, engine):
+    """All four factors B are registered as this engine does it, so it is the one that trains."""
+    sites = [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "scaling")]
+    factor = [getattr(m.lora_B["default"], "_fsdp_wrapped_module", m.lora_B["default"]).weight for m in sites]
+    assert len(factor) == 4
+    assert all(MARKS[engine](p) for p in factor), (engine, [type(p) for p in factor], [p.shape for p in factor])
+
+
 def run(world, job, out):
     engine, dtype, what, *order = job.split(":")
     what, _, start = what.partition("+")
@@ -157,10 +165,7 @@ def run(world, job, out):
     changed |= {"model": world.model(init_lora_weights=start or True), "seed": int(order[0]) if order else 3}
     trainer = world.trainer(out / job, *guards, verbs, **changed)
     trainer.train()
-    sites = [m for m in verbs.model.modules() if hasattr(m, "lora_A") and hasattr(m, "scaling")]
-    factor = [getattr(m.lora_B["default"], "_fsdp_wrapped_module", m.lora_B["default"]).weight for m in sites]
-    assert len(factor) == 4
-    assert all(MARKS[engine](p) for p in factor), (engine, [type(p) for p in factor], [p.shape for p in factor])
+    check_marks(verbs.model, engine)
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     assert world_size == WORLD_SIZE
     found = {name: getattr(verbs, name) for name in ("decisions", "before", "steps", "seen")}

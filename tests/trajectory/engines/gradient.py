@@ -1,0 +1,154 @@
+"""What each process of a gradient term's engine test runs: short trainings by plain SGD, one after the other.
+
+    main(WORLD, OUT, JOB...)      where a JOB is engine:dtype:accumulation:what
+
+`what` is `added` (rows of this rank's own in every step), `clipped` (the same, and the gradient's norm bounded), `nan`
+(the loss is NaN on the last rank at step 3), `apart` (the gradient joins by a rule of its own), `zero` (weight 0) or
+`none` (no term), these two with dropout, or `bare` (no term, no dropout). With `+attached` behind it the trainer is
+handed over, as it always is under DeepSpeed. Each process writes OUT/<job, with dashes>-rank<n>.pt: the factors before
+the first step and after each, and the batches that it was given.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+
+from safemerge_callback.corrections.registry import correction
+from safemerge_callback.corrections.schedule import Schedule
+from safemerge_callback.live import writer_for
+from tests.support.world import World
+from tests.trajectory.engines.cpu_fsdp import allow_fsdp_on_cpu
+from tests.trajectory.engines.run import RANK, WORLD_SIZE, check_marks, copies, forget, settings
+
+STEPS, RATE, WEIGHT, CLIP, BAD = 8, 0.5, 0.75, 0.25, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSettings(Schedule):
+    weight: float = WEIGHT
+    bad: bool = False
+
+
+class Rows:
+    """The model's loss on two rows, others on each rank and in each step; it remembers what it was told of them."""
+
+    name = "rows"
+
+    def __init__(self, settings):
+        self.schedule, self.weight, self.bad = settings, settings.weight, settings.bad
+        self.seen = {}
+
+    def loss(self, at, model):
+        loss = model(**row_batch(RANK, at.step + 1)).loss
+        bad = self.bad and at.step + 1 == BAD and RANK == WORLD_SIZE - 1
+        return loss * float("nan") if bad else loss
+
+    def observe(self, step, loss):
+        self.seen[step] = loss
+
+    def figures(self):
+        return {"seen": float(len(self.seen))}
+
+
+class RowsApart(Rows):
+    name = "rows_apart"
+
+    def combine(self, task, own):
+        """Twice its own, and of the task's what does not lie along it."""
+        share = inner(task, own) / inner(own, own)
+        return [2 * o + t - share * o for t, o in zip(task, own, strict=True)]
+
+
+def inner(left, right):
+    return sum((x * y).sum() for x, y in zip(left, right, strict=True))
+
+
+def row_batch(rank, step):
+    start = torch.tensor([[3], [30]]) + 9 * rank + step
+    ids = start + torch.arange(8)
+    return {"input_ids": ids, "labels": ids}
+
+
+@correction(RowSettings, cost="one pass each way")
+def rows(settings):
+    return Rows(settings)
+
+
+@correction(RowSettings, cost="one pass each way")
+def rows_apart(settings):
+    return RowsApart(settings)
+
+
+LISTED = {
+    "added": [{"rows": {}}],
+    "clipped": [{"rows": {}}],
+    "nan": [{"rows": {"bad": True}}],
+    "apart": [{"rows_apart": {}}],
+    "zero": [{"rows": {"weight": 0}}],
+    "none": None,
+    "bare": None,
+}
+
+
+class Steps(transformers.TrainerCallback):
+    def __init__(self):
+        self.steps = {}
+
+    def note(self, step, model, optimizer):
+        self.model = model
+        self.steps[step] = copies(writer_for(model, optimizer=optimizer))
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.note(0, model, optimizer)
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.note(state.global_step, model, optimizer)
+
+
+class Batches:
+    """The trainer's collator, and what it made, in order."""
+
+    def __init__(self, collate):
+        self.collate, self.made = collate, []
+
+    def __call__(self, rows):
+        batch = self.collate(rows)
+        self.made.append(batch["input_ids"].clone())
+        return batch
+
+
+def run(world, job, out):
+    engine, dtype, accumulation, what = job.split(":")
+    what, _, attached = what.partition("+")
+    steps = Steps()
+    transformers.set_seed(3)
+    guard = world.guard(gate="watch", safety_adapter=None, every=0, corrections=LISTED[what])
+    plain_sgd = {"optim": "sgd", "learning_rate": RATE, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    changed = {**plain_sgd, "max_steps": STEPS, "average_tokens_across_devices": False, **settings(engine, dtype)}
+    changed |= {"gradient_accumulation_steps": int(accumulation), "logging_steps": 4}
+    changed |= {"max_grad_norm": CLIP} if what == "clipped" else {}
+    dropout = 0.3 if what in ("zero", "none") else 0.0
+    model = world.model(init_lora_weights=False, lora_dropout=dropout)
+    trainer = world.trainer(out / job, guard, steps, model=model, **changed)
+    trainer.data_collator = batches = Batches(trainer.data_collator)
+    if attached or engine.startswith("zero"):
+        assert guard.attach(trainer) is guard
+    trainer.train()
+    check_marks(steps.model, engine)
+    assert (dist.get_world_size() if dist.is_initialized() else 1) == WORLD_SIZE
+    result = {"steps": steps.steps, "batches": batches.made, "logged": trainer.state.log_history}
+    torch.save(result, out / f"{job.replace(':', '-')}-rank{RANK}.pt")
+    trainer.accelerator.free_memory()
+    forget()
+
+
+def main(folder, out, *jobs):
+    """The jobs, one after the other; the first rank says which is done."""
+    allow_fsdp_on_cpu()
+    for job in jobs:
+        run(World.load(folder), job, Path(out))
+        if RANK == 0:
+            print("done", job, flush=True)
