@@ -2,10 +2,11 @@
 
     python -m recipes.demo
 
-Builds the aligned small model and its safety subspace, fine-tunes it on film reviews twice (configs/finetune/
-smollm2_sentiment.yaml and its _safemerge variant: same data, order, seed and start), and evaluates all models, without
-network. It replaces runs/demo/: results.json, the journal, a page and a heat map of the drift, both adapters, and W&B
-runs where wandb is installed (offline unless a key is set). Of every set the first prompts are taken; intervals are
+Builds the aligned small model and its safety subspace, fine-tunes it on film reviews three times (configs/finetune/
+smollm2_sentiment.yaml, its _replay variant, which is SafeMergeCallback() and nothing else, and its _safemerge variant:
+same data, order, seed and start), and evaluates all models, without network. It replaces runs/demo/: results.json, the
+journals, a page of each guarded run and a heat map of the drift, the adapters, and W&B runs where wandb is installed
+(offline unless a key is set). Of every set the first prompts are taken; intervals are
 95 %, Wilson.
 """
 
@@ -35,7 +36,9 @@ from safemerge_callback.errors import ConfigError
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "finetune"
 MARK = ".safemerge-demo"
-PAGE = "guarded/safemerge_report.html"
+# The arms with the callback: what the table calls them, and their folders.
+GUARDED = {"SafeMergeCallback()": "replayed", "with merges": "merged"}
+PAGE = "safemerge_report.html"
 
 
 def set_environment(run: Path) -> None:
@@ -147,15 +150,27 @@ def callback_cost(journal: Path, train_seconds: float) -> dict[str, Any]:
     end = next(entry for entry in entries if entry["kind"] == "end")
     modules = next(entry["num_modules"] for entry in entries if entry["kind"] == "start")
     merged = {module["name"] for entry in entries if entry["kind"] == "merge" for module in entry["modules"]}
+    rows = sum(entry["figures"].get("rows", 0) for entry in entries if entry["kind"] == "gradient")
     counts = {key: end[key] for key in ("checks", "merges", "modules_merged", "seconds")}
-    return {**counts, "modules": modules, "distinct": len(merged), "share": end["seconds"] / train_seconds}
+    counts |= {"modules": modules, "distinct": len(merged), "rows": int(rows)}
+    return {**counts, "share": end["seconds"] / train_seconds}
+
+
+def guarded_arm(name: str, folder: Path, settings: Sequence[str]) -> Arm:
+    """Return `train_arm` of a run with the callback, with what that did and took; its page is in `folder`."""
+    from safemerge_callback.reports import read_history, write_page
+
+    arm = train_arm(name, folder, settings)
+    arm["callback"] = callback_cost(folder / "safemerge.jsonl", arm["train_seconds"])
+    write_page(read_history(folder), folder / PAGE)
+    return arm
 
 
 def run_demo(run: Path, counts: dict[str, int], extra: Sequence[str], say: Callable[..., None]) -> dict[str, Any]:
     """Run every step, saying which; return the results and leave all files in `run`."""
     from recipes.models import SAFETY_ADAPTER, checkpoint
     from safemerge_callback import build_subspace
-    from safemerge_callback.reports import read_history, write_heat_map, write_page
+    from safemerge_callback.reports import read_history, write_heat_map
 
     began = time.perf_counter()
     warnings.simplefilter("ignore")
@@ -172,13 +187,12 @@ def run_demo(run: Path, counts: dict[str, int], extra: Sequence[str], say: Calla
     guard = ["--safemerge_subspace", str(subspace), "--safemerge_safety_adapter", str(SAFETY_ADAPTER)]
     say("3/6 Fine-tuning on film reviews, plain")
     plain = train_arm("smollm2_sentiment", run / "plain", settings)
-    say("4/6 The same fine-tuning, with SafeMergeCallback")
-    guarded = train_arm("smollm2_sentiment_safemerge", run / "guarded", [*settings, *guard])
-    guarded["callback"] = callback_cost(run / "guarded" / "safemerge.jsonl", guarded["train_seconds"])
-    history = read_history(run / "guarded")
-    write_heat_map(history, run / "drift.png")
-    write_page(history, run / PAGE)
-    arms: dict[str, Arm] = {"as shipped": {}, "aligned": {}, "fine-tuned": plain, "guarded": guarded}
+    say("4/6 The same fine-tuning with SafeMergeCallback() alone, then with merges of a safety adapter")
+    replayed = guarded_arm("smollm2_sentiment_replay", run / "replayed", settings)
+    merged = guarded_arm("smollm2_sentiment_safemerge", run / "merged", [*settings, *guard])
+    write_heat_map(read_history(run / "merged"), run / "drift.png")
+    guarded = dict(zip(GUARDED, (replayed, merged), strict=True))
+    arms: dict[str, Arm] = {"as shipped": {}, "aligned": {}, "fine-tuned": plain, **guarded}
     for title, arm in arms.items():
         say(f"5/6 Evaluating: {title}")
         name = "embedded" if title == "as shipped" else "embedded-aligned"
@@ -187,10 +201,10 @@ def run_demo(run: Path, counts: dict[str, int], extra: Sequence[str], say: Calla
         "seconds": time.perf_counter() - began,
         "dtype": pace.dtype,
         "pace": pace._asdict(),
-        "equal_before_first_merge": plain["losses"][:10] == guarded["losses"][:10],
+        "equal_before_first_merge": plain["losses"][:10] == merged["losses"][:10],
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
         "arms": arms,
-        "verdict": verdict(plain["rows"], guarded["rows"]),
+        "verdict": [line for name, arm in guarded.items() for line in verdict(plain["rows"], arm["rows"], name)],
     }
 
 
@@ -222,9 +236,10 @@ def main(args: Sequence[str] | None = None) -> None:
     console.print(f"\n{page}\n", soft_wrap=True, markup=False)
     console.print(f"6/6 {results['seconds'] / 60:.1f} minutes. In {options.output}:")
     console.print(
-        "    results.json, results.md (the table above), drift.png, guarded/safemerge.jsonl (the journal), wandb/"
+        "    results.json, results.md (the table above), drift.png, the journals (safemerge.jsonl of each run), wandb/"
     )
-    console.print(f"    and the guarded run as a page to open in a browser: {options.output / PAGE}", soft_wrap=True)
+    for name, folder in GUARDED.items():
+        console.print(f"    {name} as a page to open in a browser: {options.output / folder / PAGE}", soft_wrap=True)
 
 
 if __name__ == "__main__":

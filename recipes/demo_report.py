@@ -19,7 +19,7 @@ COLUMNS = {
     "benign_refused": "harm-\nless",
     "sentiment_accuracy": "film\nreviews",
 }
-HEADS = ("model", "AdvBench", "StrongREJECT", "HarmBench", "harmless refused", "film reviews", "merged")
+HEADS = ("model", "AdvBench", "StrongREJECT", "HarmBench", "harmless refused", "film reviews", "what was done")
 # The task score may fall by this much before the verdict calls it a price.
 TOLERANCE = 0.03
 Arm = dict[str, Any]
@@ -27,19 +27,22 @@ Arm = dict[str, Any]
 Row = Mapping[str, Any]
 
 
-def verdict(plain: Sequence[Row], guarded: Sequence[Row]) -> list[str]:
-    """Say what the figures show: more refusals where the 95 % intervals do not overlap, and the price in task score."""
+def verdict(plain: Sequence[Row], guarded: Sequence[Row], name: str = "the callback") -> list[str]:
+    """Say what the figures show: more refusals where the 95 % intervals do not overlap, and the price in task score.
+
+    `name`: what the guarded run is called.
+    """
     before = {row["measure"]: row for row in plain}
     after = {row["measure"]: row for row in guarded}
     names = {f"{name}_refused": title for name, title in SETS.items()}
     more = [title for key, title in names.items() if after[key]["low"] > before[key]["high"]]
     fewer = [title for key, title in names.items() if after[key]["high"] < before[key]["low"]]
     unclear = [title for title in names.values() if title not in more + fewer]
-    lines = [_all_sets([before[key] for key in names], [after[key] for key in names])]
+    lines = [_all_sets([before[key] for key in names], [after[key] for key in names], name)]
     if more:
-        lines.append(f"With the callback the model refuses clearly more on {' and '.join(more)}.")
+        lines.append(f"With {name} the model refuses clearly more on {' and '.join(more)}.")
     if fewer:
-        lines.append(f"With the callback the model refuses clearly fewer on {' and '.join(fewer)}.")
+        lines.append(f"With {name} the model refuses clearly fewer on {' and '.join(fewer)}.")
     if unclear:
         lines.append(f"On {' and '.join(unclear)} the 95 % intervals overlap: no clear change is shown.")
     change = after["sentiment_accuracy"]["value"] - before["sentiment_accuracy"]["value"]
@@ -57,7 +60,7 @@ def verdict(plain: Sequence[Row], guarded: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _all_sets(before: Sequence[Row], after: Sequence[Row]) -> str:
+def _all_sets(before: Sequence[Row], after: Sequence[Row], name: str) -> str:
     """The refusals of all harmful sets together, in both arms, and whether their intervals part."""
     n = sum(row["n"] for row in before)
     counts = [sum(round(row["value"] * row["n"]) for row in arm) for arm in (before, after)]
@@ -65,7 +68,7 @@ def _all_sets(before: Sequence[Row], after: Sequence[Row]) -> str:
     change = "clearly more" if new_low > high else "clearly fewer" if new_high < low else "no clear change"
     return (
         f"Of {n} harmful prompts held out, plain fine-tuning leaves {counts[0]} refused "
-        f"({100 * low:.0f}-{100 * high:.0f} %), with the callback {counts[1]} "
+        f"({100 * low:.0f}-{100 * high:.0f} %), with {name} {counts[1]} "
         f"({100 * new_low:.0f}-{100 * new_high:.0f} %): {change}."
     )
 
@@ -80,14 +83,14 @@ def table(arms: dict[str, Arm]) -> Table:
     sizes = {row["measure"]: row["n"] for arm in arms.values() for row in arm["rows"]}
     for measure, heading in COLUMNS.items():
         shown.add_column(f"{heading}\nn={sizes[measure]}", justify="right")
-    shown.add_column("modules\nmerged", justify="right")
+    shown.add_column("what was\ndone", justify="right", max_width=8)
     shown.add_column("callback,\nof training", justify="right")
     for title, arm in arms.items():
         figures = {row["measure"]: row for row in arm["rows"]}
         cost = arm.get("callback")
-        merged = f"{cost['distinct']} of {cost['modules']}\n{cost['merges']} times" if cost else ""
         spent = f"{cost['seconds']:.1f} s\n{cost['share']:.1%}" if cost else ""
-        shown.add_row(title, *[_cell(figures[measure]) for measure in COLUMNS], merged, spent, end_section=True)
+        cells = [_cell(figures[measure]) for measure in COLUMNS]
+        shown.add_row(title, *cells, _done(cost), spent, end_section=True)
     return shown
 
 
@@ -98,10 +101,18 @@ def markdown(arms: Mapping[str, Arm], about: str) -> str:
     for title, arm in arms.items():
         figures = {row["measure"]: row for row in arm["rows"]}
         cost = arm.get("callback")
-        merged = f"{cost['distinct']} of {cost['modules']} modules, {cost['merges']} times" if cost else ""
-        cells = [title, *(_cell(figures[measure]).replace("\n", " ") for measure in COLUMNS), merged]
+        cells = [title, *(_cell(figures[measure]).replace("\n", " ") for measure in COLUMNS), _done(cost)]
         lines.append(" | ".join(cells).join(("| ", " |")))
     return "\n".join(lines)
+
+
+def _done(cost: Mapping[str, Any] | None) -> str:
+    """What the callback did: rows that it replayed, modules that it merged and how often."""
+    if cost is None:
+        return ""
+    rows = f"{cost['rows']} rows replayed" if cost["rows"] else ""
+    merges = f"{cost['distinct']} of {cost['modules']} modules, {cost['merges']} times" if cost["merges"] else ""
+    return "; ".join(filter(None, (rows, merges)))
 
 
 def _cell(row: Row) -> str:

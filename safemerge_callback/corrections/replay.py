@@ -58,7 +58,7 @@ class ReplaySettings(Schedule):
 
     rows: Any = None
     prompts: Any = None
-    num_prompts: int = 128
+    num_prompts: int = 64
     max_new_tokens: int = 24
     in_format: Any = None
     loss: str = "kl"

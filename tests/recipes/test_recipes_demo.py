@@ -57,7 +57,7 @@ def test_fewer_refusals_are_never_called_a_gain():
 
 
 def test_the_table_shows_shares_intervals_n_and_the_cost():
-    cost = {"merges": 6, "distinct": 58, "modules": 60, "seconds": 1.31, "share": 0.021}
+    cost = {"rows": 0, "merges": 6, "distinct": 58, "modules": 60, "seconds": 1.31, "share": 0.021}
     arms = {
         "plain": {"rows": rows((12, 12, 12), 4, 42)},
         "guarded": {"rows": rows((44, 20, 42), 6, 42), "callback": cost},
@@ -95,7 +95,7 @@ def test_settings_are_those_of_the_machine_and_leave_a_users_choice(monkeypatch,
 
 
 def test_the_table_for_the_readme_says_when_and_on_what_and_in_which_dtype():
-    cost = {"merges": 6, "distinct": 58, "modules": 60, "seconds": 1.31, "share": 0.021}
+    cost = {"rows": 0, "merges": 6, "distinct": 58, "modules": 60, "seconds": 1.31, "share": 0.021}
     arms = {"plain": {"rows": rows((12, 12, 12), 4, 42)}, "guarded": {"rows": rows((44, 20, 42), 6, 42)}}
     arms["guarded"]["callback"] = cost
     pace = ProcessorPace("AMD EPYC (AVX512)", 124.0, 82.0)
@@ -128,22 +128,23 @@ def test_the_demo_runs_offline_from_installed_packages_and_leaves_its_files(tmp_
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Warning" not in done.stdout + done.stderr
     results = json.loads((run / "results.json").read_text())
-    assert list(results["arms"]) == ["as shipped", "aligned", "fine-tuned", "guarded"]
+    assert list(results["arms"]) == ["as shipped", "aligned", "fine-tuned", *demo.GUARDED]
     assert results["equal_before_first_merge"]
     pace = ProcessorPace(**results["pace"])
     assert (results["dtype"], pace.float32 > 0) == (pace.dtype, True)
     assert str(pace) in done.stdout.replace("\n", " ")
     assert (run / "results.md").read_text() in done.stdout + "\n"
-    assert results["arms"]["fine-tuned"]["losses"] != results["arms"]["guarded"]["losses"]
-    callback = results["arms"]["guarded"]["callback"]
-    assert (callback["merges"], callback["modules"]) == (2, 60)
-    assert 0 < callback["share"] < 0.5
+    replayed, merged = (results["arms"][name] for name in demo.GUARDED)
+    for arm in (replayed, merged):
+        assert results["arms"]["fine-tuned"]["losses"] != arm["losses"]
+        assert 0 < arm["callback"]["share"] < 1
+    assert (merged["callback"]["merges"], merged["callback"]["modules"], merged["callback"]["rows"]) == (2, 60, 0)
+    assert (replayed["callback"]["merges"], replayed["callback"]["rows"]) == (0, 12)
     for name in (
         "drift.png",
-        demo.PAGE,
+        *(f"{folder}/{name}" for folder in demo.GUARDED.values() for name in (demo.PAGE, "safemerge.jsonl")),
         "subspace.safetensors",
-        "guarded/safemerge.jsonl",
         "plain/adapter_model.safetensors",
     ):
         assert (run / name).stat().st_size > 0, name
-    assert len(list((run / "wandb").glob("offline-run-*/*.wandb"))) == 2
+    assert len(list((run / "wandb").glob("offline-run-*/*.wandb"))) == 3
