@@ -35,14 +35,20 @@ def test_every_setting_is_in_the_settings_table():
     assert table("| setting | default | what it is |") == settings
 
 
-def test_the_three_lines_make_a_callback():
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
-    calls = [
-        n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call) and ast.unparse(n.func) == "SafeMergeCallback"
-    ]
-    guard = SafeMergeCallback(**{k.arg: ast.literal_eval(k.value) for k in calls[0].keywords})
-    assert guard.config.safety_adapter == "my-org/safety-lora"
-    assert len([line for line in code.splitlines() if line]) == 4
+def made_by(code):
+    """The callbacks that a block of code makes."""
+    calls = [n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call)]
+    ours = [call for call in calls if ast.unparse(call.func) == "SafeMergeCallback"]
+    return [SafeMergeCallback(**{k.arg: ast.literal_eval(k.value) for k in call.keywords}) for call in ours]
+
+
+def test_the_first_lines_make_callbacks():
+    first, second = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[:2]
+    (alone,), (merging,) = made_by(first), made_by(second)
+    assert [one.kind.name for one in alone.config.chosen_corrections] == ["replay"]
+    assert not alone.config.measures
+    assert merging.config.safety_adapter == "my-org/safety-lora"
+    assert len([line for line in first.splitlines() if line]) == 3
 
 
 def test_the_python_imports_what_exists():
