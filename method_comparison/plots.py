@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safemerge_callback.errors import ConfigError
 
+from .drift_measures import AdapterDrift
 from .figures import HARM, Place, families, fronts
 from .grid import Grid
 from .statistics import front
@@ -17,8 +18,6 @@ from .statistics import front
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from .drift_measures import AdapterDrift
 
 _MARKS = "osD^v<>PX*hp"
 # The SVG's ids and date would otherwise change with every run.
