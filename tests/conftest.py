@@ -132,6 +132,16 @@ def chat_tokenizer():
     )
 
 
+@pytest.fixture(scope="session")
+def replayed(world, chat_tokenizer, tmp_path_factory):
+    """The folder of a run without a subspace, which replayed safety rows in 12 steps; not to be changed."""
+    from tests.support.replay import replaying
+
+    folder = tmp_path_factory.mktemp("replayed") / "out"
+    world.trainer(folder, replaying(batch_size=2), tokenizer=chat_tokenizer, max_steps=12).train()
+    return folder
+
+
 @pytest.fixture
 def full_disk():
     """A context: no file can grow beyond so many bytes, which is what a full disk looks like to who writes."""

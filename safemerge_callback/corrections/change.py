@@ -84,7 +84,10 @@ class ChangeEngine:
             return ()
         # The figures of one rank are those of all, as its factors are.
         edits, shares = from_first((change.edits, dict(change.task_weights)))
-        return self._conclude(change._replace(edits=edits, task_weights=shares), at.step, before, began, keep_in)
+        edits = self._conclude(change._replace(edits=edits, task_weights=shares), at.step, before, began, keep_in)
+        if edits and not change.merge:
+            self.log.progress.record_correction(correction.name)
+        return edits
 
     def _write(self, new: Mapping[str, LowRank]) -> StateBefore:
         """Write, and return what was there before."""

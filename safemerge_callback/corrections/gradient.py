@@ -98,7 +98,7 @@ def _scalar(term: GradientTerm, loss: Tensor) -> Tensor:
 
 
 def _not_finite(loss: Tensor) -> str:
-    value = float(loss)
+    value = float(loss.detach())
     return "its loss is not finite on another process" if math.isfinite(value) else f"its loss is {value}"
 
 
@@ -181,6 +181,7 @@ class GradientEngine:
             self.log.fault(step, done.fault, words, alert="a gradient term failed")
         if math.isfinite(done.loss):
             tally.total, tally.steps = tally.total + done.loss, tally.steps + 1
+            self.log.progress.record_correction(term.name)
             if trained:
                 vector = batch.unscaled(trained.mean(own.vector))
                 self.own.append(TermGradient(term, vector, own.tensors, apart))

@@ -50,12 +50,15 @@ class Pace:
 
     def end(self, step: int, max_steps: int, began: float, *, needed: bool) -> None:
         """Take note that the term has come at `step`, and whether it was needed; every rank calls it alike."""
-        every = max(1, interval(self.schedule.every, max_steps))
         if self.by_need:
             self.factor = 1 if needed else min(2 * self.factor, self.longest)
         if self.max_share is not None and not self.measured:
             self._measure(step, began)
-        self.next_step = step + every * max(self.factor, self.least)
+        self.next_step = step + self.spacing(max_steps)
+
+    def spacing(self, max_steps: int) -> int:
+        """Return the interval in force, in steps of a run of `max_steps`."""
+        return max(1, interval(self.schedule.every, max_steps)) * max(self.factor, self.least)
 
     def _measure(self, step: int, began: float) -> None:
         self.times.append((step, began, self.clock()))

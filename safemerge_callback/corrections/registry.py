@@ -24,7 +24,8 @@ class CorrectionKind:
 
     `make(settings)` gives a `Correction` or a `GradientTerm`, a new one for each run. `settings`: a dataclass that
     checks itself when made. `needs`: what must be there of `NEEDS`; `engines`: those of `ENGINES` that it can serve;
-    `cost`: in words, in forward and backward passes.
+    `cost`: in words, in forward and backward passes; `deed`: what it does to a run, in words that `in 60 steps` may
+    follow.
     """
 
     name: str
@@ -33,6 +34,7 @@ class CorrectionKind:
     needs: frozenset[str]
     engines: frozenset[str]
     cost: str
+    deed: str
 
 
 class ChosenCorrection(NamedTuple):
@@ -71,18 +73,25 @@ CORRECTIONS: dict[str, CorrectionKind] = {}
 
 
 def correction(
-    settings: type, *, cost: str, needs: Collection[str] = (), engines: Collection[str] = ENGINES
+    settings: type,
+    *,
+    cost: str,
+    deed: str = "",
+    needs: Collection[str] = (),
+    engines: Collection[str] = ENGINES,
 ) -> Callable[[Maker], Maker]:
     """Enter what makes a correction under its own name; the arguments are the fields of `CorrectionKind`.
 
-    ValueError for a need or an engine that there is not.
+    Without a `deed` cards say that it was at work. ValueError for a need or an engine that there is not.
     """
     if unknown := (set(needs) - NEEDS) | (set(engines) - set(ENGINES)):
         raise ValueError(f"{sorted(unknown)} are no needs of {sorted(NEEDS)} and no engines of {list(ENGINES)}")
 
     def enter(make: Maker) -> Maker:
         name = make.__name__
-        CORRECTIONS[name] = CorrectionKind(name, make, settings, frozenset(needs), frozenset(engines), cost)
+        CORRECTIONS[name] = CorrectionKind(
+            name, make, settings, frozenset(needs), frozenset(engines), cost, deed or f"{name} was at work"
+        )
         return make
 
     return enter

@@ -19,7 +19,7 @@ from ..evaluation.rows import load_rows
 from ..io.choices import one_of, truth
 from ..io.numbers import is_number, is_whole
 from ..io.whole_file import whole_file
-from ..live.ranks import all_or_none, from_first, rank, world_size
+from ..live.ranks import all_or_none, everyones, from_first, rank, world_size
 from ..signals.adapter_off import adapter_off
 from ..signals.reference import Reference, take_reference
 from ..signals.row_batch import row_batch, row_outputs
@@ -223,17 +223,19 @@ class Tally:
 
     def add(self, kinds: Sequence[str], losses: Tensor) -> None:
         """Take the losses (n,) of rows of these kinds in."""
-        for kind, loss in zip(kinds, losses.detach(), strict=True):
+        for kind, loss in zip(kinds, losses, strict=True):
             self.total[kind] = self.total.get(kind, torch.zeros_like(loss)) + loss
             self.rows[kind] = self.rows.get(kind, 0) + 1
 
     def take(self) -> dict[str, float]:
-        """Return the mean by kind, and the rows; begin anew."""
-        means = {f"loss_{kind}": float(total) / self.rows[kind] for kind, total in self.total.items()}
-        figures = {**means, "rows": float(sum(self.rows.values()))}
+        """Return the mean by kind over the ranks, and how many rows all of them had; begin anew. Collective."""
+        shares = everyones({kind: (float(total), self.rows[kind]) for kind, total in self.total.items()})
         self.total.clear()
         self.rows.clear()
-        return figures
+        by_kind = {kind: [share[kind] for share in shares if kind in share] for kind in sorted(set().union(*shares))}
+        rows = {kind: sum(count for _, count in one) for kind, one in by_kind.items()}
+        means = {f"loss_{kind}": sum(total for total, _ in one) / rows[kind] for kind, one in by_kind.items()}
+        return {**means, "rows": float(sum(rows.values()))}
 
 
 class Replay:
@@ -247,6 +249,7 @@ class Replay:
         self.weight = settings.weight
         self.schedule = Pace(settings, settings.by_need, settings.longest, settings.max_share)
         self.tally = Tally()
+        self.latest: tuple[Sequence[str], Tensor] | None = None
         self.began = 0.0
         self.max_steps = 0
 
@@ -263,18 +266,19 @@ class Replay:
         """Return the mean loss of this rank's next rows."""
         self.began, self.max_steps = self.schedule.begin(), at.max_steps
         losses, kinds = self.rows.next_losses(model)
-        self.tally.add(kinds, losses)
+        self.latest = kinds, losses.detach()
         return self.rows.mean(losses)
 
     def observe(self, step: int, loss: float) -> None:
         """Take note of the mean loss over the ranks: whether the rows are needed soon again."""
+        if self.latest is not None:
+            self.tally.add(*self.latest)
         most = self.rows.limit if self.rows.floor is None else 0.0
         self.schedule.end(step, self.max_steps, self.began, needed=not loss <= most)
 
     def figures(self) -> Mapping[str, float]:
-        """Return this rank's mean loss by kind and its rows since they were last told, and the interval in force."""
-        pace = self.schedule
-        return {**self.tally.take(), "interval": float(max(pace.factor, pace.least))}
+        """Return mean losses by kind and the rows since they were last told, and the interval in force. Collective."""
+        return {**self.tally.take(), "interval": float(self.schedule.spacing(self.max_steps))}
 
     def after_step(self, at: RunPoint) -> None:
         """Nothing follows a step: what is kept moves when rows are drawn."""
@@ -317,7 +321,11 @@ class ReplayApart(Replay):
         return [g + h for g, h in zip(kept, added, strict=True)]
 
 
-@correction(ReplaySettings, cost="one forward and backward pass of batch_size short rows a step")
+@correction(
+    ReplaySettings,
+    cost="one forward and backward pass of batch_size short rows a step",
+    deed="safety rows were replayed",
+)
 def replay(settings: ReplaySettings) -> Replay:
     """Return the term of one run."""
     apart = settings.surgery or settings.max_norm is not None

@@ -15,7 +15,7 @@ from ..io.outputs import same_place
 from ..io.paths import as_path
 from ..io.whole_file import settle, whole_folder
 from ..record import JOURNAL_FILE, PAGE_FILE, Journal
-from ..record.card import CAVEAT, escaped, front_matter
+from ..record.card import caveat, escaped, front_matter
 
 CARD = "README.md"
 RECIPE = "safemerge.yaml"
@@ -93,4 +93,4 @@ def model_card(
     title = "# Model with a merged LoRA adapter added in\n" if baked else "# Merged LoRA adapter\n"
     lines = [front_matter(base_model, baked), title, "## Safety merge\n", "| | |", "|---|---|", *rows, ""]
     lines += [*head, *modules] if modules else ["No module was selected: the weights are the fine-tuned adapter's."]
-    return "\n".join([*lines, "", f"Every reading and reason is in `{JOURNAL_FILE}`. {CAVEAT}", ""])
+    return "\n".join([*lines, "", f"Every reading and reason is in `{JOURNAL_FILE}`. {caveat()}", ""])

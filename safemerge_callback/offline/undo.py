@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -70,9 +71,23 @@ def _home(folder: Path, run: str) -> Path:
     for home in [folder, *folder.parents][:3]:
         if snapshot_in(home):
             return home
+        if _without_subspace(home):
+            raise ConfigError(
+                f"run {run!r} had no subspace, so it merged nothing and there is no merge to take back: what it did "
+                f"otherwise is in its journal (safemerge report {shlex.quote(str(home))})"
+            )
     raise ConfigError(
         f"run {run!r} holds no folder {SNAPSHOT_FOLDER}: give the output folder of a training whose end merged"
     )
+
+
+def _without_subspace(home: Path) -> bool:
+    """Whether the folder's journal tells of a training that had nothing to measure or merge with."""
+    if not (home / JOURNAL_FILE).is_file():
+        return False
+    entries = read_journal(home / JOURNAL_FILE)
+    sources = [entry.get("subspace") for entry in entries if entry.get("kind") == "start"]
+    return bool(sources) and all(isinstance(one, Mapping) and one.get("path", "") is None for one in sources)
 
 
 def _merged(folder: Path, snapshot: Snapshot, run: str) -> tuple[Path, Adapter]:

@@ -16,9 +16,12 @@ _HEAD = re.compile(r"---\r?\n(?P<head>.*?\n)---[ \t]*\r?(\n|$)", flags=re.S)
 BEGIN, END = "<!-- safemerge: begin -->", "<!-- safemerge: end -->"
 TAG = "safemerge"
 
-CAVEAT = (
-    "The merge answers accidental loss of safety in fine-tuning; it does not withstand an attack: evaluate before use."
-)
+_CAVEAT = "answers accidental loss of safety in fine-tuning; it does not withstand an attack: evaluate before use."
+
+
+def caveat(what: str = "The merge") -> str:
+    """Return the sentence that every card ends with: what `what` is for, and what it is not."""
+    return f"{what} {_CAVEAT}"
 
 
 def front_matter(base_model: str | None, baked: bool = False, tag: str | None = TAG) -> str:

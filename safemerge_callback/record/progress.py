@@ -17,7 +17,7 @@ from .journal import read_journal
 # Where the state was before it was a part of the trainer's own file.
 OLDER_FILE = "safemerge_state.json"
 # Fields that an older state may lack.
-_LATER = ("config", "pending", "disarmed")
+_LATER = ("config", "pending", "disarmed", "correction_steps")
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("last_merge", "final_step", "pending"), (int, NoneType)),
     **dict.fromkeys(("seconds", "training_seconds"), (int, float)),
@@ -31,7 +31,8 @@ class Progress:
     `task_weights` holds, for every module ever merged, the product of the task's weights: the share of its update left.
     `final_step` is the step of the last final check, `pending` the step of a check that was measured but not yet
     decided, `journal_entries` how many lines the journal had, `config` the settings that held. `disarmed` are the
-    modules that were merged and not seen above the gate since, where the settings ask for that.
+    modules that were merged and not seen above the gate since, where the settings ask for that. `correction_steps`:
+    correction other than the merge -> the steps that had its change or its gradient.
     """
 
     checks: int = 0
@@ -47,6 +48,7 @@ class Progress:
     pending: int | None = None
     config: dict[str, Any] = field(default_factory=dict)
     disarmed: list[str] = field(default_factory=list)
+    correction_steps: dict[str, int] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
@@ -66,6 +68,10 @@ class Progress:
         """Take over what a change that is no merge leaves; `shares` as `record_merge`."""
         for name, share in shares.items():
             self.task_weights[name] = self.task_weights.get(name, 1.0) * share
+
+    def record_correction(self, name: str, steps: int = 1) -> None:
+        """Count steps more at which a correction did something."""
+        self.correction_steps[name] = self.correction_steps.get(name, 0) + steps
 
     def rewind(self, checkpoint: Progress | None) -> None:
         """Take over what belongs to the weights (not the counts) from the checkpoint that they were loaded from."""
@@ -89,6 +95,8 @@ class Progress:
             raise ValueError(f"task_weights is {known['task_weights']!r}")
         if not all(isinstance(step, int) for step in known["merged_steps"]):
             raise ValueError(f"merged_steps is {known['merged_steps']!r}")
+        if not all(isinstance(steps, int) for steps in known.get("correction_steps", {}).values()):
+            raise ValueError(f"correction_steps is {known['correction_steps']!r}")
         return cls(**known)
 
 
@@ -108,7 +116,7 @@ def cut(entries: Sequence[Mapping[str, Any]], step: int, count: int | None) -> l
 
 
 def rebuilt(entries: Sequence[Mapping[str, Any]]) -> Progress | None:
-    """Return the counts that a journal tells of, for a checkpoint that lacks its own; None where it tells of no check.
+    """Return the counts that a journal tells of, for a checkpoint that lacks its own; None where it tells of none.
 
     What a journal does not tell is missing: seconds, and which modules were seen above the gate since their merge.
     """
@@ -125,11 +133,14 @@ def rebuilt(entries: Sequence[Mapping[str, Any]]) -> Progress | None:
             elif entry["kind"] == "change":
                 before = deepcopy(progress)
                 progress.task_weights |= {m["name"]: float(m["task_weight"]) for m in entry["modules"]}
+                progress.record_correction(str(entry["correction"]))
+            elif entry["kind"] == "gradient":
+                progress.record_correction(str(entry["correction"]), int(entry["steps"]))
             elif entry["kind"] == "rollback":
                 progress = replace(before, checks=progress.checks)
     except (KeyError, TypeError, ValueError):
         return None
-    return progress if progress.checks else None
+    return progress if progress.checks or progress.correction_steps else None
 
 
 def continue_journal(path: Path, step: int, count: int | None) -> list[Mapping[str, Any]]:

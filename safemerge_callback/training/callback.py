@@ -134,14 +134,22 @@ class SafeMergeCallback(TrainerCallback):
         if self.session:
             with self.session.clock.hook():
                 self.session.after_step(stopping=control.should_training_stop)
+                self._tell_before_save(control)
+
+    def _tell_before_save(self, control: TrainerControl) -> None:
+        """Tell what the gradient terms came to before a checkpoint that no log comes before: a resume begins anew."""
+        if self.session and self.session.gradients.untold and control.should_save and not control.should_log:
+            self.session.tell_terms()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Remember the weights where the trainer may put its best ones in their place."""
-        if self.session and args.load_best_model_at_end:
+        if self.session:
             with self.session.clock.hook():
-                self.session.marks.end_epoch()
+                if args.load_best_model_at_end:
+                    self.session.marks.end_epoch()
+                self._tell_before_save(control)
 
     def on_log(
         self,

@@ -7,22 +7,14 @@ import torch
 
 from safemerge_callback import SafeMergeCallback, SafeMergeConfig
 from safemerge_callback.corrections.losses import LOSSES
-from safemerge_callback.corrections.replay import ReplaySettings, row_losses
+from safemerge_callback.corrections.replay import ReplayRows, ReplaySettings, Tally, row_losses
 from safemerge_callback.errors import AdapterError, ConfigError
 from safemerge_callback.signals.adapter_off import adapter_off
 from safemerge_callback.signals.reference import take_reference
 from safemerge_callback.signals.rows import RowTokens
+from safemerge_callback.training.config.shorthands import OF_THE_RUN
+from tests.support.replay import ROWS, replaying
 from tests.support.trainer import lora_weights
-
-ROWS = [
-    {"prompt": "a b c", "response": "w0 w1 w2", "kind": "harm"},
-    {"prompt": "d e", "response": "w3 w4", "kind": "harm"},
-    {"prompt": "f g h i", "response": "yes w5 w6 w7", "kind": "benign"},
-]
-
-
-def replaying(**settings):
-    return SafeMergeCallback(corrections=[{"replay": {"rows": ROWS, "max_share": None, **settings}}])
 
 
 def train(world, chat_tokenizer, output, *guards, **changed):
@@ -83,6 +75,48 @@ def test_a_resumed_run_is_the_unbroken_one(world, chat_tokenizer, tmp_path, sett
         assert same(lora_weights(whole.model), lora_weights(again.model)), step
 
 
+def counts_of(runs, folder):
+    """Over how many steps and rows the journal's lines are."""
+    entries = runs.entries(folder, "gradient")
+    return sum(e["steps"] for e in entries), sum(e["figures"]["rows"] for e in entries)
+
+
+def test_what_was_not_logged_yet_is_told_before_a_checkpoint_so_that_a_resume_counts_it(
+    world, chat_tokenizer, tmp_path, runs
+):
+    steps = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3, "logging_steps": 5}
+    whole = train(world, chat_tokenizer, tmp_path, replaying(), **steps)
+    assert [e["step"] for e in runs.entries(tmp_path, "gradient")] == [3, 5, 6, 8]
+    again = world.trainer(tmp_path, guard := replaying(), tokenizer=chat_tokenizer, **steps)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert counts_of(runs, tmp_path) == (8, 8)
+    assert guard.progress.correction_steps == {"replay": 8}
+    key = "safemerge/corrections/replay/rows"
+    assert [e["step"] for e in whole.state.log_history if key in e] == [3, 5, 6, 8]
+
+
+def test_what_no_step_had_is_not_counted(world, chat_tokenizer, tmp_path, runs, monkeypatch):
+    """A row that was drawn for a pass whose loss was dropped."""
+    losses = iter([float("nan")])
+    mean = ReplayRows.mean
+    monkeypatch.setattr(ReplayRows, "mean", lambda self, rows: mean(self, rows) * next(losses, 1.0))
+    guard = replaying()
+    with pytest.warns(UserWarning, match="replay failed at step 1"):
+        train(world, chat_tokenizer, tmp_path, guard)
+    assert counts_of(runs, tmp_path) == (5, 5)
+    assert guard.progress.correction_steps == {"replay": 5}
+
+
+def test_figures_are_those_of_all_processes(monkeypatch):
+    tally = Tally()
+    tally.add(["harm", "harm"], torch.tensor([1.0, 2.0]))
+    other = {"harm": (6.0, 1), "benign": (4.0, 2)}
+    monkeypatch.setattr("safemerge_callback.corrections.replay.everyones", lambda share: [share, other])
+    assert tally.take() == {"loss_benign": 2.0, "loss_harm": 3.0, "rows": 5.0}
+    monkeypatch.undo()
+    assert tally.take() == {"rows": 0.0}
+
+
 def test_a_resume_on_another_number_of_processes_says_so(world, chat_tokenizer, tmp_path):
     steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     train(world, chat_tokenizer, tmp_path, replaying(), **steps)
@@ -123,6 +157,8 @@ def test_the_journal_says_what_it_cost_and_held(world, chat_tokenizer, tmp_path,
     (start,) = runs.entries(tmp_path, "start")
     assert start["subspace"]["path"] is None
     assert start["config"]["corrections"][0]["replay"]["rows"] == "3 rows"
+    assert start["config"].keys() == {*OF_THE_RUN, "subspace"}
+    assert not {"planned", "placement"} & start.keys()
     assert ROWS[0]["response"] not in json.dumps(start)
     assert not runs.entries(tmp_path, "check")
 

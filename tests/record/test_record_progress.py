@@ -37,6 +37,8 @@ WRONG: list[dict[str, Any]] = [
     {"merges": True},
     {"task_weights": {"a": "0.8"}},
     {"merged_steps": [1.5]},
+    {"correction_steps": {"rows": 1.5}},
+    {"correction_steps": [1]},
 ]
 
 
@@ -60,6 +62,17 @@ def test_counts_are_rebuilt_from_a_journal_without_what_was_taken_back():
     assert rebuilt(entries) == expected
     assert rebuilt([START]) is None
     assert rebuilt([CHECK, {"kind": "merge", "step": 10}]) is None
+
+
+def test_steps_of_other_corrections_are_rebuilt_too():
+    gradient = {"kind": "gradient", "step": 10, "correction": "rows", "steps": 10}
+    change = {"kind": "change", "step": 12, "correction": "shrink", "modules": [{"name": "a", "task_weight": 0.5}]}
+    taken_back = {"kind": "rollback", "step": 14, "modules": ["a"], "reason": "it fell"}
+    entries = [START, gradient, change, {**gradient, "steps": 3}, {**change, "step": 14}, taken_back]
+    progress = rebuilt(entries)
+    assert progress == Progress(correction_steps={"rows": 13, "shrink": 1}, task_weights={"a": 0.5})
+    assert Progress.of(json.loads(json.dumps(asdict(progress)))) == progress
+    assert rebuilt([START, {**gradient, "steps": "x"}]) is None
 
 
 def test_rewind_takes_the_weights_history_and_leaves_the_counts():

@@ -7,7 +7,8 @@ from transformers import HfArgumentParser
 
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.methods.aliases import COMBINATION_TYPES
-from safemerge_callback.training.config.settings import SafeMergeConfig, resolve_config
+from safemerge_callback.training.config.settings import SafeMergeConfig, public_settings, resolve_config
+from safemerge_callback.training.config.shorthands import OF_THE_RUN
 
 GOOD = {"subspace": "s.safetensors", "safety_adapter": "folder"}
 
@@ -306,3 +307,18 @@ def test_a_command_lines_whole_float_is_steps():
 )
 def test_a_floor_and_bounds_that_can_act_are_taken(changed):
     SafeMergeConfig(**GOOD, **changed)
+
+
+def test_what_is_published_names_no_merge_that_there_is_not_and_no_path(tmp_path):
+    prompts = tmp_path / "asked.txt"
+    prompts.write_text("x")
+    listed = [{"replay": {"prompts": [f"harm:{prompts}", f"benign:{prompts}"]}}]
+    config = SafeMergeConfig(corrections=listed)
+    assert config.to_publish().keys() == {*OF_THE_RUN, "subspace"}
+    assert config.to_publish()["corrections"][0]["replay"]["prompts"] == ["harm:asked.txt", "benign:asked.txt"]
+    assert config.words == "replay (prompts ['harm:asked.txt', 'benign:asked.txt'])"
+    # what an older release published of such a run
+    older = {**SafeMergeConfig(subspace="s").to_dict(), "subspace": None}
+    assert public_settings(older).keys() == {*OF_THE_RUN, "subspace"} - {"corrections"}
+    assert SafeMergeConfig(subspace="s").to_publish().keys() == SafeMergeConfig(subspace="s").to_dict().keys()
+    assert SafeMergeConfig.from_dict({}).words == "replay"

@@ -1,5 +1,6 @@
 """The cards that the trainer and PEFT write say what was merged, and nothing that leaves tells of this machine."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,9 @@ import yaml
 from transformers import Trainer
 
 from safemerge_callback.record.card import BEGIN, END
+from safemerge_callback.record.progress import Progress
+from safemerge_callback.training.run.artifact import outcome_of, run_card
+from tests.support.replay import ROWS, replay_entry, replaying
 
 SAVING = {"save_strategy": "steps", "save_steps": 3}
 
@@ -79,6 +83,41 @@ def test_a_run_that_only_watches_says_so_and_sets_no_tag(world, tmp_path):
         head, _, ours, _ = parts(folder / "README.md")
         assert "safemerge" not in head["tags"]
         assert "checked it 3 times and merged nothing" in ours
+
+
+def test_a_run_that_only_replays_says_what_it_did_and_none_of_its_rows(world, chat_tokenizer, tmp_path):
+    rows = tmp_path / "mine.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    trainer = world.trainer(tmp_path / "out", replaying(rows=str(rows)), tokenizer=chat_tokenizer, **SAVING)
+    trainer.train()
+    trainer.save_model()
+    for folder, steps in (("checkpoint-3", 3), ("checkpoint-6", 6), ("", 6)):
+        head, _, ours, _ = parts(tmp_path / "out" / folder / "README.md")
+        assert {"lora", "safemerge"} <= set(head["tags"])
+        assert f"While this adapter was trained, safety rows were replayed in {steps} steps." in ours
+        assert "| settings | replay (rows mine.jsonl, max_share None) |" in ours.replace("\\", "")
+        for word in ("check", "merge ", "merges", ROWS[0]["response"], str(tmp_path)):
+            assert word not in ours, word
+    text = run_card(outcome_of(replaying().config, Path("j"), None, Progress(correction_steps={"replay": 1}), {}))
+    assert "| replay | in 1 step |" in text
+    assert "At the last check" not in text
+    assert ROWS[0]["response"] not in text
+
+
+def test_a_run_whose_rows_had_no_part_says_so_and_sets_no_tag(world, chat_tokenizer, tmp_path):
+    world.trainer(tmp_path, replaying(weight=0.0), tokenizer=chat_tokenizer).train()
+    head, _, ours, _ = parts(tmp_path / "README.md")
+    assert "safemerge" not in head["tags"]
+    assert "safety rows were replayed in no step: these are the weights that training left" in ours
+
+
+def test_a_run_that_merges_and_replays_says_both(world, chat_tokenizer, tmp_path, capsys):
+    world.trainer(tmp_path, world.guard(every=2, corrections=[replay_entry()]), tokenizer=chat_tokenizer).train()
+    _, _, ours, _ = parts(tmp_path / "README.md")
+    assert "SafeMerge checked it 3 times and merged into it 3 times, and safety rows were replayed in 6 steps." in ours
+    assert "| merges | 12 modules in 3 events, at steps 2, 4, 6 |" in ours.replace("\\", "")
+    assert ROWS[0]["response"] not in ours
+    assert "left, replay in 6 steps, moved_mean " in capsys.readouterr().out
 
 
 def test_a_card_of_the_users_own_keeps_every_byte_outside_of_ours(world, tmp_path):

@@ -98,6 +98,18 @@ def test_a_named_adapter_beside_one_that_was_not_trained_is_found_from_each_fold
     assert undos(runs, run) == ["mine", "checkpoint-2/mine"]
 
 
+def test_a_run_without_a_subspace_has_nothing_to_take_back(replayed, tmp_path):
+    run = shutil.copytree(replayed, tmp_path / "out")
+    (run / "checkpoint-6").mkdir()
+    for place in (run, run / "checkpoint-6"):
+        with pytest.raises(ConfigError, match="had no subspace, so it merged nothing and there is no merge to take b"):
+            undo_merge(place)
+    # of another's journal it is not known
+    (run / "safemerge.jsonl").write_text('{"kind": "start", "subspace": 3}\n{"step": 1}\n')
+    with pytest.raises(ConfigError, match="holds no folder _pre_merge"):
+        undo_merge(run)
+
+
 def test_a_journal_that_is_none_is_refused_before_the_adapter_is_touched(ended, runs, tmp_path):
     run = shutil.copytree(ended, tmp_path / "out")
     (run / "safemerge.jsonl").write_text("buy milk")

@@ -22,7 +22,7 @@ from ...methods.how import AUTO
 from ...methods.project import OPERATOR, OPERATOR_RANK
 from .checks import adapters_of, checked_settings, join_knobs
 from .choices import declared_knobs, gate_at, how_of, rules_of
-from .shorthands import with_merge_entry, with_preset
+from .shorthands import OF_THE_RUN, with_merge_entry, with_preset
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -230,9 +230,13 @@ class SafeMergeConfig:
 
     @property
     def words(self) -> str:
-        """The settings that are not the defaults, for a card: without those that hold a path of this machine."""
-        paths = ("subspace", "safety_adapter", "journal")
-        return ", ".join(f"{name} {value}" for name, value in self.chosen.items() if name not in paths)
+        """The settings that are not the defaults, for a card: without those that hold a path of this machine, or rows.
+
+        Of a correction those that are not its own defaults.
+        """
+        paths = ("subspace", "safety_adapter", "journal", "corrections")
+        plain = [f"{name} {value}" for name, value in self.chosen.items() if name not in paths]
+        return ", ".join([*plain, *map(_chosen_words, self.chosen_corrections)])
 
     def to_dict(self) -> dict[str, Any]:
         """Return every setting as a JSON-able dict that `from_dict` takes back.
@@ -311,14 +315,26 @@ def resolve_config(config: SafeMergeConfig | str | PathLike[str] | None, knobs: 
 
 
 def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings with a name for each path: what may be published, and stays when files are moved."""
-    names = dict(settings)
+    """Return the settings with a name for each path: what may be published, and stays when files are moved.
+
+    Without a subspace those of a merge are left out: there is none.
+    """
+    there = settings if settings.get("subspace") else [name for name in settings if name in ("subspace", *OF_THE_RUN)]
+    names = {name: settings[name] for name in there}
     for key in ("subspace", "safety_adapter", "journal"):
         path = settings.get(key)
         names[key] = [source_name(one) for one in path] if isinstance(path, list) else path and source_name(path)
     if settings.get("corrections"):
         names["corrections"] = [_published(entry) for entry in settings["corrections"]]
-    return {key: value for key, value in names.items() if key in settings}
+    return {key: value for key, value in names.items() if key in there}
+
+
+def _chosen_words(one: ChosenCorrection) -> str:
+    """A correction and its settings that are not the defaults, as `replay (batch_size 2, rows 3 rows)`."""
+    defaults = {f.name: f.default for f in fields(one.kind.settings)}
+    chosen = {name: value for name, value in vars(one.settings).items() if value != defaults.get(name)}
+    told = ", ".join(f"{name} {_public(value)}" for name, value in chosen.items())
+    return f"{one.kind.name} ({told})" if told else one.kind.name
 
 
 def _published(entry: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -330,5 +346,10 @@ def _public(value: Any) -> Any:
     if isinstance(value, list | tuple):
         rows = any(isinstance(one, Mapping) or is_dataclass(one) for one in value)
         return f"{len(value)} rows" if rows else [_public(one) for one in value]
-    path = existing(value) if isinstance(value, str) else None
-    return value if path is None else source_name(path)
+    if not isinstance(value, str):
+        return value
+    # A file may stand behind the kind of its prompts.
+    kind, colon, file = value.partition(":")
+    if (path := existing(value)) is not None:
+        return source_name(path)
+    return f"{kind}:{source_name(path)}" if colon and (path := existing(file)) is not None else value

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...decision import MergePlan
+from ...io.addresses import source_name
 from ...record import JOURNAL_FILE
-from ...record.card import CAVEAT, escaped, front_matter
+from ...record.card import caveat, escaped, front_matter
 from ...record.progress import Progress
+from ..config.settings import SafeMergeConfig
 
 PLAN_FILE, CARD_FILE = "plan.txt", "README.md"
 TITLE = "# LoRA adapter, fine-tuned under guard\n"
@@ -22,7 +24,8 @@ TITLE = "# LoRA adapter, fine-tuned under guard\n"
 class Outcome:
     """What a run leaves behind: the last check's plan, the whole run's counts, what was put together, the model.
 
-    `model` is None where it cannot be saved by one process alone.
+    `model` is None where it cannot be saved by one process alone. `measures`: whether there were to be checks; `deeds`:
+    correction -> what it does, in words that a number of steps follows.
     """
 
     journal: Path
@@ -30,6 +33,8 @@ class Outcome:
     progress: Progress
     parts: Mapping[str, str | None]
     model: Any = None
+    measures: bool = True
+    deeds: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write the files into `folder`; raises what saving raises."""
@@ -44,33 +49,73 @@ class Outcome:
 
 
 class Section(NamedTuple):
-    """What a model card says of a run, and whether anything was merged."""
+    """What a model card says of a run, and whether the run changed the model."""
 
     text: str
-    merged: bool
+    changed: bool
+
+
+def outcome_of(
+    config: SafeMergeConfig,
+    journal: Path,
+    plan: MergePlan | None,
+    progress: Progress,
+    unmerged: Mapping[str, str],
+    model: Any = None,
+) -> Outcome:
+    """Return what a run with these settings leaves behind; `unmerged`: safety adapter -> what of it merges left out."""
+    adapters = ", ".join(map(source_name, config.adapters)) or None
+    left = "; ".join(f"of {source}: {words}" for source, words in unmerged.items()) or None
+    subspace = config.subspace and source_name(config.subspace)
+    parts = {"subspace": subspace, "safety_adapter": adapters, "left_out": left, "settings": config.words or None}
+    deeds = {one.kind.name: one.kind.deed for one in config.chosen_corrections}
+    return Outcome(journal, plan, progress, parts, model, config.measures, deeds)
 
 
 def run_section(outcome: Outcome) -> Section:
     """Return the section on this run for a card that somebody else writes; names from outside are escaped."""
     progress = outcome.progress
-    done = f"{progress.checks} times" if progress.checks != 1 else "once"
-    merged = f"merged into it {progress.merges} times" if progress.merges != 1 else "merged into it once"
-    untouched = "" if progress.task_weights else ": these are the weights that training left"
-    merged = merged if progress.merges else f"merged nothing{untouched}"
-    says = f"While this adapter was trained, SafeMerge checked it {done} and {merged}."
-    text = "\n".join(["## Safety merge\n", f"{says}\n", *_facts(outcome), "", CAVEAT])
-    return Section(text, progress.merges > 0)
+    says = f"While this adapter was trained, {_done(outcome)}."
+    text = "\n".join([f"{_heading(outcome)}\n", f"{says}\n", *_facts(outcome), "", _caveat(outcome)])
+    return Section(text, progress.merges > 0 or bool(progress.correction_steps))
+
+
+def _done(outcome: Outcome) -> str:
+    """What was done: `SafeMerge checked it once and merged into it once, and safety rows were replayed in 60 steps`."""
+    progress = outcome.progress
+    merged = f"merged into it {_times(progress.merges)}" if progress.merges else "merged nothing"
+    checked = f"SafeMerge checked it {_times(progress.checks)} and {merged}"
+    others = [f"{deed} in {_steps(progress, name)}" for name, deed in outcome.deeds.items()]
+    untouched = not (progress.merges or progress.task_weights or progress.correction_steps)
+    words = ", and ".join([checked, *others] if outcome.measures else others)
+    return words + (": these are the weights that training left" if untouched else "")
+
+
+def _times(count: int) -> str:
+    return f"{count} times" if count != 1 else "once"
+
+
+def _steps(progress: Progress, correction: str) -> str:
+    count = progress.correction_steps.get(correction, 0)
+    return f"{count} step{'s' * (count != 1)}" if count else "no step"
+
+
+def _heading(outcome: Outcome) -> str:
+    return "## Safety merge" if outcome.measures else "## Safety"
+
+
+def _caveat(outcome: Outcome) -> str:
+    return caveat("The merge" if outcome.measures else "This")
 
 
 def _facts(outcome: Outcome) -> list[str]:
     """The lines of a table of what was put together, and how."""
     plan, progress = outcome.plan, outcome.progress
-    events = f"{progress.modules_merged} modules in {progress.merges} event{'s' * (progress.merges != 1)}"
     left = progress.task_weights.values()
     facts = {
         **outcome.parts,
-        "checks": str(progress.checks),
-        "merges": f"{events}, at steps {', '.join(map(str, progress.merged_steps))}" if progress.merges else "none",
+        **(_counts(progress) if outcome.measures else {}),
+        **{name: f"in {_steps(progress, name)}" for name in outcome.deeds},
         "gate": str(plan.gate) if plan else None,
         "method": _method(plan) if plan and progress.merges else None,
         "share of the task's early update left": f"{min(left):.1%} to {max(left):.1%}" if left else None,
@@ -79,15 +124,23 @@ def _facts(outcome: Outcome) -> list[str]:
     return ["| | |", "|---|---|", *rows]
 
 
+def _counts(progress: Progress) -> dict[str, str]:
+    events = f"{progress.modules_merged} modules in {progress.merges} event{'s' * (progress.merges != 1)}"
+    merges = f"{events}, at steps {', '.join(map(str, progress.merged_steps))}" if progress.merges else "none"
+    return {"checks": str(progress.checks), "merges": merges}
+
+
 def run_card(outcome: Outcome) -> str:
-    """Return the card of an adapter that was merged into while it was trained; names from outside are escaped."""
+    """Return the card of an adapter that was trained under guard; names from outside are escaped."""
+    lines = [front_matter(_base_model(outcome.model)), TITLE, f"{_heading(outcome)}\n", *_facts(outcome), ""]
+    if not outcome.measures:
+        return "\n".join([*lines, f"Every figure is in `{JOURNAL_FILE}`. {_caveat(outcome)}", ""])
     plan, progress = outcome.plan, outcome.progress
     head = ["| module | cosine | null cosine | task weight | decision |", "|---|---:|---:|---:|---|"]
     modules = [_module_row(name, plan, progress) for name in plan.readings] if plan else []
-    lines = [front_matter(_base_model(outcome.model)), TITLE, "## Safety merge\n"]
-    lines += [*_facts(outcome), "", "At the last check:", "", *head, *modules, ""]
-    lines += [f"Every reading and reason is in `{JOURNAL_FILE}`, the last check's also in `{PLAN_FILE}`. {CAVEAT}", ""]
-    return "\n".join(lines)
+    lines += ["At the last check:", "", *head, *modules, ""]
+    words = f"Every reading and reason is in `{JOURNAL_FILE}`, the last check's also in `{PLAN_FILE}`."
+    return "\n".join([*lines, f"{words} {_caveat(outcome)}", ""])
 
 
 def _method(plan: MergePlan) -> str:

@@ -52,13 +52,15 @@ def closing_line(
 
     The verdict is what the `last` check's readings say of lost refusals, which stand before that check's own merge.
     """
-    clauses = [_count(progress.checks, "check")] if config.measures else [_listed(config)]
+    clauses = [_count(progress.checks, "check")] if config.measures else []
     if config.merges:
         clauses.append(
             f"{_count(progress.merges, 'merge')}{_left(config.method, progress)}"
             if progress.merges
             else "NOTHING WAS MERGED"
         )
+    names = [one.kind.name for one in config.chosen_corrections]
+    clauses += [f"{name} in {_count(progress.correction_steps.get(name, 0), 'step')}" for name in names]
     run = journal.parent if journal.name == JOURNAL_FILE else journal
     moved = last.readings.moved_mean if last else None
     if moved is not None:

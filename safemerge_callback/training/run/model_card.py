@@ -1,4 +1,4 @@
-"""The model cards that the trainer writes say what was merged: a section between our comments, and a tag."""
+"""The model cards that the trainer writes say what was done: a section between our comments, and a tag."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from .artifact import CARD_FILE, TITLE, Section
 
 
 def mark_card(folder: Path, section: Section | None, *, begin: bool = False) -> None:
-    """Put what the run did into the card in `folder`, with the tag where it merged; a card that cannot be is told of.
+    """Put what the run did into the card in `folder`, with the tag where it changed the model.
 
-    Where there is no card, `begin` makes one: whoever saves the adapter there later goes on with it. A README without
-    a card's head is somebody's own, such as that of a project which trains into its own folder, and stays as it is.
+    A card that cannot be is told of. Where there is no card, `begin` makes one: whoever saves the adapter there later
+    goes on with it. A README without a card's head is somebody's own, such as that of a project which trains into its
+    own folder, and stays as it is.
     """
     if section is None:
         return
-    path, tag = folder / CARD_FILE, TAG if section.merged else None
+    path, tag = folder / CARD_FILE, TAG if section.changed else None
 
     def mark() -> None:
         if begin and folder.is_dir() and not path.exists():

@@ -132,6 +132,8 @@ def open_session(
     progress, journal, restored = _records(config, past, args, state)
     plan = forecast(config, list(factors), state.max_steps, state.global_step, progress.task_weights)
     of_a_run = {"placement": measuring.placement, "world_size": args.world_size, "planned": plan.to_dict()}
+    if not config.measures:
+        del of_a_run["planned"]
     start = _start(state.global_step, config, at.subspace, len(factors), restored=restored, left_out=left, **of_a_run)
     progress.journal_entries += journal.append(start)
     log, trackers = _outlets(config, state, journal, progress)

@@ -20,7 +20,6 @@ from ...corrections.protocol import Correction, GradientTerm, Kept, RunPoint
 from ...corrections.schedule import final_due
 from ...decision import Edit, MergePlan, Readings
 from ...errors import ConfigError
-from ...io.addresses import source_name
 from ...live import Writer
 from ...live.faults import Fault, attempt
 from ...live.micro_batch import MicroBatch
@@ -32,7 +31,7 @@ from ...record.progress import Progress
 from ...subspace import Subspace
 from ..config.settings import SafeMergeConfig
 from ..trackers import Report, Trackers, decision_rows
-from .artifact import Outcome, Section, run_section
+from .artifact import Outcome, Section, outcome_of, run_section
 from .background import Pending, begin, undisturbed
 from .clock import Clock
 from .decide import CheckMoment, agreed_plan, decided, still_disarmed
@@ -280,18 +279,13 @@ class Session:
         """What a model card says of the run by now; None where that cannot be told."""
         section = attempt("card", lambda: run_section(self.outcome()))
         if isinstance(section, Fault):
-            self.log.warn("card", f"model cards do not say what was merged ({section.error})")
+            self.log.warn("card", f"model cards do not say what was done ({section.error})")
             return None
         return section
 
     def outcome(self, model: Any = None) -> Outcome:
         """What the run leaves behind, with the model where its adapter is to be saved."""
-        adapters = ", ".join(map(source_name, self.config.adapters)) or None
-        left = "; ".join(f"of {source}: {words}" for source, words in self.unmerged.items()) or None
-        subspace = self.config.subspace and source_name(self.config.subspace)
-        parts = {"subspace": subspace, "safety_adapter": adapters, "left_out": left}
-        parts["settings"] = self.config.words or None
-        return Outcome(self.journal, self.plan, self.progress, parts, model)
+        return outcome_of(self.config, self.journal, self.plan, self.progress, self.unmerged, model)
 
     def end(self, model: nn.Module | None, batches: Iterable[Any] | None) -> None:
         """Check once more if the final check has not happened, or the weights are not those it left; close the records.
@@ -310,7 +304,7 @@ class Session:
         # No adapter where it is sharded: all ranks would have to save it together.
         self.trackers.finish(self.step, self.outcome(None if self.writer.sharded else model).write)
         self.trackers.close()
-        if self.progress.merges:
+        if self.progress.merges or self.progress.correction_steps:
             mark_model(model)
         if self.log.first_rank:
             mark_card(Path(self.args.output_dir), self.section(), begin=True)
