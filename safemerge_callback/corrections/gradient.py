@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -186,7 +187,7 @@ class GradientEngine:
                 vector = batch.unscaled(trained.mean(own.vector))
                 self.own.append(TermGradient(term, vector, own.tensors, apart))
             if isinstance(term, Observant):
-                term.observe(step, done.loss)
+                self._ask(term, step, "take note of its loss", partial(term.observe, step, done.loss), alike=True)
 
     def before_update(self, step: int) -> None:
         """Let what was kept apart join the step's gradient, which is whole, averaged and clipped now."""
@@ -197,17 +198,24 @@ class GradientEngine:
             self.angles = Angles.of(trained, self.own)
         for own in self.own:
             if own.apart:
-                self._join(trained, own, step)
+                self._ask(own.term, step, "join its gradient", partial(join, trained, own), alike=True)
         self.own = []
 
-    def _join(self, trained: TrainedParameters, own: TermGradient, step: int) -> None:
-        name = own.term.name
-        if many():
-            # One rank that went on without it would part from the others.
-            join(trained, own)
-        elif isinstance(done := attempt(name, lambda: join(trained, own)), Fault):
-            words = f"{name} could not join step {step}, which goes without its gradient: {done.error}"
-            self.log.fault(step, done, words, alert="a gradient term failed")
+    def _ask(
+        self, term: GradientTerm, step: int, what: str, action: Callable[[], Any], *, alike: bool = False
+    ) -> Any | None:
+        """What the term answers; None where it fails, which is told. `alike`: and all ranks must come to the same.
+
+        One of many ranks that went on without an answer would part from the others, so it is raised there.
+        """
+        if alike and many():
+            return action()
+        answer = attempt(term.name, action)
+        if isinstance(answer, Fault):
+            words = f"{term.name} could not {what} at step {step}, training goes on: {answer.error}"
+            self.log.fault(step, answer, words, kind=f"{term.name} {what}", alert="a gradient term failed")
+            return None
+        return answer
 
     def report(self, step: int, norm: float | None = None) -> dict[str, float]:
         """Note what each term came to since it was last told, and return it by its keys for trackers.
@@ -220,15 +228,8 @@ class GradientEngine:
         for term in self.terms:
             tally = self.tallies.get(term.name)
             if tally is not None and tally.steps:
-                reading = tally.reading(term.weight, angles.get(term.name, {}), self._figures(term, step))
+                figures = self._ask(term, step, "tell its figures", term.figures) if isinstance(term, Tallied) else {}
+                reading = tally.reading(term.weight, angles.get(term.name, {}), figures or {})
                 self.log.note(gradient_entry(step, term.name, reading))
                 numbers |= {f"safemerge/corrections/{term.name}/{key}": x for key, x in reading.numbers().items()}
         return numbers
-
-    def _figures(self, term: GradientTerm, step: int) -> Mapping[str, float]:
-        figures = attempt(term.name, term.figures) if isinstance(term, Tallied) else {}
-        if isinstance(figures, Fault):
-            words = f"{term.name} could not say its figures at step {step}, training goes on: {figures.error}"
-            self.log.fault(step, figures, words, kind=f"{term.name} figures")
-            return {}
-        return figures

@@ -3,10 +3,26 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
 from safemerge_callback.live import micro_batch
 from safemerge_callback.live.micro_batch import refusal
+
+
+def test_a_pass_under_a_scaler_is_scaled_and_read_without_its_factor(world):
+    """As the scaler's own `unscale_` gives it back, and in float32 at least."""
+    model = world.model(init_lora_weights=False)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    batch = micro_batch.micro_batch(model, SimpleNamespace(scaler=scaler))
+    ids = torch.arange(3, 11).reshape(1, 8)
+    batch.backward(model(input_ids=ids, labels=ids).loss)
+    scaled = batch.trained.vector(batch.trained.gradients())
+    optimizer = torch.optim.SGD(batch.trained.parameters)
+    scaler.unscale_(optimizer)
+    plain = batch.trained.vector(batch.trained.gradients())
+    assert torch.equal(scaled, 1024 * plain)
+    assert torch.equal(batch.unscaled(scaled), plain)
 
 
 @pytest.fixture

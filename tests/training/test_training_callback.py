@@ -1,4 +1,7 @@
+import copy
+import gc
 import math
+import pickle
 import subprocess
 import sys
 import warnings
@@ -42,6 +45,36 @@ def test_keywords_and_config_make_the_same_callback(world):
     assert (guard.seconds, guard.share) == (0.0, 0.0)
 
 
+def test_attaching_hands_the_trainer_over_and_adds_the_callback_once(world, runs, tmp_path):
+    guard = world.guard(every=2)
+    trainer = world.trainer(tmp_path / "added", max_steps=2)
+    assert guard.attach(trainer) is guard
+    guard.attach(trainer)
+    assert [c for c in trainer.callback_handler.callbacks if c is guard] == [guard]
+    trainer.train()
+    assert [e["step"] for e in runs.entries(tmp_path / "added", "merge")] == [2]
+    there = world.guard(every=2)
+    given = world.trainer(tmp_path / "given", there, max_steps=2)
+    assert there.attach(given).trainer is given
+    assert [c for c in given.callback_handler.callbacks if c is there] == [there]
+    with pytest.raises(ConfigError, match="attach was given <class 'dict'>: give the Trainer"):
+        guard.attach(dict)
+
+
+def test_what_it_is_attached_to_stays_with_the_original(world, tmp_path):
+    """A copy knows no trainer, another trainer than the attached one is not taken for it, and one may end."""
+    guard = world.guard(every=0)
+    guard.attach(world.trainer(tmp_path / "gone", max_steps=1))
+    gc.collect()
+    assert guard.trainer is None
+    trainer = world.trainer(tmp_path, guard, max_steps=1)
+    guard.attach(trainer)
+    assert copy.deepcopy(guard).trainer is None
+    assert pickle.loads(pickle.dumps(guard)).trainer is None
+    world.trainer(tmp_path / "other", guard, max_steps=1).train()
+    assert guard.trainer is trainer
+
+
 # --- everything that can be wrong is told before the first step -------------------------------------------------------
 
 
@@ -56,8 +89,6 @@ def refused(world, runs, tmp_path, guard, error, match, model=None):
 
 
 def test_a_model_without_lora(world, runs, tmp_path):
-    import copy
-
     refused(world, runs, tmp_path, world.guard(), AdapterError, "LoRA", model=copy.deepcopy(world.aligned))
 
 
@@ -152,8 +183,6 @@ def test_a_merge_is_in_its_steps_checkpoint_and_in_the_final_save(world, runs, t
 
 
 def test_the_final_save_loads_in_plain_peft_with_the_same_logits(world, runs, tmp_path):
-    import copy
-
     from peft import PeftModel
 
     trainer = world.trainer(tmp_path, world.guard(every=0))
@@ -271,8 +300,6 @@ def test_half_precision_adapters_stay_half_and_merge(world, runs, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning")
 def test_sft_trainer_with_peft_config(world, runs, tmp_path):
-    import copy
-
     from datasets import Dataset
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer

@@ -7,6 +7,9 @@
 `none` (no term), these two with dropout, or `bare` (no term, no dropout). With `+attached` behind it the trainer is
 handed over, as it always is under DeepSpeed. Each process writes OUT/<job, with dashes>-rank<n>.pt: the factors before
 the first step and after each, and the batches that it was given.
+
+What is refused before the first step, `unattached` (no trainer), `unmanaged` (DeepSpeed's accumulation is its caller's)
+or `apart` under DeepSpeed, writes the words.
 """
 
 from dataclasses import dataclass
@@ -18,6 +21,7 @@ import transformers
 
 from safemerge_callback.corrections.registry import correction
 from safemerge_callback.corrections.schedule import Schedule
+from safemerge_callback.errors import ConfigError
 from safemerge_callback.live import writer_for
 from tests.support.world import World
 from tests.trajectory.engines.cpu_fsdp import allow_fsdp_on_cpu
@@ -90,6 +94,8 @@ LISTED = {
     "zero": [{"rows": {"weight": 0}}],
     "none": None,
     "bare": None,
+    "unattached": [{"rows": {}}],
+    "unmanaged": [{"rows": {}}],
 }
 
 
@@ -130,16 +136,21 @@ def run(world, job, out):
     changed = {**plain_sgd, "max_steps": STEPS, "average_tokens_across_devices": False, **settings(engine, dtype)}
     changed |= {"gradient_accumulation_steps": int(accumulation), "logging_steps": 4}
     changed |= {"max_grad_norm": CLIP} if what == "clipped" else {}
+    if what == "unmanaged":
+        changed["deepspeed"] = {**changed["deepspeed"], "managed_gradient_accumulation": False}
     dropout = 0.3 if what in ("zero", "none") else 0.0
     model = world.model(init_lora_weights=False, lora_dropout=dropout)
     trainer = world.trainer(out / job, guard, steps, model=model, **changed)
     trainer.data_collator = batches = Batches(trainer.data_collator)
-    if attached or engine.startswith("zero"):
+    if attached or (engine.startswith("zero") and what != "unattached"):
         assert guard.attach(trainer) is guard
-    trainer.train()
-    check_marks(steps.model, engine)
+    try:
+        trainer.train()
+        check_marks(steps.model, engine)
+        result = {"steps": steps.steps, "batches": batches.made}
+    except ConfigError as error:
+        result = {"refused": str(error), "steps": steps.steps}
     assert (dist.get_world_size() if dist.is_initialized() else 1) == WORLD_SIZE
-    result = {"steps": steps.steps, "batches": batches.made, "logged": trainer.state.log_history}
     torch.save(result, out / f"{job.replace(':', '-')}-rank{RANK}.pt")
     trainer.accelerator.free_memory()
     forget()
