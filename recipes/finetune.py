@@ -188,21 +188,25 @@ def build_trainer(
         attn_implementation=model_config.attn_implementation,
         quantization_config=get_quantization_config(model_config),
     )
-    guard: list[TrainerCallback] = [SafeMergeCallback(safemerge)] if safemerge else []
+    guard = SafeMergeCallback(safemerge) if safemerge else None
+    watching: list[TrainerCallback] = [guard] if guard else []
     if data.probe_every:
         settings: Any = data.chat_template_kwargs
         sizes = {"every": data.probe_every, "n": data.probe_prompts}
-        guard.append(validation_probe(data.data, **sizes, chat_template_kwargs=settings))
+        watching.append(validation_probe(data.data, **sizes, chat_template_kwargs=settings))
     # LoRA's A is drawn inside the trainer: two runs of one seed must start from the same A.
     set_seed(sft.seed)
-    return SFTTrainer(
+    trainer = SFTTrainer(
         model=model,
         args=sft,
         train_dataset=load_data(data),
         processing_class=tokenizer,
         peft_config=get_peft_config(model_config),
-        callbacks=[*guard, *callbacks],
+        callbacks=[*watching, *callbacks],
     )
+    if guard:
+        guard.attach(trainer)
+    return trainer
 
 
 def validation_probe(
