@@ -53,6 +53,16 @@ def answered_by_ranks(
     return [shares[i % ranks][i // ranks] for i in range(len(questions))]
 
 
+def first_pass(model: Any) -> None:
+    """Let FSDP2 see what is trained before anybody puts that off: it looks once, in the first forward pass of its root.
+
+    Where it saw nothing, its mixed precision would know no dtype of a gradient. Without gradients; collective there.
+    """
+    if _is_fsdp2(model):
+        with torch.no_grad():
+            model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))
+
+
 @contextmanager
 def _fsdp1_root(model: Any) -> Iterator[None]:
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -64,7 +74,7 @@ def _fsdp1_root(model: Any) -> Iterator[None]:
 @contextmanager
 def _fsdp2_root(model: Any) -> Iterator[None]:
     # Before the first forward pass through the root, a unit beneath it would take itself for the root.
-    model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device))
+    first_pass(model)
     model.unshard()
     try:
         yield

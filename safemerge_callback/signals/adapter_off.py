@@ -9,7 +9,9 @@ from typing import Any
 from torch import nn
 
 from ..errors import ConfigError
+from ..live.forward import first_pass
 from ..live.modules import base_moved
+from .model_state import preserve_state
 
 
 @contextmanager
@@ -36,6 +38,8 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
             "the adapter began as a part of the base weight (PiSSA, OLoRA), so the model without it is not the aligned "
             "one: train a LoRA with init_lora_weights=True"
         )
+    with preserve_state(model):
+        first_pass(model)
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with peft_model.disable_adapter():

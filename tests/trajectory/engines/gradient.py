@@ -3,10 +3,10 @@
     main(WORLD, OUT, JOB...)      where a JOB is engine:dtype:accumulation:what
 
 `what` is `added` (rows of this rank's own in every step), `clipped` (the same, and the gradient's norm bounded), `nan`
-(the loss is NaN on the last rank at step 3), `apart` (the gradient joins by a rule of its own), `zero` (weight 0) or
-`none` (no term), these two with dropout, or `bare` (no term, no dropout). With `+attached` behind it the trainer is
-handed over, as it always is under DeepSpeed. Each process writes OUT/<job, with dashes>-rank<n>.pt: the factors before
-the first step and after each, and the batches that it was given.
+(the loss is NaN on the last rank at step 3), `apart` (the gradient joins by a rule of its own), `referred` (the model
+is first asked with its adapter off), `zero` (weight 0) or `none` (no term), these two with dropout, or `bare` (no term,
+no dropout). With `+attached` behind it the trainer is handed over, as it always is under DeepSpeed. Each process writes
+OUT/<job, with dashes>-rank<n>.pt: the factors before the first step and after each, and the batches that it was given.
 
 What is refused before the first step, `unattached` (no trainer), `unmanaged` (DeepSpeed's accumulation is its caller's)
 or `apart` under DeepSpeed, writes the words.
@@ -23,6 +23,8 @@ from safemerge_callback.corrections.registry import correction
 from safemerge_callback.corrections.schedule import Schedule
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.live import writer_for
+from safemerge_callback.signals.adapter_off import adapter_off
+from safemerge_callback.signals.model_state import preserve_state
 from tests.support.world import World
 from tests.trajectory.engines.cpu_fsdp import allow_fsdp_on_cpu
 from tests.trajectory.engines.run import RANK, WORLD_SIZE, check_marks, copies, forget, settings
@@ -57,6 +59,16 @@ class Rows:
         return {"seen": float(len(self.seen))}
 
 
+class RowsReferred(Rows):
+    """The same, after the model was asked with its adapter off, before any pass with it."""
+
+    name = "rows_referred"
+
+    def prepare(self, start):
+        with adapter_off(start.model), preserve_state(start.model):
+            start.model(**row_batch(RANK, 0))
+
+
 class RowsApart(Rows):
     name = "rows_apart"
 
@@ -86,11 +98,17 @@ def rows_apart(settings):
     return RowsApart(settings)
 
 
+@correction(RowSettings, cost="one pass each way, and one pass")
+def rows_referred(settings):
+    return RowsReferred(settings)
+
+
 LISTED = {
     "added": [{"rows": {}}],
     "clipped": [{"rows": {}}],
     "nan": [{"rows": {"bad": True}}],
     "apart": [{"rows_apart": {}}],
+    "referred": [{"rows_referred": {}}],
     "zero": [{"rows": {"weight": 0}}],
     "none": None,
     "bare": None,
