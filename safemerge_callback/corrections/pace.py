@@ -22,7 +22,7 @@ class Pace:
 
     One time it was needed brings the shortest interval back. `max_share`: the share of the training's time that it may
     take; what it takes is measured over its first times on the first rank, and the interval is never shorter after
-    that than keeps the share. None of that without `by_need`, and without `max_share`.
+    that than `least`, the steps that keep the share. None of that without `by_need`, and without `max_share`.
     """
 
     schedule: Schedule
@@ -36,6 +36,10 @@ class Pace:
     times: list[tuple[int, float, float]] = field(default_factory=list)
     measured: bool = False
 
+    def __str__(self) -> str:
+        """The schedule, as it is set."""
+        return str(self.schedule)
+
     def ever(self, max_steps: int) -> bool:
         """Return whether it is due anywhere in a run of `max_steps`."""
         return self.schedule.ever(max_steps)
@@ -45,20 +49,26 @@ class Pace:
         return step >= self.next_step and self.schedule.due(step, max_steps, last=last)
 
     def begin(self) -> float:
-        """Return the time at which the term begins."""
-        return self.clock()
+        """Return the time at which the term begins; 0 where it is not measured."""
+        return self.clock() if self.measures else 0.0
+
+    @property
+    def measures(self) -> bool:
+        """Whether it is still to be measured what the term takes."""
+        return self.max_share is not None and not self.measured
 
     def end(self, step: int, max_steps: int, began: float, *, needed: bool) -> None:
         """Take note that the term has come at `step`, and whether it was needed; every rank calls it alike."""
         if self.by_need:
             self.factor = 1 if needed else min(2 * self.factor, self.longest)
-        if self.max_share is not None and not self.measured:
+        if self.measures:
             self._measure(step, began)
         self.next_step = step + self.spacing(max_steps)
 
     def spacing(self, max_steps: int) -> int:
         """Return the interval in force, in steps of a run of `max_steps`."""
-        return max(1, interval(self.schedule.every, max_steps)) * max(self.factor, self.least)
+        every = max(1, interval(self.schedule.every, max_steps))
+        return every * max(self.factor, math.ceil(self.least / every))
 
     def _measure(self, step: int, began: float) -> None:
         self.times.append((step, began, self.clock()))

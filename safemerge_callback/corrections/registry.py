@@ -62,9 +62,8 @@ class ChosenCorrection(NamedTuple):
         schedule = instance.schedule
         if not schedule.ever(max_steps):
             raise ConfigError(
-                f"correction {name!r} is never due in this run of {max_steps} steps (every={schedule.every:g}, "
-                f"from_step={schedule.from_step}, until_step={schedule.until_step}): choose them so that it "
-                "is, or leave it out"
+                f"correction {name!r} is never due in this run of {max_steps} steps ({schedule}): choose them so that "
+                "it is, or leave it out"
             )
         return instance
 

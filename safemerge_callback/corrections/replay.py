@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from torch import Tensor, nn
 from ..errors import AdapterError, ConfigError, shown
 from ..evaluation.harvest import check_lengths, harvest
 from ..evaluation.prompts import PACKAGED, check_prompt_set, load_prompts
-from ..evaluation.rows import load_rows
+from ..evaluation.rows import load_rows, load_table
 from ..io.choices import one_of, truth
 from ..io.numbers import is_number, is_whole
 from ..io.whole_file import whole_file
 from ..live.ranks import all_or_none, everyones, from_first, rank, world_size
+from ..live.stopwatch import settled
 from ..signals.adapter_off import adapter_off
 from ..signals.reference import Reference, take_reference
+from ..signals.responses import check_vocabulary
 from ..signals.row_batch import row_batch, row_outputs
 from ..signals.rows import RowFormat, RowTokens, row_tokens
 from .losses import LOSSES, RowLoss
@@ -41,7 +44,7 @@ STATE_FILE = "safemerge_replay.json"
 class ReplaySettings(Schedule):
     """What `replay` reads of its entry in the list of corrections.
 
-    Rows: `prompts` (names of prompt sets, or `harm:FILE` and `benign:FILE`; by default the packaged ones), of each kind
+    Rows: `prompts` (names of prompt sets, or `harm:FILE` and `benign:FILE`; by default the packaged ones), of each set
     at most `num_prompts`, are answered by the aligned model itself when the run begins, in at most `max_new_tokens`;
     or `rows`, prompts with responses, in a file, on the Hub, or a list. `in_format`: the system prompt and the words
     around each prompt, as {system: ..., template: "... {prompt} ..."}, or a list of such, {} for none: rows come in
@@ -89,6 +92,7 @@ class ReplaySettings(Schedule):
         if self.rows is not None and self.prompts is not None:
             raise ConfigError("rows and prompts are both given: give prompts to be answered, or rows with responses")
         row_formats(self.in_format)
+        object.__setattr__(self, "rows", _plain_rows(self.rows))
         self._check_prompts()
 
     def _check_prompts(self) -> None:
@@ -132,6 +136,13 @@ def _row_format(one: Any) -> RowFormat:
     return RowFormat(**one)
 
 
+def _plain_rows(rows: Any) -> str | list[Any] | None:
+    """Return a setting `rows` as YAML could hold it: a place, or a list; ConfigError for what is neither."""
+    if rows is None or isinstance(rows, str):
+        return rows
+    return str(rows) if isinstance(rows, Path) else list(load_table(rows, "safety rows")[1])
+
+
 def safety_rows(model: nn.Module, tokenizer: Any, settings: ReplaySettings) -> tuple[list[RowTokens], str]:
     """Return the rows as this model's tokens, and a sentence on them: given, or the model's own answers as it is now.
 
@@ -139,14 +150,15 @@ def safety_rows(model: nn.Module, tokenizer: Any, settings: ReplaySettings) -> t
     """
     formats = row_formats(settings.in_format)
     if settings.rows is not None:
-        rows = load_rows(settings.rows)
+        rows = all_or_none(lambda: load_rows(settings.rows))
         tokens = [row for one in formats for row in row_tokens(tokenizer, rows, one)]
+        check_vocabulary(model, [(*row.prompt, *row.response) for row in tokens])
         check_lengths(
             model, [row.prompt for row in tokens], settings.first_tokens or max(len(r.response) for r in tokens)
         )
         return tokens, f"{len(tokens)} rows, as they were given"
     names = PACKAGED if settings.prompts is None else settings.prompts
-    sets = [load_prompts(name, settings.num_prompts, settings.seed) for name in names]
+    sets = all_or_none(lambda: [load_prompts(name, settings.num_prompts, settings.seed) for name in names])
     harvests = [
         harvest(model, tokenizer, sets, max_new_tokens=settings.max_new_tokens, row_format=one) for one in formats
     ]
@@ -198,9 +210,11 @@ def replay_rows(model: nn.Module, tokenizer: Any, settings: ReplaySettings | Non
     """Return the rows that the settings name, with the reference: the model itself, its adapter off.
 
     Costs the answers to the prompts, unless they are in the cache, and a forward pass a row. The model is left as it
-    was. Collective. Raises ConfigError for a model without an adapter, or that is not aligned, and as `safety_rows`.
+    was. Collective. Raises ConfigError for a model without an adapter, that predicts no next tokens, or that is not
+    aligned, and as `safety_rows`.
     """
     settings = settings or ReplaySettings()
+    _check_predicts(model)
     loss = LOSSES[settings.loss]
     with adapter_off(model):
         rows, words = safety_rows(model, tokenizer, settings)
@@ -212,6 +226,16 @@ def replay_rows(model: nn.Module, tokenizer: Any, settings: ReplaySettings | Non
     floor = None if settings.hinge is None else loss.limit(reference, settings.hinge)
     order = RowOrder(len(tokens), settings.seed)
     return ReplayRows(tokens, reference, loss, order, settings.batch_size, loss.limit(reference), floor, words)
+
+
+def _check_predicts(model: Any) -> None:
+    """Raise ConfigError for a model that says nothing after a prompt: a classifier, or an encoder with a decoder."""
+    generates = getattr(model, "can_generate", None)
+    if getattr(model.config, "is_encoder_decoder", False) or (generates is not None and not generates()):
+        raise ConfigError(
+            f"replay holds what a model says next, and {model.config.model_type!r} as it is loaded here is no decoder "
+            "with a language head: load it with AutoModelForCausalLM, or leave replay out"
+        )
 
 
 @dataclass
@@ -260,6 +284,7 @@ class Replay:
                 "replay asks the model in words, and this trainer has no tokenizer: give it one (processing_class=)"
             )
         self.rows = replay_rows(start.model, start.tokenizer, self.settings)
+        self.schedule.clock = partial(settled, next(start.model.parameters()).device)
         start.say(f"replay: {self.rows.words}")
 
     def loss(self, at: RunPoint, model: nn.Module) -> Tensor:

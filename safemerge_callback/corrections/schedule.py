@@ -51,6 +51,10 @@ class Schedule:
         if not truth(self.at_train_end, "at_train_end") and self.every == 0:
             raise ConfigError("every is 0 and at_train_end is false, so it would never be due: set one of them")
 
+    def __str__(self) -> str:
+        """Such as `every=2, from_step=0, until_step=None`."""
+        return f"every={self.every:g}, from_step={self.from_step}, until_step={self.until_step}"
+
     def ever(self, max_steps: int) -> bool:
         """Return whether it is due anywhere in a run of `max_steps`."""
         return self.at_train_end or bool(

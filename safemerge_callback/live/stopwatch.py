@@ -47,6 +47,13 @@ class Stopwatch:
         return self._total
 
 
+def settled(device: torch.device) -> float:
+    """Return the time, in seconds, once a device has done all that was begun on it: waits."""
+    if device.type in _APART:
+        torch.get_device_module(device).synchronize(device)
+    return time.perf_counter()
+
+
 def _between(first: torch.Event, last: torch.Event) -> float:
     last.synchronize()
     return first.elapsed_time(last) / 1000

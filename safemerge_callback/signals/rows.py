@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from ..errors import ConfigError, shown
+from ..io.choices import truth
 from .chat import PLACE, has_template, inherited, questions, rendered, shows, template_settings, text_part
 from .responses import tokenized
 
@@ -46,7 +47,10 @@ class RowFormat:
     chat: bool = True
 
     def __post_init__(self) -> None:
-        if self.template.count(PLACE) != 1:
+        if self.system is not None and not isinstance(self.system, str):
+            raise ConfigError(f"row format: system is {shown(self.system)}: give a text, or leave it out")
+        truth(self.chat, "row format: chat")
+        if not isinstance(self.template, str) or self.template.count(PLACE) != 1:
             raise ConfigError(
                 f"row format: template {shown(self.template)} must hold {PLACE} once, where a prompt goes"
             )

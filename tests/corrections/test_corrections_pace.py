@@ -57,6 +57,20 @@ def test_what_is_too_dear_comes_more_seldom(term, task, least):
     assert least == 1 or term / (term + (least - 1) * task) > 0.15
 
 
+@pytest.mark.parametrize(("every", "interval"), [(1, 6), (2, 6), (4, 8), (8, 8)])
+def test_an_interval_of_the_schedule_counts_towards_the_share(every, interval):
+    clock = Clock(1.0, 1.0)
+    pace = Pace(Schedule(every=every), max_share=0.15, clock=clock)
+    came = run(pace, 200, clock=clock)
+    assert {b - a for a, b in pairwise(came[8:])} == {interval}
+    assert pace.spacing(200) == interval
+
+
+def test_the_clock_is_asked_only_while_it_is_measured():
+    assert Pace(Schedule(), clock=lambda: 1 / 0).begin() == 0.0
+    assert Pace(Schedule(), max_share=0.1, measured=True, clock=lambda: 1 / 0).begin() == 0.0
+
+
 def test_its_state_goes_on_where_it_was():
     one = Pace(Schedule(), by_need=True)
     whole = run(Pace(Schedule(), by_need=True), 30)

@@ -1,9 +1,14 @@
 """`replay` in real trainings: what it holds, what it leaves alone, and that a resume goes on as if nothing had been."""
 
+import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import transformers
+from datasets import Dataset
 
 from safemerge_callback import SafeMergeCallback, SafeMergeConfig
 from safemerge_callback.corrections.losses import LOSSES
@@ -13,8 +18,10 @@ from safemerge_callback.signals.adapter_off import adapter_off
 from safemerge_callback.signals.reference import take_reference
 from safemerge_callback.signals.rows import RowTokens
 from safemerge_callback.training.config.shorthands import OF_THE_RUN
+from tests.support.ranks import run_on
 from tests.support.replay import ROWS, replaying
 from tests.support.trainer import lora_weights
+from tests.support.world import SIZES, TARGETS, World, with_lora
 
 
 def train(world, chat_tokenizer, output, *guards, **changed):
@@ -147,6 +154,38 @@ def test_a_row_longer_than_the_model_takes_is_refused(world, chat_tokenizer, tmp
         train(world, chat_tokenizer, tmp_path, replaying(rows=rows))
 
 
+@pytest.mark.parametrize("row", [{"prompt": "new a"}, {"response": "w1 new w2"}])
+def test_a_token_that_the_model_has_no_row_for_is_refused(world, chat_tokenizer, tmp_path, row):
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.add_tokens(["new"])
+    with pytest.raises(ConfigError, match="the tokenizer gives token 64, and the model has rows for 64"):
+        train(world, tokenizer, tmp_path, replaying(rows=[{**ROWS[0], **row}, ROWS[2]]))
+
+
+def test_a_schedule_that_is_never_due_is_refused(world, chat_tokenizer, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"'replay' is never due in this run of 6 steps \(every=1, from_step=9, until"
+    ):
+        train(world, chat_tokenizer, tmp_path, replaying(from_step=9))
+
+
+@pytest.mark.parametrize("family", ["LlamaForSequenceClassification", "T5ForConditionalGeneration"])
+def test_a_model_that_predicts_no_next_token_is_refused(world, chat_tokenizer, tmp_path, family):
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1} if family.startswith("T5") else SIZES
+    made = getattr(transformers, family)
+    model = with_lora(made(made.config_class(**sizes)), ["q"] if family.startswith("T5") else TARGETS)
+    with pytest.raises(ConfigError, match="replay holds what a model says next"):
+        world.trainer(tmp_path, replaying(), model=model, tokenizer=chat_tokenizer).train()
+
+
+def test_rows_are_plain_whatever_held_them(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for rows, kept in ((path, str(path)), (Dataset.from_list(ROWS), ROWS), (iter(ROWS), ROWS), (tuple(ROWS), ROWS)):
+        config = replaying(rows=rows).config
+        assert config.corrections[0]["replay"]["rows"] == kept
+        assert SafeMergeConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
 def test_the_journal_says_what_it_cost_and_held(world, chat_tokenizer, tmp_path, runs):
     train(world, chat_tokenizer, tmp_path, replaying(batch_size=2))
     entries = runs.entries(tmp_path, "gradient")
@@ -189,6 +228,11 @@ def test_without_a_tokenizer_it_is_refused_before_the_first_step(world, tmp_path
         ({"prompts": ["advbench"]}, r"prompts \['advbench'\] are of one kind alone, harm"),
         ({"prompts": "advbenhc"}, "prompts 'advbenhc' are unknown.*did you mean 'advbench'"),
         ({"in_format": {"sytem": "Be kind."}}, r"in_format is \{'sytem': 'Be kind\.'\}: give a mapping of some of"),
+        ({"in_format": {"template": 3}}, "row format: template 3 must hold {prompt} once"),
+        ({"in_format": {"system": 3}}, "row format: system is 3"),
+        ({"in_format": {"chat": "no"}}, "row format: chat is 'no': give true or false"),
+        ({"rows": 3}, "safety rows are 3"),
+        ({"rows": {}}, "safety rows are {}"),
         ({"in_format": [{"template": "no place"}]}, "row format: template 'no place' must hold {prompt} once"),
     ],
 )
@@ -210,3 +254,18 @@ def test_without_a_file_it_is_replay():
     with pytest.raises(ConfigError, match=r"'subspace' is missing, and threshold is 0\.3, which is of a merge"):
         SafeMergeCallback(threshold=0.3, corrections=[{"replay": {}}])
     assert SafeMergeCallback("s").config.corrections is None
+    with pytest.raises(ConfigError, match="'subspace' is missing, and corrections hold a merge"):
+        SafeMergeCallback(corrections=[{"merge": {"gate": "all"}}])
+
+
+def _rows_on_the_first_rank_alone(folder):
+    world, tokenizer = World.load(folder), transformers.AutoTokenizer.from_pretrained(Path(folder) / "tokenizer")
+    dist.init_process_group("gloo")
+    rows = ROWS if dist.get_rank() == 0 else "nowhere.jsonl"
+    with pytest.raises(ConfigError, match=r"'nowhere\.jsonl': there is no such file \(on rank 1 of 2\)"):
+        world.trainer(Path(folder) / "run", replaying(rows=rows), tokenizer=tokenizer).train()
+
+
+def test_rows_that_one_rank_lacks_are_refused_on_all(world, chat_tokenizer):
+    chat_tokenizer.save_pretrained(world.folder / "tokenizer")
+    run_on(2, _rows_on_the_first_rank_alone, world.folder)

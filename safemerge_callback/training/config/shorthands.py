@@ -49,7 +49,8 @@ def with_preset(knobs: dict[str, Any]) -> dict[str, Any]:
 def with_merge_entry(knobs: dict[str, Any]) -> dict[str, Any]:
     """Return `knobs` with the settings of an entry `merge` of `corrections` in the place of that entry.
 
-    ConfigError where some of a merge's settings stand beside it, or where there are two such entries.
+    ConfigError where some of a merge's settings stand beside it, where there are two such entries, and where one names
+    no subspace.
     """
     listed = as_list(knobs.get("corrections"))
     if listed is None:
@@ -65,6 +66,11 @@ def with_merge_entry(knobs: dict[str, Any]) -> dict[str, Any]:
     if len(merges) > 1 or beside:
         why = f"settings {beside} of a merge stand beside it" if beside else "there are two"
         raise ConfigError(f"corrections hold a merge, and {why}: give a merge's settings in one place")
+    if merges[0].get("subspace") is None:
+        raise ConfigError(
+            "setting 'subspace' is missing, and corrections hold a merge, which measures with it: give the "
+            "safety-subspace file (`safemerge build` makes one), or leave the merge out"
+        )
     twice = sorted((flat.keys() & merges[0].keys()) - {"corrections"})
     if twice or "corrections" in merges[0]:
         raise ConfigError(f"corrections hold a merge with {twice or ['corrections']}: give those beside the list")
