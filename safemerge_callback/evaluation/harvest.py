@@ -211,7 +211,8 @@ def _check_counts(harvest: Harvest, responses: Sequence[str], least: float, most
     if not harm.refused or harm.refused < least * harm.prompts:
         raise ConfigError(
             f"the base is not aligned: it refuses {_of(harm)} harmful prompts, so it has no refusals to hold on to. "
-            "Start from an aligned (chat or instruct) model, or give the judge that knows its refusals"
+            "Start from an aligned (chat or instruct) model, or give the judge that knows its refusals, or rows of "
+            "your own"
         )
     if benign.refused > most * benign.prompts:
         raise ConfigError(

@@ -51,6 +51,12 @@ def test_a_run_ends_with_the_next_command_ready_to_be_pasted(tmp_path):
     assert "3 checks, NOTHING WAS MERGED (" in closing_line(config, Progress(checks=3), 1.0, 0.0, tmp_path / "x.jsonl")
 
 
+def test_a_run_without_checks_ends_with_its_journal_since_there_is_no_page_of_it(tmp_path):
+    journal = tmp_path / "safemerge.jsonl"
+    line = closing_line(SafeMergeConfig(), Progress(), 1.25, 0.011, journal)
+    assert line == f"done: replay in 0 steps (1.2 s, 1.1% of the training). Its journal: {journal}"
+
+
 @pytest.mark.parametrize(("signed", "side"), [(-0.5, "below -0.55"), (0.5, "not below -0.55")])
 def test_the_verdict_is_the_bands(tmp_path, signed, side):
     reading = Reading("m", 0.5, 0.7, 1.0, 4, (8, 8), signed_cosine=signed)

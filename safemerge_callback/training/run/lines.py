@@ -48,7 +48,7 @@ def closing_line(
     journal: Path,
     last: MergePlan | None = None,
 ) -> str:
-    """Return the line that a run ends with: what was done, the verdict, what it took, and the command that shows it.
+    """Return the line that a run ends with: what was done, the verdict, what it took, and what shows it.
 
     The verdict is what the `last` check's readings say of lost refusals, which stand before that check's own merge.
     """
@@ -67,7 +67,9 @@ def closing_line(
         merged = bool(config.safety_adapter) and progress.merges > 0
         clauses.append(f"moved_mean {moved:+z.2f} at the last check, {BAND.words(moved, merged)}")
     took = f"{seconds:.1f} s, {share:.1%} of the training"
-    return f"done: {', '.join(clauses)} ({took}). See it: safemerge report {shlex.quote(str(run))}"
+    # A page is of checks: a run without any is in its journal alone.
+    where = f"See it: safemerge report {shlex.quote(str(run))}" if config.measures else f"Its journal: {journal}"
+    return f"done: {', '.join(clauses)} ({took}). {where}"
 
 
 def nothing_merged(progress: Progress, last: MergePlan | None) -> str:
