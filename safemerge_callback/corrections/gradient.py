@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..live.faults import Fault, attempt
-from ..live.gradients import TrainedParameters, own_gradient
+from ..live.gradients import TrainedParameters, pass_gradient
 from ..live.micro_batch import MicroBatch, micro_batch, refusal
 from ..live.ranks import many, mean_over_ranks
 from ..live.stopwatch import Stopwatch
@@ -121,20 +121,20 @@ def _as_in_training(model: nn.Module, optimizer: Any) -> Iterator[None]:
 
 @dataclass
 class Tally:
-    """What a term came to since it was last told; `watch` has its seconds since the training began, `told` of them."""
+    """What a term came to since it was last told; of its seconds, which `watch` has, `reported` were told before."""
 
     watch: Stopwatch
     total: float = 0.0
     steps: int = 0
-    told: float = 0.0
+    reported: float = 0.0
 
     def reading(self, weight: float, known: Mapping[str, float], figures: Mapping[str, float]) -> TermReading:
         """Return it in numbers, with the norm and cosine where they are known, and begin anew."""
         seconds = self.watch.seconds
         reading = TermReading(
-            weight, self.total / self.steps, self.steps, seconds - self.told, **known, figures=figures
+            weight, self.total / self.steps, self.steps, seconds - self.reported, **known, figures=figures
         )
-        self.total, self.steps, self.told = 0.0, 0, seconds
+        self.total, self.steps, self.reported = 0.0, 0, seconds
         return reading
 
 
@@ -149,7 +149,7 @@ class GradientEngine:
     batch: MicroBatch | None
     log: Log
     tallies: dict[str, Tally] = field(default_factory=dict)
-    own: list[TermGradient] = field(default_factory=list)
+    gradients: list[TermGradient] = field(default_factory=list)
     measured: bool = False
     angles: Angles | None = None
 
@@ -164,7 +164,7 @@ class GradientEngine:
         `measured`: whether norms and angles of this step's gradients are asked for. Terms that keep theirs apart come
         first, while there is no other.
         """
-        self.own, self.angles, self.measured = [], None, measured
+        self.gradients, self.angles, self.measured = [], None, measured
         step = at.step + 1
         due = [t for t in self.terms if t.weight and t.schedule.due(step, at.max_steps, last=step >= at.max_steps)]
         for term in sorted(due, key=lambda term: not isinstance(term, Apart)):
@@ -175,7 +175,7 @@ class GradientEngine:
         tally = self.tallies.setdefault(term.name, Tally(Stopwatch(batch.device)))
         apart = isinstance(term, Apart)
         trained = batch.trained if apart or self.measured else None
-        with tally.watch.lap(), own_gradient(trained, apart=apart) as own:
+        with tally.watch.lap(), pass_gradient(trained, apart=apart) as gradient:
             done = add_gradient(term, at, batch)
         if done.fault:
             words = f"{term.name} failed at step {step}, which goes without its gradient: {done.fault.error}"
@@ -184,22 +184,22 @@ class GradientEngine:
             tally.total, tally.steps = tally.total + done.loss, tally.steps + 1
             self.log.progress.record_correction(term.name)
             if trained:
-                vector = batch.unscaled(trained.mean(own.vector))
-                self.own.append(TermGradient(term, vector, own.tensors, apart))
+                vector = batch.unscaled(trained.mean(gradient.vector))
+                self.gradients.append(TermGradient(term, vector, gradient.tensors, apart))
             if isinstance(term, Observant):
                 self._ask(term, step, "take note of its loss", partial(term.observe, step, done.loss), alike=True)
 
     def before_update(self, step: int) -> None:
         """Let what was kept apart join the step's gradient, which is whole, averaged and clipped now."""
-        if not self.own:
+        if not self.gradients:
             return
         trained = cast(TrainedParameters, cast(MicroBatch, self.batch).trained)
         if self.measured:
-            self.angles = Angles.of(trained, self.own)
-        for own in self.own:
-            if own.apart:
-                self._ask(own.term, step, "join its gradient", partial(join, trained, own), alike=True)
-        self.own = []
+            self.angles = Angles.of(trained, self.gradients)
+        for gradient in self.gradients:
+            if gradient.apart:
+                self._ask(gradient.term, step, "join its gradient", partial(join, trained, gradient), alike=True)
+        self.gradients = []
 
     def _ask(
         self, term: GradientTerm, step: int, what: str, action: Callable[[], Any], *, alike: bool = False

@@ -28,20 +28,20 @@ class TermGradient(NamedTuple):
     apart: bool
 
 
-def join(trained: TrainedParameters, own: TermGradient) -> None:
+def join(trained: TrainedParameters, gradient: TermGradient) -> None:
     """Put what the term makes of the step's gradient and its own in the place of the former. Collective under FSDP.
 
     Raises what the term raises, and ValueError for other shapes than it was given; the gradients stay then.
     """
     task = trained.whole(trained.vector(trained.gradients()))
     shapes = [tensor.shape for tensor in task]
-    together = cast(Apart, own.term).combine(task, trained.whole(own.vector))
+    together = cast(Apart, gradient.term).combine(task, trained.whole(gradient.vector))
     if [tensor.shape for tensor in together] != shapes:
         raise ValueError(
             f"{own.term.name!r} combined gradients of {len(shapes)} tensors into {len(together)} or into other shapes: "
             "return one for each of the task's, in its shape"
         )
-    trained.put(together, own.tensors)
+    trained.put(together, gradient.tensors)
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class Angles:
     table: Tensor
 
     @classmethod
-    def of(cls, trained: TrainedParameters, own: Sequence[TermGradient]) -> Angles:
+    def of(cls, trained: TrainedParameters, gradients: Sequence[TermGradient]) -> Angles:
         """Take them between clipping and the optimizer's step. Collective under FSDP."""
-        vectors = [*(one.vector for one in own), trained.vector(trained.gradients())]
-        return cls([one.term.name for one in own], [one.apart for one in own], trained.products(vectors))
+        vectors = [*(one.vector for one in gradients), trained.vector(trained.gradients())]
+        return cls([one.term.name for one in gradients], [one.apart for one in gradients], trained.products(vectors))
 
     def readings(self, norm: float | None) -> dict[str, dict[str, float]]:
         """Return each term's `norm`, and its `cosine` to the task's gradient, NaN where that is zero. Waits.

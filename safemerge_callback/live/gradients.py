@@ -86,10 +86,10 @@ class TrainedParameters:
         if self.group is None:
             sizes = [p.numel() for p in self.parameters]
             return [part.view_as(p) for part, p in zip(vector.split(sizes), self.parameters, strict=True)]
-        own = torch.nn.functional.pad(vector, (0, self.longest - len(vector)))
-        everyones = own.new_empty(dist.get_world_size(self.group) * len(own))
-        dist.all_gather_into_tensor(everyones, own, group=self.group)
-        return [everyones.view(-1, len(own))]
+        part = torch.nn.functional.pad(vector, (0, self.longest - len(vector)))
+        everyones = part.new_empty(dist.get_world_size(self.group) * len(part))
+        dist.all_gather_into_tensor(everyones, part, group=self.group)
+        return [everyones.view(-1, len(part))]
 
     def put(self, wholes: Sequence[Tensor], spare: Gradients) -> None:
         """Write what `whole` gave, changed, into the gradients; where a parameter has none, into its `spare` one."""
@@ -107,7 +107,7 @@ class TrainedParameters:
 
 
 @dataclass
-class OwnGradient:
+class PassGradient:
     """What one pass added: as `TrainedParameters.vector`, and the tensors that held it where nothing else was."""
 
     vector: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -115,26 +115,26 @@ class OwnGradient:
 
 
 @contextmanager
-def own_gradient(trained: TrainedParameters | None, *, apart: bool) -> Iterator[OwnGradient]:
+def pass_gradient(trained: TrainedParameters | None, *, apart: bool) -> Iterator[PassGradient]:
     """Yield what the pass within adds, once it is over, as it is on this rank; nothing where `trained` is None.
 
     `apart`: take it out of the gradients again.
     """
-    own = OwnGradient()
+    gradient = PassGradient()
     if trained is None:
-        yield own
+        yield gradient
         return
     before = trained.gradients()
     earlier = None
     if apart:
         trained.restore([None] * len(before))
-    elif any(gradient is not None for gradient in before):
+    elif any(one is not None for one in before):
         earlier = trained.vector(before)
-    yield own
-    own.tensors = trained.gradients()
-    own.vector = trained.vector(own.tensors)
+    yield gradient
+    gradient.tensors = trained.gradients()
+    gradient.vector = trained.vector(gradient.tensors)
     if earlier is not None:
-        own.vector -= earlier
+        gradient.vector -= earlier
     if apart:
         trained.restore(before)
 

@@ -38,8 +38,8 @@ def mean_states(model: Any, tokens: Sequence[Sequence[int]], batch_size: int = 1
             longest = len(tokens[places[0]])
             ids = [[*tokens[i], *[0] * (longest - len(tokens[i]))] for i in places]
             mask = [[1] * len(tokens[i]) + [0] * (longest - len(tokens[i])) for i in places]
-            asked = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-            last = model(**{k: v.to(model.device) for k, v in asked.items()}, output_hidden_states=True)
+            inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+            last = model(**{k: v.to(model.device) for k, v in inputs.items()}, output_hidden_states=True)
             for i, state in zip(places, last.hidden_states[-1], strict=True):
                 # Padded on the right, where nothing earlier can see it.
                 states[i] = state[: len(tokens[i])].float().mean(0).cpu()

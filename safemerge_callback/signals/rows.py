@@ -106,32 +106,32 @@ def row_tokens(
     tokens: dict[int, RowTokens] = {}
     for system in dict.fromkeys(row.system for row in rows):
         places = [i for i, row in enumerate(rows) if row.system == system]
-        own = row_format if system is None else replace(row_format, system=system)
+        group_format = row_format if system is None else replace(row_format, system=system)
         group = [rows[i] for i in places]
-        prompts = prompt_tokens(tokenizer, [row.prompt for row in group], own, settings)
-        responses = _responses(tokenizer, group, own, template_settings(settings))
+        prompts = prompt_tokens(tokenizer, [row.prompt for row in group], group_format, settings)
+        responses = _responses(tokenizer, group, group_format, template_settings(settings))
         for i, row, prompt, response in zip(places, group, prompts, responses, strict=True):
             tokens[i] = RowTokens(tuple(prompt), tuple(response[:first_tokens]), row.kind)
     return tuple(tokens[i] for i in range(len(rows)))
 
 
 def _responses(
-    tokenizer: Any, rows: Sequence[SafetyRow], own: RowFormat, settings: Mapping[str, Any]
+    tokenizer: Any, rows: Sequence[SafetyRow], row_format: RowFormat, settings: Mapping[str, Any]
 ) -> list[list[int]]:
     text = text_part(tokenizer)
-    if not own.chat:
+    if not row_format.chat:
         # What follows a wrapper such as "Answer:" is a word of its own.
-        blank = "" if own.template[-1:].isspace() or own.template.endswith(PLACE) else " "
+        blank = "" if row_format.template[-1:].isspace() or row_format.template.endswith(PLACE) else " "
         return [_ended(text, f"{blank}{row.response}") for row in rows]
     settings = {**inherited(tokenizer), **settings}
-    begun = questions(text, [own.wrapped(row.prompt) for row in rows], settings, own.system)
-    return [_turn(text, row, prompt, own, settings) for row, prompt in zip(rows, begun, strict=True)]
+    begun = questions(text, [row_format.wrapped(row.prompt) for row in rows], settings, row_format.system)
+    return [_turn(text, row, prompt, row_format, settings) for row, prompt in zip(rows, begun, strict=True)]
 
 
-def _turn(tokenizer: Any, row: SafetyRow, begun: str, own: RowFormat, settings: Mapping[str, Any]) -> list[int]:
+def _turn(tokenizer: Any, row: SafetyRow, begun: str, row_format: RowFormat, settings: Mapping[str, Any]) -> list[int]:
     """The model's turn, as the template goes on after `begun`."""
-    turns = [("system", own.system)] if own.system else []
-    turns += [("user", own.wrapped(row.prompt)), ("assistant", row.response)]
+    turns = [("system", row_format.system)] if row_format.system else []
+    turns += [("user", row_format.wrapped(row.prompt)), ("assistant", row.response)]
     whole = rendered(tokenizer, turns, **settings)
     if not shows(whole, row.response):
         raise ConfigError(

@@ -125,7 +125,7 @@ class SafeMergeCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Let gradients that were kept apart join the step's, which are whole and clipped."""
-        if self.session and self.session.gradients.own:
+        if self.session and self.session.gradients.gradients:
             with self.session.clock.hook():
                 self.session.before_update()
 

@@ -333,8 +333,8 @@ def _chosen_words(one: ChosenCorrection) -> str:
     """A correction and its settings that are not the defaults, as `replay (batch_size 2, rows 3 rows)`."""
     defaults = {f.name: f.default for f in fields(one.kind.settings)}
     chosen = {name: value for name, value in vars(one.settings).items() if value != defaults.get(name)}
-    told = ", ".join(f"{name} {_public(value)}" for name, value in chosen.items())
-    return f"{one.kind.name} ({told})" if told else one.kind.name
+    words = ", ".join(f"{name} {_public(value)}" for name, value in chosen.items())
+    return f"{one.kind.name} ({words})" if words else one.kind.name
 
 
 def _published(entry: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
