@@ -38,8 +38,8 @@ def join(trained: TrainedParameters, gradient: TermGradient) -> None:
     together = cast(Apart, gradient.term).combine(task, trained.whole(gradient.vector))
     if [tensor.shape for tensor in together] != shapes:
         raise ValueError(
-            f"{gradient.term.name!r} combined gradients of {len(shapes)} tensors into {len(together)} or into other shapes: "
-            "return one for each of the task's, in its shape"
+            f"{gradient.term.name!r} combined gradients of {len(shapes)} tensors into {len(together)} or into other "
+            "shapes: return one for each of the task's, in its shape"
         )
     trained.put(together, gradient.tensors)
 
