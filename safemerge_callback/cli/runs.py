@@ -36,10 +36,13 @@ def report(
         ),
     ] = None,
     plot: Annotated[
-        str | None, typer.Option(help="Which plot: heatmap, moved, trajectories, weights or probe. [default: heatmap]")
+        str | None,
+        typer.Option(
+            help="Which plot: heatmap, moved, trajectories, weights, losses or probe. [default: what there is]"
+        ),
     ] = None,
 ) -> None:
-    """Summarise a run from its journal, and write a page that shows how every module drifted."""
+    """Summarise a run from its journal, and write a page that shows how every module drifted and what was replayed."""
     from ..io.choices import one_of
     from ..reports import PLOTS, read_history, summary, write_report
 
@@ -47,7 +50,8 @@ def report(
         one_of(plot, PLOTS, "plot")
     history = read_history(journal)
     say(summary(history))
-    say(f"{write_report(history, output or journal, plot)}: drift of {len(history.modules)} modules")
+    shown = f"drift of {len(history.modules)} modules" if history.modules else ", ".join(history.terms) or "the probes"
+    say(f"{write_report(history, output or journal, plot)}: {shown}")
 
 
 @app.command(cls=Verb, epilog=examples("watch RUN"))

@@ -155,7 +155,10 @@ class Tallied(Protocol):
     """A gradient term with figures of its own."""
 
     def figures(self) -> Mapping[str, float]:
-        """Return figures by name since they were last asked for, whenever the trainer logs. Every rank is asked."""
+        """Return figures by name since they were last asked for, whenever the trainer logs. Every rank is asked.
+
+        Reports add up what is called `rows`, and draw `loss_KIND` as the mean loss of the rows of a kind.
+        """
 
 
 @runtime_checkable

@@ -202,6 +202,11 @@ class History:
         return {name: {step: one.loss for step, one in steps.items()} for name, steps in self.terms.items()}
 
     @property
+    def empty(self) -> bool:
+        """Whether there is nothing yet to tell of: no check, change, probe, gradient term or fault."""
+        return not (self.cells or self.merges or self.probes or self.terms or self.faults)
+
+    @property
     def ended(self) -> bool:
         """Whether the run is over; one with a probe but no merge callback says so by its last probe."""
         return bool(self.end) or (not self.starts and bool(self.probes) and self.probes[-1].when == "end")

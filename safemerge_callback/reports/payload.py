@@ -13,6 +13,7 @@ from typing import Any
 from ..decision import BAND
 from ..record.history import Cell, History, Measured
 from .layout import panels
+from .terms import ROWS, Course, courses
 from .words import changed_words, mark_words
 
 SCALE = 10_000
@@ -46,6 +47,7 @@ def page_data(history: History) -> dict[str, Any]:
         "probes": [
             {"step": p.step, "when": p.when, "measures": [_measure(m) for m in p.measures]} for p in history.probes
         ],
+        **({"terms": terms} if (terms := [_term(course) for course in courses(history)]) else {}),
         "events": [{"step": e.step, "kind": e.kind, "reason": e.reason} for e in history.events],
     }
 
@@ -53,6 +55,20 @@ def page_data(history: History) -> dict[str, Any]:
 def thousandths(number: float) -> int | None:
     """Return a number as ten-thousandths, rounded; None for one that is not finite."""
     return round(number * SCALE) if math.isfinite(number * SCALE) else None
+
+
+def _term(course: Course) -> dict[str, Any]:
+    """A gradient term by reading: step, over how many steps, of how many rows, its losses, norm and cosine."""
+    readings = course.readings.values()
+    numbers = {"norm": [reading.norm for reading in readings], "cosine": [reading.cosine for reading in readings]}
+    return {
+        "name": course.name,
+        "steps": list(course.readings),
+        "counts": [reading.steps for reading in readings],
+        "rows": [_rounded(reading.figures.get(ROWS, math.nan)) for reading in readings],
+        "losses": {name: list(map(_short, losses.values())) for name, losses in course.losses.items()},
+        **{name: list(map(_short, values)) for name, values in numbers.items() if any(map(math.isfinite, values))},
+    }
 
 
 def _module(history: History, name: str, templates: dict[str, int]) -> dict[str, Any]:
@@ -129,6 +145,11 @@ def _kind(texts: Sequence[tuple[str, str]]) -> str:
 def _measure(measured: Measured) -> Mapping[str, Any]:
     rounded = {key: _rounded(getattr(measured, key)) for key in ("value", "low", "high")}
     return {"measure": measured.measure, "kind": measured.kind, "unit": measured.unit, "text": measured.text, **rounded}
+
+
+def _short(number: float) -> float | None:
+    """A number of any size in four digits."""
+    return float(f"{number:.4g}") if math.isfinite(number) else None
 
 
 def _rounded(number: float) -> float | None:

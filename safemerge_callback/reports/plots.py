@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from ..record.history import LOSS, History, Measured
 from .heatmap import draw_heat_map
 from .page import write_page
 from .saving import FORMATS, figure_module, save_figure
+from .terms import courses
+from .words import mark_words
 
 # Told apart by those who see few colours (Okabe and Ito), and by their dashes.
 _LOOKS = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", ":"), ("#8e3a80", "-."), ("#7a6000", (0, (6, 1))))
@@ -27,14 +29,15 @@ _GATE, _MUTED, _BAND = "#b3261e", "#6b6b6b", "#d5dae0"
 def write_report(history: History, output: str | Path, plot: str | None = None) -> Path:
     """Write the page, or a plot, as the ending of `output` says; for a run's folder or its journal, the page beside it.
 
-    `plot`: heatmap (the default), moved, trajectories, weights or probe. Raises ConfigError for another ending, plot or
-    nothing to plot, for `plot` with a page, where the file cannot be written, or where matplotlib is missing.
+    `plot`: heatmap, moved, trajectories, weights, losses or probe; by default what there is of heatmap, losses, weights
+    and probe, the first of them. Raises ConfigError for another ending, plot or nothing to plot, for `plot` with a
+    page, where the file cannot be written, or where matplotlib is missing.
     """
     path = _beside(as_path(output, "report"))
     if path.suffix.lower() not in (".html", ".htm", *FORMATS):
         raise ConfigError(f"report {str(output)!r}: the name must end in one of .html, {', '.join(FORMATS)}.")
     if path.suffix.lower() in FORMATS:
-        return save_figure(draw_plot(history, plot or "heatmap"), path)
+        return save_figure(draw_plot(history, plot or _there(history)[0]), path)
     if plot is not None:
         raise ConfigError(f"plot={plot!r} with {path.name!r}: a page holds them all; drop it, or ask for a .png.")
     return write_page(history, path)
@@ -47,14 +50,20 @@ def _beside(path: Path) -> Path:
 
 
 def draw_plot(history: History, plot: str) -> Any:
-    """Return a plot as `matplotlib.figure.Figure`: heatmap, moved, trajectories, weights or probe.
+    """Return a plot as `matplotlib.figure.Figure`: heatmap, moved, trajectories, weights, losses or probe.
 
     Raises ConfigError for another name, where the run has nothing of that kind, or when matplotlib is not installed.
     """
     one_of(plot, PLOTS, "plot")
-    if plot != "probe" and not history.steps:
-        raise ConfigError(f"plot={plot!r}: nothing was checked in this run; choose probe.")
+    if plot in ("heatmap", "moved", "trajectories") and not history.cells:
+        raise ConfigError(f"plot={plot!r}: nothing was checked in this run; choose {' or '.join(_there(history))}.")
     return PLOTS[plot](history)
+
+
+def _there(history: History) -> list[str]:
+    """The plots of what a run has, the one that says most first; probe where it has nothing."""
+    parts = {"heatmap": history.cells, "losses": history.terms, "weights": history.merges, "probe": history.probes}
+    return [plot for plot, part in parts.items() if part] or ["probe"]
 
 
 def draw_trajectories(history: History, count: int = 5) -> Any:
@@ -124,6 +133,43 @@ def draw_moved(history: History) -> Any:
     return figure
 
 
+def draw_losses(history: History) -> Any:
+    """Return each gradient term's mean loss over steps, by kind of rows where it says them, in one plot each.
+
+    Below, where they are known, the norms of the terms' gradients and their cosines to the task's. A vertical line
+    stands where modules were merged, or changed otherwise.
+    """
+    terms = courses(history)
+    if not terms:
+        raise ConfigError(f"plot='losses': no gradient term was in this run; choose {' or '.join(_there(history))}.")
+    norms = {course.name: course.norms for course in terms if course.norms}
+    cosines = {course.name: course.cosines for course in terms if course.cosines}
+    gradients = {"norm of the gradient": norms, "cosine to the task's": cosines}
+    parts = [(f"{course.name}: loss", course.losses) for course in terms]
+    parts += [(about, lines) for about, lines in gradients.items() if lines]
+    changed = {step for _, step in history.merges}
+    figure = figure_module().Figure(figsize=(8.0, 1.2 + 2.4 * len(parts)), layout="constrained")
+    for index, (about, lines) in enumerate(parts):
+        axes = figure.add_subplot(len(parts), 1, index + 1, sharex=figure.axes[0] if index else None)
+        _dress(axes, about)
+        _draw_lines(axes, lines)
+        for step in sorted(changed):
+            label = f"modules {mark_words(history)}" if step == min(changed) else None
+            axes.axvline(step, color=_MUTED, linewidth=0.8, linestyle=":", label=label)
+        _finish(axes)
+    _title(figure.axes[0], history)
+    return figure
+
+
+def _draw_lines(axes: Any, lines: Mapping[str, Mapping[int, float]]) -> None:
+    mark = {"marker": "o", "markersize": 3} if max(map(len, lines.values())) < 40 else {}
+    for index, (name, values) in enumerate(lines.items()):
+        colour, dash = _LOOKS[index % len(_LOOKS)]
+        known = {step: value for step, value in values.items() if math.isfinite(value)}
+        axes.plot(list(known), list(known.values()), color=colour, linestyle=dash, linewidth=1.6, label=name, **mark)
+    axes.axhline(0.0, color=_MUTED, linewidth=0.8)
+
+
 def draw_probe(history: History) -> Any:
     """Return harm, over-refusal and task of every probe over steps, with their 95 % intervals, in one plot.
 
@@ -174,7 +220,8 @@ def _dress(axes: Any, about: str) -> None:
 
 
 def _title(axes: Any, history: History) -> None:
-    axes.set_title(f"{history.title}: {history.rule}", loc="left", fontsize=10.5, parse_math=False)
+    about = history.rule or ", ".join(history.terms)
+    axes.set_title(": ".join(filter(None, (history.title, about))), loc="left", fontsize=10.5, parse_math=False)
 
 
 def _finish(axes: Any) -> None:
@@ -213,5 +260,6 @@ PLOTS: dict[str, Callable[[History], Any]] = {
     "moved": draw_moved,
     "trajectories": draw_trajectories,
     "weights": draw_weights,
+    "losses": draw_losses,
     "probe": draw_probe,
 }

@@ -15,6 +15,7 @@ from ..io.text_table import render
 from ..record.history import MERGE, Cell, History
 from ..signals.thoughts import ADVICE
 from .layout import Panel, panels
+from .terms import Course, courses, loss_words, share_words
 from .words import change_counts, correction_words, counted
 
 _COLUMNS = ("type", "modules", "moved", "null", "first", "last", "lowest", "where")
@@ -32,15 +33,17 @@ def summary(history: History) -> str:
     first and last check;
     `lowest` is the lowest cosine of any module, `where` its module and step; `merges`, and a
     column of its own for each other correction, count modules times events;
-    `task left` is the smallest share of the task's update that merging left in a module. The last probe follows.
+    `task left` is the smallest share of the task's update that merging left in a module. Gradient terms follow, and the
+    last probe.
     """
     if not history.steps:
-        head = f"{printable(history.title)}: no check, {counted(history.probes, 'probe')}"
-        return "\n".join([head, *map(printable, _closing_lines(history))])
+        probed = "" if history.terms and not history.probes else f", {counted(history.probes, 'probe')}"
+        head = f"{history.title}: no check{probed}{_cost(history)}"
+        return "\n".join(map(printable, [head, *_closing_lines(history)]))
     steps = history.steps
     span = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
     sizes = f"{counted(history.modules, 'module')}, {counted(history.checks, 'check')}"
-    title = f"{history.title}: {sizes} at {span}, {history.rule}"
+    title = ", ".join(filter(None, (f"{history.title}: {sizes} at {span}", history.rule)))
     done = correction_words(history)
     if history.how:
         done[MERGE] += f": {history.how}"
@@ -53,13 +56,32 @@ def summary(history: History) -> str:
 
 
 def _closing_lines(history: History) -> Iterator[str]:
-    """The last probe, all its measures together, and the faults."""
+    """The gradient terms, the last probe, all its measures together, and the faults."""
+    for course in courses(history):
+        yield from _term_lines(history, course)
     if history.probes:
         probe = history.probes[-1]
         figures = "; ".join(f"{m.measure} {m.text}" for m in probe.measures)
         yield f"probe at step {probe.step} ({probe.when}): {figures}"
     if history.faults:
         yield f"{counted(history.faults, 'fault')}, the first: {history.faults[0]}"
+
+
+def _cost(history: History) -> str:
+    """What the callback took in all, once the run is over."""
+    seconds = history.end.get("seconds")
+    return "" if seconds is None else f"; {seconds:.1f} s in all{share_words(history, seconds)}"
+
+
+def _term_lines(history: History, course: Course) -> Iterator[str]:
+    """What a gradient term did and took, its losses from the first reading to the last, and its gradient."""
+    cost = f"{course.seconds:.1f} s{share_words(history, course.seconds)}"
+    yield f"{course.name}: in {course.size} until step {course.last_step}, {course.settings}; {cost}"
+    yield "  " + ", ".join(f"{name} {loss_words(losses)}" for name, losses in course.losses.items())
+    last = {"gradient norm": course.norms, "cosine to the task's": course.cosines}
+    known = [f"{what} {numbers[max(numbers)]:.3g} at step {max(numbers)}" for what, numbers in last.items() if numbers]
+    if known:
+        yield "  " + ", ".join(known)
 
 
 def _types_table(history: History, title: str) -> str:

@@ -20,6 +20,7 @@ from ..record import JOURNAL_FILE, parse_lines, require_journal_file, tell_torn
 from ..record.entries import add_entry
 from ..record.history import Cell, History, title_of
 from .layout import OUTSIDE, panels
+from .terms import LOSS, courses
 from .words import change_counts, correction_words, counted
 
 WORST = 10
@@ -107,11 +108,19 @@ def watch_run(
 
 def frame(history: History, path: Path) -> RenderableType:
     """Return what the terminal shows: the last check, the worst modules with their trends, merges, probes, faults."""
-    if not history.cells and not history.probes:
+    if history.empty:
         what = "it holds no check yet" if history.starts else "no journal there yet"
         return Text(f"{printable(str(path))}: {what}; waiting (Ctrl-C leaves)", style="dim")
-    drift = [_head(history), _worst(history), _changes(history)] if history.cells else [Text(printable(history.title))]
-    return Group(*drift, *_probes(history), *_events(history))
+    drift = [_head(history), _worst(history), _changes(history)] if history.cells else [_title(history)]
+    return Group(*drift, *_terms(history), *_probes(history), *_events(history))
+
+
+def _title(history: History) -> Text:
+    """The head of a run without checks."""
+    text = Text(printable(history.title), style="bold")
+    if "step" in history.end:
+        text.append(f"  ended at step {history.end['step']}", style="not bold")
+    return text.append_text(Text("\n").append_text(_changes(history))) if history.merges else text
 
 
 def _head(history: History) -> Text:
@@ -214,6 +223,27 @@ def _changes(history: History) -> Text:
             last = [module for module, at in changes if at == step]
             lines.append(printable(f"{words}; the last at step {step}: {counted(last, 'module')}"))
     return Text("\n".join(lines)) if lines else Text("nothing merged yet", style="dim")
+
+
+def _terms(history: History) -> Iterator[Text]:
+    """What each gradient term did, and its losses, one a line, with their trend."""
+    for course in courses(history):
+        about = f"in {course.size}, {course.settings}, {course.seconds:.1f} s"
+        yield Text(f"\n{printable(course.name)} until step {course.last_step}: {printable(about)}", style="bold")
+        lines = {f"loss, {name}" if name != LOSS else name: losses for name, losses in course.losses.items()}
+        lines |= {name: known for name, known in (("norm", course.norms), ("cosine", course.cosines)) if known}
+        longest = max(map(len, lines))
+        for name, numbers in lines.items():
+            yield _trend_line(f"{printable(name):<{longest}} ", list(numbers.values()))
+
+
+def _trend_line(name: str, values: Sequence[float]) -> Text:
+    """A name, the trend of the last numbers, and the last one that is known."""
+    known = [value for value in values if not math.isnan(value)]
+    latest = values[-_TREND:]
+    shown = [value for value in latest if not math.isnan(value)] or [0.0]
+    line = Text(name).append_text(_sparkline(latest, (min(shown), max(shown))))
+    return line.append(f" {known[-1]:.3g}" if known else " not known")
 
 
 def _probes(history: History) -> Iterator[Text]:

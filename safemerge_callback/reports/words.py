@@ -7,10 +7,25 @@ from collections.abc import Sized
 
 from ..record.history import MERGE, History
 
+# A dash as typesetters have it, for no value.
+NOTHING = "\N{EN DASH}"
+
 
 def counted(things: Sized, noun: str) -> str:
     """Return `1 merge`, `2 merges`."""
-    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
+    return several(len(things), noun)
+
+
+def several(count: int, noun: str) -> str:
+    """Return `1 merge`, `2 merges`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def seconds_text(seconds: float) -> str:
+    """Return a duration as `850 ms`, `1.2 s` or `16.0 min`."""
+    if seconds >= 600:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
 
 
 def correction_words(history: History) -> dict[str, str]:

@@ -120,12 +120,64 @@ def test_the_table_holds_medians_lowest_and_what_is_left(write):
         ([check(0, {Q: "high"})], "line 1: not an entry of ours"),
         ([{**merge(0, [Q]), "weights": 3}], "line 1: not an entry of ours"),
         ([{"kind": "probe", "step": 0, "when": "every", "seconds": 1.0}], "line 1: not an entry of ours"),
-        ([{"kind": "rollback", "step": 0, "modules": [Q]}], "no check yet"),
+        ([{"kind": "rollback", "step": 0, "modules": [Q]}], "no check yet and no probe, and no gradient term"),
+        ([{"kind": "gradient", "step": 1, "correction": "rows"}], "line 1: not an entry of ours"),
     ],
 )
 def test_journals_that_are_none(write, entries, match):
     with pytest.raises(JournalError, match=match):
         read_history(write(*entries))
+
+
+def gradient(step, **more):
+    return {"kind": "gradient", "step": step, "correction": "rows", "weight": 0.5, "steps": 10, "seconds": 1.5, **more}
+
+
+def test_a_run_without_checks_is_summed_up_by_its_terms(write):
+    figures = {"rows": 20, "loss_harm": 0.25, "loss_benign": None, "interval": 2}
+    lines = [gradient(10, loss=0.5), gradient(20, loss=None), gradient(30, loss=0.125, norm=2, cosine=-0.5)]
+    lines[0]["figures"], lines[2]["figures"] = figures, {**figures, "loss_harm": 0.2, "loss_benign": 0.0625}
+    end = {
+        "kind": "end",
+        "step": 31,
+        "checks": 0,
+        "merges": 0,
+        "modules_merged": 0,
+        "seconds": 6,
+        "training_seconds": 60,
+    }
+    history = read_history(write(*lines))
+    assert summary(history).splitlines() == [
+        "run: no check",
+        "rows: in 30 steps, 40 rows until step 30, weight 0.5, interval 2; 4.5 s",
+        "  loss 0.5 to 0.125, benign 0.0625, harm 0.25 to 0.2",
+        "  gradient norm 2 at step 30, cosine to the task's -0.5 at step 30",
+    ]
+    fault = {"kind": "error", "step": 31, "where": "rows", "error": "boom"}
+    text = summary(read_history(write(*lines, fault, end)))
+    assert text.startswith("run: no check; 6.0 s in all, 10.0% of the training\n")
+    assert "4.5 s, 7.5% of the training" in text
+    assert text.endswith("1 fault, the first: step 31, rows: boom")
+    # lines of before had neither seconds nor figures
+    older = {key: value for key, value in gradient(10, loss=0.5).items() if key != "seconds"}
+    assert summary(read_history(write(older))).splitlines()[1:] == [
+        "rows: in 10 steps until step 10, weight 0.5; 0.0 s",
+        "  loss 0.5",
+    ]
+
+
+def test_terms_are_beneath_the_table_of_a_run_with_checks(write):
+    text = summary(read_history(write(check(10, {Q: 0.5}), gradient(10, loss=0.5), merge(10, [Q]), probe(10))))
+    lines = text.splitlines()
+    first = lines.index("rows: in 10 steps until step 10, weight 0.5; 1.5 s")
+    assert lines[first - 1].startswith("1 merge in 1 module")
+    assert lines[first + 1] == "  loss 0.5"
+    assert lines[first + 2].startswith("probe at step 10")
+
+
+def test_a_run_that_failed_in_all_it_tried_tells_of_its_faults(write):
+    start, fault = {"kind": "start", "step": 0}, {"kind": "error", "step": 1, "where": "rows", "error": "boom"}
+    assert summary(read_history(write(start, fault))).endswith("1 fault, the first: step 1, rows: boom")
 
 
 def test_folders_without_a_journal(write, tmp_path):

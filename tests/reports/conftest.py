@@ -7,6 +7,8 @@ import shutil
 import pytest
 
 from recipes.example_run import write_example
+from safemerge_callback.record.entries import gradient_entry
+from safemerge_callback.record.history import TermReading
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +39,32 @@ def scales(example, tmp_path_factory):
     path = tmp_path_factory.mktemp("scales") / "safemerge.jsonl"
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return path
+
+
+# The losses of a made-up gradient term at its n-th reading; it has no benign rows in some.
+TERM = {"loss": lambda n: 0.02 / (n + 1), "harm": lambda n: 0.03 / (n + 1), "benign": lambda n: 0.01 if n % 3 else None}
+
+
+@pytest.fixture(scope="session")
+def both(example, tmp_path_factory):
+    """The journal of `example`, with a gradient term whose readings come every 5 steps; not to be changed."""
+    lines = []
+    for line in example.read_text().splitlines():
+        entry = json.loads(line)
+        if entry["kind"] == "check":
+            lines += [json.dumps(_term(step)) for step in (entry["step"] - 5, entry["step"])]
+        lines.append(line)
+    path = tmp_path_factory.mktemp("both") / "safemerge.jsonl"
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def _term(step):
+    n = step // 5 - 1
+    by_kind = {f"loss_{kind}": TERM[kind](n) for kind in ("harm", "benign") if TERM[kind](n) is not None}
+    known = {"norm": 0.5 + n, "cosine": -0.01 * n} if n % 2 else {}
+    figures = {**by_kind, "rows": 10.0, "interval": 1.0}
+    return gradient_entry(step, "replay", TermReading(0.5, TERM["loss"](n), 5, 0.25, **known, figures=figures))
 
 
 def _chromium():

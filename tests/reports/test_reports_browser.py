@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import pytest
 
@@ -398,3 +399,49 @@ def test_a_change_of_another_correction_has_its_name(look, tmp_path):
     counts = page.locator("#table tbody tr").evaluate_all(f"rows => rows.map(r => r.cells[{column}].textContent)")
     assert counts == sorted(counts)
     assert counts.count("2") == len(last["modules"])
+
+
+def test_the_losses_of_a_run_without_checks_are_drawn_and_read_by_the_keyboard(look, replayed, runs, tmp_path):
+    entries = runs.entries(replayed, "gradient")
+    for scheme in ("light", "dark"):
+        page = look(write_page(read_history(replayed), tmp_path / "page.html"), color_scheme=scheme)
+        assert page.locator("main section").first.get_attribute("id") == "losses"
+        charts = page.locator("#term-charts .chart")
+        assert charts.count() == 3
+        assert charts.nth(0).locator("path.line").count() == 3
+        legend = charts.nth(0).locator(".legend span").all_inner_texts()
+        assert legend == ["replay, mean loss", "benign rows", "harm rows"]
+        assert page.locator(".chart > svg").evaluate_all(OUTSIDE) == []
+        assert colours(page.screenshot(full_page=True)) > 100
+        picture = charts.nth(0).locator("svg[role=img]")
+        assert picture.get_attribute("aria-label").startswith("replay: mean loss over steps; arrow keys move from")
+        picture.focus()
+        page.keyboard.press("Home")
+        page.keyboard.press("ArrowRight")
+        said = charts.nth(0).locator("[role=status]").inner_text()
+        assert said.startswith("step 2 (1 step, 2 rows): replay, mean loss ")
+        loss = float(re.search(r"mean loss ([-\d.e]+)", said)[1])
+        assert loss == pytest.approx(entries[1]["loss"], rel=5e-3)
+    page.locator("#losses summary").press("Enter")
+    assert page.locator("#losses tbody tr").count() == 12
+
+
+def test_losses_stand_beside_merges_and_probes(look, both, tmp_path):
+    page = look(write_page(read_history(both), tmp_path / "page.html"), width=390)
+    assert page.locator("main section").evaluate_all("all => all.map(one => one.id)")[:3] == [
+        "moved",
+        "losses",
+        "drift",
+    ]
+    merged = sorted({step for _, step in read_history(both).merges})
+    losses = page.locator("#term-charts .chart").nth(0)
+    assert losses.locator("line.change").count() == len(merged)
+    assert "modules merged" in losses.locator(".legend").inner_text()
+    assert page.locator(".chart > svg").evaluate_all(OUTSIDE) == []
+    losses.locator("svg[role=img]").focus()
+    page.keyboard.press("End")
+    for _ in range((120 - merged[-1]) // 5):
+        page.keyboard.press("ArrowLeft")
+    said = losses.locator("[role=status]").inner_text()
+    assert said.startswith(f"step {merged[-1]} (5 steps, 10 rows): replay, mean loss ")
+    assert said.endswith(f"modules were merged at step {merged[-1]}")

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import math
 import re
 import time
 
@@ -11,8 +12,11 @@ import pytest
 from recipes.example_run import write_example
 from safemerge_callback.decision import BAND, Gate
 from safemerge_callback.errors import ConfigError
+from safemerge_callback.record.history import TermReading
 from safemerge_callback.reports import PAGE_FILE, Cell, History, read_history, render_page, write_page, write_report
+from safemerge_callback.reports.page.figures import page_figures
 from safemerge_callback.reports.payload import page_data
+from safemerge_callback.reports.words import NOTHING
 
 
 def embedded(page):
@@ -168,6 +172,66 @@ def test_a_module_that_a_compressed_v_left_open_leaves_the_mean_unknown(example,
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     history = read_history(path)
     assert set(history.steps) - set(history.moved) == {last["step"]}
+
+
+def test_a_run_without_checks_tells_what_was_replayed(replayed, runs):
+    page = render_page(read_history(replayed))
+    words, entries = re.sub(r" +", " ", words_of(page)), runs.entries(replayed, "gradient")
+    (end,) = runs.entries(replayed, "end")
+    for part in ('id="moved"', 'id="drift"', 'id="curves"', 'id="weights"', 'id="modules"', 'id="probe"'):
+        assert part not in page
+    assert "no check, replay in 12 steps; ended at step 12" in words
+    assert f"loss of replay at step 12 {entries[-1]['loss']:.3g} at first {entries[0]['loss']:.3g}" in words
+    assert re.search(r"steps with replay 12 24 rows, weight 1, interval 1 ", words)
+    spent = sum(entry["seconds"] for entry in entries)
+    assert f"{spent / end['training_seconds']:.1%} of the training" in words
+    assert "corrections.replay.loss kl" in words
+    for word in ("threshold", "gate", " merge", "Subspace", "projected"):
+        assert word not in words, word
+    (term,) = embedded(page)["terms"]
+    assert (term["name"], term["steps"], term["counts"], term["rows"]) == (
+        "replay",
+        [*range(1, 13)],
+        [1] * 12,
+        [2] * 12,
+    )
+    for key, name in (("loss", "loss"), ("loss_harm", "harm"), ("loss_benign", "benign")):
+        numbers = [entry["figures"].get(key, entry.get(key)) for entry in entries]
+        assert term["losses"][name] == [None if x is None else pytest.approx(x, rel=1e-3) for x in numbers]
+    assert term["norm"] == [pytest.approx(entry["norm"], rel=1e-3) for entry in entries]
+
+
+def test_checks_and_a_gradient_term_stand_beside_each_other(both, example):
+    page, without = render_page(read_history(both)), render_page(read_history(example))
+    for part in ('id="moved"', 'id="drift"', 'id="probe"', 'id="modules"'):
+        assert part in page
+    assert 'id="losses"' in page
+    assert 'id="losses"' not in without
+    assert "terms" not in embedded(without)
+    words = re.sub(r" +", " ", words_of(page))
+    assert "28 modules, 12 checks at steps 10 to 120, replay in 120 steps; ended at step 120" in words
+    assert "steps with replay 120 240 rows, weight 0.5, interval 1" in words
+    assert "passes of replay 6.0 s 2.1% of the training" in words
+    assert re.search(r"passes of replay +6\.0 s for 120 steps", words)
+
+
+def test_a_long_term_has_a_table_that_ends_with_its_last_reading():
+    readings = {step: TermReading(1.0, 0.5 / step, 1) for step in range(1, 1002)}
+    (table,) = page_figures(History("run", terms={"rows": readings}))["terms"]
+    assert table["every"] == 6
+    assert [row[0] for row in table["rows"]] == [str(step) for step in range(1001 - 6 * 166, 1002, 6)]
+    assert table["heads"] == ["until step", "steps", "rows", "loss", "norm", "cosine", "seconds"]
+    (short,) = page_figures(History("run", terms={"rows": {1: TermReading(1.0, math.nan, 1)}}))["terms"]
+    assert (short["every"], short["rows"]) == (1, [["1", "1", *[NOTHING] * 5]])
+
+
+def test_a_terms_name_and_figures_are_set_as_text():
+    evil = "</script><img src=x>"
+    reading = TermReading(1.0, 0.5, 1, figures={f"loss_{evil}": 1.0, evil: 2.0})
+    page = render_page(History("run", terms={evil: {1: reading}}))
+    assert page.count("<script") == 2
+    assert "<img" not in page
+    assert embedded(page)["terms"][0]["losses"] == {"loss": [0.5], evil: [1.0]}
 
 
 def test_what_a_run_lacks_is_left_out():

@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from safemerge_callback.errors import JournalError
-from safemerge_callback.reports import read_history, watch_run
+from safemerge_callback.reports import History, read_history, watch_run
 from safemerge_callback.reports.watch import Tail, frame
 
 PLACE = "safemerge.jsonl"
@@ -209,3 +210,23 @@ def test_a_torn_line_is_passed_over_with_a_word_by_watch_and_report(lines, tmp_p
         reported = read_history(tmp_path)
     assert len(told) == 1
     assert seen.cells == reported.cells == read_history(example).cells
+
+
+def test_a_run_without_checks_shows_what_is_replayed(replayed, both):
+    text = text_of(read_history(replayed), replayed / "safemerge.jsonl", width=100)
+    assert text.splitlines()[0] == "out  ended at step 12"
+    assert "replay until step 12: in 12 steps, 24 rows, weight 1, interval 1, " in text
+    last = read_history(replayed).terms["replay"][12]
+    assert re.search(rf"^loss +[▁-█]{{12}} {last.loss:.3g}$", text, re.M)
+    assert re.search(rf"^loss, harm +[▁-█ ]{{12}} {last.figures['loss_harm']:.3g}$", text, re.M)
+    assert re.search(rf"^cosine +[▁-█]{{12}} {last.cosine:.3g}$", text, re.M)
+    assert "nothing merged" not in text
+    text = text_of(read_history(both), both, width=100)
+    assert "12 checks, gate threshold 0.35" in text
+    assert "replay until step 120: in 120 steps, 240 rows, weight 0.5, interval 1, 6.0 s" in text
+    assert "probe at step 120" in text
+
+
+def test_a_run_that_only_has_faults_shows_them():
+    history = History("run", starts=[{"step": 0}], faults=["step 1, replay: its loss is nan"])
+    assert "fault: step 1, replay: its loss is nan" in text_of(history, Path("run"), width=100)

@@ -34,15 +34,17 @@ READERS: dict[str, Callable[[History, Mapping[str, Any]], None]] = {
 def read_history(source: str | Path) -> History:
     """Return the history of a journal file, or of the run folder that holds `safemerge.jsonl`.
 
-    Raises JournalError when there is no journal, when it holds no check and no probe yet, or when an entry is not one
-    of ours.
+    Raises JournalError when there is no journal, when it tells of nothing yet but the start, or when an entry is not
+    one of ours.
     """
     path = journal_in(source)
     history = History(title_of(path))
     for number, entry in numbered_entries(path).items():
         add_entry(history, entry, f"journal {str(path)!r}, line {number}")
-    if not history.cells and not history.probes:
-        raise JournalError(f"journal {str(path)!r} holds no check yet and no probe: there is nothing to report.")
+    if history.empty:
+        raise JournalError(
+            f"journal {str(path)!r} holds no check yet and no probe, and no gradient term: there is nothing to report."
+        )
     return history
 
 

@@ -18,7 +18,7 @@ from .figures import page_figures
 _PAGE = FileKind("a page of ours", lambda head: b"<!doctype html>" in head and b"require-trusted-types-for" in head)
 _HERE = Path(__file__).parent
 # In this order: what is above uses nothing of what is below.
-_SCRIPTS = ("data.js", "chart.js", "heatmap.js", "curves.js", "table.js", "start.js")
+_SCRIPTS = ("data.js", "chart.js", "heatmap.js", "curves.js", "terms.js", "table.js", "start.js")
 
 
 def write_page(history: History, output: str | Path) -> Path:

@@ -1,5 +1,5 @@
 // Trajectories of cosines, of what is left of the task's update, and of the probe's figures.
-const everyStep = [...run.steps, ...run.probes.map((probe) => probe.step)].sort((a, b) => a - b);
+const everyStep = [...run.steps, ...(run.terms || []).flatMap((term) => term.steps), ...run.probes.map((probe) => probe.step)].sort((a, b) => a - b);
 const span = () => [everyStep[0], everyStep[everyStep.length - 1]];
 
 // Lowest, middle and highest of all modules at every check.

@@ -10,7 +10,9 @@ from ...decision import BAND
 from ...evaluation.units import SHARE, amount, number
 from ...record.history import LOSS, MERGE, Cell, History, Measured, Probe
 from ..layout import panels
-from ..words import counted
+from ..terms import courses
+from ..words import NOTHING, counted, seconds_text, several
+from .terms import term_table, term_tiles
 
 KINDS = {
     "harm": "harmful prompts (higher is safer)",
@@ -18,8 +20,6 @@ KINDS = {
     "task": "task",
     "coherence": "coherence",
 }
-# A dash as typesetters have it, for no value.
-_NONE = "\N{EN DASH}"
 
 
 class Tile(NamedTuple):
@@ -64,6 +64,7 @@ def page_figures(history: History) -> dict[str, Any]:
         "rows": module_rows(history),
         "columns": measure_names(history.probes),
         "probes": [_probe_row(probe, measure_names(history.probes)) for probe in history.probes],
+        "terms": [term_table(course) for course in courses(history)],
         "happenings": happenings(history),
         "costs": costs(history),
         "sources": sources(history),
@@ -72,7 +73,7 @@ def page_figures(history: History) -> dict[str, Any]:
         "band": BAND,
         "has_weights": bool(history.merges),
         "change_columns": _change_columns(history),
-        "num": lambda value, digits=4: _NONE if value is None or math.isnan(value) else f"{value:.{digits}f}",
+        "num": lambda value, digits=4: NOTHING if value is None or math.isnan(value) else f"{value:.{digits}f}",
     }
 
 
@@ -83,27 +84,51 @@ def _change_columns(history: History) -> list[tuple[str, str, str]]:
 
 
 def _span(history: History) -> str:
-    steps = history.steps or sorted({probe.step for probe in history.probes})
-    span = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
-    state = f"ended at step {history.end.get('step', steps[-1])}" if history.ended else "has not ended"
-    if not history.steps:
-        return f"no check, {counted(history.probes, 'probe')} at {span}; {state}"
-    return f"{counted(history.modules, 'module')}, {counted(history.checks, 'check')} at {span}; {state}"
+    parts = [f"{course.name} in {several(course.steps, 'step')}" for course in courses(history)]
+    if history.steps:
+        drift = f"{counted(history.modules, 'module')}, {counted(history.checks, 'check')} at {_steps(history.steps)}"
+        parts = [drift, *parts]
+    else:
+        probed = sorted({probe.step for probe in history.probes})
+        parts += [f"{counted(history.probes, 'probe')}{f' at {_steps(probed)}' if probed else ''}"]
+        parts = ["no check", *(part for part in parts if part != "0 probes")]
+    return f"{', '.join(parts)}; {_state(history)}"
+
+
+def _steps(steps: Sequence[int]) -> str:
+    return f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+
+
+def _state(history: History) -> str:
+    if not history.ended:
+        return "has not ended"
+    last = max([*history.steps, *(probe.step for probe in history.probes)], default=0)
+    return f"ended at step {history.end.get('step', last)}"
 
 
 def tiles(history: History) -> list[Tile]:
     """Return the figures that say at a glance how the run went."""
-    if not history.steps:
-        return list(_probe_tiles(history.probes))
+    figures = [] if not history.steps else _drift_tiles(history)
+    for course in courses(history):
+        figures += [Tile(*tile) for tile in term_tiles(history, course)]
+    figures += _probe_tiles(history.probes)
+    return [*figures, *_cost_tile(history)]
+
+
+def _drift_tiles(history: History) -> list[Tile]:
     figures = [*_moved(history), *_cosines(history)]
     figures += [_changes_tile(name, changes) for name, changes in history.by_correction.items()]
     lefts = [shares[max(shares)] for shares in history.task_weights.values()]
-    figures.append(Tile("least task update left", f"{min(lefts, default=1.0):.1%}", "of any module's own update"))
-    figures += _probe_tiles(history.probes)
+    return [*figures, Tile("least task update left", f"{min(lefts, default=1.0):.1%}", "of any module's own update")]
+
+
+def _cost_tile(history: History) -> Iterator[Tile]:
+    """What the callback took in all, where there is one."""
+    if not history.steps and not history.end.get("seconds"):
+        return
     spent = seconds_text(history.end.get("seconds") or history.seconds)
     of_what = "checks, merges and other changes" if history.change_seconds else "checks and merges"
-    figures.append(Tile("cost", spent, share_text(history) or of_what))
-    return figures
+    yield Tile("cost", spent, share_text(history) or of_what)
 
 
 def _changes_tile(correction: str, changes: Mapping[tuple[str, int], bool]) -> Tile:
@@ -225,8 +250,8 @@ def measure_names(probes: Iterable[Probe]) -> dict[str, str]:
 
 def _probe_row(probe: Probe, columns: Mapping[str, str]) -> dict[str, Any]:
     by_name = {m.measure: m for m in probe.measures}
-    texts = [by_name[name].text if name in by_name else _NONE for name in columns]
-    tokens = _NONE if math.isnan(probe.mean_tokens) else f"{probe.mean_tokens:.1f}"
+    texts = [by_name[name].text if name in by_name else NOTHING for name in columns]
+    tokens = NOTHING if math.isnan(probe.mean_tokens) else f"{probe.mean_tokens:.1f}"
     return {
         "step": probe.step,
         "when": probe.when,
@@ -236,13 +261,6 @@ def _probe_row(probe: Probe, columns: Mapping[str, str]) -> dict[str, Any]:
         "incoherent": sum(m.incoherent for m in probe.measures),
         "unjudged": sum(m.unjudged for m in probe.measures),
     }
-
-
-def seconds_text(seconds: float) -> str:
-    """Return a duration as `850 ms`, `1.2 s` or `16.0 min`."""
-    if seconds >= 600:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
 
 
 def share_text(history: History) -> str:
@@ -264,6 +282,10 @@ def costs(history: History) -> list[tuple[str, str]]:
     for name, seconds in history.change_seconds.items():
         changes = counted(history.by_correction.get(name, ()), "module change")
         lines.append((f"changes by {name}", f"{seconds_text(seconds)} for {changes}"))
+    for course in courses(history):
+        lines.append(
+            (f"passes of {course.name}", f"{seconds_text(course.seconds)} for {several(course.steps, 'step')}")
+        )
     if history.probes:
         lines.append(
             ("probes, beside the training", f"{seconds_text(probe_seconds)} for {counted(history.probes, 'probe')}")
@@ -310,12 +332,16 @@ def sources(history: History) -> dict[str, list[tuple[str, str]]]:
         "versions": start.get("versions"),
         "run": {"started": start.get("time"), **run} if start else None,
     }
-    return {heading: list(_flat(part)) for heading, part in parts.items() if isinstance(part, Mapping)}
+    facts = {heading: list(_flat(part)) for heading, part in parts.items() if isinstance(part, Mapping)}
+    return {heading: pairs for heading, pairs in facts.items() if pairs}
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{before}{key}.")
+        elif isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value):
+            for one in value:
+                yield from _flat(one, f"{before}{key}.")
         elif value is not None:
             yield f"{before}{key}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -3,4 +3,5 @@ if (run.modules.length) {
   heatMap();
   curves();
 }
+termCurves();
 probeCurves();
