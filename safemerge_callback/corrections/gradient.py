@@ -21,6 +21,7 @@ from ..live.stopwatch import Stopwatch
 from ..record.entries import gradient_entry
 from ..record.history import TermReading
 from ..record.log import Log
+from ..record.metrics import term_key
 from ..signals.model_state import preserve_random_states
 from .joining import Angles, TermGradient, join
 from .protocol import Apart, GradientTerm, Observant, RunPoint, Tallied
@@ -231,5 +232,5 @@ class GradientEngine:
                 figures = self._ask(term, step, "tell its figures", term.figures) if isinstance(term, Tallied) else {}
                 reading = tally.reading(term.weight, angles.get(term.name, {}), figures or {})
                 self.log.note(gradient_entry(step, term.name, reading))
-                numbers |= {f"safemerge/corrections/{term.name}/{key}": x for key, x in reading.numbers().items()}
+                numbers |= {term_key(term.name, figure): value for figure, value in reading.numbers().items()}
         return numbers

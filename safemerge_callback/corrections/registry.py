@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from ..errors import ConfigError, nearest, shown
 from ..io.choices import one_of
 from ..live.engine import ENGINES
+from ..record.metrics import Metric
 from .merge import MERGE
 from .protocol import Correction, GradientTerm
 
@@ -25,7 +27,7 @@ class CorrectionKind:
     `make(settings)` gives a `Correction` or a `GradientTerm`, a new one for each run. `settings`: a dataclass that
     checks itself when made. `needs`: what must be there of `NEEDS`; `engines`: those of `ENGINES` that it can serve;
     `cost`: in words, in forward and backward passes; `deed`: what it does to a run, in words that `in 60 steps` may
-    follow.
+    follow; `figures`: what a gradient term tells of itself, by name.
     """
 
     name: str
@@ -35,6 +37,7 @@ class CorrectionKind:
     engines: frozenset[str]
     cost: str
     deed: str
+    figures: Mapping[str, Metric]
 
 
 class ChosenCorrection(NamedTuple):
@@ -76,6 +79,7 @@ def correction(
     *,
     cost: str,
     deed: str = "",
+    figures: Mapping[str, Metric] = MappingProxyType({}),
     needs: Collection[str] = (),
     engines: Collection[str] = ENGINES,
 ) -> Callable[[Maker], Maker]:
@@ -89,7 +93,7 @@ def correction(
     def enter(make: Maker) -> Maker:
         name = make.__name__
         CORRECTIONS[name] = CorrectionKind(
-            name, make, settings, frozenset(needs), frozenset(engines), cost, deed or f"{name} was at work"
+            name, make, settings, frozenset(needs), frozenset(engines), cost, deed or f"{name} was at work", figures
         )
         return make
 

@@ -22,6 +22,7 @@ from ..io.numbers import is_number, is_whole
 from ..io.whole_file import whole_file
 from ..live.ranks import all_or_none, everyones, from_first, rank, world_size
 from ..live.stopwatch import settled
+from ..record.metrics import Metric
 from ..signals.adapter_off import adapter_off
 from ..signals.reference import Reference, take_reference
 from ..signals.responses import check_vocabulary
@@ -38,6 +39,12 @@ from .surgery import bounded, without_conflict
 # What it is called in a list of corrections.
 REPLAY = "replay"
 STATE_FILE = "safemerge_replay.json"
+FIGURES = {
+    "loss_harm": Metric("loss", "last", "Mean loss of the harmful rows since it was last logged; absent if none came."),
+    "loss_benign": Metric("loss", "last", "The same of the harmless rows."),
+    "rows": Metric("rows", "last", "Rows that were replayed since then, on all processes."),
+    "interval": Metric("steps", "last", "Optimizer steps from one time to the next, as it is now."),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,6 +357,7 @@ class ReplayApart(Replay):
     ReplaySettings,
     cost="one forward and backward pass of batch_size short rows a step",
     deed="safety rows were replayed",
+    figures=FIGURES,
 )
 def replay(settings: ReplaySettings) -> Replay:
     """Return the term of one run."""

@@ -1,4 +1,4 @@
-"""What a check is in numbers: the keys that every tracker receives."""
+"""What a check and a gradient term are in numbers: the keys that every tracker receives."""
 
 from __future__ import annotations
 
@@ -74,6 +74,22 @@ _BEST = {
     "best_loss_before": Metric("loss", "last", "Evaluation loss of the reloaded best model before its final merge."),
     "best_loss_after": Metric("loss", "last", "Evaluation loss of the reloaded best model after its final merge."),
 }
+
+# Of each gradient term, whenever the trainer logs; figures of its own stand with the term.
+TERM_METRICS = {
+    "loss": Metric("loss", "last", "Mean loss since it was last logged, over the processes and before its weight."),
+    "seconds": Metric("s", "last", "Seconds that its passes took since then, on the first process."),
+    "norm": Metric(
+        "norm", "last", "Norm of its weighted gradient in the last step with it, before clipping; absent if not known."
+    ),
+    "cosine": Metric("cosine", "last", "Cosine of that gradient and the task's own; absent if not known."),
+}
+
+
+def term_key(term: str, figure: str) -> str:
+    """Return the key under which trackers have a figure of a gradient term."""
+    return f"safemerge/corrections/{term}/{figure}"
+
 
 CHECK_KEYS: dict[str, Metric] = {f"safemerge/{name}": metric for name, metric in _CHECK.items()}
 BEST_KEYS: dict[str, Metric] = {f"safemerge/{name}": metric for name, metric in _BEST.items()}

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from safemerge_callback.corrections.registry import CORRECTIONS
 from safemerge_callback.decision import Edit, MergePlan, Reading, Readings
-from safemerge_callback.record.metrics import KEYS, METRICS, check_metrics, limit_of, z_of
+from safemerge_callback.record.metrics import KEYS, METRICS, TERM_METRICS, check_metrics, limit_of, term_key, z_of
 from safemerge_callback.record.progress import Progress
 
 
@@ -120,8 +121,8 @@ def test_an_update_that_is_not_finite_spoils_no_number():
 PAGE = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
 
 
-def page_table(heading):
-    body = PAGE.split(heading, 1)[1].split("\n\n", 1)[0]
+def page_table(heading, page=PAGE):
+    body = page.split(heading, 1)[1].split("\n\n", 1)[0]
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in body.splitlines() if line.startswith("| `")
     ]
@@ -131,6 +132,17 @@ def page_table(heading):
 def test_the_page_has_every_key_with_its_unit_its_summary_and_its_meaning():
     assert page_table("| key | unit | W&B keeps | meaning |") == {
         key: [metric.unit, metric.summary, metric.meaning] for key, metric in KEYS.items()
+    }
+
+
+def test_the_page_has_every_figure_of_a_gradient_term():
+    keys = {term_key("<name>", figure): metric for figure, metric in TERM_METRICS.items()}
+    for name, kind in CORRECTIONS.items():
+        assert not kind.figures.keys() & TERM_METRICS.keys()
+        keys |= {term_key(name, figure): metric for figure, metric in kind.figures.items()}
+    page = PAGE.split("## Numbers of gradient terms", 1)[1]
+    assert page_table("| key | unit | W&B keeps | meaning |", page) == {
+        key: [metric.unit, metric.summary, metric.meaning] for key, metric in keys.items()
     }
 
 

@@ -13,6 +13,7 @@ import pytest
 from safemerge_callback.decision import BAND
 from safemerge_callback.record import METRICS
 from safemerge_callback.training.trackers import Report, Run, Trackers
+from tests.support.replay import replaying
 
 # What gate all sends: it merges below no cosine.
 SENT = METRICS.keys() - {"safemerge/modules_below"}
@@ -160,6 +161,63 @@ def test_mlflow_artifacts_land_in_the_run_that_the_trainer_has_ended(world, runs
     assert len(weights) == len(live)
     assert all((w == live[name.replace(".weight", ".default.weight")]).all() for name, w in weights.items())
     assert run.data.tags["safemerge.alert"].startswith("safemerge: a module fell below the gate: 4 of 4 modules")
+
+
+# What a run that only replays sends at each log: three rows a time, so that every kind comes.
+HELD = {
+    f"safemerge/corrections/replay/{figure}"
+    for figure in ("loss", "seconds", "norm", "cosine", "loss_harm", "loss_benign", "rows", "interval")
+}
+
+
+def replays(world, chat_tokenizer, folder, tracker, **more):
+    """A run without checks that reports to a tracker at steps 2, 4 and 6; the losses that its journal has by step."""
+    trainer = world.trainer(
+        folder, replaying(batch_size=3), tokenizer=chat_tokenizer, logging_steps=2, report_to=[tracker], **more
+    )
+    trainer.train()
+    entries = [json.loads(line) for line in (folder / "safemerge.jsonl").read_text().splitlines()]
+    assert {entry["kind"] for entry in entries} == {"start", "gradient", "end"}
+    return {entry["step"]: entry["loss"] for entry in entries if entry["kind"] == "gradient"}
+
+
+def test_tensorboard_has_the_figures_of_a_run_without_checks(world, chat_tokenizer, tmp_path):
+    losses = replays(world, chat_tokenizer, tmp_path, "tensorboard")
+    (run,) = (tmp_path / "runs").iterdir()
+    events = read_events(run / "safemerge")
+    ours = scalars(run / "safemerge")
+    assert ours.keys() == HELD
+    assert dict(ours["safemerge/corrections/replay/loss"]) == pytest.approx(losses, rel=1e-5)
+    assert [step for step, _ in ours["safemerge/corrections/replay/rows"]] == [2, 4, 6]
+    assert (events.Tags()["images"], events.Tags()["histograms"]) == ([], [])
+    assert '"replay"' in events.Tensors("safemerge/config/text_summary")[0].tensor_proto.string_val[0].decode()
+
+
+def test_trackio_has_the_figures_of_a_run_without_checks(world, chat_tokenizer, tmp_path, quiet):
+    pytest.importorskip("trackio")
+    losses = replays(world, chat_tokenizer, tmp_path, "trackio", project="held")
+    with contextlib.closing(sqlite3.connect(Path(os.environ["TRACKIO_DIR"]) / "held.db")) as database:
+        rows = [json.loads(blob) for (blob,) in database.execute("select metrics from metrics order by id")]
+    ours = [row for row in rows if HELD & row.keys()]
+    assert {row["train/global_step"]: row["safemerge/corrections/replay/loss"] for row in ours} == losses
+    assert all(row.keys() >= HELD and not SENT & row.keys() for row in ours)
+    assert not [key for row in rows for key in row if "heat_map" in key or "cosines" in key]
+
+
+def test_mlflow_has_the_figures_of_a_run_without_checks(world, chat_tokenizer, tmp_path, mlflow):
+    losses = replays(world, chat_tokenizer, tmp_path / "out", "mlflow")
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name(tmp_path.name).experiment_id])
+    for key in HELD:
+        assert [m.step for m in client.get_metric_history(run.info.run_id, key)] == [2, 4, 6], key
+    logged = client.get_metric_history(run.info.run_id, "safemerge/corrections/replay/loss")
+    assert [m.value for m in logged] == list(losses.values())
+    folder = Path(client.download_artifacts(run.info.run_id, "safemerge"))
+    names = {"config.json", "safemerge.jsonl", "README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert "| replay | in 6 steps |" in (folder / "README.md").read_text()
+    assert "gate" not in json.loads((folder / "config.json").read_text())
+    assert "safemerge.alert" not in run.data.tags
 
 
 def test_nothing_is_tracked_where_the_trainer_does_not_report(world, tmp_path):

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainerCallback
 
+from safemerge_callback.corrections.replay import FIGURES
 from safemerge_callback.record import METRICS
-from safemerge_callback.record.metrics import KEYS
+from safemerge_callback.record.metrics import KEYS, TERM_METRICS
 from safemerge_callback.training.trackers import COLUMNS
+from tests.support.replay import replaying
 
 # What gate all sends: it merges below no cosine.
 SENT = METRICS.keys() - {"safemerge/modules_below"}
@@ -205,6 +207,30 @@ def test_the_first_module_below_the_gate_alerts_once(world, runs, tmp_path, home
     first = runs.entries(tmp_path / "out", "check")[0]["modules"][0]["name"]
     text = f"4 of 4 modules at step 2, first {first!r}"
     assert read_run(home).alerts == [("safemerge: a module fell below the gate", text, "WARN")]
+
+
+def test_a_run_without_checks_has_its_terms_figures_on_the_axis_and_no_table(
+    world, runs, chat_tokenizer, tmp_path, home
+):
+    guard = replaying(batch_size=3)
+    settings = {"report_to": ["wandb"], "logging_steps": 2}
+    world.trainer(tmp_path / "out", guard, tokenizer=chat_tokenizer, **settings).train()
+    run, entries = read_run(home), runs.entries(tmp_path / "out", "gradient")
+    key = "safemerge/corrections/replay/loss"
+    assert [(row["train/global_step"], row[key]) for row in run.history if key in row] == [
+        (entry["step"], entry["loss"]) for entry in entries
+    ]
+    assert [entry["step"] for entry in entries] == [2, 4, 6]
+    figures = {name.rpartition("/")[2] for name in run.summary if name.startswith("safemerge/")}
+    assert figures == TERM_METRICS.keys() | FIGURES.keys()
+    assert run.summary[key] == entries[-1]["loss"]
+    assert not [name for row in run.history for name in row if "decisions" in name or "heat_map" in name]
+    assert run.config["safemerge"] == guard.config.to_publish()
+    (artifact,) = [artifact for artifact in run.artifacts if artifact.type == "safemerge"]
+    assert "plan.txt" not in contents(artifact)
+    assert "| replay | in 6 steps |" in contents(artifact)["README.md"].read_text()
+    assert not runs.entries(tmp_path / "out", "error")
+    assert run.alerts == []
 
 
 class Break(TrainerCallback):
