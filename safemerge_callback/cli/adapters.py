@@ -152,7 +152,9 @@ def _settings(config: Path | None, options: dict[str, Any]) -> dict[str, Any]:
     merged = in_file | options
     lacking = [name for name in ("finetuned", "subspace", "output") if merged.get(name) is None]
     if lacking:
-        raise ConfigError(f"{' and '.join(lacking)} not given: name them on the command line, or in a --config file")
+        advice = " (`safemerge build` makes a subspace)" if "subspace" in lacking else ""
+        words = f"{' and '.join(lacking)} not given"
+        raise ConfigError(f"{words}: name them on the command line, or in a --config file{advice}")
     knobs = gate_settings(merged)
     rest = {name: value for name, value in merged.items() if name not in knobs}
     rest["device"] = device_named(str(rest.get("device", "cpu")))

@@ -7,6 +7,7 @@ from safemerge_callback import SafetyEvalCallback
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.training import Rollback, Stop, Trigger
 from tests.support.judges import Says
+from tests.support.replay import replaying
 
 SETS = {"prompts": {"bad": ["a b", "c d e", "f"]}, "benign": {"good": ["x y", "z"]}}
 
@@ -307,6 +308,35 @@ def test_what_does_not_fit_is_refused_before_the_first_step(world, runs, tmp_pat
     guards = [] if guard is None else [world.guard(**guard)]
     with refused(words):
         world.trainer(tmp_path, probe(**changed), *guards, seen).train()
+    assert seen.steps == {}
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["probe first", "guard first"])
+def test_beside_a_guard_that_only_replays_it_asks_changes_nothing_and_may_stop(
+    world, runs, chat_tokenizer, tmp_path, probe, first
+):
+    stopping, seen = probe(every=3, stop={"below": 0.5, "patience": 2}, judge=Says(0)), {}
+    for name, asked in {"asked": [stopping], "alone": []}.items():
+        guard, seen[name] = replaying(batch_size=2), runs.Recorder()
+        guards = [*asked, guard] if first else [guard, *asked]
+        world.trainer(tmp_path / name, *guards, seen[name], tokenizer=chat_tokenizer, max_steps=8).train()
+    assert whens(runs, tmp_path / "asked") == [("begin", 0), ("every", 3), ("every", 6), ("end", 6)]
+    assert kinds(runs, tmp_path / "asked", "stop", "check", "merge", "error") == [("stop", 6)]
+    assert [e["step"] for e in runs.entries(tmp_path / "asked", "gradient")] == [1, 2, 3, 4, 5, 6]
+    assert (max(seen["asked"].steps), max(seen["alone"].steps)) == (6, 8)
+    last, same = (seen[name].steps[6] for name in ("asked", "alone"))
+    assert all(torch.equal(last[name], same[name]) for name in same)
+
+
+@pytest.mark.parametrize(("rule", "deed"), [("trigger", "ask for"), ("rollback", "take back")])
+def test_a_rule_that_would_merge_is_refused_beside_a_guard_that_only_replays(
+    world, runs, chat_tokenizer, tmp_path, probe, rule, deed
+):
+    settings = {"trigger": {"below": 0.5}, "rollback": {"task": 0.1}}
+    asked, seen = probe(task=lambda *_: 1, **{rule: settings[rule]}), runs.Recorder()
+    words = f"rule {rule} is set and the trainer has a SafeMergeCallback without a subspace, which makes no merge that "
+    with refused(f"{words}it could {deed}: give it the safety-subspace file .*, or leave the rule out"):
+        world.trainer(tmp_path, replaying(), asked, seen, tokenizer=chat_tokenizer).train()
     assert seen.steps == {}
 
 

@@ -131,11 +131,10 @@ def connect(probing: Probing, guard: GuardedRun | None, journal: str | None) -> 
 
     Raises ConfigError where a rule needs a guard that merges, and where the guard is watched already.
     """
-    for name in ("rollback", "trigger"):
+    for name, deed in (("rollback", "take back"), ("trigger", "ask for")):
         able = guard and (guard.changes if name == "rollback" else guard.merges)
         if getattr(probing.rules, name) and not able:
-            lacking = "no SafeMergeCallback" if guard is None else "a SafeMergeCallback that never merges"
-            raise ConfigError(f"rule {name} is set and the trainer has {lacking}: add one that merges, or leave it out")
+            raise ConfigError(f"rule {name} is set and the trainer has {_lacking(guard, deed)}, or leave the rule out")
     if guard is None:
         # A refusal on the first rank alone would leave the others waiting for it.
         probing.log.journal = all_or_none(lambda: _opened(journal, probing.args, probing.state))
@@ -144,6 +143,16 @@ def connect(probing: Probing, guard: GuardedRun | None, journal: str | None) -> 
     if journal is not None:
         raise ConfigError(f"journal is {journal!r}: the journal is the SafeMergeCallback's, set it there")
     probing.guard, probing.trackers, probing.log.beneath = guard, guard.trackers, guard.log
+
+
+def _lacking(guard: GuardedRun | None, deed: str) -> str:
+    """What there is in the place of a guard that merges, and what to do."""
+    if guard is None:
+        return "no SafeMergeCallback: add one that merges"
+    if guard.measures:
+        return "a SafeMergeCallback that never merges: add one that merges"
+    words = f"a SafeMergeCallback without a subspace, which makes no merge that it could {deed}"
+    return f"{words}: give it the safety-subspace file (`safemerge build` makes one)"
 
 
 def _opened(journal: str | None, args: TrainingArguments, state: TrainerState) -> Journal:

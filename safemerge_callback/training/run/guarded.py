@@ -15,11 +15,13 @@ from .clock import Clock
 class GuardedRun:
     """The parts of a run that a probe of it works with.
 
-    `merges`: whether it may merge; `changes`: whether it may change the model at all. `watch` takes who looks at its
+    `measures`: whether there are checks; `merges`: whether one may merge; `changes`: whether a merge or another change
+    of the factors may come that could be taken back. `watch` takes who looks at its
     changes; ConfigError where somebody does. `check_now` lets it check and merge at this step, which its own schedule
     does not ask for; given why a check that was begun before must not merge.
     """
 
+    measures: bool
     merges: bool
     changes: bool
     log: Log

@@ -246,9 +246,9 @@ class Session:
 
     def guarded(self) -> GuardedRun:
         """Return what a probe of this run works with."""
-        return GuardedRun(
-            self.config.merges, self.config.changes, self.log, self.trackers, self.clock, self._watch, self._check_now
-        )
+        config = self.config
+        able = config.measures, config.merges, config.merges or bool(self.changes)
+        return GuardedRun(*able, self.log, self.trackers, self.clock, self._watch, self._check_now)
 
     def _watch(self, witness: Witness) -> None:
         if self.engine.witness is not None:
