@@ -89,7 +89,11 @@ def save_run_again(saved: Saved, progress: Progress) -> None:
 
 
 def _values(saved: Saved, progress: Progress) -> dict[str, Any]:
-    return {"version": 1, "save": saved.save, "progress": asdict(progress)}
+    counts = asdict(progress)
+    if not progress.correction_steps:
+        # A run without other corrections leaves what it always left.
+        del counts["correction_steps"]
+    return {"version": 1, "save": saved.save, "progress": counts}
 
 
 def _resumed(args: TrainingArguments, state: TrainerState) -> Past:
