@@ -22,7 +22,7 @@ BENIGN = ["r s", "t", "u v w x"]
 # Random models answer this and that: of more prompts some end, and some do not.
 MORE = [f"{p} {q}" for p in "rstuvwx" for q in "abc"]
 FILES = "harm:harm.csv,benign:benign.jsonl"
-HARVEST = ("--prompts", FILES, "--judge", "function:my_judges:short", "--max-new-tokens", 8)
+HARVEST = ("--prompts", FILES, "--judge", "function:judge_of_rows:short", "--max-new-tokens", 8)
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def world(tmp_path, tiny_llama, chat_tokenizer, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = [{"prompt": f"{p} {q}", "completion": "positive"} for p in "abcd" for q in "efghijklmnopqrst"]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
-    (tmp_path / "my_judges.py").write_text("def short(prompt, response):\n    return prompt < 'q'\n")
+    (tmp_path / "judge_of_rows.py").write_text("def short(prompt, response):\n    return prompt < 'q'\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

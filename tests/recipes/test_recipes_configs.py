@@ -22,7 +22,7 @@ COUNTS = {
     "accelerate": 6,
     "align": 1,
     "evaluate": 5,
-    "finetune": 20,
+    "finetune": 21,
     "merge": 13,
     "train_safety_adapter": 6,
 }
@@ -76,7 +76,7 @@ def test_finetune_files(path):
     assert model.lora_target_modules == ["q_proj", "v_proj"]
     assert path.stem.startswith(Path(sft.output_dir).name)
     assert data.data in path.stem
-    assert (safemerge is not None) == ("_safemerge" in path.stem)
+    assert (safemerge is not None) == ("_safemerge" in path.stem or "_replay" in path.stem)
     if path.stem.endswith("_safemerge"):
         assert (safemerge.gate, safemerge.threshold, safemerge.weights) == ("threshold", 0.35, [0.8, 0.2])
         assert safemerge.every > 0
