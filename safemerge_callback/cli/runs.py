@@ -50,7 +50,8 @@ def report(
         one_of(plot, PLOTS, "plot")
     history = read_history(journal)
     say(summary(history))
-    shown = f"drift of {len(history.modules)} modules" if history.modules else ", ".join(history.terms) or "the probes"
+    drift = history.modules or not history.terms
+    shown = f"drift of {len(history.modules)} modules" if drift else ", ".join(history.terms)
     say(f"{write_report(history, output or journal, plot)}: {shown}")
 
 

@@ -18,7 +18,9 @@ from safetensors import safe_open
 CLOCKS = frozenset({"time", "seconds", "training_seconds", "save", "version"})
 CLOCK_WORDS = ("seconds", "runtime", "per_second", "share_of_training", "flos", "safemerge/share")
 _DURATION = re.compile(r"\d[\d.,]* ?(?:ms|s|min|h)\b|\d[\d.]*% of (?:the |its )?(?:training|run)|\d\d:\d\d(?::\d\d)?")
-_SCRIPT = re.compile(r"<script>.*?</script>|<meta http-equiv=.Content-Security-Policy.[^>]*>", re.DOTALL)
+_DRAWING = re.compile(
+    r"<script>.*?</script>|<style>.*?</style>|<meta http-equiv=.Content-Security-Policy.[^>]*>", re.DOTALL
+)
 
 
 def sha(data):
@@ -133,7 +135,8 @@ def _stopped(value):
 def reported(place):
     """What `report` and `watch` say of the journal in a folder, and the page that `report` writes.
 
-    Without the page's own script and its digest: what that draws of the same data is for the browser's tests.
+    Without the page's own script and style and their digests: what those draw of the same data is for the browser's
+    tests.
     """
     said = command("report", place)
     text = (Path(place) / "safemerge_report.html").read_text(encoding="utf-8")
@@ -143,5 +146,5 @@ def reported(place):
         "summary": said,
         "watch": watched,
         "payload": json.loads(data),
-        "page": sha(_SCRIPT.sub("", text.replace(data, ""))),
+        "page": sha(_DRAWING.sub("", text.replace(data, ""))),
     }
