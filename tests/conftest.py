@@ -65,6 +65,12 @@ def tiny_llama():
 
 
 @pytest.fixture
+def talking_llama(tiny_llama):
+    """A random Llama whose weights are large enough that what it says depends on the prompt; for `chat_tokenizer`."""
+    return tiny_llama(vocab_size=64, pad_token_id=2, initializer_range=0.6).eval()
+
+
+@pytest.fixture
 def tiny_qwen2():
     """Two-layer Qwen2: grouped-query attention and biases on q, k, v."""
     return _factory("Qwen2", num_key_value_heads=2)

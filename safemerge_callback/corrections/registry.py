@@ -39,6 +39,10 @@ class CorrectionKind:
     deed: str
     figures: Mapping[str, Metric]
 
+    def counts(self, setting: str) -> bool:
+        """Return whether a setting's list is never published, its number of rows in its place (metadata `counted`)."""
+        return any(f.name == setting and f.metadata.get("counted") for f in fields(self.settings))
+
 
 class ChosenCorrection(NamedTuple):
     """A correction with its settings, as a run will have it."""

@@ -66,7 +66,7 @@ class ReplaySettings(Schedule):
     the share of the training's time that it may take, None for any.
     """
 
-    rows: Any = None
+    rows: Any = field(default=None, metadata={"counted": True})
     prompts: Any = None
     num_prompts: int = 64
     max_new_tokens: int = 24
@@ -246,7 +246,7 @@ def _check_predicts(model: Any) -> None:
 
 
 @dataclass
-class Tally:
+class KindLosses:
     """The losses by kind since they were last told, on the device, and how many rows that were."""
 
     total: dict[str, Tensor] = field(default_factory=dict)
@@ -279,7 +279,7 @@ class Replay:
         self.settings = settings
         self.weight = settings.weight
         self.schedule = Pace(settings, settings.by_need, settings.longest, settings.max_share)
-        self.tally = Tally()
+        self.losses = KindLosses()
         self.latest: tuple[Sequence[str], Tensor] | None = None
         self.began = 0.0
         self.max_steps = 0
@@ -304,13 +304,13 @@ class Replay:
     def observe(self, step: int, loss: float) -> None:
         """Take note of the mean loss over the ranks: whether the rows are needed soon again."""
         if self.latest is not None:
-            self.tally.add(*self.latest)
+            self.losses.add(*self.latest)
         most = self.rows.limit if self.rows.floor is None else 0.0
         self.schedule.end(step, self.max_steps, self.began, needed=not loss <= most)
 
     def figures(self) -> Mapping[str, float]:
         """Return mean losses by kind and the rows since they were last told, and the interval in force. Collective."""
-        return {**self.tally.take(), "interval": float(self.schedule.spacing(self.max_steps))}
+        return {**self.losses.take(), "interval": float(self.schedule.spacing(self.max_steps))}
 
     def after_step(self, at: RunPoint) -> None:
         """Nothing follows a step: what is kept moves when rows are drawn."""
@@ -378,7 +378,10 @@ def read_state(folders: Sequence[Path], save: str | None) -> dict[str, Any] | No
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
             if save is None or state["save"] == save:
-                return {**Pace(Schedule()).state(), "drawn": 0, "ranks": world_size(), **state}
+                counts = {name: state[name] for name in ("drawn", "ranks", *Pace(Schedule()).state())}
+                if bad := [name for name, value in counts.items() if name != "measured" and not is_whole(value, 0)]:
+                    raise ValueError(f"{bad[0]} is {shown(counts[bad[0]])}")
+                return counts
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise AdapterError(
                 f"{str(path)!r} cannot be read ({error}), so it is not known which safety rows come next: take another "

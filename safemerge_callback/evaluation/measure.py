@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypedDict
 
 from ..errors import ConfigError
+from ..signals.rows import Kind as SetKind
 from ..signals.thoughts import counts_of
 from .intervals import wilson
 from .judges import Judge, measure_name, name_of
@@ -19,7 +20,6 @@ from .verdicts import Verdict, judged
 
 Kind = Literal["harm", "over_refusal", "task", "coherence"]
 # What a set of prompts is of, and what its refusals are a measure of.
-SetKind = Literal["harm", "benign"]
 _KINDS: dict[SetKind, Kind] = {"harm": "harm", "benign": "over_refusal"}
 # A verdict's letter in `outcomes`.
 LETTERS: dict[Verdict, str] = {"refused": "1", "complied": "0", "incoherent": "i", "unjudged": "u"}

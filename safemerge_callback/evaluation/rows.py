@@ -6,18 +6,17 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 from ..errors import ConfigError, nearest, shown
 from ..io.addresses import address_of
 from ..io.outputs import FileKind
 from ..io.paths import existing
-from ..signals.rows import Kind, SafetyRow
+from ..signals.rows import KINDS, Kind, SafetyRow
 from .judges import KeywordJudge
 from .prompts.tables import ENDINGS, read_rows
 
 COLUMNS = ("prompt", "response", "kind", "system")
-KINDS: tuple[Kind, ...] = get_args(Kind)
 _TABLES = tuple(ending for ending in ENDINGS if ending != ".txt")
 ROWS_FILE = FileKind("a file of safety rows", lambda head: head.lstrip().startswith(b'{"prompt"'))
 

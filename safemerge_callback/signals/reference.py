@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .model_state import preserve_state
-from .row_batch import RowBatch, RowOutputs, row_batch, row_outputs
+from .responses import alike_lengths
+from .row_batch import RowBatch, RowOutputs, mean_of_targets, row_batch, row_outputs, target_losses
 from .rows import RowTokens
 
 
@@ -63,8 +64,9 @@ class Reference(tuple[ReferenceRow, ...]):
 
         The divergence over the bins is never above the whole one, and what it lacks comes from that mass alone.
         """
-        masses = [float(mass) for row in self if row.rest is not None for mass in row.rest.exp()]
-        return (sum(masses) / len(masses), max(masses)) if masses else (0.0, 0.0)
+        rests = [row.rest for row in self if row.rest is not None]
+        masses = torch.cat(rests).exp() if rests else torch.zeros(1)
+        return float(masses.mean()), float(masses.max())
 
 
 def take_reference(
@@ -81,26 +83,27 @@ def take_reference(
     must call it where a forward pass takes all of them. The model is left as it was.
     """
     device = next(model.parameters()).device
-    taken: list[ReferenceRow] = []
-    for start in range(0, len(rows), batch_size):
-        batch = row_batch(rows[start : start + batch_size], device)
+    taken: dict[int, ReferenceRow] = {}
+    for places in alike_lengths([len(row.prompt) + len(row.response) for row in rows], batch_size):
+        batch = row_batch([rows[i] for i in places], device)
         with preserve_state(model):
-            taken += _rows_of(row_outputs(model, batch, hidden=hidden), batch, top_k)
-    return Reference(taken)
+            outputs = row_outputs(model, batch, hidden=hidden)
+            taken.update(zip(places, _rows_of(outputs, batch, top_k), strict=True))
+    return Reference(taken[i] for i in range(len(rows)))
 
 
 def _rows_of(outputs: RowOutputs, batch: RowBatch, top_k: int | None) -> Iterator[ReferenceRow]:
-    every = outputs.logits.log_softmax(-1)
-    losses = -every.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1)
-    log_probs, tokens, rest = _likeliest(every, top_k)
-    for row, mask in enumerate(batch.mask):
-        yield ReferenceRow(
-            log_probs[row][mask].cpu(),
-            None if tokens is None else tokens[row][mask].cpu(),
-            None if rest is None else rest[row][mask].cpu(),
-            None if outputs.hidden is None else outputs.hidden[row].cpu(),
-            float(losses[row][mask].mean()),
-        )
+    losses = mean_of_targets(target_losses(outputs.logits, batch), batch).tolist()
+    log_probs, tokens, rest = map(_to_host, _likeliest(outputs.logits.log_softmax(-1), top_k))
+    states = _to_host(outputs.hidden)
+    for row, mask in enumerate(batch.mask.cpu()):
+        kept, which, others = (None if each is None else each[row][mask] for each in (log_probs, tokens, rest))
+        assert kept is not None, "log-probabilities are always kept"
+        yield ReferenceRow(kept, which, others, None if states is None else states[row], losses[row])
+
+
+def _to_host(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.cpu()
 
 
 def _likeliest(log_probs: Tensor, top_k: int | None) -> tuple[Tensor, Tensor | None, Tensor | None]:

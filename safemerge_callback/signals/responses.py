@@ -149,19 +149,25 @@ def continuations(
     """
     from tqdm import tqdm
 
-    # Alike lengths together: little padding. The longest first, so that memory fails at once or not at all.
-    order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
     said: list[list[int]] = [[] for _ in tokens]
     ends = end_tokens(model, tokenizer)
     with evaluating(model):
-        starts = range(0, len(order), batch_size)
-        for start in tqdm(starts, desc=label, disable=True if label is None else None):
-            batch = order[start : start + batch_size]
+        batches = alike_lengths([len(ids) for ids in tokens], batch_size)
+        for batch in tqdm(batches, desc=label, disable=True if label is None else None):
             new = _continue(model, [tokens[i] for i in batch], ends, max_new_tokens, synced)
             for i, answer in zip(batch, new.tolist(), strict=True):
                 stop = next((at + 1 for at, token in enumerate(answer) if token in ends), len(answer))
                 said[i] = answer[:stop]
     return said
+
+
+def alike_lengths(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Return the places of alike lengths in batches: little padding.
+
+    The longest come first, so that memory fails at once or not at all.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 @contextmanager

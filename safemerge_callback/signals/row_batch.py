@@ -71,6 +71,16 @@ def row_outputs(model: nn.Module, batch: RowBatch, *, hidden: bool = False) -> R
     return RowOutputs(outputs.logits[:, -wanted:].float(), states)
 
 
+def target_losses(logits: Tensor, batch: RowBatch) -> Tensor:
+    """Return -log p of each target, (n, t), float32, in nats; what stands at padding means nothing."""
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.targets, reduction="none")
+
+
+def mean_of_targets(values: Tensor, batch: RowBatch) -> Tensor:
+    """Return each row's mean (n,) of values (n, t) over its targets."""
+    return torch.where(batch.mask, values, 0.0).sum(-1) / batch.mask.sum(-1)
+
+
 def _at_prompts_end(states: Tensor, mask: Tensor) -> Tensor:
     """The states (n, length, d) at each prompt's last token: right before what predicts the response's second."""
     places = states.shape[1] - mask.sum(-1)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .model_state import preserve_state
-from .row_batch import row_batch, row_outputs
+from .responses import alike_lengths
+from .row_batch import mean_of_targets, row_batch, row_outputs, target_losses
 from .rows import RowTokens
 
 
@@ -20,11 +21,9 @@ def response_losses(model: Any, rows: Sequence[RowTokens], batch_size: int = 16)
     """
     losses = [0.0] * len(rows)
     with preserve_state(model):
-        for places in _batches([len(row.prompt) + len(row.response) for row in rows], batch_size):
+        for places in alike_lengths([len(row.prompt) + len(row.response) for row in rows], batch_size):
             batch = row_batch([rows[i] for i in places], model.device)
-            logits = row_outputs(model, batch).logits
-            each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch.targets, reduction="none")
-            means = (each * batch.mask).sum(1) / batch.mask.sum(1)
+            means = mean_of_targets(target_losses(row_outputs(model, batch).logits, batch), batch)
             for i, mean in zip(places, means.tolist(), strict=True):
                 losses[i] = mean
     return losses
@@ -34,7 +33,7 @@ def mean_states(model: Any, tokens: Sequence[Sequence[int]], batch_size: int = 1
     """Return the mean over each text's tokens of the last hidden state, (texts, hidden size), float32 on the CPU."""
     states: dict[int, Tensor] = {}
     with preserve_state(model):
-        for places in _batches([len(ids) for ids in tokens], batch_size):
+        for places in alike_lengths([len(ids) for ids in tokens], batch_size):
             longest = len(tokens[places[0]])
             ids = [[*tokens[i], *[0] * (longest - len(tokens[i]))] for i in places]
             mask = [[1] * len(tokens[i]) + [0] * (longest - len(tokens[i])) for i in places]
@@ -44,9 +43,3 @@ def mean_states(model: Any, tokens: Sequence[Sequence[int]], batch_size: int = 1
                 # Padded on the right, where nothing earlier can see it.
                 states[i] = state[: len(tokens[i])].float().mean(0).cpu()
     return torch.stack([states[i] for i in range(len(tokens))])
-
-
-def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices of alike lengths together, the longest first, so that memory fails at once or not at all."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    yield from (order[start : start + batch_size] for start in range(0, len(order), batch_size))

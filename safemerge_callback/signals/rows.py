@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from ..errors import ConfigError, shown
 from ..io.choices import truth
@@ -13,6 +13,7 @@ from .responses import tokenized
 
 # What a safe model does with a prompt: it refuses "harm", and answers "benign".
 Kind = Literal["harm", "benign"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from safemerge_callback import SafeMergeCallback, SafeMergeConfig
 from safemerge_callback.corrections.losses import LOSSES
-from safemerge_callback.corrections.replay import ReplayRows, ReplaySettings, Tally, row_losses
+from safemerge_callback.corrections.replay import KindLosses, ReplayRows, ReplaySettings, row_losses
 from safemerge_callback.errors import AdapterError, ConfigError
 from safemerge_callback.signals.adapter_off import adapter_off
 from safemerge_callback.signals.reference import take_reference
@@ -115,13 +115,13 @@ def test_what_no_step_had_is_not_counted(world, chat_tokenizer, tmp_path, runs, 
 
 
 def test_figures_are_those_of_all_processes(monkeypatch):
-    tally = Tally()
-    tally.add(["harm", "harm"], torch.tensor([1.0, 2.0]))
+    losses = KindLosses()
+    losses.add(["harm", "harm"], torch.tensor([1.0, 2.0]))
     other = {"harm": (6.0, 1), "benign": (4.0, 2)}
     monkeypatch.setattr("safemerge_callback.corrections.replay.everyones", lambda share: [share, other])
-    assert tally.take() == {"loss_benign": 2.0, "loss_harm": 3.0, "rows": 5.0}
+    assert losses.take() == {"loss_benign": 2.0, "loss_harm": 3.0, "rows": 5.0}
     monkeypatch.undo()
-    assert tally.take() == {"rows": 0.0}
+    assert losses.take() == {"rows": 0.0}
 
 
 def test_a_resume_on_another_number_of_processes_says_so(world, chat_tokenizer, tmp_path):
@@ -134,11 +134,14 @@ def test_a_resume_on_another_number_of_processes_says_so(world, chat_tokenizer, 
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"save": 1}'])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"save": 1}', "bad drawn", "bad least"])
 def test_a_state_that_cannot_be_read_is_refused_before_the_first_step(world, chat_tokenizer, tmp_path, text):
     steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     train(world, chat_tokenizer, tmp_path, replaying(), **steps)
-    (tmp_path / "checkpoint-2" / "safemerge_replay.json").write_text(text)
+    path = tmp_path / "checkpoint-2" / "safemerge_replay.json"
+    if text.startswith("bad"):
+        text = json.dumps({**json.loads(path.read_text()), text.split()[1]: "two"})
+    path.write_text(text)
     again = world.trainer(tmp_path, replaying(), tokenizer=chat_tokenizer, **steps)
     if text == '{"save": 1}':  # another save's
         with pytest.warns(UserWarning, match="holds no place in the safety rows"):
@@ -184,6 +187,13 @@ def test_rows_are_plain_whatever_held_them(tmp_path):
         config = replaying(rows=rows).config
         assert config.corrections[0]["replay"]["rows"] == kept
         assert SafeMergeConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_rows_are_published_as_their_number_and_formats_as_they_are():
+    formats = [{"system": "Be kind."}, {"template": "Answer: {prompt}"}]
+    (entry,) = replaying(in_format=formats).config.to_publish()["corrections"]
+    assert entry["replay"]["rows"] == "3 rows"
+    assert entry["replay"]["in_format"] == formats
 
 
 def test_the_journal_says_what_it_cost_and_held(world, chat_tokenizer, tmp_path, runs):

@@ -19,9 +19,8 @@ def tokenizer(chat_tokenizer):
 
 
 @pytest.fixture
-def model(tiny_llama):
-    """A random Llama whose weights are large enough that what it says depends on the prompt."""
-    return tiny_llama(vocab_size=64, pad_token_id=2, initializer_range=0.6).eval()
+def model(talking_llama):
+    return talking_llama
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import statistics
 
-import torch
 from torch import Tensor
 
 from ...signals.reference import Reference, ReferenceRows
-from ...signals.row_batch import RowBatch, RowOutputs
+from ...signals.row_batch import RowBatch, RowOutputs, mean_of_targets, target_losses
 from .registry import row_loss
 
 
@@ -25,11 +24,4 @@ def ce(outputs: RowOutputs, batch: RowBatch, _reference: ReferenceRows) -> Tenso
     Source: SafeInstruct, Bianchi et al., arXiv:2309.07875. Differs: the rows come in a pass of their own beside the
     task's batch, not in it.
     """
-    log_probs = outputs.logits.log_softmax(-1)
-    chosen = log_probs.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1)
-    return -mean_over(chosen, batch.mask)
-
-
-def mean_over(values: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean (n,) of values (n, t) where the mask is true."""
-    return torch.where(mask, values, 0.0).sum(-1) / mask.sum(-1)
+    return mean_of_targets(target_losses(outputs.logits, batch), batch)

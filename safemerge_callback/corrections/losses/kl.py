@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ...signals.reference import Reference, ReferenceRows
-from ...signals.row_batch import RowBatch, RowOutputs
-from .ce import ce_spread, mean_over
+from ...signals.row_batch import RowBatch, RowOutputs, mean_of_targets
+from .ce import ce_spread
 from .registry import row_loss
 
 
@@ -28,11 +28,11 @@ def kl(outputs: RowOutputs, batch: RowBatch, reference: ReferenceRows) -> Tensor
     """
     whole = outputs.logits.logsumexp(-1, keepdim=True)
     if reference.tokens is None or reference.rest is None:
-        return mean_over(_divergence(reference.log_probs, outputs.logits - whole), batch.mask)
+        return mean_of_targets(_divergence(reference.log_probs, outputs.logits - whole), batch)
     kept = outputs.logits.gather(-1, reference.tokens) - whole
     others = outputs.logits.scatter(-1, reference.tokens, -torch.inf).logsumexp(-1, keepdim=True) - whole
-    live = torch.cat([kept, others], -1)
-    return mean_over(_divergence(torch.cat([reference.log_probs, reference.rest.unsqueeze(-1)], -1), live), batch.mask)
+    binned = torch.cat([reference.log_probs, reference.rest.unsqueeze(-1)], -1)
+    return mean_of_targets(_divergence(binned, torch.cat([kept, others], -1)), batch)
 
 
 def _divergence(reference: Tensor, live: Tensor) -> Tensor:

@@ -6,17 +6,16 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from ...errors import ConfigError, nearest, shown
 from ...io.numbers import is_whole
 from ...io.paths import as_path, existing
+from ...signals.rows import KINDS, Kind
 from ...version import __version__
-from .sets import PROMPT_SETS, Kind, SetCard, Where
+from .sets import PROMPT_SETS, SetCard, Where
 from .sources import OutOfReachError, downloaded, installed
 from .tables import ENDINGS, read_rows, texts_of
-
-KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
-Kind = Literal["harm", "benign"]
+from ...signals.rows import Kind
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ...corrections.registry import ChosenCorrection, chosen_corrections
+from ...corrections.registry import CORRECTIONS, ChosenCorrection, CorrectionKind, chosen_corrections
 from ...decision import DEFAULT_GATE, GATES, Gate, gate_of
 from ...decision.weights.by_pattern import MODULE_WEIGHTS
 from ...errors import ConfigError, nearest, shown
@@ -333,19 +333,27 @@ def _chosen_words(one: ChosenCorrection) -> str:
     """A correction and its settings that are not the defaults, as `replay (batch_size 2, rows 3 rows)`."""
     defaults = {f.name: f.default for f in fields(one.kind.settings)}
     chosen = {name: value for name, value in vars(one.settings).items() if value != defaults.get(name)}
-    words = ", ".join(f"{name} {_public(value)}" for name, value in chosen.items())
+    words = ", ".join(f"{name} {_public(value, one.kind.counts(name))}" for name, value in chosen.items())
     return f"{one.kind.name} ({words})" if words else one.kind.name
 
 
 def _published(entry: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """A correction's settings without paths, and without rows that a list holds: their number stands for them."""
-    return {name: {key: _public(value) for key, value in settings.items()} for name, settings in entry.items()}
+    return {name: _published_of(CORRECTIONS.get(name), settings) for name, settings in entry.items()}
 
 
-def _public(value: Any) -> Any:
+def _published_of(kind: CorrectionKind | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of one; a checkpoint may name a correction that there is no more."""
+    return {key: _public(value, kind is not None and kind.counts(key)) for key, value in settings.items()}
+
+
+def _public(value: Any, counted: bool = False) -> Any:
     if isinstance(value, list | tuple):
-        rows = any(isinstance(one, Mapping) or is_dataclass(one) for one in value)
-        return f"{len(value)} rows" if rows else [_public(one) for one in value]
+        return f"{len(value)} rows" if counted else [_public(one) for one in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return _public(asdict(value))
+    if isinstance(value, Mapping):
+        return {key: _public(one) for key, one in value.items()}
     if not isinstance(value, str):
         return value
     # A file may stand behind the kind of its prompts.

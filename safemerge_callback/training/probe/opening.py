@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import TrainerState, TrainingArguments
 
@@ -15,10 +15,10 @@ from ...io.paths import as_path
 from ...live.ranks import all_or_none
 from ...record import JOURNAL_FILE, Journal
 from ...record.progress import continue_journal
+from ...signals.rows import Kind
 from ..run.guarded import GuardedRun
 from .probing import Probing, Rules
 
-Kind = Literal["harm", "benign"]
 Prompts = str | Sequence[str] | Mapping[str, str | Sequence[str]]
 
 

@@ -13,7 +13,6 @@ or `apart` under DeepSpeed, writes the words.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,9 +24,7 @@ from safemerge_callback.errors import ConfigError
 from safemerge_callback.live import writer_for
 from safemerge_callback.signals.adapter_off import adapter_off
 from safemerge_callback.signals.model_state import preserve_state
-from tests.support.world import World
-from tests.trajectory.engines.cpu_fsdp import allow_fsdp_on_cpu
-from tests.trajectory.engines.run import RANK, WORLD_SIZE, check_marks, copies, forget, settings
+from tests.trajectory.engines.run import RANK, WORLD_SIZE, check_marks, copies, each_of, forget, settings
 
 STEPS, RATE, WEIGHT, CLIP, BAD = 8, 0.5, 0.75, 0.25, 3
 
@@ -175,9 +172,5 @@ def run(world, job, out):
 
 
 def main(folder, out, *jobs):
-    """The jobs, one after the other; the first rank says which is done."""
-    allow_fsdp_on_cpu()
-    for job in jobs:
-        run(World.load(folder), job, Path(out))
-        if RANK == 0:
-            print("done", job, flush=True)
+    """What each process runs."""
+    each_of(run, folder, out, jobs)

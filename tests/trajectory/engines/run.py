@@ -188,10 +188,15 @@ def forget():
         os.environ.pop(name, None)
 
 
-def main(folder, out, *jobs):
-    """The jobs, one after the other; the first rank says which is done."""
+def each_of(run, folder, out, jobs):
+    """Run the jobs, one after the other; the first rank says which is done."""
     allow_fsdp_on_cpu()
     for job in jobs:
         run(World.load(folder), job, Path(out))
         if RANK == 0:
             print("done", job, flush=True)
+
+
+def main(folder, out, *jobs):
+    """What each process runs."""
+    each_of(run, folder, out, jobs)
