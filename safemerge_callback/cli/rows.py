@@ -84,7 +84,6 @@ def harvest(
         row_format=RowFormat(system),
         chat_template_kwargs=chat_template_kwargs,
         whole=True,
-        label="harvest",
     )
     _write(output, rows_text(rows.rows))
     say(str(rows))
@@ -199,7 +198,7 @@ def _losses(
     how: dict[str, Any] = {"dtype": opening.dtype, "device": opening.device}
     subject = load_subject(aligned, **how)
     tokens, tokenizer = _row_tokens(subject, rows, opening), subject.tokenizer
-    here = response_losses(subject.model, tokens, opening.batch_size)
+    here = response_losses(subject.model, tokens, opening.batch_size, label="aligned")
     del subject
     gc.collect()
     # The tokens are those of the aligned model's template: its counterpart need not have one.
@@ -209,7 +208,7 @@ def _losses(
         model, other = load_pretrained(unaligned, who="unaligned model", dtype=opening.dtype)
         model = model.to(accelerator(opening.device))
     check_same_tokens(tokenizer, other, rows)
-    return here, response_losses(model, tokens, opening.batch_size)
+    return here, response_losses(model, tokens, opening.batch_size, label="unaligned")
 
 
 def _states(rows: Sequence[SafetyRow], task: Sequence[Any], aligned: str, opening: _Opening) -> tuple[Any, Any]:
@@ -221,8 +220,8 @@ def _states(rows: Sequence[SafetyRow], task: Sequence[Any], aligned: str, openin
     subject = load_subject(aligned, dtype=opening.dtype, device=opening.device)
     tokens = [[*row.prompt, *row.response] for row in _row_tokens(subject, rows, opening)]
     others = task_tokens(subject.model, subject.tokenizer, task, opening.chat_template_kwargs)
-    here = mean_states(subject.model, tokens, opening.batch_size)
-    return here, mean_states(subject.model, others, opening.batch_size)
+    here = mean_states(subject.model, tokens, opening.batch_size, label="safety rows")
+    return here, mean_states(subject.model, others, opening.batch_size, label="training rows")
 
 
 def _row_tokens(subject: Subject, rows: Sequence[SafetyRow], opening: _Opening) -> tuple[RowTokens, ...]:

@@ -48,12 +48,14 @@ class RunStart:
     """What a run begins with, before its first step: what a correction may ready itself with.
 
     `model` is the one of the trainer's hooks, its adapter on; `tokenizer` a tokenizer or a processor, None where the
-    trainer has none. `say` tells the terminal a line.
+    trainer has none. `say` tells the terminal a line. `bars`: whether this rank may draw a progress bar: it is the
+    first, and nobody asked it to be quiet.
     """
 
     model: nn.Module
     tokenizer: Any
     say: Callable[[str], None]
+    bars: bool = False
 
 
 class Change(NamedTuple):

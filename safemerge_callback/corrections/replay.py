@@ -150,10 +150,13 @@ def _plain_rows(rows: Any) -> str | list[Any] | None:
     return str(rows) if isinstance(rows, Path) else list(load_table(rows, "safety rows")[1])
 
 
-def safety_rows(model: nn.Module, tokenizer: Any, settings: ReplaySettings) -> tuple[list[RowTokens], str]:
+def safety_rows(
+    model: nn.Module, tokenizer: Any, settings: ReplaySettings, *, bars: bool = True
+) -> tuple[list[RowTokens], str]:
     """Return the rows as this model's tokens, and a sentence on them: given, or the model's own answers as it is now.
 
-    In each of the formats. Collective. Raises ConfigError as `harvest`, `load_prompts` and `load_rows`.
+    In each of the formats; with `bars`, answering draws a progress bar. Collective. Raises ConfigError as `harvest`,
+    `load_prompts` and `load_rows`.
     """
     formats = row_formats(settings.in_format)
     if settings.rows is not None:
@@ -166,9 +169,8 @@ def safety_rows(model: nn.Module, tokenizer: Any, settings: ReplaySettings) -> t
         return tokens, f"{len(tokens)} rows, as they were given"
     names = PACKAGED if settings.prompts is None else settings.prompts
     sets = all_or_none(lambda: [load_prompts(name, settings.num_prompts, settings.seed) for name in names])
-    harvests = [
-        harvest(model, tokenizer, sets, max_new_tokens=settings.max_new_tokens, row_format=one) for one in formats
-    ]
+    how: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "label": "replay: harvest" if bars else None}
+    harvests = [harvest(model, tokenizer, sets, row_format=one, **how) for one in formats]
     return [row for one in harvests for row in one.tokens], "; ".join(map(str, harvests))
 
 
@@ -213,20 +215,23 @@ class ReplayRows:
         return self.mean(self.next_losses(model)[0])
 
 
-def replay_rows(model: nn.Module, tokenizer: Any, settings: ReplaySettings | None = None) -> ReplayRows:
+def replay_rows(
+    model: nn.Module, tokenizer: Any, settings: ReplaySettings | None = None, *, bars: bool = True
+) -> ReplayRows:
     """Return the rows that the settings name, with the reference: the model itself, its adapter off.
 
-    Costs the answers to the prompts, unless they are in the cache, and a forward pass a row. The model is left as it
-    was. Collective. Raises ConfigError for a model without an adapter, that predicts no next tokens, or that is not
-    aligned, and as `safety_rows`.
+    Costs the answers to the prompts, unless they are in the cache, and a forward pass a row; with `bars`, each draws a
+    progress bar on the first rank. The model is left as it was. Collective. Raises ConfigError for a model without an
+    adapter, that predicts no next tokens, or that is not aligned, and as `safety_rows`.
     """
     settings = settings or ReplaySettings()
     _check_predicts(model)
     loss = LOSSES[settings.loss]
     with adapter_off(model):
-        rows, words = safety_rows(model, tokenizer, settings)
+        rows, words = safety_rows(model, tokenizer, settings, bars=bars)
         tokens = tuple(shortened(row, settings.first_tokens) for row in rows)
-        reference = take_reference(model, tokens, top_k=settings.top_k, hidden=loss.hidden)
+        label = "replay: reference" if bars and rank() == 0 else None
+        reference = take_reference(model, tokens, top_k=settings.top_k, hidden=loss.hidden, label=label)
     mean, most = reference.rest_mass
     if settings.top_k is not None and not loss.hidden:
         words += f"; beside the {settings.top_k} likeliest tokens {mean:.2g} of the probability, {most:.2g} at most"
@@ -290,7 +295,7 @@ class Replay:
             raise ConfigError(
                 "replay asks the model in words, and this trainer has no tokenizer: give it one (processing_class=)"
             )
-        self.rows = replay_rows(start.model, start.tokenizer, self.settings)
+        self.rows = replay_rows(start.model, start.tokenizer, self.settings, bars=start.bars)
         self.schedule.clock = partial(settled, next(start.model.parameters()).device)
         start.say(f"replay: {self.rows.words}")
 

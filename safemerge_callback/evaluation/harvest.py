@@ -84,7 +84,7 @@ def harvest(
     most_refused: float = MOST_REFUSED,
     whole: bool = False,
     cache: bool | str | Path = True,
-    label: str | None = None,
+    label: str | None = "harvest",
 ) -> Harvest:
     """Return the model's greedy answers to `prompts` that are as an aligned model's: a forward pass a token of a batch.
 
@@ -95,8 +95,9 @@ def harvest(
 
     Answers are kept under a fingerprint of the model's weights, the prompts as the template writes them and
     `max_new_tokens`, in `cache` (a folder; True: as `harvest_folder`; False: nowhere), and judged anew each time. A
-    judge of harm judges the harmful ones alone, keywords then the others. With many processes every rank must call it;
-    each answers a share, all return the same.
+    judge of harm judges the harmful ones alone, keywords then the others. `label` names the progress bar, which the
+    first rank alone has; None for no bar. With many processes every rank must call it; each answers a share, all return
+    the same.
 
     ConfigError where a set of either kind is missing, as `tokenized`, for a prompt that is longer than the model takes,
     and, with the figure, where fewer than `least_refused` of the harmful prompts are refused, more than `most_refused`
@@ -108,7 +109,7 @@ def harvest(
     tokens = prompt_tokens(tokenizer, texts, row_format, template_settings(chat_template_kwargs))
     check_vocabulary(model, tokens)
     check_lengths(model, tokens, max_new_tokens)
-    sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "label": label}
+    sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "label": label if rank() == 0 else None}
     said, from_cache = cached(
         harvest_folder(cache),
         harvest_key(model, tokenizer, tokens, max_new_tokens),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .model_state import preserve_state
-from .responses import alike_lengths
+from .responses import alike_lengths, under_bar
 from .row_batch import RowBatch, RowOutputs, mean_of_targets, row_batch, row_outputs, target_losses
 from .rows import RowTokens
 
@@ -76,15 +76,18 @@ def take_reference(
     top_k: int | None = 256,
     hidden: bool = False,
     batch_size: int = 8,
+    label: str | None = None,
 ) -> Reference:
     """Return what `model` says of these rows as it is now: put the adapter off before, and it is the aligned model.
 
-    `top_k`: how many of the likeliest tokens are kept at each place, the rest as one bin; None keeps all. Every rank
-    must call it where a forward pass takes all of them. The model is left as it was.
+    `top_k`: how many of the likeliest tokens are kept at each place, the rest as one bin; None keeps all. `label` names
+    the progress bar; None for no bar. Every rank must call it where a forward pass takes all of them. The model is left
+    as it was.
     """
     device = next(model.parameters()).device
     taken: dict[int, ReferenceRow] = {}
-    for places in alike_lengths([len(row.prompt) + len(row.response) for row in rows], batch_size):
+    batches = alike_lengths([len(row.prompt) + len(row.response) for row in rows], batch_size)
+    for places in under_bar(batches, label):
         batch = row_batch([rows[i] for i in places], device)
         with preserve_state(model):
             outputs = row_outputs(model, batch, hidden=hidden)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ..errors import ConfigError
 from .chat import PLACE, check_tokens_differ, inherited, questions, template_settings, text_part
@@ -12,6 +12,9 @@ from .thoughts import tell_unfinished, with_marks
 
 # Sampling settings that a checkpoint brings along are put back to neutral, or transformers warns of each.
 GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "pad_token_id": 0, "use_cache": True}
+
+
+Item = TypeVar("Item")
 
 
 class Response(NamedTuple):
@@ -147,18 +150,26 @@ def continuations(
     At most `max_new_tokens` of each, up to and with the token that ends the turn. `synced` goes on until every rank has
     finished, which a model needs whose forward pass takes all ranks; None lets transformers find out.
     """
-    from tqdm import tqdm
-
     said: list[list[int]] = [[] for _ in tokens]
     ends = end_tokens(model, tokenizer)
     with evaluating(model):
         batches = alike_lengths([len(ids) for ids in tokens], batch_size)
-        for batch in tqdm(batches, desc=label, disable=True if label is None else None):
+        for batch in under_bar(batches, label):
             new = _continue(model, [tokens[i] for i in batch], ends, max_new_tokens, synced)
             for i, answer in zip(batch, new.tolist(), strict=True):
                 stop = next((at + 1 for at, token in enumerate(answer) if token in ends), len(answer))
                 said[i] = answer[:stop]
     return said
+
+
+def under_bar(batches: Sequence[Item], label: str | None) -> Iterable[Item]:
+    """Return the batches, with a progress bar of that name while they are gone through; None for no bar.
+
+    Only where there is a terminal.
+    """
+    from tqdm import tqdm
+
+    return tqdm(batches, desc=label, disable=True if label is None else None)
 
 
 def alike_lengths(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

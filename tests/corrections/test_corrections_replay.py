@@ -19,7 +19,8 @@ from safemerge_callback.signals.reference import take_reference
 from safemerge_callback.signals.rows import RowTokens
 from safemerge_callback.training.config.shorthands import OF_THE_RUN
 from tests.support.ranks import run_on
-from tests.support.replay import ROWS, replaying
+from tests.support.replay import ROWS, replay_entry, replaying
+from tests.support.terminal import Terminal
 from tests.support.trainer import lora_weights
 from tests.support.world import SIZES, TARGETS, World, with_lora
 
@@ -210,6 +211,16 @@ def test_the_journal_says_what_it_cost_and_held(world, chat_tokenizer, tmp_path,
     assert not {"planned", "placement"} & start.keys()
     assert ROWS[0]["response"] not in json.dumps(start)
     assert not runs.entries(tmp_path, "check")
+
+
+@pytest.mark.parametrize(("quiet", "disable_tqdm"), [(False, False), (True, False), (False, True)])
+def test_what_it_readies_draws_a_bar_unless_a_run_is_to_be_quiet(
+    world, chat_tokenizer, tmp_path, monkeypatch, quiet, disable_tqdm
+):
+    monkeypatch.setattr("sys.stderr", screen := Terminal())
+    guard = SafeMergeCallback(corrections=[replay_entry()], quiet=quiet)
+    train(world, chat_tokenizer, tmp_path, guard, disable_tqdm=disable_tqdm, max_steps=1)
+    assert ("replay: reference" in screen.getvalue()) == (not quiet and not disable_tqdm)
 
 
 def test_without_a_tokenizer_it_is_refused_before_the_first_step(world, tmp_path):

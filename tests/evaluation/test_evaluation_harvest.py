@@ -14,6 +14,7 @@ from safemerge_callback.evaluation.prompts import PromptSet
 from safemerge_callback.signals.responses import continuations, generate, tokenized
 from safemerge_callback.signals.rows import RowFormat, RowTokens, SafetyRow
 from tests.support.ranks import run_on
+from tests.support.terminal import Terminal
 from tests.support.world import with_lora
 
 HARM = PromptSet("mine", "harm", ("a b c", "d e f", "g h", "i j k"), "", "")
@@ -52,6 +53,15 @@ def test_rows_are_what_the_model_says_as_it_says_it(model, tokenizer):
     assert found.rows == tuple(SafetyRow(*row) for row in zip(prompts, texts, kinds, strict=True))
     assert str(found) == "kept 4 of 4 harmful, 3 of 3 harmless"
     assert found.counts == {"harm": KindCounts(4, 4, 0, 0, 0), "benign": KindCounts(3, 0, 3, 0, 0)}
+
+
+@pytest.mark.parametrize("label", ["harvest", "mine", None])
+def test_a_bar_says_how_far_it_is(model, tokenizer, monkeypatch, label):
+    monkeypatch.setattr("sys.stderr", screen := Terminal())
+    harvest(
+        model, tokenizer, SETS, judge=FITTING, batch_size=2, **SAID, **({} if label == "harvest" else {"label": label})
+    )
+    assert (f"{label}: 100%" in screen.getvalue() and "4/4" in screen.getvalue()) == (label is not None)
 
 
 def test_a_response_that_ends_keeps_the_token_that_ends_it(model, tokenizer):

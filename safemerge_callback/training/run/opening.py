@@ -125,7 +125,8 @@ def open_session(
     at = RunPoint(state.global_step, state.max_steps, writer, measuring.subspace, safety, optimizer)
     merge = _merge(config)
     corrections, batch = _corrections(config, model, at, trainer)
-    lines = _prepare(corrections, model, tokenizer)
+    bars = state.is_world_process_zero and not (config.quiet or args.disable_tqdm)
+    lines = _prepare(corrections, model, tokenizer, bars=bars)
     for kept in kept_of(merge, corrections):
         _take_up(kept, past)
     _rehearse(config, at, merge, measuring)
@@ -264,12 +265,14 @@ def _corrections(
     return corrections, way_for(terms, model, at.optimizer, trainer)
 
 
-def _prepare(corrections: Sequence[Correction | GradientTerm], model: nn.Module, tokenizer: Any) -> list[str]:
+def _prepare(
+    corrections: Sequence[Correction | GradientTerm], model: nn.Module, tokenizer: Any, *, bars: bool
+) -> list[str]:
     """Let the corrections ready themselves, and return what they have to say."""
     lines: list[str] = []
     for one in corrections:
         if isinstance(one, Prepared):
-            one.prepare(RunStart(model, tokenizer, lines.append))
+            one.prepare(RunStart(model, tokenizer, lines.append, bars))
     return lines
 
 
