@@ -26,7 +26,7 @@ OPEN = {
 # What a method cannot do without, or writes only where it is given.
 HOW = {
     **{name: {"density": 0.5} for name, rule in METHODS.items() if "density" in rule.takes},
-    **{name: {"strength": 0.5} for name in ("pull", "ema")},
+    **{name: {"strength": 0.5} for name in ("pull", "ema", "orthogonal")},
     "project": {"operator": "orthogonal", "operator_rank": 2},
 }
 # What the stored run has none of, since only some settings write it.

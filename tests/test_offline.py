@@ -14,6 +14,7 @@ from safemerge_callback.decision import MergePlan, apply, measure
 from safemerge_callback.errors import AdapterError, ConfigError, PlanError, SubspaceError
 from safemerge_callback.live import live_factors, writer_for
 from safemerge_callback.offline import measure_adapter, merge_adapters
+from safemerge_callback.offline.merge_yaml import read_recipe
 from safemerge_callback.record import read_journal
 from safemerge_callback.subspace import Subspace
 from tests.support.world import ADAPTED as TARGETS
@@ -354,6 +355,15 @@ def test_every_method_merges_folders(world, tiny_llama, method):
     if method == "dare_linear":
         merged(world, output="other", gate="all", method=method, seed=1, **pruning)
         assert not torch.equal(load_adapter(world / "other").factors[name].B, after[name].B)
+
+
+def test_the_strength_of_orthogonal_is_written_and_made_again(world):
+    merged(world, gate="all", method="orthogonal", weights=(0.5, 0.5), strength=0.1)
+    settings = read_recipe(world / "out" / "safemerge.yaml")
+    merge_adapters(**settings, output=world / "again")
+    first, second = (load_adapter(world / folder).factors for folder in ("out", "again"))
+    assert all(torch.equal(second[name].B, first[name].B) for name in first)
+    assert read_recipe(world / "again" / "safemerge.yaml")["strength"] == 0.1
 
 
 def test_a_density_is_refused_before_anything_is_read(world):

@@ -52,7 +52,9 @@ Space = Annotated[
 ManyWeights = Annotated[
     str | None, typer.Option(help="Of the fine-tuned update and of each safety update. [default: 0.8 0.2]")
 ]
-Strength = Annotated[float | None, typer.Option(help="Share of the way that method pull goes.")]
+Strength = Annotated[
+    float | None, typer.Option(help="Share of the way that pull goes, or of the overlap that orthogonal takes out.")
+]
 Operator = Annotated[str | None, typer.Option(help="What method project multiplies with: safelora or orthogonal.")]
 OperatorRank = Annotated[int | None, typer.Option(help="Rank of operator orthogonal.")]
 Density = Annotated[float | None, typer.Option(help="Share of entries kept by methods that prune.")]

@@ -70,8 +70,8 @@ class How:
 
     @property
     def strength(self) -> float | None:
-        """The share of the way to its target that the method goes; None for one that goes to none."""
-        return None if self.kind.strength is None else self.weights[1]
+        """The share of the way to its target that the method goes; None for one that goes to none, or all the way."""
+        return self.knobs.get("strength") if self.kind.strength is None else self.weights[1]
 
     @property
     def needs(self) -> frozenset[str]:
@@ -97,7 +97,7 @@ class How:
 
 def how_knobs() -> tuple[str, ...]:
     """Return the names of all knobs that say how: those that methods have in common, and those that they declare."""
-    return (*_COMMON, *knobs())
+    return tuple(dict.fromkeys((*_COMMON, *knobs())))
 
 
 def method_of(
@@ -129,6 +129,9 @@ def as_how(method: str | How, settings: Mapping[str, Any], adapters: int | None 
         if settings:
             raise ConfigError(f"knobs {sorted(settings)} were given beside a How: make the How with them")
         return method
-    method_knobs = {name: value for name, value in settings.items() if name not in _COMMON}
-    weights = merge_weights(method, settings.get("weights"), settings.get("strength"), adapters)
+    # One may have for itself what others have in common.
+    itself = {knob.name for knob in get_method(method).knobs}
+    method_knobs = {name: value for name, value in settings.items() if name not in _COMMON or name in itself}
+    strength = None if "strength" in itself else settings.get("strength")
+    weights = merge_weights(method, settings.get("weights"), strength, adapters)
     return How(method, settings.get("space", "delta"), weights, method_knobs)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import ConfigError, shown
 from ..io.choices import one_of
 from ..io.numbers import is_number
-from .registry import METHODS, Method, get_method
+from .registry import METHODS, Method, get_method, readers
 
 LARGEST_WEIGHT = 2.0
 DEFAULT_WEIGHTS = (0.8, 0.2)
@@ -53,10 +53,10 @@ def merge_weights(
     if rule.strength is not None:
         if weights is not None:
             return _way(method, weights, strength)
-        share = _share(method, rule.strength if strength is None else strength)
+        share = checked_share(method, rule.strength if strength is None else strength)
         return (1.0 - share, share)
     if strength is not None:
-        able = sorted(name for name, other in METHODS.items() if other.strength is not None)
+        able = sorted({*(name for name, other in METHODS.items() if other.strength is not None), *readers("strength")})
         raise ConfigError(
             f"strength is {shown(strength)}, which method {method!r} does not read: give weights, or choose one of "
             f"{able}"
@@ -95,18 +95,19 @@ def _numbers(weights: Any) -> tuple[float, ...]:
 def _way(method: str, weights: Any, strength: Any) -> tuple[float, ...]:
     """Weights that say what a strength says."""
     numbers = _numbers(weights)
-    share = numbers[-1] if strength is None else _share(method, strength)
+    share = numbers[-1] if strength is None else checked_share(method, strength)
     if len(numbers) != 2 or not math.isclose(sum(numbers), 1.0) or not math.isclose(numbers[1], share):
         said = "" if strength is None else f" beside strength {shown(strength)}"
         raise ConfigError(
             f"weights are {shown(weights)}{said}, and method {method!r} goes a share of the way to its target: leave "
             "them out and give strength, that share"
         )
-    _share(method, numbers[1])
+    checked_share(method, numbers[1])
     return numbers
 
 
-def _share(method: str, strength: Any) -> float:
+def checked_share(method: str, strength: Any) -> float:
+    """Return the strength of a method, the share of the way that it goes; ConfigError unless it is in (0, 1]."""
     if not is_number(strength) or not 0 < strength <= 1:
         raise ConfigError(
             f"strength is {shown(strength)}: method {method!r} goes this share of the way to its target, give one "

@@ -97,7 +97,7 @@ def _knobs(plan: MergePlan) -> dict[str, Any]:
     settings |= {name: value for name in _gate_keys() if (value := gate.reads.get(name)) is not None}
     settings |= {"seed": gate.seed, **({"soft": True} if gate.soft else {})}
     settings |= {"method": how.method, "space": how.space}
-    if how.strength is not None:
+    if how.kind.strength is not None:
         settings["strength"] = how.strength
     elif how.kind.weighted:
         settings["weights"] = list(how.weights)

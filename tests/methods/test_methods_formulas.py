@@ -162,6 +162,26 @@ def test_orthogonal():
     assert float((outside.T @ delta).norm()) < 1e-10
 
 
+@pytest.mark.parametrize("strength", [0.0, 0.1, 0.7, 1.0])
+def test_the_strength_of_orthogonal_is_the_share_of_the_overlap_that_is_taken_out(strength):
+    """From `linear` at 0 to the whole projection, to the bit, at 1; in whatever gauge the task's update is written."""
+    task, safety = low(1), low(2)
+    turn = torch.randn(3, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    Q = torch.linalg.qr(task.B).Q
+    left = safety.B @ safety.A - strength * Q @ Q.T @ safety.B @ safety.A
+    want = torch.linalg.svd(0.8 * task.B @ task.A + 0.4 * left)
+    for live in (task, LowRank(torch.linalg.solve(turn, task.A), task.B @ turn)):
+        out = get_method("orthogonal").merge(live, [safety], weights=(0.8, 0.4), strength=strength)
+        kept = (want.U[:, :3] * want.S[:3]) @ want.Vh[:3]
+        torch.testing.assert_close(out.B @ out.A, kept, rtol=1e-9, atol=1e-9)
+    merged = get_method("orthogonal").merge(task, [safety], weights=(0.8, 0.4), strength=strength)
+    same = {0.0: get_method("linear"), 1.0: get_method("orthogonal")}.get(strength)
+    if same:
+        other = same.merge(task, [safety], weights=(0.8, 0.4))
+        assert torch.equal(merged.A, other.A)
+        assert torch.equal(merged.B, other.B)
+
+
 def test_orthogonal_truncates_the_sum_to_the_live_rank():
     task, safety = low(1), low(2)
     Q = torch.linalg.qr(task.B).Q

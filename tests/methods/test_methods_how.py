@@ -43,3 +43,17 @@ def test_it_merges_as_its_method_with_its_knobs():
     assert torch.equal(how.merge(live, [safety]).B, expected.B)
     other = get_method("ties").merge(live, [safety], **{**asked, "weights": (0.5, 0.5)})
     assert torch.equal(how.merge(live, [safety], weights=(0.5, 0.5)).B, other.B)
+
+
+def test_orthogonal_has_a_strength_beside_its_weights():
+    how = as_how("orthogonal", {"strength": 0.1, "weights": [0.5, 0.5]}, adapters=1)
+    assert (how.strength, how.weights, how.taken) == (0.1, (0.5, 0.5), {"strength": 0.1})
+    live, safety = update(1), update(2)
+    expected = get_method("orthogonal").merge(live, [safety], weights=(0.5, 0.5), strength=0.1)
+    assert torch.equal(how.merge(live, [safety]).B, expected.B)
+    assert as_how("orthogonal", {"strength": None}).taken == {}
+    for strength in (0, 1.5, True, "half"):
+        with pytest.raises(ConfigError, match=r"strength is .*method 'orthogonal' goes this share"):
+            as_how("orthogonal", {"strength": strength})
+    with pytest.raises(ConfigError, match=r"'linear' does not read: give weights, or choose one of .*'orthogonal'"):
+        as_how("linear", {"strength": 0.5})

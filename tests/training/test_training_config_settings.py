@@ -107,6 +107,7 @@ def test_without_a_gate_it_is_the_one_whose_knob_is_given():
         ({"strength": 0.5}, "strength is 0.5, which method 'linear' does not read"),
         ({"method": "pull", "strength": 0}, "strength is 0.*above 0 and at most 1"),
         ({"method": "pull", "strength": 1}, "a strength below 1"),
+        ({"method": "orthogonal", "strength": 1.5}, "strength is 1.5.*above 0 and at most 1"),
         ({"method": "pull", "weights": [0.8, 0.1]}, "leave them out and give strength"),
         ({"method": "pull", "weights": [0.8, 0.2], "strength": 0.5}, "beside strength 0.5"),
         ({"method": "ema", "ema_decay": 1}, "ema_decay is 1"),

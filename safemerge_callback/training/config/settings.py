@@ -111,7 +111,10 @@ class SafeMergeConfig:
     module_weights: dict[str, list[float]] | str | None = field(default=None, metadata={"help": MODULE_WEIGHTS.help})
     strength: float | None = field(
         default=None,
-        metadata={"help": "Share of the way that pull (0.2 if left out) and ema (1) go to their target, at most 1."},
+        metadata={
+            "help": "Share of the way that pull (0.2 if left out) and ema (1) go to their target, and of the overlap "
+            "that orthogonal takes out (1); at most 1."
+        },
     )
     operator: str | None = field(default=None, metadata={"help": OPERATOR.help})
     operator_rank: int | None = field(default=None, metadata={"help": OPERATOR_RANK.help})

@@ -107,7 +107,7 @@ def _left(method: str, progress: Progress) -> str:
 
 def _how(config: SafeMergeConfig) -> str:
     others = " and ".join(config.adapters)
-    if config.strength is not None:
+    if config.how.kind.strength is not None:
         target = "the run's average" if "average" in config.how.needs else others or "the aligned model"
         return f"{config.method} {config.strength:g} toward {target}"
     weights = " / ".join(f"{w:g}" for w in config.weights or ())
