@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from safemerge_callback import __version__, load_adapter
 from safemerge_callback.cli import app
-from safemerge_callback.cli.options import targets
+from safemerge_callback.cli.options import align_of, targets
 from safemerge_callback.offline import measure_adapter
 from safemerge_callback.record import read_journal
 from safemerge_callback.subspace import Subspace
@@ -151,6 +151,17 @@ def test_targets_are_names_or_a_pattern():
     assert targets(r".*\d{1,2}.*") == r".*\d{1,2}.*"
 
 
+def test_bake_with_more_of_the_alignment_vector(world):
+    build()
+    out = run("bake", "task", "--base", "aligned", "--align", "1.1", "-s", "s.safetensors", "-o", "full").stdout
+    assert "full: a full checkpoint" in out
+    run("bake", "--base", "aligned", "--align", "v_proj=1.5", "--align-rank", 2, "-s", "s.safetensors", "-o", "start")
+    assert (world / "start" / "config.json").exists()
+    assert "1.1 of the alignment vector" in (world / "full" / "README.md").read_text()
+    assert align_of("v_proj=1.2, o_proj=1") == {"v_proj": 1.2, "o_proj": 1.0}
+    assert align_of(None) == 1.0
+
+
 @pytest.mark.filterwarnings("default:safemerge. nothing was merged")
 def test_methods_and_gates(world):
     build()
@@ -226,6 +237,8 @@ def test_a_merge_of_nothing_is_no_success(world, knobs):
             "gate 'reference' needs a safety adapter",
         ),
         (["merge", "task", "safety", "-s", "s.safetensors", "-o", "task"], "one of the inputs"),
+        (["bake", "task", "--base", "aligned", "-o", "x", "--align", "1.1"], "without a subspace"),
+        (["bake", "task", "--base", "aligned", "-o", "x", "--align", "v_proj=much"], "'much' is no number"),
         (["report", "task"], "holds no safemerge.jsonl"),
         (["report", "task/README.md"], "line 1: not JSON"),
     ],

@@ -30,6 +30,7 @@ from .options import (
     Threshold,
     WithWeights,
     ZThreshold,
+    align_of,
     device_named,
     gate_options,
     gates_named,
@@ -132,6 +133,54 @@ def merge(
     say(f"{plan}\n{parts[3]}: {len(plan.selected)} of {len(plan.readings)} modules merged")
     if not plan.selected and not allowed:
         raise typer.Exit(1)
+
+
+@app.command(
+    cls=Verb,
+    epilog=examples(
+        "bake ADAPTER --base ORG/CHAT -o FULL",
+        "bake ADAPTER --base ORG/CHAT --align 1.1 -s S -o FULL",
+        "bake --base ORG/CHAT --align v_proj=1.5,o_proj=1.2 --align-rank 6 -s S -o FULL",
+    ),
+)
+def bake(
+    base: Annotated[str, typer.Option(help="Aligned base model of the adapter: folder or Hub id.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder to write the checkpoint to.")],
+    adapter: Annotated[
+        str | None, typer.Argument(metavar="ADAPTER", help="LoRA adapter: folder or Hub id; none: the base alone.")
+    ] = None,
+    align: Annotated[
+        str | None,
+        typer.Option(
+            help="How often the weights have the alignment vector: one number, or PATTERN=NUMBER with commas. "
+            "[default: 1, as the aligned model]"
+        ),
+    ] = None,
+    align_rank: Annotated[
+        int | None, typer.Option(help="Go beyond 1 only along so many leading directions of the vector.")
+    ] = None,
+    subspace: Annotated[
+        str | None, typer.Option("--subspace", "-s", help="Subspace file of that base, which holds the vector.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", "--overwrite", help="Replace such a checkpoint in FULL.")] = False,
+    device: Device = "cpu",
+    progress: Bar = True,
+) -> None:
+    """Write a full checkpoint: the adapter added into its base, with more of the alignment vector if asked."""
+    from ..offline import bake_adapter
+
+    with working(f"baking {adapter or base}", progress):
+        folder = bake_adapter(
+            adapter,
+            base,
+            output,
+            align=align_of(align),
+            align_rank=align_rank,
+            subspace=subspace,
+            overwrite=force,
+            device=device_named(device),
+        )
+    say(f"{folder}: a full checkpoint")
 
 
 def _settings(config: Path | None, options: dict[str, Any]) -> dict[str, Any]:

@@ -95,6 +95,16 @@ def weights_listed(text: str) -> list[list[float]]:
     return [[_number(part, "weights") for part in one.split("/")] for one in names_listed(text)]
 
 
+def align_of(text: str | None) -> float | dict[str, float]:
+    """Return one number, or those of patterns: `1.1`, or `v_proj=1.2,o_proj=1.1`; 1 where there is no text."""
+    if text is None:
+        return 1.0
+    if "=" not in text:
+        return _number(text, "align")
+    pairs = [part.rpartition("=") for part in names_listed(text)]
+    return {pattern: _number(number, "align") for pattern, _, number in pairs}
+
+
 def names_listed(text: str) -> list[str]:
     """Return the parts between commas."""
     return [part.strip() for part in text.split(",") if part.strip()]

@@ -1,6 +1,7 @@
 """Floor 8: the same verbs on adapter folders, without a model: measure one, merge two, or take a merge back."""
 
 from .bake import BaseModel
+from .bake_adapter import bake_adapter
 from .merge import measure_adapter, merge_adapters
 from .peft_model import apply_safelora, apply_safemerge
 from .sweep.sweep import Cell, Sweep, sweep_adapters
@@ -12,6 +13,7 @@ __all__ = [
     "Sweep",
     "apply_safelora",
     "apply_safemerge",
+    "bake_adapter",
     "measure_adapter",
     "merge_adapters",
     "sweep_adapters",

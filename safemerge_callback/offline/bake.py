@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from ..ops import full_precision
 from ..subspace.checkpoints.locate import INDEX, locate
 from ..subspace.checkpoints.quantised import quantised, quantised_modules
 from ..subspace.checkpoints.shard_files import LocalFile
+from .alignment import Alignment, Rows
 from .blueprint import BakedTensor, Blueprint, blueprint, rewrite_config, tied_embedding
 from .small_files import PATTERNS, copy_model, copy_tokenizer, small_files, tokenizer_files
 
@@ -86,10 +87,23 @@ class BaseModel:
                     return _read(LocalFile(self.folder / file), key, spec)
         return None
 
-    @full_precision()
-    def bake(self, adapter: str | Path | Adapter, output: Path, device: torch.device | str | None = None) -> None:
-        """Write the checkpoint with `adapter` added into `output`, an existing folder.
+    def check_alignment(self, alignment: Alignment, plan: Blueprint) -> None:
+        """Raise SubspaceError unless `alignment` may be added to what `plan` makes of this checkpoint."""
+        parts = [part for shard in plan.shards.values() for part in shard.values()]
+        specs = {canonical_name(part.source): part.spec for part in parts}
+        alignment.check(specs, self.quantised, self.tensor, self.source)
 
+    @full_precision()
+    def bake(
+        self,
+        adapter: str | Path | Adapter | None,
+        output: Path,
+        device: torch.device | str | None = None,
+        alignment: Alignment | None = None,
+    ) -> None:
+        """Write the checkpoint with `adapter` added into `output`, an existing folder; None adds none.
+
+        `alignment`: how much more of the alignment vector there is to be, added in the same sum.
         W + s·B·A in float32 or better, cast once to the dtype that the shard has, a tensor at a time; other tensors are
         copied to the bit, and so are configuration, licence, and code that the model refers to (never run). Whole
         tensors that the adapter holds (heads, biases, resized embeddings) and trained rows take their places; the
@@ -102,14 +116,16 @@ class BaseModel:
         Raises what `blueprint` raises, before anything is written. Warns where a vocabulary was resized and no
         tokenizer beside the adapter knows the new tokens.
         """
-        added = adapter if isinstance(adapter, Adapter) else open_adapter(adapter)
+        added = _opened(adapter)
         plan = self.blueprint(added)
+        if alignment is not None:
+            self.check_alignment(alignment, plan)
         copy_model(self.folder, output)
         from_adapter = copy_tokenizer(added.folder, output)
         if plan.vocabulary is not None and not from_adapter:
             _warn_of_tokenizer(added, plan.vocabulary, output)
         for file, parts in plan.shards.items():
-            self._write_shard(output / file, parts, added, LocalFile(self.folder / file), device)
+            self._write_shard(output / file, parts, added, LocalFile(self.folder / file), device, alignment)
         if len(plan.shards) > 1 or (self.folder / INDEX).exists():
             _write_index(output / INDEX, plan)
         if plan.untied or plan.vocabulary is not None:
@@ -122,11 +138,19 @@ class BaseModel:
         adapter: Adapter,
         source: LocalFile,
         device: torch.device | str | None,
+        alignment: Alignment | None,
     ) -> None:
         specs = self.shapes[source.name]
         with TensorFile(path, {key: part.spec for key, part in parts.items()}) as target:
             for key, part in parts.items():
-                target.put(key, _bake_tensor(part, adapter, source, specs[part.source], device))
+                target.put(key, _bake_tensor(part, adapter, source, specs[part.source], device, alignment))
+
+
+def _opened(adapter: str | Path | Adapter | None) -> Adapter:
+    """The adapter, or one that changes nothing."""
+    if adapter is None:
+        return Adapter("none", None, {}, {})
+    return adapter if isinstance(adapter, Adapter) else open_adapter(adapter)
 
 
 def _folder(source: str | Path) -> Path:
@@ -151,7 +175,12 @@ def _read(source: LocalFile, key: str, spec: Spec) -> Tensor:
 
 
 def _bake_tensor(
-    part: BakedTensor, adapter: Adapter, source: LocalFile, stored: Spec, device: torch.device | str | None
+    part: BakedTensor,
+    adapter: Adapter,
+    source: LocalFile,
+    stored: Spec,
+    device: torch.device | str | None,
+    alignment: Alignment | None,
 ) -> Tensor:
     """One tensor of the output, in its dtype."""
     if part.beside.whole is not None:
@@ -161,20 +190,35 @@ def _bake_tensor(
     if part.beside.rows is not None:
         index = torch.tensor(part.beside.tokens)
         weight = weight.index_copy(0, index, adapter.extra[part.beside.rows].to(weight.dtype))
-    return weight if part.module is None else _added(weight, adapter.factors[part.module], device)
+    where = torch.device(device or "cpu")
+    update = None if part.module is None else _update_rows(adapter.factors[part.module], where)
+    more = None if alignment is None else alignment.rows(canonical_name(part.source), where)
+    changes = [change for change in (update, more) if change is not None]
+    return _added(weight, changes, where) if changes else weight
 
 
-def _added(weight: Tensor, module: LoraFactors, device: torch.device | str | None) -> Tensor:
-    """W + s·B·A in the dtype of W, a block of rows at a time."""
+def _update_rows(module: LoraFactors, device: torch.device) -> Rows:
+    """The rows of s·B·A as the checkpoint stores them."""
+
+    def rows(part: slice, dtype: torch.dtype) -> Tensor:
+        A, B = (factor.to(device, dtype) for factor in (module.A, module.B))
+        left, right = (A.mT, B.mT) if module.transposed else (B, A)
+        return (left[part] @ right) * module.scaling
+
+    return rows
+
+
+def _added(weight: Tensor, changes: Sequence[Rows], device: torch.device) -> Tensor:
+    """W and all that is added to it, in the dtype of W, a block of rows at a time."""
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    A, B = (factor.to(device or "cpu", wide) for factor in (module.A, module.B))
-    left, right = (A.mT, B.mT) if module.transposed else (B, A)
     new = torch.empty_like(weight, memory_format=torch.contiguous_format)
     rows = max(1, _BLOCK // weight.shape[1])
     for start in range(0, weight.shape[0], rows):
         part = slice(start, start + rows)
-        update = (left[part] @ right) * module.scaling
-        new[part] = (weight[part].to(update) + update).to("cpu", weight.dtype)
+        total = weight[part].to(device, wide)
+        for change in changes:
+            total = total + change(part, wide)
+        new[part] = total.to("cpu", weight.dtype)
     return new
 
 

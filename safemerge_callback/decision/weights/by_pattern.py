@@ -12,6 +12,8 @@ from ...io.patterns import as_pattern
 from ...methods import check_merge, get_method
 from .registry import Case, Weights, weights_rule
 
+_SETTING = "module_weights"
+
 
 def check_module_weights(
     method: str, space: str, module_weights: Any, adapters: int | None = None
@@ -36,24 +38,27 @@ def check_module_weights(
     return checked
 
 
-def pattern_of(name: str, patterns: Iterable[str]) -> str | None:
-    """Return the first pattern that a module's name fits, None where none does.
+def pattern_of(name: str, patterns: Iterable[str], setting: str = _SETTING) -> str | None:
+    """Return the first pattern that a module's name fits, None where none does; `setting` names whose they are.
 
     A pattern is a regular expression of the name or of its end, whole parts: `v_proj` fits every v_proj,
     `layers.[0-3].*` the first four layers. Source: PEFT's `rank_pattern`.
     """
-    return next((pattern for pattern in patterns if _compiled(pattern).fullmatch(name)), None)
+    return next((pattern for pattern in patterns if _compiled(pattern, setting).fullmatch(name)), None)
 
 
-def check_patterns(patterns: Iterable[str], names: Sequence[str]) -> None:
-    """Raise ConfigError for a pattern that fits none of the modules `names`, or only such as an earlier one takes."""
+def check_patterns(patterns: Iterable[str], names: Sequence[str], setting: str = _SETTING) -> None:
+    """Raise ConfigError for a pattern that fits none of the modules `names`, or only such as an earlier one takes.
+
+    `setting` names whose they are.
+    """
     patterns = list(patterns)
-    used = {pattern_of(name, patterns) for name in names}
+    used = {pattern_of(name, patterns, setting) for name in names}
     idle = [pattern for pattern in patterns if pattern not in used]
     if idle:
         shown = f", the first is {names[0]!r}" if names else ""
         raise ConfigError(
-            f"module_weights of {idle[0]!r} fits none of the {len(names)} modules{shown}, or only such that an earlier "
+            f"{setting} of {idle[0]!r} fits none of the {len(names)} modules{shown}, or only such that an earlier "
             "pattern takes: the first that fits counts; give the end of a name, or a regular expression"
         )
 
@@ -68,7 +73,7 @@ def _words(value: Mapping[str, Sequence[float]]) -> str:
 
 
 MODULE_WEIGHTS = Knob(
-    "module_weights",
+    _SETTING,
     "Weights for the modules whose name, or its end, a pattern fits, as {pattern: weights}; the first that fits "
     "counts.",
     _check,
@@ -86,5 +91,5 @@ def by_pattern(weights: Weights, patterns: Mapping[str, tuple[float, ...]], _cas
     return {name: weights[name] if fit is None else patterns[fit] for name, fit in fits.items()}
 
 
-def _compiled(pattern: Any) -> re.Pattern[str]:
-    return as_pattern(pattern, "module_weights:", within=(r"(?:.*\.)?(?:", ")"))
+def _compiled(pattern: Any, setting: str = _SETTING) -> re.Pattern[str]:
+    return as_pattern(pattern, f"{setting}:", within=(r"(?:.*\.)?(?:", ")"))
