@@ -179,7 +179,9 @@ def build_trainer(
 ) -> SFTTrainer:
     """Return a trainer, ready to train: model, tokenizer, data, LoRA, and the safety callback if configured."""
     from transformers import set_seed
-    from trl import SFTTrainer, get_peft_config, get_quantization_config
+    from trl import get_peft_config, get_quantization_config
+
+    from recipes.completion_trainer import CompletionTrainer
 
     model, tokenizer = load_model(
         model_config.model_name_or_path,
@@ -196,7 +198,7 @@ def build_trainer(
         watching.append(validation_probe(data.data, **sizes, chat_template_kwargs=settings))
     # LoRA's A is drawn inside the trainer: two runs of one seed must start from the same A.
     set_seed(sft.seed)
-    trainer = SFTTrainer(
+    trainer = CompletionTrainer(
         model=model,
         args=sft,
         train_dataset=load_data(data),
