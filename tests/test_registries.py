@@ -21,6 +21,8 @@ from safemerge_callback.errors import ConfigError
 from safemerge_callback.evaluation.judges import JUDGES, check_judge
 from safemerge_callback.io.knobs import Knob
 from safemerge_callback.methods import METHODS
+from safemerge_callback.signals.minimisers import MINIMISERS, get_minimiser
+from safemerge_callback.signals.objectives import OBJECTIVES, get_objective
 from safemerge_callback.training.trackers import TRACKERS, known
 
 ROOT = Path(__file__).parents[1]
@@ -123,6 +125,22 @@ REGISTRIES: Mapping[str, Registry] = {
         "docs/replay.md",
         lambda name: config(corrections=[{"replay": {"loss": name}}]),
         "tests/corrections",
+    ),
+    "objectives": Registry(
+        OBJECTIVES,
+        "safemerge_callback/signals/objectives",
+        r"^@objective\(",
+        "docs/search.md",
+        get_objective,
+        "tests/signals",
+    ),
+    "minimisers": Registry(
+        MINIMISERS,
+        "safemerge_callback/signals/minimisers",
+        r"^@minimiser\(",
+        "docs/search.md",
+        get_minimiser,
+        "tests/signals",
     ),
     "judges": Registry(
         JUDGES,

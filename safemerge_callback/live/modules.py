@@ -93,6 +93,13 @@ def lora_modules(
     return modules
 
 
+def lora_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Return an adapter's name, and canonical name -> PEFT's layer of each of its modules; raises as `live_factors`."""
+    layers = dict(_lora_layers(model))
+    adapter = _chosen(layers, adapter_name)
+    return adapter, {canonical_name(path): layer for path, layer in layers.items() if adapter in _names_of(layer)}
+
+
 def is_dtensor(tensor: Tensor) -> bool:
     """Return whether this is a DTensor: torch's own sharding, as of FSDP2 and tensor parallelism."""
     if not torch.distributed.is_available():

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..ops import accumulation_dtype
 from .rows import RowTokens
 
 
@@ -26,7 +27,9 @@ class RowBatch(NamedTuple):
 
 
 class RowOutputs(NamedTuple):
-    """`logits` (n, t, vocabulary), float32, for each of a batch's targets; `hidden` (n, d), float32, or None.
+    """`logits` (n, t, vocabulary) for each of a batch's targets; `hidden` (n, d), or None.
+
+    Both float32, or float64 where the model computes in it.
 
     `hidden` is the last hidden state, after the model's last norm, at each prompt's last token.
     """
@@ -68,7 +71,8 @@ def row_outputs(model: nn.Module, batch: RowBatch, *, hidden: bool = False) -> R
         inputs["output_hidden_states"] = True
     outputs = model(**inputs)
     states = _at_prompts_end(outputs.hidden_states[-1], batch.mask) if hidden else None
-    return RowOutputs(outputs.logits[:, -wanted:].float(), states)
+    logits = outputs.logits[:, -wanted:]
+    return RowOutputs(logits.to(accumulation_dtype(logits)), states)
 
 
 def target_losses(logits: Tensor, batch: RowBatch) -> Tensor:
@@ -84,7 +88,7 @@ def mean_of_targets(values: Tensor, batch: RowBatch) -> Tensor:
 def _at_prompts_end(states: Tensor, mask: Tensor) -> Tensor:
     """The states (n, length, d) at each prompt's last token: right before what predicts the response's second."""
     places = states.shape[1] - mask.sum(-1)
-    return states[torch.arange(len(states), device=states.device), places].float()
+    return states[torch.arange(len(states), device=states.device), places].to(accumulation_dtype(states))
 
 
 def _right_aligned(rows: Sequence[Sequence[int]], length: int, device: torch.device | str) -> Tensor:

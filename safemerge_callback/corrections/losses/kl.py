@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from ...signals.divergence import divergences
 from ...signals.reference import Reference, ReferenceRows
 from ...signals.row_batch import RowBatch, RowOutputs, mean_of_targets
 from .ce import ce_spread
@@ -26,16 +26,4 @@ def kl(outputs: RowOutputs, batch: RowBatch, reference: ReferenceRows) -> Tensor
     too, in the model's dtype; here the response's tokens alone count, in float32, and the reference's
     log-probabilities are taken once, so that no second forward pass is paid.
     """
-    whole = outputs.logits.logsumexp(-1, keepdim=True)
-    if reference.tokens is None or reference.rest is None:
-        return mean_of_targets(_divergence(reference.log_probs, outputs.logits - whole), batch)
-    kept = outputs.logits.gather(-1, reference.tokens) - whole
-    others = outputs.logits.scatter(-1, reference.tokens, -torch.inf).logsumexp(-1, keepdim=True) - whole
-    binned = torch.cat([reference.log_probs, reference.rest.unsqueeze(-1)], -1)
-    return mean_of_targets(_divergence(binned, torch.cat([kept, others], -1)), batch)
-
-
-def _divergence(reference: Tensor, live: Tensor) -> Tensor:
-    """Σ p·(log p - log q) over the last dimension, of logarithms; what has no probability adds nothing."""
-    p = reference.exp()
-    return torch.where(p > 0, p * (reference - live), 0.0).sum(-1)
+    return mean_of_targets(divergences(outputs.logits, reference), batch)
