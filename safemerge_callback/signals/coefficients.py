@@ -22,7 +22,7 @@ from ..io.numbers import is_number
 from ..live.modules import live_factors
 from ..ops import LowRank
 from .adapter_off import adapter_off
-from .merge_problem import Evaluation, MergedModel, PathProblem, SearchRows
+from .merge_problem import Evaluation, MergedModel, PathProblem, SearchRows, unnoted
 from .minimisers import Effort, Minimiser, get_minimiser
 from .model_state import preserve_random_states
 from .objectives import Objective, get_objective
@@ -168,7 +168,7 @@ def learn_weights(
     *,
     names: Sequence[str] | None = None,
     known: Sequence[Evaluation] = (),
-    note: Callable[[Evaluation], None] | None = None,
+    note: Callable[[Evaluation], None] = unnoted,
     adapter_name: str | None = None,
 ) -> Learned:
     """Return the weights of each module with the least objective; the model is left as it was.
@@ -198,7 +198,7 @@ class _Search:
     labels: list[str]
     settings: SearchSettings
     known: Mapping[tuple[Any, ...], Evaluation]
-    note: Callable[[Evaluation], None] | None
+    note: Callable[[Evaluation], None]
     trace: list[Evaluation] = field(default_factory=list)
 
     def unit(self, which: int | None) -> Tensor:
@@ -210,14 +210,15 @@ class _Search:
         return weights
 
     def path(self, begin: Tensor, end: Tensor, stage: str, **more: Any) -> PathProblem:
-        note = {} if self.note is None else {"note": self.note}
-        settings = {"groups": [0] * len(self.merged.names), "start": [0.5], **more}
-        return PathProblem(self.merged, begin, end, stage=stage, known=self.known, trace=self.trace, **settings, **note)
+        way = {"groups": [0] * len(self.merged.names), "start": [0.5], **more}
+        return PathProblem(
+            self.merged, begin, end, stage=stage, known=self.known, note=self.note, trace=self.trace, **way
+        )
 
     def greedy(self) -> Learned:
         """Merge in each update that lowers the objective, in the order of how good each is alone."""
         now, steps = self.unit(0), []
-        candidates = list(enumerate(self.labels, 1)) or [(None, "the aligned model")]
+        candidates: list[tuple[int | None, str]] = [*enumerate(self.labels, 1)] or [(None, "the aligned model")]
         before = value = self.path(now, now, "live").loss([0.0])
         if len(candidates) > 1:
             alone = {k: self.path(self.unit(k), self.unit(k), f"alone {label}").loss([0.0]) for k, label in candidates}

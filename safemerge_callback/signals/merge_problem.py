@@ -111,7 +111,7 @@ class MergedModel:
                 losses = self._row_losses(kind, chosen)
                 self.forward += len(chosen)
                 if weights.requires_grad:
-                    (losses.sum() * (share / len(places))).backward()  # type: ignore[no-untyped-call]
+                    (losses.sum() * (share / len(places))).backward()
                     self.backward += len(chosen)
             total += float(losses.detach().double().sum()) / len(places)
         return total
@@ -130,7 +130,7 @@ class MergedModel:
         return self.objective.function(outputs, batch, reference)
 
 
-def _ignore(_evaluation: Evaluation) -> None:
+def unnoted(_evaluation: Evaluation) -> None:
     """Keep nothing of an evaluation but in the problem itself."""
 
 
@@ -153,7 +153,7 @@ class PathProblem:
     penalty: float = 0.0
     common: float = 0.0
     known: Mapping[tuple[Any, ...], Evaluation] = field(default_factory=dict)
-    note: Callable[[Evaluation], None] = _ignore
+    note: Callable[[Evaluation], None] = unnoted
     trace: list[Evaluation] = field(default_factory=list)
 
     def weights(self, point: Sequence[float] | Tensor) -> Tensor:
@@ -200,7 +200,7 @@ class PathProblem:
         derivatives = None
         if slopes:
             assert through.grad is not None, "the model was run with a gradient of the weights"
-            weights.backward(through.grad)  # type: ignore[no-untyped-call]
+            weights.backward(through.grad)
             assert numbers.grad is not None, "every number moves some weight"
             derivatives = tuple((numbers.grad + self._spread_slopes(numbers.detach())).tolist())
         value = value if math.isfinite(value) else math.inf

@@ -88,8 +88,9 @@ def test_a_weight_has_the_gradient_that_differences_have():
 def test_what_cannot_be_weighed_is_refused_and_nothing_is_left_behind():
     model = odd_model()
     scalings = [dict(layer.scaling) for layer in model.modules() if hasattr(layer, "scaling")]
-    with pytest.raises(AdapterError, match="'nosuch' is none of the 2"), merged_forward(
-        model, [], {"0": (0.5,), "nosuch": (1.0,)}
+    with (
+        pytest.raises(AdapterError, match="'nosuch' is none of the 2"),
+        merged_forward(model, [], {"0": (0.5,), "nosuch": (1.0,)}),
     ):
         pass
     assert scalings == [dict(layer.scaling) for layer in model.modules() if hasattr(layer, "scaling")]

@@ -75,9 +75,7 @@ def test_the_gradient_of_the_coefficients_is_that_of_central_differences(model, 
     value, slopes = problem.gradient(point)
     assert value == pytest.approx(problem.loss(point), rel=1e-12)
     for place, slope in enumerate(slopes):
-        higher, lower = (
-            problem.loss([x + way * reach * (i == place) for i, x in enumerate(point)]) for way in (1, -1)
-        )
+        higher, lower = (problem.loss([x + way * reach * (i == place) for i, x in enumerate(point)]) for way in (1, -1))
         assert slope == pytest.approx((higher - lower) / (2 * reach), rel=1e-6, abs=1e-9)
     assert all(parameter.grad is None for parameter in model.parameters())
 

@@ -108,5 +108,5 @@ def test_cma_names_its_extra_where_it_is_missing(monkeypatch):
 
 
 def test_an_unknown_minimiser_is_refused_with_the_nearest():
-    with pytest.raises(ConfigError, match="minimiser 'golde' is unknown.*'golden'"):
+    with pytest.raises(ConfigError, match=r"minimiser 'golde' is unknown.*'golden'"):
         get_minimiser("golde")

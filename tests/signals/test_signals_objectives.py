@@ -61,7 +61,7 @@ def test_entropy_is_that_of_the_first_token_and_reads_no_label(logits):
 def test_what_an_objective_needs_is_said_by_it():
     assert {name for name, one in OBJECTIVES.items() if one.responses} == {"cross_entropy", "cocktail"}
     assert {name for name, one in OBJECTIVES.items() if one.references} == {"kl"}
-    with pytest.raises(ConfigError, match="objective 'kll' is unknown.*'kl'"):
+    with pytest.raises(ConfigError, match=r"objective 'kll' is unknown.*'kl'"):
         get_objective("kll")
 
 
@@ -79,5 +79,5 @@ def test_cocktails_limits():
     assert cocktail_weights([1.0, 2.0], 5.0) == pytest.approx([0.55, 0.45], abs=0.01)
     assert cocktail_weights([math.nan, 2.0, math.inf]) == [0.0, 1.0, 0.0]
     for broken in (([math.nan], 1.0), ([1.0], 0.0), ([1.0], math.nan)):
-        with pytest.raises(ConfigError, match="temperature|no model has a finite loss"):
+        with pytest.raises(ConfigError, match=r"temperature|no model has a finite loss"):
             cocktail_weights(*broken)
