@@ -17,7 +17,7 @@ from ..errors import SafeMergeError
 from ..io.documents import UNREADABLE
 from ..io.paths import as_path
 from ..io.whole_file import whole_file
-from ..live.modules import is_dtensor
+from ..live.modules import is_adapters, is_dtensor
 from ..live.ranks import everyones, from_first, rank
 from ..signals.chat import text_part
 from ..signals.responses import end_tokens
@@ -27,8 +27,6 @@ VARIABLE = "SAFEMERGE_CACHE"
 _FORMAT = "safemerge harvest 1"
 # What a config holds besides the model: where it lies, who saved it, how it is run.
 _NOT_THE_MODEL = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype", "pad_token_id")
-# An adapter's own parameters, which are off while it is asked.
-_ADAPTER = ("lora_", "modules_to_save")
 
 
 def harvest_folder(cache: bool | str | Path = True) -> Path | None:
@@ -110,7 +108,7 @@ def _model_digest(model: Any) -> str:
     config = {name: value for name, value in model.config.to_dict().items() if name not in _NOT_THE_MODEL}
     seen = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=16)
     for name, parameter in model.named_parameters():
-        if not any(mark in name for mark in _ADAPTER):
+        if not is_adapters(name):
             seen.update(f"{parameter.dtype} {tuple(parameter.shape)}".encode())
             seen.update(_sample(parameter))
     parts = everyones(seen.hexdigest())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -12,6 +13,10 @@ from ..adapters.factors import LoraFactors
 from ..adapters.names import canonical_name
 from ..adapters.refusals import moves_base, refuse_config, refuse_tuner, refuse_variant
 from ..errors import AdapterError, nearest
+
+
+# Whose parameters PEFT leaves out of a pass while adapters are off: factors, copies of modules, rows of tokens.
+_ADAPTERS = re.compile(r"(^|\.)(lora_|modules_to_save\.|trainable_tokens_)")
 
 
 class ParameterAt(NamedTuple):
@@ -118,6 +123,16 @@ def base_moved(model: nn.Module, adapter_name: str | None = None) -> bool:
 def active_adapter(model: nn.Module, adapter_name: str | None = None) -> str:
     """Return the name of the adapter that `live_factors` would take; raises AdapterError as it does."""
     return _chosen(dict(_lora_layers(model)), adapter_name)
+
+
+def is_adapters(name: str) -> bool:
+    """Return whether a parameter of this name is an adapter's, and so without effect while that is off."""
+    return _ADAPTERS.search(name) is not None
+
+
+def trained_base(model: nn.Module) -> list[str]:
+    """Return the names of the parameters of a PEFT model that are trained and have effect with the adapter off."""
+    return [name for name, p in model.named_parameters() if p.requires_grad and not is_adapters(name)]
 
 
 def base_weights(model: nn.Module) -> dict[str, Tensor]:

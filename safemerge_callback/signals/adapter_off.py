@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..live.forward import first_pass
-from ..live.modules import base_moved
+from ..live.modules import base_moved, trained_base
 from .model_state import preserve_state
 
 
@@ -18,8 +18,9 @@ from .model_state import preserve_state
 def adapter_off(model: nn.Module) -> Iterator[None]:
     """Within, a PEFT model answers without its adapters; afterwards what was trainable is, and nothing else.
 
-    ConfigError where there is no adapter to put off, where one is merged into the base weights, and where it has taken
-    a part of these.
+    ConfigError where there is no adapter to put off, where one is merged into the base weights, where it has taken a
+    part of these, and where some of these are trained: the reference would move with them, and be another at each
+    resume.
     """
     peft_model: Any = next((module for module in model.modules() if hasattr(module, "disable_adapter")), None)
     if peft_model is None:
@@ -37,6 +38,13 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
         raise ConfigError(
             "the adapter began as a part of the base weight (PiSSA, OLoRA), so the model without it is not the aligned "
             "one: train a LoRA with init_lora_weights=True"
+        )
+    if trained := trained_base(peft_model):
+        more = f" and {len(trained) - 1} more" if len(trained) > 1 else ""
+        raise ConfigError(
+            f"{trained[0]!r}{more} are trained and belong to the base model, so with its adapter off the model is the "
+            "aligned one only until the first step: train with bias='none' and the base frozen "
+            "(requires_grad_(False)); a module that must be trained goes into modules_to_save, which keeps the original"
         )
     with preserve_state(model):
         first_pass(model)

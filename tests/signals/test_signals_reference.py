@@ -10,6 +10,7 @@ from safemerge_callback.signals.adapter_off import adapter_off
 from safemerge_callback.signals.reference import take_reference
 from safemerge_callback.signals.row_batch import row_batch, row_outputs
 from safemerge_callback.signals.rows import RowTokens
+from tests.support.world import with_lora
 
 ROWS = [RowTokens((3, 4, 5), (6, 7, 8), "harm"), RowTokens((9, 10, 11, 12, 13), (14,), "benign")]
 
@@ -86,6 +87,31 @@ def test_putting_the_adapter_off_leaves_what_was_frozen_frozen(world):
     with pytest.raises(KeyError), adapter_off(model):
         raise KeyError
     assert {n: p.requires_grad for n, p in model.named_parameters()} == before
+
+
+@pytest.mark.parametrize("beside", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 5]}])
+def test_what_is_trained_beside_the_factors_and_off_with_them_leaves_the_reference(world, beside):
+    model = world.model(**beside)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(0.1)
+    with adapter_off(model):
+        reference = take_reference(model, ROWS, top_k=None)
+    logits, _ = one_by_one(copy.deepcopy(world.aligned).eval(), ROWS[0])
+    assert torch.allclose(reference[0].log_probs, logits.log_softmax(-1), atol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [{"bias": "all"}, {"bias": "lora_only"}, {}])
+def test_a_base_that_is_trained_is_no_reference(tiny_qwen2, lora):
+    model = with_lora(tiny_qwen2(), ["q_proj"], task_type="CAUSAL_LM", **lora)
+    if not lora:
+        model.get_base_model().lm_head.weight.requires_grad_(True)
+    says = {"all": "q_proj.base_layer.bias' and 5 more", "lora_only": "q_proj.base_layer.bias' and 1 more"}
+    with (
+        pytest.raises(ConfigError, match=says.get(lora.get("bias"), "lm_head.weight' are trained")),
+        adapter_off(model),
+    ):
+        pass
 
 
 def test_a_model_without_an_adapter_or_with_one_merged_has_no_reference(world):
