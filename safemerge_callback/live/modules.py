@@ -14,7 +14,6 @@ from ..adapters.names import canonical_name
 from ..adapters.refusals import moves_base, refuse_config, refuse_tuner, refuse_variant
 from ..errors import AdapterError, nearest
 
-
 # Whose parameters PEFT leaves out of a pass while adapters are off: factors, copies of modules, rows of tokens.
 _ADAPTERS = re.compile(r"(^|\.)(lora_|modules_to_save\.|trainable_tokens_)")
 
