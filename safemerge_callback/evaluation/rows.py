@@ -12,6 +12,7 @@ from ..errors import ConfigError, nearest, shown
 from ..io.addresses import address_of
 from ..io.outputs import FileKind
 from ..io.paths import existing
+from ..io.texts import check_whole
 from ..signals.rows import KINDS, Kind, SafetyRow
 from .judges import KeywordJudge
 from .prompts.tables import ENDINGS, read_rows
@@ -123,7 +124,7 @@ def _text(row: Mapping[str, Any], name: str, where: str) -> str:
         raise ConfigError(f"{where}: {name} is {shown(value)}, not text")
     if not value.strip():
         raise ConfigError(f"{where}: {name} is empty: give a text, or leave the row out")
-    return value.strip()
+    return check_whole(value.strip(), f"{where}: {name}")
 
 
 def _kind(kind: Any, where: str) -> Kind:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError, shown
+from ..io.texts import check_whole
 from ..signals.chat import inherited, rendered, template_settings, text_part
 from ..signals.row_format import turns_of
 from ..signals.rows import Kind, SafetyRow
@@ -126,6 +127,7 @@ def task_tokens(
                 "completion, or with text"
             )
         written = rendered(text, turns, **inherited(tokenizer), **kwargs) if turns else plain
+        check_whole(written, f"row {place} of the training rows")
         tokens.append(text(written, add_special_tokens=False)["input_ids"][:limit])
     if not tokens:
         raise ConfigError("the training rows are empty: give the rows of the task")

@@ -28,12 +28,10 @@ _LARGEST, _LARGEST_YAML = 256 << 20, 4 << 20
 _MOST_VALUES = 1_000_000
 
 
-def read_text(
-    path: Any, who: str, *, error: type[SafeMergeError] = ConfigError, advice: str = "", encoding: str = "utf-8"
-) -> str:
-    """Return what a text file holds; `error` as `read_yaml` for one that cannot be read, or is in no `encoding`."""
+def read_text(path: Any, who: str, *, error: type[SafeMergeError] = ConfigError, advice: str = "") -> str:
+    """Return what a text file holds; `error` as `read_yaml` for one that cannot be read, or is no UTF-8."""
     with _refusing(who, error, advice):
-        return _content(path, who, error, encoding=encoding)
+        return _content(path, who, error)
 
 
 def read_yaml(path: Any, who: str, *, error: type[SafeMergeError] = ConfigError, advice: str = "") -> Any:
@@ -82,7 +80,7 @@ def _refusing(who: str, kind: type[SafeMergeError], advice: str) -> Iterator[Non
         raise kind(f"{who} cannot be read: {' '.join(str(error).split())}{then}") from error
 
 
-def _content(path: Any, who: str, error: type[SafeMergeError], largest: int = _LARGEST, encoding: str = "utf-8") -> str:
+def _content(path: Any, who: str, error: type[SafeMergeError], largest: int = _LARGEST) -> str:
     """The text of a regular file: a pipe or a device may never end."""
     place = as_path(path, who, error=error)
     status = place.stat()
@@ -90,8 +88,9 @@ def _content(path: Any, who: str, error: type[SafeMergeError], largest: int = _L
         raise ValueError("it is a folder" if stat.S_ISDIR(status.st_mode) else "it is no regular file")
     if status.st_size > largest:
         raise ValueError(f"it has {status.st_size:,} bytes, more than the {largest:,} that are read")
-    # Line ends as they are: a CSV may have some within a field.
-    return place.read_bytes().decode(encoding)
+    # Line ends as they are: a CSV may have some within a field. Spreadsheets and editors write a mark in front, which
+    # would become part of the first column's name, and is no JSON.
+    return place.read_bytes().decode("utf-8-sig")
 
 
 def _json(text: str | bytes, who: str, error: type[SafeMergeError]) -> Any:

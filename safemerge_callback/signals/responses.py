@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 from ..errors import ConfigError
+from ..io.texts import check_whole
 from .chat import PLACE, check_tokens_differ, inherited, questions, template_settings, text_part
 from .thoughts import tell_unfinished, with_marks
 
@@ -70,6 +71,8 @@ def tokenized(
     """
     settings = template_settings(settings)
     text = text_part(tokenizer)
+    for place, prompt in enumerate(prompts, 1):
+        check_whole(prompt, f"prompt {place} of {len(prompts)}")
     if template is None:
         texts = questions(text, prompts, {**inherited(tokenizer), **settings}, system)
         tokens = text(texts, add_special_tokens=False)["input_ids"] if texts else []

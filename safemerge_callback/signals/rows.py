@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from ..errors import ConfigError, shown
 from ..io.choices import truth
+from ..io.texts import check_whole
 from .chat import PLACE, has_template, inherited, questions, rendered, shows, template_settings, text_part
 from .responses import tokenized
 
@@ -50,11 +51,13 @@ class RowFormat:
     def __post_init__(self) -> None:
         if self.system is not None and not isinstance(self.system, str):
             raise ConfigError(f"row format: system is {shown(self.system)}: give a text, or leave it out")
+        check_whole(self.system or "", "row format: system")
         truth(self.chat, "row format: chat")
         if not isinstance(self.template, str) or self.template.count(PLACE) != 1:
             raise ConfigError(
                 f"row format: template {shown(self.template)} must hold {PLACE} once, where a prompt goes"
             )
+        check_whole(self.template, "row format: template")
         if self.system and not self.chat:
             raise ConfigError(
                 f"row format: system {shown(self.system)} has no place without the chat template: write it into "
@@ -146,6 +149,7 @@ def _turn(tokenizer: Any, row: SafetyRow, begun: str, row_format: RowFormat, set
 
 def _ended(tokenizer: Any, text: str) -> list[int]:
     """The tokens of a response up to the last special one, which ends the turn; the tokenizer's own where none does."""
+    check_whole(text, "a response")
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     special = {*tokenizer.all_special_ids, *(i for i, one in tokenizer.added_tokens_decoder.items() if one.special)}
     ends = [at for at, token in enumerate(ids) if token in special]

@@ -252,6 +252,8 @@ def test_without_a_tokenizer_it_is_refused_before_the_first_step(world, tmp_path
         ({"in_format": {"template": 3}}, "row format: template 3 must hold {prompt} once"),
         ({"in_format": {"system": 3}}, "row format: system is 3"),
         ({"in_format": {"chat": "no"}}, "row format: chat is 'no': give true or false"),
+        ({"in_format": {"system": "\udce9"}}, "row format: system holds half of a letter"),
+        ({"in_format": {"template": "\ud83d{prompt}"}}, "row format: template holds half of a letter"),
         ({"rows": 3}, "safety rows are 3"),
         ({"rows": {}}, "safety rows are {}"),
         ({"in_format": [{"template": "no place"}]}, "row format: template 'no place' must hold {prompt} once"),

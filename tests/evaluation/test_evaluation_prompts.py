@@ -313,6 +313,7 @@ def test_the_column_is_guessed_among_known_names_or_named(tmp_path):
         ("x.xlsx", "a", r"ends in \.csv, \.jsonl, \.json, \.txt"),
         ("x.csv", b"prompt\n\xff\xfe\n", "cannot be read"),
         ("x.csv", 'prompt\n"never closed\n', "cannot be read"),
+        ("x.jsonl", '{"prompt": "a \\ud83d"}\n', r"column 'prompt' holds half of a letter, '.ud83d' at place 3 of 3"),
     ],
 )
 def test_a_file_that_cannot_be_used_says_why(tmp_path, name, content, match):

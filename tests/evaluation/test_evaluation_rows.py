@@ -30,6 +30,24 @@ def test_files(tmp_path):
         assert load_rows(str(tmp_path / name)) == ROWS
 
 
+def test_files_with_a_mark_before_the_text(tmp_path):
+    lines = {"rows.jsonl": rows_text(ROWS), "rows.json": json.dumps(TABLE), "rows.csv": "prompt,response\na,b\n"}
+    for name, text in lines.items():
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        rows = load_rows(tmp_path / name, both=False)
+        assert rows == (ROWS if name != "rows.csv" else (SafetyRow("a", "b", "benign"),))
+
+
+@pytest.mark.parametrize("column", ["prompt", "response", "system"])
+def test_half_of_a_letter_is_refused_with_its_row(tmp_path, column):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in changed(**{column: "so \ud83d"})))
+    with pytest.raises(
+        ConfigError, match=rf"row 1 of .*rows\.jsonl': {column} holds half of a letter, '.ud83d' at place 4"
+    ):
+        load_rows(path)
+
+
 def test_without_a_kind_a_refusal_is_harm():
     rows = [{"prompt": r.prompt, "response": r.response} for r in ROWS]
     assert [row.kind for row in load_rows(rows)] == ["harm", "benign", "benign"]

@@ -41,6 +41,17 @@ READERS: dict[str, Callable[[Path], Any]] = {
 }
 
 
+def test_a_mark_before_the_text_is_no_part_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    for reader, text, content in (
+        (read_text, "a\ufeffb\r\n", "a\ufeffb\r\n"),
+        (read_json, '{"a": 1}', {"a": 1}),
+        (read_yaml, "a: 1", {"a": 1}),
+    ):
+        path.write_text(text, encoding="utf-8-sig", newline="")
+        assert reader(path, "x") == content
+
+
 @pytest.mark.parametrize("who", READERS)
 def test_every_reader_refuses_a_key_given_twice(tmp_path: Path, who: str) -> None:
     path = tmp_path / "x.yaml"

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 
@@ -97,6 +98,18 @@ def test_a_format_holds_the_prompt_once():
         with pytest.raises(ConfigError, match=r"must hold \{prompt\} once"):
             RowFormat(template=template)
     assert RowFormat(template="a {b} {prompt}").wrapped("c {prompt}") == "a {b} c {prompt}"
+
+
+@pytest.mark.parametrize(
+    ("column", "who"), [("prompt", "prompt 1 of 1"), ("response", "a response"), ("system", "row format: system")]
+)
+@pytest.mark.parametrize("chat", [True, False])
+def test_half_of_a_letter_is_no_text(tokenizer, column, who, chat):
+    if column == "system" and not chat:
+        return
+    row = replace(ROWS[0], **{column: "a \ud83d"})
+    with pytest.raises(ConfigError, match=f"{who} holds half of a letter"):
+        row_tokens(tokenizer, [row], RowFormat(template="{prompt}", chat=chat))
 
 
 def test_no_rows_are_no_tokens(tokenizer):

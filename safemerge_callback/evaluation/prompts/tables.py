@@ -11,6 +11,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ...io.documents import UNREADABLE, read_json, read_text, read_yaml
+from ...io.texts import check_whole
 
 ENDINGS = (".csv", ".jsonl", ".json", ".txt")
 # Columns that hold the prompt in the sets that people share, the most telling first.
@@ -67,21 +68,22 @@ def texts_of(rows: Sequence[Mapping[str, Any]], column: str | None, where: str) 
     texts = list(dict.fromkeys(value.strip() for value in values if value and value.strip()))
     if not texts:
         raise ConfigError(f"{where}: column {name!r} is empty: give at least one prompt")
+    for text in texts:
+        check_whole(text, f"{where}: a prompt in column {name!r}")
     return texts
 
 
-def _text(path: Path, who: str, encoding: str = "utf-8") -> str:
-    return read_text(path, who, advice="Give UTF-8 CSV or JSON lines", encoding=encoding)
+def _text(path: Path, who: str) -> str:
+    return read_text(path, who, advice="Give UTF-8 CSV or JSON lines")
 
 
 def _csv(path: Path, who: str) -> list[dict[str, Any]]:
-    # utf-8-sig: spreadsheets write a mark in front, which would become part of the first column's name.
-    rows = csv.DictReader(io.StringIO(_text(path, who, "utf-8-sig"), newline=""), strict=True)
+    rows = csv.DictReader(io.StringIO(_text(path, who), newline=""), strict=True)
     return [{k: v for k, v in row.items() if k is not None} for row in rows]
 
 
 def _first_fields(path: Path, who: str) -> list[dict[str, Any]]:
-    return [{_NO_HEADER: row[0]} for row in csv.reader(io.StringIO(_text(path, who, "utf-8-sig"), newline="")) if row]
+    return [{_NO_HEADER: row[0]} for row in csv.reader(io.StringIO(_text(path, who), newline="")) if row]
 
 
 def _jsonl(path: Path, who: str) -> list[dict[str, Any]]:
