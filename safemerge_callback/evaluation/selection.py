@@ -127,7 +127,7 @@ def task_tokens(
                 "completion, or with text"
             )
         written = rendered(text, turns, **inherited(tokenizer), **kwargs) if turns else plain
-        check_whole(written, f"row {place} of the training rows")
+        check_whole(str(written), f"row {place} of the training rows")
         tokens.append(text(written, add_special_tokens=False)["input_ids"][:limit])
     if not tokens:
         raise ConfigError("the training rows are empty: give the rows of the task")
