@@ -117,6 +117,18 @@ def chosen_corrections(entries: Any) -> list[ChosenCorrection]:
     return chosen
 
 
+def place_of(setting: str) -> str:
+    """Return how a setting that a correction has is given, the end of a sentence; empty where none has it.
+
+    Such as `'rows' of correction 'replay' is given as corrections=[{'replay': {'rows': ...}}]`.
+    """
+    names = [name for name, kind in CORRECTIONS.items() if setting in {f.name for f in fields(kind.settings)}]
+    if not names:
+        return ""
+    who = f"correction {names[0]!r}" if len(names) == 1 else f"corrections {names}"
+    return f"{setting!r} of {who} is given as corrections=[{{{names[0]!r}: {{{setting!r}: ...}}}}]"
+
+
 def plain(chosen: Iterable[ChosenCorrection]) -> list[dict[str, Any]]:
     """Return the list that gives these corrections, every setting told."""
     return [{one.kind.name: asdict(one.settings)} for one in chosen]

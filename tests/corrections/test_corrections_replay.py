@@ -264,6 +264,19 @@ def test_what_cannot_be_is_refused_with_its_value(settings, says):
         SafeMergeCallback(corrections=[{"replay": settings}])
 
 
+@pytest.mark.parametrize("name", ["rows", "prompts", "in_format", "max_share"])
+@pytest.mark.parametrize("beside", [{}, {"subspace": "s"}])
+def test_a_setting_of_a_correction_given_to_the_callback_says_where_it_goes(name, beside):
+    place = rf"'{name}' of correction 'replay' is given as corrections=\[\{{'replay': \{{'{name}': \.\.\.\}}\}}\]"
+    with pytest.raises(ConfigError, match=f"setting '{name}' is unknown; {place}"):
+        SafeMergeCallback(**{name: 0.1}, **beside)
+
+
+def test_a_setting_that_a_merge_has_as_well_says_where_it_goes():
+    with pytest.raises(ConfigError, match="every is 2, which is of a merge.*; 'every' of correction 'replay' is given"):
+        SafeMergeCallback(every=2)
+
+
 def test_without_a_file_it_is_replay():
     config = SafeMergeCallback().config
     assert not config.measures

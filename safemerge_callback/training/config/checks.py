@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ...corrections.registry import chosen_corrections, plain
+from ...corrections.registry import chosen_corrections, place_of, plain
 from ...corrections.replay import REPLAY
 from ...corrections.schedule import check_bounds, check_every
 from ...decision import GATES, Choices, Gate, gate_of
@@ -105,10 +105,11 @@ def _check_no_merge(config: Draft, defaults: Mapping[str, Any]) -> None:
     # A gate may be there because its knob is.
     of_a_merge.sort(key=lambda name: name == "gate")
     if idle := [name for name in of_a_merge if getattr(config, name) != defaults[name]]:
+        place = next((words for name in idle if (words := place_of(name))), "")
         raise ConfigError(
             f"setting 'subspace' is missing, and {idle[0]} is {shown(getattr(config, idle[0]))}, which is of a merge: "
             "give the safety-subspace file (`safemerge build` makes one), or leave "
-            f"{', '.join(idle)} out"
+            f"{', '.join(idle)} out{f'; {place}' if place else ''}"
         )
 
 

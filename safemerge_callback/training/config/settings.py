@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ...corrections.registry import CORRECTIONS, ChosenCorrection, CorrectionKind, chosen_corrections
+from ...corrections.registry import CORRECTIONS, ChosenCorrection, CorrectionKind, chosen_corrections, place_of
 from ...decision import DEFAULT_GATE, GATES, Gate, gate_of
 from ...decision.weights.by_pattern import MODULE_WEIGHTS
 from ...errors import ConfigError, nearest, shown
@@ -207,9 +207,9 @@ class SafeMergeConfig:
             knobs["knobs"] = join_knobs(knobs.get("knobs"), singles)
         for key in knobs:
             if key not in allowed:
-                raise ConfigError(
-                    f"setting {key!r} is unknown{nearest(str(key), allowed, then=f'choose among {allowed}')}"
-                )
+                place = place_of(key) if isinstance(key, str) else ""
+                advice = f"; {place}" if place else nearest(str(key), allowed, then=f"choose among {allowed}")
+                raise ConfigError(f"setting {key!r} is unknown{advice}")
         return cls(**knobs)
 
     @classmethod
