@@ -357,6 +357,23 @@ def test_every_method_merges_folders(world, tiny_llama, method):
         assert not torch.equal(load_adapter(world / "other").factors[name].B, after[name].B)
 
 
+def test_factors_of_other_ranks_are_added_where_they_are_aligned(world, tiny_llama):
+    """In whatever factors the safety adapter is written: those that PEFT loads, and the same update turned."""
+    save_lora(tiny_llama, world / "thin", seed=6, r=2)
+    turned = load_adapter(world / "thin")
+    Q = torch.tensor([[0.6, -0.8], [1.6, 1.2]])
+    factors = {n: replace(f, A=torch.linalg.solve(Q, f.A), B=f.B @ Q) for n, f in turned.factors.items()}
+    plans = [
+        merge_adapters(
+            world / "task", safety, world / "s.safetensors", world / output, gate="all", space="aligned_factor"
+        )
+        for safety, output in ((world / "thin", "out"), (replace(turned, factors=factors), "again"))
+    ]
+    first, second = updates(tiny_llama, world / "out"), updates(tiny_llama, world / "again")
+    assert {*plans[0].selected} == {*first}
+    assert max(distance(second[name], first[name]) for name in first) < 1e-4
+
+
 def test_the_strength_of_orthogonal_is_written_and_made_again(world):
     merged(world, gate="all", method="orthogonal", weights=(0.5, 0.5), strength=0.1)
     settings = read_recipe(world / "out" / "safemerge.yaml")

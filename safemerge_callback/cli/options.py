@@ -47,7 +47,11 @@ Seed = Annotated[
 ]
 Soft = Annotated[bool | None, typer.Option("--soft", help="Let the weights fade in below the gate.")]
 Space = Annotated[
-    str | None, typer.Option(help="delta: sum of the updates; factor: PEFT's sum of the factors. [default: delta]")
+    str | None,
+    typer.Option(
+        help="delta: sum of the updates; factor: PEFT's sum of the factors; aligned_factor: of aligned ones. "
+        "[default: delta]"
+    ),
 ]
 ManyWeights = Annotated[
     str | None, typer.Option(help="Of the fine-tuned update and of each safety update. [default: 0.8 0.2]")

@@ -65,7 +65,7 @@ def _check_modules(safety: Adapter, factors: Mapping[str, LoraFactors], space: s
         if space == "factor" and other.rank != live.rank:
             raise AdapterError(
                 f"{who}: module {name!r} has rank {other.rank}, the live one {live.rank}; space 'factor' adds the "
-                "factors themselves and needs equal ranks: use space 'delta'"
+                "factors themselves and needs equal ranks: use space 'delta' or 'aligned_factor'"
             )
 
 

@@ -14,7 +14,10 @@ from torch import Tensor
 from ..errors import PlanError
 from ..io.choices import one_of
 from ..io.knobs import Knob
-from ..ops import AlignmentMatrix, Basis, LowRank, accumulation_dtype, full_precision
+from ..ops import AlignmentMatrix, Basis, LowRank, accumulation_dtype, aligned_ranks, full_precision, refit
+
+# The space in which factors are added, and the one in which their rank directions are aligned before.
+FACTOR, ALIGNED_FACTOR = "factor", "aligned_factor"
 
 
 class Merged(NamedTuple):
@@ -28,7 +31,8 @@ class Merged(NamedTuple):
 class Keywords(TypedDict, total=False):
     """What a merge function is given beside its own knobs, the same for all methods.
 
-    weights: (w_live, w_safety, ...), each a number or one a module, (*n). space: `delta` or `factor`.
+    weights: (w_live, w_safety, ...), each a number or one a module, (*n). space: `delta`, `factor` or `aligned_factor`,
+    which `Method.merge` makes `factor` of.
     alignment_matrix: V of the modules, or a basis of it. generator: on the CPU; where a batch has several modules they
     draw from it in turn.
     """
@@ -76,7 +80,24 @@ class Method:
         known = {*Keywords.__annotations__, *knobs()}
         if unknown := keywords.keys() - known:
             raise TypeError(f"merge has no keywords {sorted(unknown)}: it has {sorted(known)}")
-        return self.function(live, safety, **{name: value for name, value in keywords.items() if name in self.reads})
+        read = {name: value for name, value in keywords.items() if name in self.reads}
+        if read.get("space") == ALIGNED_FACTOR:
+            return self._in_aligned_factors(live, safety, read)
+        return self.function(live, safety, **read)
+
+    @full_precision()
+    def _in_aligned_factors(self, live: LowRank, safety: Sequence[LowRank], read: dict[str, Any]) -> Merged:
+        """Merge the factors of aligned rank spaces, at the largest rank, and bring the result into the live gauge.
+
+        So it depends on the updates and not on the factors that they are written in, and ranks may differ.
+        """
+        still = unmoved(live, read["weights"])
+        if still is not None:
+            return still
+        task, *others = aligned_ranks([live, *safety])
+        merged = self.function(task, others, **{**read, "space": FACTOR})
+        fitted, residual = refit(live, LowRank(merged.A, merged.B))
+        return Merged(fitted.A, fitted.B, residual)
 
     @cached_property
     def reads(self) -> frozenset[str]:
@@ -126,7 +147,11 @@ def register(
     keeps_rank: bool = True,
     **more: Unpack[MethodOptions],
 ) -> Callable[[Callable[..., Merged]], Callable[..., Merged]]:
-    """Enter a merge function, in full precision, under its own name; the fields are those of `Method`."""
+    """Enter a merge function, in full precision, under its own name; the fields are those of `Method`.
+
+    One that works in space `factor` works in `aligned_factor`, too.
+    """
+    spaces += (ALIGNED_FACTOR,) if FACTOR in spaces else ()
 
     def enter(merge: Callable[..., Merged]) -> Callable[..., Merged]:
         whole = full_precision()(merge)

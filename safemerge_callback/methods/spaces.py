@@ -57,7 +57,9 @@ def check_ranks(live: LowRank, safety: Sequence[LowRank]) -> None:
     """Raise PlanError unless all ranks agree, as adding the factors asks for."""
     ranks = [update.A.shape[-2] for update in (live, *safety)]
     if len(set(ranks)) > 1:
-        raise PlanError(f"space 'factor' adds the factors, so ranks must agree, got {ranks}: use space 'delta'")
+        raise PlanError(
+            f"space 'factor' adds the factors, so ranks must agree, got {ranks}: use space 'delta' or 'aligned_factor'"
+        )
 
 
 def _in_factors(updates: Sequence[LowRank], weights: Sequence[float], combine: Combine, dtype: torch.dtype) -> Merged:

@@ -19,6 +19,7 @@ from .lowrank import (
     wide_dtype,
 )
 from .precision import full_precision, reduced_products
+from .rank_spaces import aligned_ranks, rank_similarity
 from .sparsify import (
     band_mask,
     bernoulli_mask,
@@ -41,6 +42,7 @@ __all__ = [
     "Known",
     "LowRank",
     "accumulation_dtype",
+    "aligned_ranks",
     "all_finite",
     "balances",
     "band_mask",
@@ -63,6 +65,7 @@ __all__ = [
     "project",
     "project_on_basis",
     "projected_cosine",
+    "rank_similarity",
     "reduced_products",
     "refit",
     "refit_dense",

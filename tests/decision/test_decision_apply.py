@@ -82,7 +82,7 @@ def test_factor_space_equals_peft(make_case, safety_for, tmp_path, alpha):
         assert apart(now[name], theirs[name]) < 1e-5
 
 
-@pytest.mark.parametrize("space", ["delta", "factor"])
+@pytest.mark.parametrize("space", ["delta", "factor", "aligned_factor"])
 def test_weights_one_and_zero_change_no_bit(make_case, safety_for, space):
     case = make_case("llama")
     safety, _ = safety_for(case)

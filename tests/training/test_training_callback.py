@@ -140,6 +140,8 @@ def test_a_safety_adapter_that_is_missing_or_lacks_modules(world, runs, tmp_path
 
 def test_ranks_that_factor_space_cannot_add(world, runs, tmp_path):
     refused(world, runs, tmp_path, world.guard(space="factor"), SafeMergeError, "rank")
+    world.trainer(tmp_path / "aligned", world.guard(space="aligned_factor", gate="all", every=1), max_steps=2).train()
+    assert {entry["space"] for entry in runs.entries(tmp_path / "aligned", "merge")} == {"aligned_factor"}
 
 
 def test_more_layers_than_there_are(world, runs, tmp_path):

@@ -99,7 +99,11 @@ class SafeMergeConfig:
         },
     )
     space: str = field(
-        default="delta", metadata={"help": "What is summed: delta (the updates, exact) or factor (A and B, as PEFT)."}
+        default="delta",
+        metadata={
+            "help": "What is summed: delta (the updates, exact), factor (A and B, as PEFT), or aligned_factor (A and B "
+            "of rank directions that fit each other)."
+        },
     )
     weights: list[float] | None = field(
         default=None,
