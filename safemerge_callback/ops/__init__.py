@@ -18,6 +18,7 @@ from .lowrank import (
     weighted_sum,
     wide_dtype,
 )
+from .output_moments import OutputMoments, output_moments, output_ratio, rescaled_outputs
 from .precision import full_precision, reduced_products
 from .rank_spaces import aligned_ranks, rank_similarity
 from .sparsify import (
@@ -41,6 +42,7 @@ __all__ = [
     "Int8",
     "Known",
     "LowRank",
+    "OutputMoments",
     "accumulation_dtype",
     "aligned_ranks",
     "all_finite",
@@ -62,6 +64,8 @@ __all__ = [
     "mask_seed",
     "moved",
     "null_cosine",
+    "output_moments",
+    "output_ratio",
     "project",
     "project_on_basis",
     "projected_cosine",
@@ -69,6 +73,7 @@ __all__ = [
     "reduced_products",
     "refit",
     "refit_dense",
+    "rescaled_outputs",
     "rows_of",
     "spectral_bound",
     "squared_norm",
