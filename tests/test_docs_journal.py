@@ -11,6 +11,7 @@ from safemerge_callback.methods import METHODS
 from safemerge_callback.record import VERSION
 from safemerge_callback.record.entries import READERS, change_entry, check_entry, gradient_entry, merge_entry
 from safemerge_callback.record.history import TermReading
+from safemerge_callback.signals.module_signals import MODULE_SIGNALS
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "journal.md").read_text(encoding="utf-8")
@@ -57,7 +58,7 @@ def lines():
     yield change_entry(1, "shrink", [Edit("a", 0.0, 0.1)], {"a": 0.8}, 0.1)
     yield gradient_entry(1, "rows", TermReading(0.5, 2.0, 10, 0.5, 3.0, -0.1, {"rows": 10}))
     yield from read_journal(ROOT / "tests" / "record" / "journals" / f"v{VERSION}.jsonl")
-    known = {"null_std": 0.1, "reference": 0.5, "signed_cosine": 0.0}
+    known = {"null_std": 0.1, "reference": 0.5, "signed_cosine": 0.0, "signals": dict.fromkeys(MODULE_SIGNALS, 0.1)}
     readings = Readings(Reading(name, 0.4, 0.7, 1.0, 4, (8, 8), **known) for name in ("a", "b"))
     for gate in GATES:
         own = {"num_layers": {"num_layers": 1}, "quantile": {"quantile": 0.5}}.get(gate, {})

@@ -13,6 +13,7 @@ from ..adapters import Adapter, LoraFactors
 from ..decision import Edit, MergePlan
 from ..live import Writer
 from ..ops import LowRank
+from ..signals.check_data import CheckData
 from ..subspace import Subspace
 from .schedule import Schedule
 
@@ -27,7 +28,8 @@ class RunPoint:
 
     `step` of `max_steps` optimizer steps is done. `safety`: the safety adapters, `optimizer` what the trainer gives its
     callbacks. `plan`: what the check of this step decided, where there was one. `subspace` is None where the run has
-    none, and nothing is measured.
+    none, and nothing is measured. `data`: the live model and the rows that the check asked it about, None where nobody
+    needs any.
     """
 
     step: int
@@ -37,6 +39,7 @@ class RunPoint:
     safety: Sequence[Adapter] = ()
     optimizer: Any = None
     plan: MergePlan | None = None
+    data: CheckData | None = None
 
     def factors(self) -> dict[str, LoraFactors]:
         """Return module -> the live factors as they are now, not copied. Collective as `Writer.gather`."""

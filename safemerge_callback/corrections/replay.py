@@ -289,6 +289,11 @@ class Replay:
         self.began = 0.0
         self.max_steps = 0
 
+    @property
+    def row_tokens(self) -> tuple[RowTokens, ...]:
+        """The rows, once it is prepared."""
+        return self.rows.tokens
+
     def prepare(self, start: RunStart) -> None:
         """Get the rows and the reference. Collective. Raises as `replay_rows`, and without a tokenizer."""
         if start.tokenizer is None:

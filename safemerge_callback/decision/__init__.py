@@ -4,10 +4,11 @@ from typing import TYPE_CHECKING
 
 from ..io.renamed import renamed
 from .apply import Edit, agreed_factors, apply, merged_factors
-from .choices import Choices, choose, needs_of
+from .choices import Choices, choose
 from .fit import check_safety_adapter
 from .gates import DEFAULT_GATE, GATES, KNOB, KNOBS, Gate, Verdict, as_gate, default_gate, gate_of, undecided
 from .measure import cosines_needed, measure, own_cosines
+from .needs import needs_of
 from .plan import MergePlan, nothing_selected
 from .reading import BAND, Band, Reading, Readings, mean_moved
 from .vetoes import above, held_back, not_rearmed, share_left, under_floor, without

@@ -1,7 +1,4 @@
-"""Which, how and how much, out of the knobs by name: each goes to the one that has declared it.
-
-And what these need to be there, and which of them says so: asked in one place.
-"""
+"""Which, how and how much, out of the knobs by name: each goes to the one that has declared it."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from ..io.knobs import unknown_knob
 from ..methods.how import How, HowKnobs, as_how, how_knobs, method_of
 from ..methods.weights import check_merge
 from .gates import Gate, Knobs, as_gate, gate_knobs
-from .weights import checked_rules, rules_in_force, weights_knobs
+from .weights import checked_rules, weights_knobs
 from .weights.by_pattern import MODULE_WEIGHTS, check_module_weights
 
 
@@ -59,19 +56,6 @@ def check_counts(choices: Choices, adapters: int) -> None:
     how, sets = choices.how, choices.rules.get(MODULE_WEIGHTS.name)
     check_merge(how.method, how.space, how.weights, adapters)
     check_module_weights(how.method, how.space, sets, adapters)
-
-
-def needs_of(how: How | None, gate: Gate, rules: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """Return need -> who has it, in words, of all that a merge needs; `how` None says nothing.
-
-    `subspace`: alignment matrices to multiply with; `bases`: instead of them. `safety_adapter`. `safety_cosines`: what
-    the safety adapter itself reads. `average`: of the run's own updates. `one_merge`: that it happens once.
-    """
-    claims = [] if how is None else [(f"method {how.method!r}", how.needs)]
-    claims += [(f"gate {gate.name!r}", gate.criterion.needs)]
-    claims += [(f"weights rule {rule.name!r}", rule.needs) for rule, _ in rules_in_force(rules or {}, gate)]
-    # The first that needs it is named.
-    return {need: who for who, needs in reversed(claims) for need in needs}
 
 
 def _part(knobs: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:

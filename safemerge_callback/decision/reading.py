@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ..io.text_table import Table, html_table, render
@@ -71,7 +71,8 @@ class Reading:
     `null_std`: the standard deviation that goes with `null_cosine`, for this rank; None where the subspace file has
     none. `reference`: the safety adapter's own cosine in this module, NaN where it has not moved; None if not asked.
     `signed_cosine`: ⟨V, ΔW⟩/(‖V‖·‖ΔW‖) in [-1, 1], not in the papers; below 0 the update undoes what aligned the model,
-    which `cosine` does not see. None where the update is zero, V is, or is stored compressed.
+    which `cosine` does not see. None where the update is zero, V is, or is stored compressed. `signals`: what the live
+    model says of the module, by the name of the signal; empty where nobody asked.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Reading:
     null_std: float | None = None
     reference: float | None = None
     signed_cosine: float | None = None
+    signals: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def signed_z(self) -> float | None:
@@ -150,6 +152,13 @@ class Readings(Mapping[str, Reading]):
 
     def __len__(self) -> int:
         return len(self._readings)
+
+    def with_signals(self, signals: Mapping[str, Mapping[str, float]]) -> Readings:
+        """Return the same readings with what a live model says, as signal -> module -> number."""
+        if not signals:
+            return self
+        by_module = {name: {key: values[name] for key, values in signals.items() if name in values} for name in self}
+        return Readings(replace(one, signals={**one.signals, **by_module[name]}) for name, one in self.items())
 
     def below(self, threshold: float) -> list[str]:
         """Return the modules whose cosine lies strictly below `threshold`, compared unrounded; never a NaN."""

@@ -28,11 +28,14 @@ class SafetyRow:
 
 
 class RowTokens(NamedTuple):
-    """A row as token ids: the prompt up to where the model's own turn begins, and the beginning of the response."""
+    """A row as token ids: the prompt up to where the model's own turn begins, and the beginning of the response.
+
+    `kind` is `task` for a row that a run was trained on, which is neither of the two kinds.
+    """
 
     prompt: tuple[int, ...]
     response: tuple[int, ...]
-    kind: Kind
+    kind: Kind | Literal["task"]
 
 
 @dataclass(frozen=True)

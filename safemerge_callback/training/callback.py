@@ -134,10 +134,15 @@ class SafeMergeCallback(TrainerCallback):
         if self.session:
             with self.session.clock.hook():
                 self.session.after_step(stopping=control.should_training_stop)
-                self._tell_before_save(control)
+                self._ready_for_save(control)
 
-    def _tell_before_save(self, control: TrainerControl) -> None:
-        """Tell what the gradient terms came to before a checkpoint that no log comes before: a resume begins anew."""
+    def _ready_for_save(self, control: TrainerControl) -> None:
+        """Tell what the gradient terms came to before a checkpoint that no log comes before: a resume begins anew.
+
+        And let the first rank, which writes, know the task rows of all.
+        """
+        if self.session and control.should_save:
+            self.session.data.exchange(self.session.step)
         if self.session and self.session.gradients.untold and control.should_save and not control.should_log:
             self.session.tell_terms()
 
@@ -149,7 +154,7 @@ class SafeMergeCallback(TrainerCallback):
             with self.session.clock.hook():
                 if args.load_best_model_at_end:
                     self.session.marks.end_epoch()
-                self._tell_before_save(control)
+                self._ready_for_save(control)
 
     def on_log(
         self,

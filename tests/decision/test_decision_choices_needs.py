@@ -4,8 +4,11 @@ import pytest
 
 from safemerge_callback.decision import GATES, Gate, needs_of
 from safemerge_callback.methods import METHODS, How, as_how
+from safemerge_callback.signals.check_data import DATA_NEEDS
+from safemerge_callback.signals.module_signals import MODULE_SIGNALS
 
-KNOWN = {"subspace", "bases", "one_merge", "safety_adapter", "safety_cosines", "average"}
+MERGES = {"subspace", "bases", "one_merge", "safety_adapter", "safety_cosines", "average"}
+KNOWN = {*MERGES, *DATA_NEEDS, *MODULE_SIGNALS}
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ Importing the folder fills the registry.
 """
 
 # In the order in which messages name them.
-from . import threshold, calibrated, reference, opposed, num_layers, quantile, gap, all, random, watch  # noqa: I001
+from . import threshold, calibrated, reference, opposed, num_layers, quantile, gap, safety_slope, all, random, watch  # noqa: I001
 from .common import Verdict, excluded
 from .registry import GATES, KNOB, Criterion, gate
 from .rule import DEFAULT_GATE, KNOBS, Gate, Knobs, as_gate, default_gate, gate_knobs, gate_of, undecided
@@ -32,6 +32,7 @@ __all__ = [
     "quantile",
     "random",
     "reference",
+    "safety_slope",
     "threshold",
     "undecided",
     "watch",

@@ -92,13 +92,18 @@ KNOB: dict[str, str] = {}
 
 
 def gate(
-    *, knob: str | Knob | None = None, name: str | None = None, **about: Unpack[GateDescription]
+    *,
+    knob: str | Knob | None = None,
+    more: tuple[Knob, ...] = (),
+    name: str | None = None,
+    **about: Unpack[GateDescription],
 ) -> Callable[[Function], Function]:
     """Enter a gate under `name`, its function's own where that is None; the rest are the fields of `Criterion`.
 
-    `knob`: the name of one of `Gate`'s, or a `Knob` of the gate's own, whose value is a number.
+    `knob`: the name of one of `Gate`'s, or a `Knob` of the gate's own, whose value is a number. `more`: further knobs
+    of its own.
     """
-    knobs = (knob,) if isinstance(knob, Knob) else ()
+    knobs = (*((knob,) if isinstance(knob, Knob) else ()), *more)
     main = knob.name if isinstance(knob, Knob) else knob
 
     def enter(function: Function) -> Function:

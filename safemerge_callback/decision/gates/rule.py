@@ -26,7 +26,7 @@ _OPTIONAL: Mapping[str, Callable[[Any], None]] = {
 
 
 class Knobs(TypedDict, total=False):
-    """The knobs of `Gate`, by name."""
+    """The knobs of `Gate` and of the gates here, by name."""
 
     threshold: float
     num_layers: int | None
@@ -37,6 +37,8 @@ class Knobs(TypedDict, total=False):
     step: int
     rearm: float | None
     soft: bool
+    slope_share: float
+    per_task_slope: bool
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,12 @@ class Gate:
     def criterion(self) -> Criterion:
         """What the gate says of itself."""
         return GATES[self.name]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What must be there: what the gate needs, and the values of its knobs beyond that."""
+        more = (knob.needs.get(self.knobs[knob.name], frozenset()) for knob in self.criterion.knobs)
+        return self.criterion.needs.union(*more)
 
     @property
     def reads(self) -> dict[str, Any]:

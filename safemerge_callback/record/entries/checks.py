@@ -41,6 +41,7 @@ def _module(plan: MergePlan, reading: Reading) -> dict[str, Any]:
         **({"interval": list(reading.interval)} if reading.interval else {}),
         **({"reread": True} if reading.reread else {}),
         **{note: getattr(reading, note) for note in plan.gate.criterion.notes},
+        **reading.signals,
     }
 
 

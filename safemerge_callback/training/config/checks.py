@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from ...corrections.check_rows import RowSettings
 from ...corrections.registry import chosen_corrections, place_of, plain
 from ...corrections.replay import REPLAY
 from ...corrections.schedule import check_bounds, check_every
-from ...decision import GATES, Choices, Gate, gate_of
+from ...decision import GATES, Choices, Gate, gate_of, needs_of
 from ...decision.choices import check_counts
 from ...decision.vetoes import under
 from ...decision.weights.spread import check_spread
@@ -22,6 +24,7 @@ from ...io.numbers import is_number, is_whole
 from ...live.optimizer import check_optimizer
 from ...methods import METHODS, How, Method, get_method, method_of
 from ...methods.how import AUTO
+from ...signals.module_signals import data_among
 from ...subspace.placement import check_placement
 from .choices import declared_knobs, gate_at, how_of, rules_of
 from .shorthands import OF_THE_RUN, as_list
@@ -73,6 +76,7 @@ def checked_settings(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -
         _check_method(config)
         _check_strength(config)
         _check_schedule(config)
+    _check_data(config)
     _check_corrections(config)
     return vars(config)
 
@@ -264,6 +268,19 @@ def _read_json(value: Any, name: str, example: str) -> Any:
     if not isinstance(value, str):
         return value
     return parse_json(value, f"{name} {shown(value)}", advice=f"Give such as {example}")
+
+
+def _check_data(config: Draft) -> None:
+    """Bring the setting `data` into what tells all of its settings; refuse it where nothing reads it."""
+    rows = _read_json(config.data, "data", '{"num_task_rows": 32}')
+    if rows is None or config.subspace is None:
+        return
+    config.data = asdict(RowSettings.of(rows))
+    if not data_among(needs_of(config.how, gate_at(vars(config)), rules_of(vars(config)))):
+        raise ConfigError(
+            f"data is {shown(rows)}, and neither gate {config.gate!r} nor method {config.method!r} nor a weights rule "
+            "asks the live model about rows: leave it out"
+        )
 
 
 def _check_strength(config: Draft) -> None:

@@ -52,4 +52,5 @@ class Settings(TypedDict, total=False):
     journal: str | PathLike[str] | None
     quiet: bool
     wandb_chart: str | None
+    data: Mapping[str, object] | str | None
     corrections: Sequence[Mapping[str, Mapping[str, Any] | None]] | str | None

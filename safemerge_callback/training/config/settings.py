@@ -181,6 +181,13 @@ class SafeMergeConfig:
         default=None, metadata={"help": "Saved W&B chart, as ENTITY/NAME, that the heat map is shown with."}
     )
 
+    data: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Rows for gates, methods and weights rules that ask the live model, as {safety_rows: FILE, "
+            "num_task_rows: 64}."
+        },
+    )
     corrections: list[dict[str, Any]] | str | None = field(
         default=None,
         metadata={
@@ -241,16 +248,16 @@ class SafeMergeConfig:
 
         Of a correction those that are not its own defaults.
         """
-        paths = ("subspace", "safety_adapter", "journal", "corrections")
+        paths = ("subspace", "safety_adapter", "journal", "data", "corrections")
         plain = [f"{name} {value}" for name, value in self.chosen.items() if name not in paths]
         return ", ".join([*plain, *map(_chosen_words, self.chosen_corrections)])
 
     def to_dict(self) -> dict[str, Any]:
         """Return every setting as a JSON-able dict that `from_dict` takes back.
 
-        Of `corrections` and `knobs` only where there are any.
+        Of `corrections`, `data` and `knobs` only where there are any.
         """
-        extra = ("corrections", "knobs")
+        extra = ("corrections", "data", "knobs")
         return {name: value for name, value in asdict(self).items() if name not in extra or value is not None}
 
     def to_publish(self) -> dict[str, Any]:
@@ -331,6 +338,8 @@ def public_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("subspace", "safety_adapter", "journal"):
         path = settings.get(key)
         names[key] = [source_name(one) for one in path] if isinstance(path, list) else path and source_name(path)
+    if settings.get("data"):
+        names["data"] = {key: _public(value, key == "safety_rows") for key, value in settings["data"].items()}
     if settings.get("corrections"):
         names["corrections"] = [_published(entry) for entry in settings["corrections"]]
     return {key: value for key, value in names.items() if key in there}

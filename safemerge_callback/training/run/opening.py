@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 from weakref import WeakKeyDictionary, ref
 
 from torch import nn
@@ -17,21 +15,18 @@ from transformers import TrainerState, TrainingArguments
 from ...adapters import Adapter, LoraFactors, load_adapter
 from ...adapters.snapshot import set_aside_snapshot
 from ...corrections.average import Average, RunAverage
+from ...corrections.check_rows import RowSettings
 from ...corrections.gradient import way_for
 from ...corrections.merge import Merge
 from ...corrections.protocol import Correction, GradientTerm, Kept, Prepared, RunPoint, RunStart
 from ...corrections.schedule import Schedule
 from ...decision import (
-    Gate,
-    MergePlan,
-    Readings,
     check_safety_adapter,
     cosines_needed,
-    merged_factors,
     needs_of,
 )
 from ...decision.unmerged import base_tensors, unmerged, warning_of
-from ...errors import AdapterError, ConfigError, JournalError
+from ...errors import ConfigError, JournalError
 from ...io.addresses import source_name
 from ...io.paths import as_path
 from ...live import Writer, base_moved, base_weights, writer_for
@@ -47,20 +42,20 @@ from ...record.progress import Progress, changed_settings, continue_journal, reb
 from ...subspace import Subspace
 from ..config.settings import SafeMergeConfig, public_settings
 from ..trackers import Trackers
+from .check_data import RunData, open_data
 from .clock import Clock
 from .decide import check_schedule_of_run, choices_of
 from .forecast import forecast, too_strong
 from .lines import opening_line
-from .session import Session, kept_of
-from .shares import RankShare, measure_together, place, rank_share
-from .state import Past, resumed
+from .rehearsal import Measuring, rehearse
+from .session import Session
+from .shares import place, rank_share
+from .state import Past, kept_of, resumed
 
 # The callback and the run that hold a model, while both live.
 _HOLDERS: WeakKeyDictionary[nn.Module, tuple[Any, Any]] = WeakKeyDictionary()
 # Whose versions the journal tells.
 _VERSIONED = ("torch", "transformers", "peft", "safemerge-callback")
-# Share of a merged update's norm that truncation may lose before it is told.
-WORTH_TELLING = 0.5
 
 
 def alone(callback: object, model: nn.Module | None, state: TrainerState) -> None:
@@ -127,9 +122,10 @@ def open_session(
     corrections, batch = _corrections(config, model, at, trainer)
     bars = state.is_world_process_zero and not (config.quiet or args.disable_tqdm)
     lines = _prepare(corrections, model, tokenizer, bars=bars)
-    for kept in kept_of(merge, corrections):
+    data = _data(config, model, at, tokenizer, corrections, lines, bars=bars)
+    for kept in kept_of(merge, corrections, data):
         _take_up(kept, past)
-    _rehearse(config, at, merge, measuring)
+    rehearse(config, at, merge, measuring, data)
     progress, journal, restored = _records(config, past, args, state)
     plan = forecast(config, list(factors), state.max_steps, state.global_step, progress.task_weights)
     of_a_run = {"placement": measuring.placement, "world_size": args.world_size, "planned": plan.to_dict()}
@@ -139,16 +135,14 @@ def open_session(
     progress.journal_entries += journal.append(start)
     log, trackers = _outlets(config, state, journal, progress)
     clock = Clock(progress, begun=began)
-    with_what = (measuring.share, measuring.reference, left, corrections, batch)
+    with_what = (measuring.share, measuring.reference, left, corrections, batch, data)
     session = Session(config, args, state, at, merge, log, trackers, clock, *with_what)
     if words := warning_of(left):
         log.warn("left out", words)
     session.marks.seal(state.global_step)
     trackers.open(args, state, config.to_publish())
-    log.say(opening_line(config, plan, len(factors), state.max_steps, state.global_step))
-    if corrections and config.measures:
-        log.say(f"beside that: {', '.join(one.name for one in corrections)}")
-    for line in lines:
+    beside = [f"beside that: {', '.join(one.name for one in corrections)}"] if corrections and config.measures else []
+    for line in (opening_line(config, plan, len(factors), state.max_steps, state.global_step), *beside, *lines):
         log.say(line)
     for kind, words in (("strength", too_strong(config, plan, state.max_steps)), ("schedule", idle)):
         if words:
@@ -156,15 +150,6 @@ def open_session(
     progress.seconds += time.perf_counter() - began
     session.begin_again()
     return session
-
-
-class Measuring(NamedTuple):
-    """What a run measures with: all of it None where it has no subspace, and so no checks."""
-
-    subspace: Subspace | None = None
-    reference: Mapping[str, float] | None = None
-    placement: Mapping[str, Any] | None = None
-    share: RankShare | None = None
 
 
 def _measuring(
@@ -276,6 +261,27 @@ def _prepare(
     return lines
 
 
+def _data(
+    config: SafeMergeConfig,
+    model: nn.Module,
+    at: RunPoint,
+    tokenizer: Any,
+    corrections: Sequence[object],
+    lines: list[str],
+    *,
+    bars: bool,
+) -> RunData:
+    """The rows that checks ask the live model about; a line on them is added to `lines`."""
+    choices = choices_of(config)
+    knobs = {**choices.how.taken, **choices.gate.reads, **choices.rules}
+    needs, rows = _needs(config) if config.measures else {}, RowSettings.of(config.data)
+    about = {"knobs": knobs, "adapter_name": config.adapter_name}
+    data, line = open_data(needs, rows, at, model, tokenizer, corrections, bars=bars, **about)
+    if line is not None:
+        lines.append(line)
+    return data
+
+
 def _merge(config: SafeMergeConfig) -> Merge:
     """The merge, with the average of the run's updates where its method goes to that."""
     names = ("every", "from_step", "until_step", "at_train_end")
@@ -293,56 +299,14 @@ def _take_up(kept: Kept, past: Past) -> None:
         warnings.warn(f"safemerge: the checkpoint holds no {kept.noun}, so it starts anew", stacklevel=5)
 
 
-def _rehearse(
-    config: SafeMergeConfig,
-    at: RunPoint,
-    merge: Merge,
-    measuring: Measuring,
-) -> None:
-    """Measure, decide and compute a merge of every module, and drop it: what cannot work shows now, not at step 50."""
-    if measuring.subspace is None:
-        return
-    factors, gate = at.factors(), {"gate": config.gate_at(), "reference": measuring.reference}
-    readings = measure_together(factors, measuring.subspace, measuring.share, gate)
-    _require_finite(readings)
-    choices = choices_of(config)
-    MergePlan.of(readings, choices)
-    if config.merges:
-        everything = MergePlan.of(readings, replace(choices, gate=Gate("all", seed=config.seed)))
-        _, edits = merged_factors(everything, factors, merge.sources(at), at.subspace)
-        _tell_losses([edit.residual for edit in edits if factors[edit.name].initial is not None])
-
-
-def _require_finite(readings: Readings) -> None:
-    """Raise AdapterError for an adapter that is broken before it is trained."""
-    broken = [name for name, reading in readings.items() if not reading.finite]
-    if broken:
-        raise AdapterError(
-            f"{len(broken)} of {len(readings)} LoRA modules hold NaN or infinite numbers before the first step, first "
-            f"{broken[0]!r}: begin with a new adapter, or with a checkpoint from before its training diverged"
-        )
-
-
-def _tell_losses(residuals: Sequence[float]) -> None:
-    """Warn where factors that hold a part of the base weight have no rank left for the safety adapter's update."""
-    lost = statistics.median(residuals) if residuals else 0.0
-    if lost > WORTH_TELLING:
-        warnings.warn(
-            f"safemerge: the adapter's factors began as a part of the base weight (PiSSA, OLoRA) and keep their rank, "
-            f"so a merge made now would lose {lost:.0%} of the merged update's norm (median of {len(residuals)} "
-            "modules). What is measured is exact; to merge, train a plain LoRA",
-            stacklevel=4,
-        )
-
-
 def _records(
     config: SafeMergeConfig, past: Past, args: TrainingArguments, state: TrainerState
 ) -> tuple[Progress, Journal, bool]:
     """The progress of the resumed checkpoint and the journal cut back to it, or new ones; whether it was found."""
     progress, first = past.progress, state.is_world_process_zero
     if progress:
-        # These two stand in a record only where there are any.
-        none = {"corrections": None, "knobs": None}
+        # These stand in a record only where there are any.
+        none = {"corrections": None, "data": None, "knobs": None}
         _tell_changes(none | public_settings(progress.config), none | config.to_publish())
     path = _journal_path(config, args)
     count = progress.journal_entries if progress else None

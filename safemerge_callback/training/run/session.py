@@ -16,7 +16,7 @@ from transformers import TrainerState, TrainingArguments
 from ...corrections.change import ChangeEngine, Witness, report_failure
 from ...corrections.gradient import GradientEngine
 from ...corrections.merge import Merge
-from ...corrections.protocol import Correction, GradientTerm, Kept, RunPoint
+from ...corrections.protocol import Correction, GradientTerm, RunPoint
 from ...corrections.schedule import final_due
 from ...decision import Edit, MergePlan, Readings
 from ...errors import ConfigError
@@ -33,6 +33,7 @@ from ..config.settings import SafeMergeConfig
 from ..trackers import Report, Trackers, decision_rows
 from .artifact import Outcome, Section, outcome_of, run_section
 from .background import Pending, begin, undisturbed
+from .check_data import Heard, RunData, heard, with_signals
 from .clock import Clock
 from .decide import CheckMoment, agreed_plan, decided, still_disarmed
 from .ending import (
@@ -48,7 +49,7 @@ from .guarded import GuardedRun
 from .lines import broken_modules, closing_line, merge_line, nothing_merged
 from .model_card import mark_card, mark_model
 from .shares import RankShare, join, measure_once
-from .state import Saved, past_of, save_run, save_run_again
+from .state import Saved, kept_of, past_of, save_run, save_run_again
 
 
 @dataclass
@@ -71,6 +72,7 @@ class Session:
     unmerged: Mapping[str, str] = field(default_factory=dict)
     corrections: Sequence[Correction | GradientTerm] = ()
     batch: MicroBatch | None = None
+    data: RunData = field(default_factory=RunData)
     pending: Pending | None = None
     plan: MergePlan | None = None
     saved: Saved | None = None
@@ -80,7 +82,7 @@ class Session:
         writer = self.start.writer
         self.engine = ChangeEngine(writer, self.start.optimizer, self.config.optimizer_state, self.log)
         self.marks = Marks(writer, self.config.measures and self.config.at_train_end)
-        self.kept = kept_of(self.merge, self.corrections)
+        self.kept = kept_of(self.merge, self.corrections, self.data)
         self.changes = [one for one in self.corrections if not isinstance(one, GradientTerm)]
         terms = [one for one in self.corrections if isinstance(one, GradientTerm)]
         self.gradients = GradientEngine(terms, self.batch, self.log)
@@ -142,7 +144,8 @@ class Session:
 
     def before_step(self) -> None:
         """Add the gradients that are due to the step that begins; measure them where it will be logged."""
-        self.gradients.before_step(self.point, measured=logged_at(self.step + 1, self.args, self.state))
+        with self.data.unseen():
+            self.gradients.before_step(self.point, measured=logged_at(self.step + 1, self.args, self.state))
 
     def before_update(self) -> None:
         """Let gradients that were kept apart join the step's, which are whole now."""
@@ -206,7 +209,8 @@ class Session:
         step, final = moment.step, moment.final
         self.progress.checks += 1
         self.progress.final_step = step if final else self.progress.final_step
-        readings = join(readings, self.share)
+        answer = attempt("signals", lambda: heard(self.data, self.point))
+        readings = with_signals(join(readings, self.share), answer)
         agreed = from_first(attempt("measure", lambda: decided(readings, self.config, self.progress, moment)))
         if isinstance(agreed, Fault):
             report_failure(self.log, step, agreed)
@@ -218,7 +222,8 @@ class Session:
         if words := broken_modules(step, plan):
             self.log.warn("broken", words)
         left_out = self.clock.left_out
-        at, keep_in = replace(self.point, plan=plan), Path(self.args.output_dir) if final else None
+        data = answer.data if isinstance(answer, Heard) else None
+        at, keep_in = replace(self.point, plan=plan, data=data), Path(self.args.output_dir) if final else None
         edits = self.engine.make(self.merge, at, keep_in) if plan.selected else ()
         self.plan = plan
         seconds = time.perf_counter() - moment.began - (self.clock.left_out - left_out)
@@ -386,8 +391,3 @@ def logged_at(step: int, args: TrainingArguments, state: TrainerState) -> bool:
     """Whether the trainer logs after this step, as far as that is known before it: not at the end of an epoch."""
     every = state.logging_steps if args.logging_strategy == "steps" else 0
     return bool(every and step % every == 0) or (args.logging_first_step and step == 1)
-
-
-def kept_of(merge: Merge, corrections: Sequence[Correction | GradientTerm]) -> list[Kept]:
-    """Return what checkpoints hold of a run's corrections: the merge's average, and each that has state."""
-    return [one for one in (merge.average, *corrections) if isinstance(one, Kept)]

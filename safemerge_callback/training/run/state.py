@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 
 from transformers import TrainerState, TrainingArguments
 
-from ...corrections.protocol import Kept
+from ...corrections.merge import Merge
+from ...corrections.protocol import Correction, GradientTerm, Kept
 from ...errors import AdapterError
 from ...live.initial import load_initial, save_initial
 from ...live.ranks import from_first
 from ...ops import LowRank
 from ...record.progress import OLDER_FILE, Progress
 from ..checkpoints import put_values, replace_values, resumed_folders, values_in, values_of
+from .check_data import RunData
 
 PART = "run"
 
@@ -28,6 +30,12 @@ class Saved(NamedTuple):
     step: int
     folder: Path
     save: str
+
+
+def kept_of(merge: Merge, corrections: Sequence[Correction | GradientTerm], data: RunData) -> list[Kept]:
+    """Return what checkpoints hold of a run: the merge's average, corrections that have state, and the task's rows."""
+    rows = None if data.task is None else data
+    return [one for one in (merge.average, *corrections, rows) if isinstance(one, Kept)]
 
 
 class Past(NamedTuple):
