@@ -64,12 +64,14 @@ def safety_slope(readings: Readings, *, slope_share: float, per_task_slope: bool
     def verdict(name: str) -> Verdict:
         if name not in moved:
             return Verdict(False, "has not moved, so it has no slope")
-        told = f"safety slope {slopes[name]:+.3g}" + (f", {rates[name]:.3g} per task slope" if per_task_slope else "")
+        sentence = f"safety slope {slopes[name]:+.3g}" + (
+            f", {rates[name]:.3g} per task slope" if per_task_slope else ""
+        )
         if name not in rank:
-            return Verdict(False, f"{told}: its update costs no refusals")
+            return Verdict(False, f"{sentence}: its update costs no refusals")
         chosen = rank[name] <= count
         words = f"{'among' if chosen else 'not among'} the highest {slope_share:g} ({count})"
-        return Verdict(chosen, f"{told}, number {rank[name]} of {len(order)}, {words}")
+        return Verdict(chosen, f"{sentence}, number {rank[name]} of {len(order)}, {words}")
 
     return {name: not_finite(reading) or verdict(name) for name, reading in readings.items()}
 

@@ -154,22 +154,22 @@ def open_data(
     return RunData(model, signals_among(needs), rows, task, **about), line
 
 
-class Heard(NamedTuple):
+class Answer(NamedTuple):
     """What a check asked the live model about, and what it said, as signal -> module -> number."""
 
     data: CheckData | None
     signals: Mapping[str, Mapping[str, float]]
 
 
-def heard(run: RunData, point: RunPoint, *, rehearsal: bool = False) -> Heard:
+def ask(run: RunData, point: RunPoint, *, rehearsal: bool = False) -> Answer:
     """Ask the live model what a check needs; every rank alike, and rank 0's numbers count. Collective; raises."""
     data = run.at(point, rehearsal=rehearsal)
     if data is None:
-        return Heard(None, {})
-    return Heard(data, from_first({signal.name: dict(signal.function(data)) for signal in run.signals}))
+        return Answer(None, {})
+    return Answer(data, from_first({signal.name: dict(signal.function(data)) for signal in run.signals}))
 
 
-def with_signals(readings: Readings | Fault, answer: Heard | Fault) -> Readings | Fault:
+def with_signals(readings: Readings | Fault, answer: Answer | Fault) -> Readings | Fault:
     """Return the readings with what the live model said of their modules, or the fault of any rank. Collective."""
     faults = [one for one in everyones(answer if isinstance(answer, Fault) else None) if one is not None]
     if isinstance(readings, Fault):

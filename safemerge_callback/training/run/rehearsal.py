@@ -14,7 +14,7 @@ from ...decision import Gate, MergePlan, Readings, merged_factors
 from ...errors import AdapterError
 from ...subspace import Subspace
 from ..config.settings import SafeMergeConfig
-from .check_data import RunData, heard
+from .check_data import RunData, ask
 from .decide import choices_of
 from .shares import RankShare, measure_together
 
@@ -44,7 +44,7 @@ def rehearse(
     factors, gate = at.factors(), {"gate": config.gate_at(), "reference": measuring.reference}
     readings = measure_together(factors, measuring.subspace, measuring.share, gate)
     _require_finite(readings)
-    answer = heard(run, at, rehearsal=True)
+    answer = ask(run, at, rehearsal=True)
     readings, at = readings.with_signals(answer.signals), replace(at, data=answer.data)
     choices = choices_of(config)
     MergePlan.of(readings, choices)

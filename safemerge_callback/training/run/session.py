@@ -33,7 +33,7 @@ from ..config.settings import SafeMergeConfig
 from ..trackers import Report, Trackers, decision_rows
 from .artifact import Outcome, Section, outcome_of, run_section
 from .background import Pending, begin, undisturbed
-from .check_data import Heard, RunData, heard, with_signals
+from .check_data import Answer, RunData, ask, with_signals
 from .clock import Clock
 from .decide import CheckMoment, agreed_plan, decided, still_disarmed
 from .ending import (
@@ -209,7 +209,7 @@ class Session:
         step, final = moment.step, moment.final
         self.progress.checks += 1
         self.progress.final_step = step if final else self.progress.final_step
-        answer = attempt("signals", lambda: heard(self.data, self.point))
+        answer = attempt("signals", lambda: ask(self.data, self.point))
         readings = with_signals(join(readings, self.share), answer)
         agreed = from_first(attempt("measure", lambda: decided(readings, self.config, self.progress, moment)))
         if isinstance(agreed, Fault):
@@ -222,7 +222,7 @@ class Session:
         if words := broken_modules(step, plan):
             self.log.warn("broken", words)
         left_out = self.clock.left_out
-        data = answer.data if isinstance(answer, Heard) else None
+        data = answer.data if isinstance(answer, Answer) else None
         at, keep_in = replace(self.point, plan=plan, data=data), Path(self.args.output_dir) if final else None
         edits = self.engine.make(self.merge, at, keep_in) if plan.selected else ()
         self.plan = plan
