@@ -15,6 +15,7 @@ from .options import (
     Device,
     GateName,
     MajoritySign,
+    ManyKnobs,
     ManyWeights,
     MethodName,
     NumLayers,
@@ -34,6 +35,7 @@ from .options import (
     device_named,
     gate_options,
     gates_named,
+    knobs_of,
     names_listed,
     weights_listed,
     weights_of,
@@ -110,6 +112,7 @@ def merge(
     operator_rank: OperatorRank = None,
     density: Density = None,
     majority_sign_method: MajoritySign = None,
+    knob: ManyKnobs = None,
     force: Annotated[
         bool | None, typer.Option("--force", "--overwrite", help="Replace a merge that is in OUT already.")
     ] = None,
@@ -121,9 +124,10 @@ def merge(
 
     Exits with 1 where the gate selects no module.
     """
-    options = {name: value for name, value in locals().items() if name not in ("config", "progress", "weights")}
+    options = {name: value for name, value in locals().items() if name not in ("config", "progress", "weights", "knob")}
     options["weights"] = weights_of(weights)
-    settings = _settings(config, {name: value for name, value in options.items() if value not in (None, [])})
+    options = {name: value for name, value in options.items() if value not in (None, [])}
+    settings = _settings(config, {**options, **_knobs(knob, options)})
     from ..offline import merge_adapters
 
     allowed = settings.pop("allow_empty", False)
@@ -183,6 +187,17 @@ def bake(
     say(f"{folder}: a full checkpoint")
 
 
+def _knobs(words: list[str] | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The knobs of a merge that were given by `--knob`."""
+    if not words:
+        return {}
+    from ..decision.gates import gate_knobs
+    from ..decision.weights import weights_knobs
+    from ..methods.how import how_knobs
+
+    return knobs_of(words, options, (*gate_knobs(), *how_knobs(), *weights_knobs()), "a merge")
+
+
 def _settings(config: Path | None, options: dict[str, Any]) -> dict[str, Any]:
     """The file's settings with those of the command line over them; ConfigError where a part is missing."""
     from ..errors import ConfigError
@@ -239,6 +254,7 @@ def sweep(
     space: Space = None,
     density: Density = None,
     majority_sign_method: MajoritySign = None,
+    knob: ManyKnobs = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="CSV file to write, one row a merge.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture: .png, .pdf or .svg (needs matplotlib).")] = None,
     device: Device = "cpu",
@@ -246,11 +262,14 @@ def sweep(
 ) -> None:
     """Tell what merges would do, for gates x weights x methods, without making one; no model is loaded."""
     from ..io.outputs import free_output
+    from ..methods.registry import knobs as declared
     from ..offline import sweep_adapters
     from ..offline.sweep.table import TABLE
     from ..reports.sweep_plot import check_picture, write_plot
 
     gates_listed = gates_named(thresholds, gates)
+    options: dict[str, Any] = {"space": space, "density": density, "majority_sign_method": majority_sign_method}
+    options = {name: value for name, value in options.items() if value is not None}
     if output is not None:
         free_output(output, "table", TABLE)
     if plot is not None:
@@ -263,10 +282,9 @@ def sweep(
             gates=gates_listed,
             weights=weights_listed(weights),
             methods=names_listed(methods),
-            space=space or "delta",
-            density=density,
-            majority_sign_method=majority_sign_method or "total",
             device=device_named(device),
+            **options,
+            **knobs_of(knob, options, tuple(declared()), "a sweep"),
         )
     say(str(table))
     if output is not None:

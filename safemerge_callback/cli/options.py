@@ -63,6 +63,16 @@ Operator = Annotated[str | None, typer.Option(help="What method project multipli
 OperatorRank = Annotated[int | None, typer.Option(help="Rank of operator orthogonal.")]
 Density = Annotated[float | None, typer.Option(help="Share of entries kept by methods that prune.")]
 MajoritySign = Annotated[str | None, typer.Option(help="Sign election: total or frequency. [default: total]")]
+# Which there are is not written out: that would load torch, and helps nobody who has registered one.
+ManyKnobs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--knob",
+        metavar="NAME=VALUE",
+        help="Any other knob that a method, gate or weights rule declares, such as module_weights, its value as in "
+        "YAML; once for each. An unknown name tells which there are.",
+    ),
+]
 
 
 class WithWeights(Verb):
@@ -97,6 +107,30 @@ def weights_of(text: str | None) -> list[float] | None:
 def weights_listed(text: str) -> list[list[float]]:
     """Return sets of weights, commas between one and the next: `0.9/0.1,0.8/0.2`."""
     return [[_number(part, "weights") for part in one.split("/")] for one in names_listed(text)]
+
+
+def knobs_of(words: list[str] | None, options: dict[str, Any], known: tuple[str, ...], what: str) -> dict[str, Any]:
+    """Return the knobs of `--knob`, each a name and a YAML value.
+
+    `options`: those that were given by themselves; `known`: what is declared, for `what`. ConfigError for a knob
+    without a value, one that stands twice, and one that nothing has declared.
+    """
+    from ..errors import ConfigError
+    from ..io.documents import parse_yaml
+    from ..io.knobs import unknown_knob
+
+    knobs: dict[str, Any] = {}
+    for word in words or []:
+        name, equals, text = word.partition("=")
+        if not equals or not name.strip():
+            raise ConfigError(f"knob {word!r} has no value: give it as NAME=VALUE, such as --knob density=0.5")
+        name = name.strip().replace("-", "_")
+        if name not in known:
+            raise unknown_knob(name, known, what)
+        if name in knobs or name in options:
+            raise ConfigError(f"knob {name!r} is given twice: give it once")
+        knobs[name] = parse_yaml(text, f"knob {name!r}, {text!r},")
+    return knobs
 
 
 def align_of(text: str | None) -> float | dict[str, float]:

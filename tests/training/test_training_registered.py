@@ -1,18 +1,24 @@
 """A gate, a merge method and a weights rule with knobs of their own, registered here and known nowhere else."""
 
+import re
+
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from safemerge_callback import MergePlan, SafeMergeConfig, Subspace, apply_safemerge, merge_adapters, sweep_adapters
+from safemerge_callback.cli import app
 from safemerge_callback.cli.options import gates_named
 from safemerge_callback.decision import GATES, KNOB, Gate, Reading, Readings, Verdict, as_gate, measure, undecided
-from safemerge_callback.decision.gates import gate
-from safemerge_callback.decision.weights import WEIGHTS, weights_rule
+from safemerge_callback.decision.gates import gate, gate_knobs
+from safemerge_callback.decision.weights import WEIGHTS, weights_knobs, weights_rule
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.io.knobs import Knob
 from safemerge_callback.live import live_factors
 from safemerge_callback.methods import METHODS
+from safemerge_callback.methods.how import how_knobs
 from safemerge_callback.methods.linear import linear
 from safemerge_callback.methods.registry import register
 from safemerge_callback.offline.merge_yaml import read_recipe
@@ -97,6 +103,12 @@ def test_a_plan_is_decided_by_them(world):
             MergePlan.decide(readings, **knobs)
 
 
+def run_verb(*words, code=0):
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
 def saved(world, tmp_path):
     model = world.model(seed=7)
     torch.manual_seed(3)
@@ -140,7 +152,7 @@ def test_folders_and_models_are_merged_by_them(world, tmp_path):
 def test_a_sweep_refuses_a_knob_that_nothing_declares(world, tmp_path):
     """One of a method that is not swept is left out, as it always was."""
     task = saved(world, tmp_path)
-    for knobs in ({"bosot": 0.25}, {"strength": 0.5}, {"threshold": 0.3}, {"halving": 2.0}):
+    for knobs in ({"bosot": 0.25}, {"threshold": 0.3}, {"halving": 2.0}):
         with pytest.raises(ConfigError, match=f"knob '{next(iter(knobs))}' of a sweep is unknown"):
             sweep_adapters(task, world.safety, world.subspace, **knobs)
     assert sweep_adapters(task, world.safety, world.subspace, methods=["linear"], boost=0.25)
@@ -165,6 +177,33 @@ def test_a_limit_by_a_knob_of_the_gates_own_may_be_rearmed():
 
 def test_the_command_line_reads_a_knob_of_the_gates_own():
     assert gates_named(None, "alternate=1,all") == [Gate("alternate", knobs={"parity": 1}), Gate("all")]
+
+
+def test_the_command_line_takes_them(world, tmp_path):
+    task, knobs = saved(world, tmp_path), ["--knob", "parity=1", "--knob", "boost=0.25", "--knob", "halving=2.0"]
+    merge = ["merge", task, world.safety, "-s", world.subspace, "--gate", "alternate", "--method", "boosted", *knobs]
+    run_verb(*merge, "-o", tmp_path / "out")
+    merge_adapters(task, world.safety, world.subspace, tmp_path / "python", **CHOSEN)
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "python"))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    sweep = ["sweep", task, world.safety, "-s", world.subspace, "--methods", "boosted"]
+    assert run_verb(*sweep, *knobs[2:4]) != run_verb(*sweep)
+    for words, says in [
+        (["--knob", "boost"], "knob 'boost' has no value"),
+        (["--knob", "bost=1"], "knob 'bost' of a merge is unknown; did you mean 'boost'"),
+        (["--knob", "output=x"], "knob 'output' of a merge is unknown: choose among"),
+        (["--knob", "boost=1", "--knob", "boost=2"], "boost' is given twice"),
+        (["--density", "0.5", "--knob", "density=0.4"], "density' is given twice"),
+        (["--knob", "boost=[1"], "knob 'boost', '[1', is no YAML"),
+    ]:
+        assert says in run_verb(*merge[:5], *words, "-o", tmp_path / "no", code=2)
+
+
+def test_help_has_every_knob_that_the_package_declares_or_says_how_it_is_given():
+    options = set(re.findall(r"--([a-z-]+)", run_verb("merge", "--help")))
+    declared = {*gate_knobs(), *how_knobs(), *weights_knobs()} - {"step", "rearm", "parity", "boost", "halving"}
+    assert {name for name in declared if name.replace("_", "-") not in options} == {"module_weights"}
+    assert "such as module_weights" in " ".join(run_verb("merge", "--help").split())
 
 
 def test_a_weights_rule_alone_does_not_tell_of_an_adapter_to_come(world):
