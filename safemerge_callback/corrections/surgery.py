@@ -13,18 +13,37 @@ def without_conflict(task: Sequence[Tensor], safety: Sequence[Tensor]) -> list[T
 
     g - min(0, ⟨g, h⟩)/‖h‖²·h, with one inner product over all parameters, float32, on the device; g where h is 0.
 
-    Source: SafeGrad, arXiv:2508.07172, equation of its surgery; the guard ‖h‖² > 1e-9 is its released code's.
+    Source: SafeGrad, arXiv:2508.07172, equation of its surgery. Differs: its released code leaves g alone where ‖h‖² is
+    below 1e-9, which a large model's gradient is once it has hardly drifted, and its conflict is then not seen; here h
+    is scaled by its largest entry first, so that the result is the equation's at any size.
     """
-    inner, size = _inner(task, safety), _inner(safety, safety)
-    share = torch.where(size > 1e-9, inner.clamp(max=0.0) / size.clamp(min=1e-9), torch.zeros_like(size))
-    return [g - share.to(g.dtype) * h for g, h in zip(task, safety, strict=True)]
+    unit, _ = _scaled(safety)
+    inner, size = _inner(task, unit).clamp(max=0.0), _inner(unit, unit)
+    share = torch.where(size > 0, inner / size, 0.0)
+    return [(g.float() - share.to(g.device) * h).to(g.dtype) for g, h in zip(task, unit, strict=True)]
 
 
 def bounded(safety: Sequence[Tensor], task: Sequence[Tensor], share: float) -> list[Tensor]:
-    """Return the safety gradient with at most `share` of the norm of the task's."""
-    most, norm = share * _inner(task, task).sqrt(), _inner(safety, safety).sqrt()
-    factor = (most / norm.clamp(min=1e-30)).clamp(max=1.0)
-    return [h * factor.to(h.dtype) for h in safety]
+    """Return the safety gradient with at most `share` of the norm of the task's, at any size of either."""
+    most, norm = share * _norm(task), _norm(safety)
+    factor = torch.where(norm > most, most / norm, 1.0)
+    return [h * factor.to(h.device, h.dtype) for h in safety]
+
+
+def _norm(vector: Sequence[Tensor]) -> Tensor:
+    unit, largest = _scaled(vector)
+    return largest * _inner(unit, unit).sqrt()
+
+
+def _scaled(vector: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """The tensors, float32, divided by the largest entry of all, and that entry; as they are where all are 0.
+
+    A square of them neither vanishes nor overflows then.
+    """
+    sizes = [tensor.abs().amax().float() for tensor in vector if tensor.numel()]
+    largest = torch.stack([size.to(sizes[0].device) for size in sizes]).amax()
+    by = torch.where(largest > 0, largest, 1.0)
+    return [tensor.float() / by.to(tensor.device) for tensor in vector], largest
 
 
 def _inner(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
