@@ -90,6 +90,31 @@ def evaluate(
         raise report.failure
 
 
+@app.command(cls=Verb, epilog=examples("focal a.jsonl b.jsonl c.jsonl --set harmbench --count 2"))
+def focal(
+    responses: Annotated[
+        list[Path], typer.Argument(metavar="RESPONSES", help="What `eval --responses` wrote of each adapter alone.")
+    ],
+    prompts: Annotated[str, typer.Option("--set", help="The set of harmful prompts that counts.")],
+    judge: Annotated[str, typer.Option(help="The judge whose verdicts count.")] = "keywords",
+    count: Annotated[int, typer.Option(min=1, help="How many adapters are to go together.")] = 2,
+    diversity_share: Annotated[
+        float, typer.Option(min=0, max=1, help="How much focal diversity counts against the vote's success.")
+    ] = 0.5,
+) -> None:
+    """Choose among safety adapters those that fail at different prompts; no model is loaded."""
+    from ..evaluation.focal import choose_by_responses
+
+    chosen, outcomes = choose_by_responses(responses, count, diversity_share, prompts=prompts, judge=judge)
+    for place, (file, text) in enumerate(zip(responses, outcomes, strict=True)):
+        judged = len(text) - text.count("u")
+        mark = "chosen" if place in chosen.members else ""
+        say(f"{file}: {text.count('1')} of {judged} refused {mark}".rstrip())
+    say(f"focal diversity {chosen.diversity:.3f}, vote {chosen.vote:.3f}, score {chosen.score:.3f}")
+    setting = {"outcomes": outcomes, "count": count, "diversity_share": diversity_share}
+    say(f"focal: {json.dumps(setting)}")
+
+
 @dataclass(frozen=True)
 class _Plan:
     """What the model is asked, and how."""

@@ -18,6 +18,7 @@ class PlanKnobs(HowKnobs, Knobs, total=False):
     """Every knob of a merge by name, for type checkers; a registered gate, method or rule may have further ones."""
 
     module_weights: Mapping[str, Sequence[float]] | None
+    focal: Mapping[str, Any] | Sequence[str] | None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """How much: what each update weighs in each module. A rule is a file; importing the folder fills the registry."""
 
 # In the order in which they hold.
-from . import asked, by_pattern, soft
+from . import asked, by_pattern, focal, soft
 from .registry import WEIGHTS, Case, WeightsRule, checked_rules, rules_in_force, weights_knobs, weights_of, weights_rule
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "asked",
     "by_pattern",
     "checked_rules",
+    "focal",
     "rules_in_force",
     "soft",
     "weights_knobs",
