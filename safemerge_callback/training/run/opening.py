@@ -272,10 +272,13 @@ def _data(
     bars: bool,
 ) -> RunData:
     """The rows that checks ask the live model about; a line on them is added to `lines`."""
-    choices = choices_of(config)
-    knobs = {**choices.how.taken, **choices.gate.reads, **choices.rules}
-    needs, rows = _needs(config) if config.measures else {}, RowSettings.of(config.data)
-    about = {"knobs": knobs, "adapter_name": config.adapter_name}
+    needs: dict[str, str] = {}
+    about: dict[str, Any] = {"knobs": {}, "adapter_name": config.adapter_name}
+    # Without checks nothing is chosen: neither gate nor method has a meaning.
+    if config.measures:
+        choices, needs = choices_of(config), _needs(config)
+        about["knobs"] = {**choices.how.taken, **choices.gate.reads, **choices.rules}
+    rows = RowSettings.of(config.data)
     data, line = open_data(needs, rows, at, model, tokenizer, corrections, bars=bars, **about)
     if line is not None:
         lines.append(line)
