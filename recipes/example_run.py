@@ -19,7 +19,16 @@ from safemerge_callback.decision import Edit, Gate, MergePlan, Reading, Readings
 from safemerge_callback.evaluation.measure import Kind, as_share, share_of
 from safemerge_callback.evaluation.probe import Answers
 from safemerge_callback.record import JOURNAL_FILE, Journal
-from safemerge_callback.record.entries import Sources, check_entry, end_entry, merge_entry, probe_entry, start_entry
+from safemerge_callback.record.entries import (
+    Sources,
+    check_entry,
+    end_entry,
+    gradient_entry,
+    merge_entry,
+    probe_entry,
+    start_entry,
+)
+from safemerge_callback.record.history import TermReading
 from safemerge_callback.record.progress import Progress
 
 # Name, (d_out, d_in) and null cosine of the module types of a Llama.
@@ -33,6 +42,8 @@ TYPES = {
     "mlp.down_proj": ((4096, 14336), 0.19),
 }
 WEIGHTS = (0.9, 0.1)
+# Seconds that the rows of ten steps take.
+_PASSES = 1.9
 
 
 def write_example(
@@ -41,25 +52,33 @@ def write_example(
     types: Sequence[str] = tuple(TYPES),
     checks: int = 40,
     gate: Gate | None = None,
+    *,
+    replayed: bool = False,
 ) -> Path:
-    """Write the journal of a run that never was into `folder`, new, and return its path; `gate` is threshold 0.35."""
+    """Write the journal of a run that never was into `folder`, new, and return its path; `gate` is threshold 0.35.
+
+    `replayed`: whether safety rows were in its steps as well.
+    """
     rule = gate or Gate("threshold", threshold=0.35)
     path = Path(folder) / JOURNAL_FILE
     path.unlink(missing_ok=True)
     journal = Journal(path)
     journal.append(_start(rule, layers * len(types)))
-    for entry in _entries(rule, [f"layers.{i}.{kind}" for i in range(layers) for kind in types], checks):
+    names = [f"layers.{i}.{kind}" for i in range(layers) for kind in types]
+    for entry in _entries(rule, names, checks, replayed=replayed):
         journal.append(entry)
     return path
 
 
-def _entries(rule: Gate, names: Sequence[str], checks: int) -> Iterator[dict[str, Any]]:
+def _entries(rule: Gate, names: Sequence[str], checks: int, *, replayed: bool) -> Iterator[dict[str, Any]]:
     draw, left = random.Random(3), dict.fromkeys(names, 1.0)
     heights = {name: 0.47 + 0.22 * draw.random() + 0.05 * math.sin(index / 9) for index, name in enumerate(names)}
     merges = 0
     yield _probe(0, "begin", 0.97, 0.01)
     for number in range(1, checks + 1):
         step = 10 * number
+        if replayed:
+            yield _replay(step, number / checks)
         heights = {name: height * (0.955 + 0.03 * draw.random()) ** (40 / checks) for name, height in heights.items()}
         plan = MergePlan.decide(_readings(heights), gate=rule, method="linear", weights=WEIGHTS)
         yield check_entry(step, plan, 0.11 + 0.02 * draw.random())
@@ -78,7 +97,8 @@ def _entries(rule: Gate, names: Sequence[str], checks: int) -> Iterator[dict[str
                 yield _probe(step, "after", min(0.97, 1.7 * sum(heights.values()) / len(heights)), number / checks)
     yield _probe(10 * checks, "end", min(0.97, 1.7 * sum(heights.values()) / len(heights)), 1.0)
     counts = Progress(checks=checks, merges=merges, modules_merged=merges)
-    yield end_entry(10 * checks, counts, 0.12 * checks + 0.35 * merges, 24.0 * checks)
+    spent = 0.12 * checks + 0.35 * merges + (_PASSES * checks if replayed else 0.0)
+    yield end_entry(10 * checks, counts, spent, 24.0 * checks)
 
 
 def _readings(heights: dict[str, float]) -> Readings:
@@ -109,6 +129,15 @@ def _probe(step: int, when: str, refused: float, learned: float) -> dict[str, An
     return probe_entry(step, when, Answers((*measures, loss), 21.5, 8.2))
 
 
+def _replay(step: int, done: float) -> dict[str, Any]:
+    """Ten rows since the entry before: the loss rises while the task is learned, and is brought down again."""
+    draw = random.Random(step)
+    harm, benign = (size * (0.2 + math.sin(math.pi * done**0.5)) * draw.uniform(0.8, 1.2) for size in (0.05, 0.02))
+    figures = {"loss_harm": harm, "loss_benign": benign, "rows": 10.0, "interval": 1.0}
+    norm, cosine = 9 * harm, 0.04 * draw.uniform(-1, 1) - 0.12 * (1 - done)
+    return gradient_entry(step, "replay", TermReading(1.0, (harm + benign) / 2, 10, _PASSES, norm, cosine, figures))
+
+
 def _start(rule: Gate, modules: int) -> dict[str, Any]:
     sources = {
         side: {
@@ -136,7 +165,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--checks", type=int, default=40)
     options = parser.parse_args(args)
-    journal = write_example(options.folder, options.layers, checks=options.checks)
+    journal = write_example(options.folder, options.layers, checks=options.checks, replayed=True)
     print(write_page(read_history(journal), options.folder / "safemerge_report.html"))
 
 

@@ -42,7 +42,8 @@ def summary(history: History) -> str:
         return "\n".join(map(printable, [head, *_closing_lines(history)]))
     steps = history.steps
     span = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
-    sizes = f"{counted(history.modules, 'module')}, {counted(history.checks, 'check')}"
+    sizes = counted(history.modules, "module")
+    sizes += f", {counted(history.checks, 'check')}" if history.checks else " changed"
     title = ", ".join(filter(None, (f"{history.title}: {sizes} at {span}", history.rule)))
     done = correction_words(history)
     if history.how:
@@ -86,7 +87,8 @@ def _term_lines(history: History, course: Course) -> Iterator[str]:
 
 def _types_table(history: History, title: str) -> str:
     """A line a module type; a column for each correction says how often it changed the type's modules."""
-    columns = [name for name in _COLUMNS if name != "moved" or history.moved]
+    measured = [name for name in _COLUMNS if name != "moved" or history.moved]
+    columns = measured if history.cells else [name for name in _COLUMNS if name in ("type", "modules")]
     counts = change_counts(history)
     rows = []
     for panel in panels(history.modules):

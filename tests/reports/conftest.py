@@ -7,8 +7,11 @@ import shutil
 import pytest
 
 from recipes.example_run import write_example
-from safemerge_callback.record.entries import gradient_entry
+from safemerge_callback.decision import Edit
+from safemerge_callback.record import Journal
+from safemerge_callback.record.entries import Sources, change_entry, end_entry, gradient_entry, start_entry
 from safemerge_callback.record.history import TermReading
+from safemerge_callback.record.progress import Progress
 
 
 @pytest.fixture(scope="session")
@@ -56,6 +59,19 @@ def both(example, tmp_path_factory):
         lines.append(line)
     path = tmp_path_factory.mktemp("both") / "safemerge.jsonl"
     path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def changed(tmp_path_factory):
+    """The journal of a run without a subspace in which a correction that is no merge changed two modules four times."""
+    path, names = tmp_path_factory.mktemp("changed") / "safemerge.jsonl", ["layers.0.q_proj", "layers.1.q_proj"]
+    journal = Journal(path)
+    journal.append(start_entry(0, {"subspace": None}, {}, Sources(None, None, None), len(names)))
+    for step in (2, 4, 6, 8):
+        edits = [Edit(name, 0.0, 0.1) for name in names]
+        journal.append(change_entry(step, "shrink", edits, dict.fromkeys(names, 0.9 ** (step // 2)), 0.1))
+    journal.append(end_entry(8, Progress(), 0.5, 20.0))
     return path
 
 

@@ -426,6 +426,15 @@ def test_the_losses_of_a_run_without_checks_are_drawn_and_read_by_the_keyboard(l
     assert page.locator("#losses tbody tr").count() == 12
 
 
+def test_a_run_of_changes_alone_draws_what_they_left(look, changed, tmp_path):
+    page = look(write_page(read_history(changed), tmp_path / "page.html"))
+    assert page.locator(".chart").evaluate_all("boxes => boxes.map((box) => box.id)") == ["weight-chart"]
+    assert page.locator("#weight-chart path.line").count() == 2
+    page.locator("#table input").first.uncheck()
+    assert page.locator("#weight-chart path.line").count() == 1
+    assert page.locator("#chosen li").count() == 1
+
+
 def test_losses_stand_beside_merges_and_probes(look, both, tmp_path):
     page = look(write_page(read_history(both), tmp_path / "page.html"), width=390)
     assert page.locator("main section").evaluate_all("all => all.map(one => one.id)")[:3] == [

@@ -13,7 +13,16 @@ from recipes.example_run import write_example
 from safemerge_callback.decision import BAND, Gate
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.record.history import TermReading
-from safemerge_callback.reports import PAGE_FILE, Cell, History, read_history, render_page, write_page, write_report
+from safemerge_callback.reports import (
+    PAGE_FILE,
+    Cell,
+    History,
+    read_history,
+    render_page,
+    summary,
+    write_page,
+    write_report,
+)
 from safemerge_callback.reports.page.figures import page_figures
 from safemerge_callback.reports.payload import page_data
 from safemerge_callback.reports.words import NOTHING
@@ -199,6 +208,18 @@ def test_a_run_without_checks_tells_what_was_replayed(replayed, runs):
         numbers = [entry["figures"].get(key, entry.get(key)) for entry in entries]
         assert term["losses"][name] == [None if x is None else pytest.approx(x, rel=1e-3) for x in numbers]
     assert term["norm"] == [pytest.approx(entry["norm"], rel=1e-3) for entry in entries]
+
+
+def test_changes_alone_have_no_cosines(changed):
+    history = read_history(changed)
+    page = render_page(history)
+    assert re.findall(r'<section id="([a-z]+)"', page) == ["weights", "modules", "happened", "run"]
+    assert re.findall(r'data-key="([a-z-]+)"', page) == ["name", "change-shrink", "left"]
+    assert "cosine" not in re.sub(r"<(style|script).*?</\1>", "", page, flags=re.DOTALL).lower()
+    assert "2 modules changed at steps 2 to 8; ended at step 8" in page
+    heads = re.findall(r"\w+(?: \w+)?", summary(history).splitlines()[2])
+    assert heads == ["type", "modules", "merges", "shrink", "task left"]
+    assert "check" not in summary(history)
 
 
 def test_checks_and_a_gradient_term_stand_beside_each_other(both, example):

@@ -76,6 +76,7 @@ function drawModule(drawn, module, colour) {
 
 function drawCurves() {
   const box = byId("curve-chart");
+  if (!box) return;
   const nulls = [...chosen.keys()].flatMap((index) => run.modules[index].null).filter((value) => value !== null);
   const high = Math.max(top, ...nulls);
   const label = `Cosines of ${chosen.size} chosen modules over steps; arrow keys move from check to check`;
@@ -182,7 +183,8 @@ function curves() {
     drawWeights();
   };
   watchers.push(draw);
-  redrawn(byId("curve-chart"), draw);
+  // A run of changes alone has no cosines to draw.
+  redrawn(byId("curve-chart") || byId("weight-chart"), draw);
 }
 
 function probeCurves() {

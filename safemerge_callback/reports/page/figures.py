@@ -69,6 +69,7 @@ def page_figures(history: History) -> dict[str, Any]:
         "costs": costs(history),
         "sources": sources(history),
         "has_checks": bool(history.steps),
+        "has_cosines": bool(history.cells) or bool(history.by_correction[MERGE]),
         "has_moved": bool(history.moved),
         "band": BAND,
         "has_weights": bool(history.merges),
@@ -86,7 +87,8 @@ def _change_columns(history: History) -> list[tuple[str, str, str]]:
 def _span(history: History) -> str:
     parts = [f"{course.name} in {several(course.steps, 'step')}" for course in courses(history)]
     if history.steps:
-        drift = f"{counted(history.modules, 'module')}, {counted(history.checks, 'check')} at {_steps(history.steps)}"
+        checks = f", {counted(history.checks, 'check')}" if history.checks else " changed"
+        drift = f"{counted(history.modules, 'module')}{checks} at {_steps(history.steps)}"
         parts = [drift, *parts]
     else:
         probed = sorted({probe.step for probe in history.probes})

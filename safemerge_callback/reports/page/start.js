@@ -1,6 +1,6 @@
 if (run.modules.length) {
   moduleTable();
-  heatMap();
+  if (byId("heat")) heatMap();
   curves();
 }
 termCurves();
