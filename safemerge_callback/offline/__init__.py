@@ -2,6 +2,7 @@
 
 from .bake import BaseModel
 from .bake_adapter import bake_adapter
+from .fuse import fuse_adapters
 from .merge import measure_adapter, merge_adapters
 from .peft_model import apply_safelora, apply_safemerge
 from .sweep.sweep import Cell, Sweep, sweep_adapters
@@ -14,6 +15,7 @@ __all__ = [
     "apply_safelora",
     "apply_safemerge",
     "bake_adapter",
+    "fuse_adapters",
     "measure_adapter",
     "merge_adapters",
     "sweep_adapters",
