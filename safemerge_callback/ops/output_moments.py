@@ -30,19 +30,24 @@ def output_moments(
     update: LowRank,
     inputs: Float[Tensor, "*n t d_in"],
     weight: Float[Tensor, "*n d_out d_in"] | None = None,
+    *,
+    centred: bool = True,
 ) -> OutputMoments:
     """Return the moments of (W + B·A)·x over the rows x of `inputs`, those of B·A·x alone where no weight is given.
 
     Alone, they come from the r × r covariance of A·x, and nothing of t × d_out is formed; with the base weight they are
-    taken of the outputs themselves, t × d_out. In float64, as `wide_dtype`; the deviation is the population's.
+    taken of the outputs themselves, t × d_out. In float64, as `wide_dtype`; the deviation is the population's. Without
+    `centred` it is from 0, the root mean square: so `inputs` may be any factor of the inputs' Gram matrix, of which the
+    rows are no inputs, up to one number for all channels.
     """
     wide = wide_dtype(update.A.device)
     X, B = inputs.to(wide), update.B.to(wide)
     small = X @ update.A.to(wide).mT
     if weight is not None:
         outputs = X @ weight.to(wide).mT + small @ B.mT
-        return OutputMoments(outputs.mean(-2), outputs.std(-2, correction=0))
-    centre = small.mean(-2, keepdim=True)
+        centre = outputs.mean(-2, keepdim=True) if centred else torch.zeros_like(outputs[..., :1, :])
+        return OutputMoments(centre.squeeze(-2), (outputs - centre).square().mean(-2).sqrt())
+    centre = small.mean(-2, keepdim=True) if centred else torch.zeros_like(small[..., :1, :])
     spread = small - centre
     covariance = spread.mT @ spread / X.shape[-2]
     variance = ((B @ covariance) * B).sum(-1)
@@ -54,14 +59,17 @@ def output_ratio(
     expert: LowRank,
     inputs: Float[Tensor, "*n t d_in"],
     weight: Float[Tensor, "*n d_out d_in"] | None = None,
+    *,
+    centred: bool = True,
 ) -> Float[Tensor, "*n"]:
     """Return ‖std merged‖/‖std expert‖ over a module's channels, (*n): 1 where the merge left its outputs as large.
 
     1 where both are 0, infinite where only the expert's are. `weight`: that of the base, of which outputs are all but
-    the update's share, so that the ratio is near 1 whatever was merged: without it the update's own is told.
+    the update's share, so that the ratio is near 1 whatever was merged: without it the update's own is told. `centred`
+    as `output_moments`.
     """
-    after = torch.linalg.vector_norm(output_moments(merged, inputs, weight).std, dim=-1)
-    before = torch.linalg.vector_norm(output_moments(expert, inputs, weight).std, dim=-1)
+    after = torch.linalg.vector_norm(output_moments(merged, inputs, weight, centred=centred).std, dim=-1)
+    before = torch.linalg.vector_norm(output_moments(expert, inputs, weight, centred=centred).std, dim=-1)
     return torch.where(after == before, torch.ones_like(after), after / before)
 
 

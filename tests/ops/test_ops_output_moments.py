@@ -73,3 +73,19 @@ def test_a_pull_is_taken_back_and_channels_without_output_stay():
     assert float(output_ratio(nothing, nothing, X)) == 1.0
     assert float(output_ratio(live, nothing, X)) == float("inf")
     assert torch.isfinite(rescaled_outputs(nothing, live, X).B).all()
+
+
+def test_a_factor_of_the_gram_stands_for_the_inputs_where_nothing_is_centred():
+    """Any X with the same Xᵀ·X: here its triangular one, of fewer rows; sizes are then known up to √(t/rows)."""
+    live, X = update(1), inputs(2)
+    merged = LowRank(live.A, live.B * torch.linspace(0.5, 1.5, 9, dtype=torch.float64)[:, None])
+    factor = torch.linalg.qr(X).R
+    assert len(factor) < len(X)
+    whole = output_ratio(merged, live, X, centred=False)
+    torch.testing.assert_close(output_ratio(merged, live, factor, centred=False), whole)
+    moments = output_moments(live, X, centred=False)
+    outputs = X @ (live.B @ live.A).mT
+    torch.testing.assert_close(moments.std, outputs.square().mean(-2).sqrt())
+    assert not moments.mean.any()
+    sizes = output_moments(live, factor, centred=False).std
+    torch.testing.assert_close(sizes * (len(factor) / len(X)) ** 0.5, moments.std)
