@@ -103,6 +103,59 @@ def test_what_was_not_logged_yet_is_told_before_a_checkpoint_so_that_a_resume_co
     assert [e["step"] for e in whole.state.log_history if key in e] == [3, 5, 6, 8]
 
 
+class Improving(transformers.TrainerCallback):
+    """Each evaluation at one of these steps is the best so far."""
+
+    def __init__(self, *steps):
+        self.steps = steps
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        metrics["eval_rank"] = float(state.global_step if state.global_step in self.steps else 0)
+
+
+@pytest.mark.parametrize(("unit", "saved"), [("steps", (2, 6)), ("epoch", (8,))])
+def test_what_the_best_checkpoint_has_is_told_before_it(world, chat_tokenizer, tmp_path, runs, unit, saved):
+    """Whether it is saved is decided within the evaluation, when the hooks of the step are over."""
+    steps = {"max_steps": 12, "save_strategy": "best", "eval_strategy": unit, "eval_steps": 2, "logging_steps": 5}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "rank", "greater_is_better": True}
+
+    def trainer():
+        callbacks = Improving(*saved), replaying(batch_size=2)
+        return world.trainer(tmp_path, *callbacks, tokenizer=chat_tokenizer, **steps, **best)
+
+    def readings():
+        entries = runs.entries(tmp_path, "gradient")
+        return [{key: value for key, value in entry.items() if key not in ("seconds", "time")} for entry in entries]
+
+    trainer().train()
+    unbroken = readings()
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in saved}
+    assert counts_of(runs, tmp_path) == (12, 24)
+    for step in saved:
+        trainer().train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert readings() == unbroken
+
+
+class Asking(transformers.TrainerCallback):
+    """Asks for a checkpoint when the guard's own hook of the step is over."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save |= state.global_step == 3
+
+
+def test_a_checkpoint_that_another_callback_asks_for_has_all_that_was_done(world, chat_tokenizer, tmp_path, runs):
+    steps = {"max_steps": 8, "save_strategy": "steps", "save_steps": 100, "logging_steps": 5}
+
+    def trainer():
+        return world.trainer(tmp_path, replaying(), Asking(), tokenizer=chat_tokenizer, **steps)
+
+    trainer().train()
+    assert [e["step"] for e in runs.entries(tmp_path, "gradient")] == [3, 5, 8]
+    trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert [e["step"] for e in runs.entries(tmp_path, "gradient")] == [3, 5, 8]
+    assert counts_of(runs, tmp_path) == (8, 8)
+
+
 def test_what_no_step_had_is_not_counted(world, chat_tokenizer, tmp_path, runs, monkeypatch):
     """A row that was drawn for a pass whose loss was dropped."""
     losses = iter([float("nan")])

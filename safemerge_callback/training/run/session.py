@@ -23,7 +23,7 @@ from ...errors import ConfigError
 from ...live import Writer
 from ...live.faults import Fault, attempt
 from ...live.micro_batch import MicroBatch
-from ...live.ranks import from_first
+from ...live.ranks import from_first, many
 from ...record.entries import check_entry, end_entry
 from ...record.log import Log
 from ...record.metrics import check_metrics
@@ -272,6 +272,9 @@ class Session:
         if not self.log.first_rank:
             return
         with self.clock.hook():
+            # Another callback may have asked for it after our hook of the step. Many ranks would have to tell together.
+            if self.gradients.untold and not many():
+                self.tell_terms()
             saved = self.saved = Saved(self.step, folder, uuid4().hex)
             initial = self.writer.initial
             done = attempt("state", lambda: save_run(self.state, saved, self.clock.now, initial, self.kept))
