@@ -24,8 +24,15 @@ def test_the_settings_of_every_action_make_a_config(action):
     SafeMergeConfig(**{"subspace": "s", "safety_adapter": "a", **settings(ACTIONS[action])})
 
 
-def test_there_are_the_five_actions():
-    assert {action.partition(",")[0] for action in ACTIONS} == {"merge", "project", "pull", "average", "watch"}
+def test_there_are_the_six_actions():
+    assert {action.partition(",")[0] for action in ACTIONS} == {
+        "merge",
+        "project",
+        "pull",
+        "regress",
+        "average",
+        "watch",
+    }
 
 
 @pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL))

@@ -23,7 +23,8 @@ class RowSettings:
     sets, or `harm:FILE` and `benign:FILE`), of each set at most `num_prompts`, which the aligned model answers itself.
     Where neither is named they are those of a `replay` beside, or else answers to the packaged prompts. Of each
     response `first_tokens` count (None: all). `num_task_rows`: how many of the rows that were trained on last are kept,
-    over all processes. ConfigError for what cannot be.
+    over all processes; `gram_rows`: at how many positions of each kind inputs are kept for Grams. ConfigError for what
+    cannot be.
     """
 
     safety_rows: Any = None
@@ -31,14 +32,16 @@ class RowSettings:
     num_prompts: int = 64
     first_tokens: int | None = 8
     num_task_rows: int = 64
+    gram_rows: int = 256
 
     def __post_init__(self) -> None:
         # Checked where rows, prompts and their numbers are.
         settled = self.as_replay
         object.__setattr__(self, "safety_rows", settled.rows)
         object.__setattr__(self, "prompts", settled.prompts)
-        if not is_whole(self.num_task_rows, 1):
-            raise ConfigError(f"num_task_rows is {shown(self.num_task_rows)}: give a whole number of 1 or more")
+        for name in ("num_task_rows", "gram_rows"):
+            if not is_whole(getattr(self, name), 1):
+                raise ConfigError(f"{name} is {shown(getattr(self, name))}: give a whole number of 1 or more")
 
     @property
     def as_replay(self) -> ReplaySettings:

@@ -33,7 +33,7 @@ class Merge:
         plan = at.plan
         if plan is None or not plan.selected:
             return None
-        new, edits = agreed_factors(plan, at.writer, self.sources(at), at.subspace)
+        new, edits = agreed_factors(plan, at.writer, self.sources(at), at.subspace, grams=at.grams)
         shares, about = {name: plan.task_weight_of(name) for name in plan.selected}, self.average
         return Change(
             new,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..adapters import Adapter, LoraFactors
 from ..decision import Edit, MergePlan
 from ..live import Writer
-from ..ops import LowRank
+from ..ops import Grams, LowRank
 from ..signals.check_data import CheckData
 from ..subspace import Subspace
 from .schedule import Schedule
@@ -40,6 +40,11 @@ class RunPoint:
     optimizer: Any = None
     plan: MergePlan | None = None
     data: CheckData | None = None
+
+    @property
+    def grams(self) -> Mapping[str, Grams] | None:
+        """The Grams of each module's inputs, where a method needs them."""
+        return self.data.grams if self.data is not None else None
 
     def factors(self) -> dict[str, LoraFactors]:
         """Return module -> the live factors as they are now, not copied. Collective as `Writer.gather`."""

@@ -18,11 +18,11 @@ from ..adapters import Adapter, LoraFactors
 from ..errors import PlanError
 from ..live import Writer
 from ..live.ranks import agree, all_or_none, from_first
-from ..ops import AlignmentMatrix, Basis, LowRank, full_precision, leading_basis
+from ..ops import AlignmentMatrix, Basis, Grams, LowRank, full_precision, leading_basis
 from ..subspace import Subspace
 from ..subspace.header import ModuleHeader
 from .batches import Batch, batches, split
-from .fit import check_plan, needed_sources, needed_subspace
+from .fit import check_plan, needed_grams, needed_sources, needed_subspace
 from .merge_batch import merge_batch, not_finite
 from .plan import MergePlan
 from .weights import rules_in_force
@@ -54,19 +54,21 @@ def apply(
     safety: Adapter | Sequence[Adapter] | None = None,
     subspace: Subspace | None = None,
     *,
+    grams: Mapping[str, Grams] | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[Edit, ...]:
     """Merge the plan's modules into the live adapter, all of them or none, and return one `Edit` a module.
 
     Factors are computed in float32 or better, in the live adapter's units, and written once. A plan that selects
-    nothing touches nothing. `safety`: one adapter or several, as the plan has weights for. `device` None computes where
-    the factors live. Raises PlanError for a plan that does not fit the model, a method that changes the rank, or a
-    result that is not finite, and AdapterError for a safety adapter that does not fit; nothing is written then.
+    nothing touches nothing. `safety`: one adapter or several, as the plan has weights for. `grams`: of each module's
+    inputs, for a method that needs them. `device` None computes where the factors live. Raises PlanError for a plan
+    that does not fit the model, a method that changes the rank, or a result that is not finite, and AdapterError for a
+    safety adapter that does not fit; nothing is written then.
 
     With many processes every rank calls this with the same plan, each computes, and rank 0's factors and edits count.
     What one rank raises, all raise; ProcessesError where the plans decide differently.
     """
-    new, edits = agreed_factors(plan, writer, safety, subspace, device=device)
+    new, edits = agreed_factors(plan, writer, safety, subspace, grams=grams, device=device)
     if not new:
         return ()
     writer.write(new)
@@ -79,6 +81,7 @@ def agreed_factors(
     safety: Adapter | Sequence[Adapter] | None = None,
     subspace: Subspace | None = None,
     *,
+    grams: Mapping[str, Grams] | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[dict[str, LowRank], tuple[Edit, ...]]:
     """Return what `apply` would write into the live adapter, and the edits; nothing is written. Raises as it does."""
@@ -90,7 +93,7 @@ def agreed_factors(
             f"method {plan.how.method!r} changes the rank, which a live adapter keeps: use it offline, or 'linear'"
         )
     factors = writer.gather()
-    return all_or_none(lambda: merged_factors(plan, factors, safety, subspace, device))
+    return all_or_none(lambda: merged_factors(plan, factors, safety, subspace, device, grams))
 
 
 @full_precision()
@@ -100,6 +103,7 @@ def merged_factors(
     safety: Adapter | Sequence[Adapter] | None = None,
     subspace: Subspace | None = None,
     device: torch.device | str | None = None,
+    grams: Mapping[str, Grams] | None = None,
 ) -> tuple[dict[str, LowRank], tuple[Edit, ...]]:
     """Return the new factors of the plan's modules, in their own scaling's units, and the edits; nothing is written.
 
@@ -111,8 +115,9 @@ def merged_factors(
     check_plan(plan, factors)
     sources = needed_sources(plan, safety, factors)
     projecting = "subspace" in plan.how.needs
-    todo = _batches(plan, factors, sources, needed_subspace(plan, subspace) if projecting else None, device)
-    done = [(batch.names, merge_batch(batch, matrix, plan, factors, sources)) for batch, matrix in todo]
+    inputs = needed_grams(plan, grams)
+    todo = _batches(plan, factors, sources, needed_subspace(plan, subspace) if projecting else None, device, inputs)
+    done = [(batch.names, merge_batch(batch, matrix, plan, factors, sources, inputs)) for batch, matrix in todo]
     # One row a module: residual, change, finite. Results of several devices meet on the first.
     rows = torch.cat([result.to(done[0][1][1].device) for _, (_, result) in done]).tolist()
     names = [name for batch, _ in done for name in batch]
@@ -139,6 +144,7 @@ def _batches(
     sources: Sequence[Adapter],
     subspace: Subspace | None,
     device: torch.device | str | None,
+    grams: Mapping[str, Grams],
 ) -> Iterable[tuple[Batch, AlignmentMatrix | Basis | None]]:
     """The selected modules in batches of one shape and one set of weights, with what they are projected by, if any."""
     if subspace is not None:
@@ -160,8 +166,19 @@ def _batches(
         (Batch(part, where, transposed=False, comparable=False), None)
         for (where, (d_out, d_in), rank, others, _), names in groups.items()
         # Eight bytes an entry, for the factors of all, their sum and its decomposition.
-        for part in split(names, 4 * 8 * (rank + sum(others)) * (d_out + d_in) + 4 * matrices * d_out * d_in)
+        for part in split(
+            names,
+            4 * 8 * (rank + sum(others)) * (d_out + d_in) + 4 * matrices * d_out * d_in + _gram_bytes(grams, names),
+        )
     ]
+
+
+def _gram_bytes(grams: Mapping[str, Grams], names: Sequence[str]) -> int:
+    """What a module's Grams take while it is merged: rows × d_in and rows × rows in float64, three of each."""
+    if not grams:
+        return 0
+    rows = sum(factor.shape[-2] for factor in grams[names[0]])
+    return 8 * 3 * rows * (rows + grams[names[0]].task.shape[-1])
 
 
 def _where(module: LoraFactors, device: torch.device | str | None) -> torch.device:

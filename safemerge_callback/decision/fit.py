@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from ..adapters import Adapter, LoraFactors
 from ..errors import AdapterError, PlanError, nearest
-from ..ops import all_finite
+from ..ops import Grams, all_finite
 from ..subspace import Subspace
 from .plan import MergePlan
 
@@ -127,6 +127,19 @@ def needed_sources(
     for source in sources:
         _check_modules(source, {name: factors[name] for name in plan.selected}, how.space)
     return sources
+
+
+def needed_grams(plan: MergePlan, grams: Mapping[str, Grams] | None) -> Mapping[str, Grams]:
+    """Return the Grams, none for a method that reads none; PlanError where a module to merge has none."""
+    if "grams" not in plan.how.needs:
+        return {}
+    lacking = [name for name in plan.selected if name not in (grams or {})]
+    if lacking:
+        raise PlanError(
+            f"method {plan.how.method!r} merges by the Grams of the modules' inputs, and module {lacking[0]!r} has "
+            "none: use it in training, or give `apply` grams"
+        )
+    return grams or {}
 
 
 def needed_subspace(plan: MergePlan, subspace: Subspace | None) -> Subspace:

@@ -14,6 +14,7 @@ from ..methods import Merged
 from ..ops import (
     AlignmentMatrix,
     Basis,
+    Grams,
     LowRank,
     accumulation_dtype,
     all_finite,
@@ -32,6 +33,7 @@ def merge_batch(
     plan: MergePlan,
     factors: Mapping[str, LoraFactors],
     sources: Sequence[Adapter],
+    grams: Mapping[str, Grams],
 ) -> tuple[Merged, Tensor]:
     """Return the new factors of a batch and its (n, 3): residual, change, and 1 where all of it is finite.
 
@@ -51,7 +53,7 @@ def merge_batch(
         # Not w·B·A but B₀·A₀ + w·(B·A - B₀·A₀) is what keeps the share w of the update.
         others, weights = [*others, stacked(initial, batch.device)], (*weights, 1.0 - weights[0])
     try:
-        merged = _merged(batch.names, plan, live, others, weights, V)
+        merged = _merged(batch, plan, live, others, weights, V, _grams(batch, grams))
     except torch.linalg.LinAlgError as error:
         # The decompositions refuse NaN by raising for the whole batch: find the modules that hold it.
         raise not_finite(_broken(batch.names, [live, *others]) or batch.names) from error
@@ -73,22 +75,37 @@ def _weights(plan: MergePlan, batch: Batch) -> tuple[float | Tensor, ...]:
 
 
 def _merged(
-    names: Sequence[str],
+    batch: Batch,
     plan: MergePlan,
     live: LowRank,
     others: Sequence[LowRank],
     weights: Sequence[float | Tensor],
     V: AlignmentMatrix | Basis | None,
+    grams: Grams | None,
 ) -> Merged:
     """The plan's method on a batch; a random one module by module, so that masks do not depend on the batch."""
     if not plan.how.kind.random:
-        return plan.how.merge(live, others, weights=weights, alignment_matrix=V)
+        return plan.how.merge(live, others, weights=weights, alignment_matrix=V, grams=grams)
     done = []
-    for i, name in enumerate(names):
+    for i, name in enumerate(batch.names):
         task, *rest = (LowRank(update.A[i], update.B[i]) for update in (live, *others))
         source = torch.Generator().manual_seed(mask_seed(plan.seed, plan.step, name))
         done.append(plan.how.merge(task, rest, weights=weights, alignment_matrix=V, generator=source))
     return Merged(*(torch.stack(parts) for parts in zip(*done, strict=True)))
+
+
+def _grams(batch: Batch, grams: Mapping[str, Grams]) -> Grams | None:
+    """The factors of the batch's modules, on its device; None where no method reads any. Zeros fill up the rows."""
+    if not grams:
+        return None
+    pairs = [grams[name] for name in batch.names]
+    return Grams(_stacked([p.task for p in pairs], batch.device), _stacked([p.safety for p in pairs], batch.device))
+
+
+def _stacked(factors: Sequence[Tensor], device: torch.device) -> Tensor:
+    rows = max(len(factor) for factor in factors)
+    filled = [torch.nn.functional.pad(factor.to(device), (0, 0, 0, rows - len(factor))) for factor in factors]
+    return torch.stack(filled)
 
 
 def _relative_to(update: LowRank, ratio: Tensor, whole: LowRank) -> Tensor:

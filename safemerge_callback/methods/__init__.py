@@ -13,6 +13,7 @@ from . import (
     pcb,
     project,
     pull,
+    regmean,
     slerp,
     ties,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "pcb",
     "project",
     "pull",
+    "regmean",
     "slerp",
     "ties",
 ]

@@ -25,6 +25,9 @@ class MethodKnobs(TypedDict, total=False):
     majority_sign_method: str
     operator: str | None
     operator_rank: int | None
+    mu: float
+    ridge: float
+    off_diagonal: float
 
 
 class HowKnobs(MethodKnobs, total=False):

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import PlanError
 from ..io.choices import one_of
 from ..io.knobs import Knob
-from ..ops import AlignmentMatrix, Basis, LowRank, accumulation_dtype, aligned_ranks, full_precision, refit
+from ..ops import AlignmentMatrix, Basis, Grams, LowRank, accumulation_dtype, aligned_ranks, full_precision, refit
 
 # The space in which factors are added, and the one in which their rank directions are aligned before.
 FACTOR, ALIGNED_FACTOR = "factor", "aligned_factor"
@@ -34,13 +34,14 @@ class Keywords(TypedDict, total=False):
     weights: (w_live, w_safety, ...), each a number or one a module, (*n). space: `delta`, `factor` or `aligned_factor`,
     which `Method.merge` makes `factor` of.
     alignment_matrix: V of the modules, or a basis of it. generator: on the CPU; where a batch has several modules they
-    draw from it in turn.
+    draw from it in turn. grams: of the modules' inputs.
     """
 
     weights: Sequence[float | Tensor]
     space: str
     alignment_matrix: AlignmentMatrix | Basis | None
     generator: torch.Generator | None
+    grams: Grams | None
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,13 @@ class Method:
     `function(live, safety, *, weights, ...)` declares those of `Keywords` and of its own knobs that it reads, and no
     others.
 
-    `needs`: what must be there: `safety_adapter`, `subspace` or `average` (the run's own). `optional`: what is used
-    where it is there. `dense`: whether space `delta` forms the d_out × d_in updates, which a mask on their entries
-    cannot do without. `additive`: the spaces in which the result is Σ wᵢ·ΔWᵢ, so that weights may fade in or be shared
-    out over events. `signed`: whether a negative weight means to take an update away. `several`: whether there may be
-    more than one safety adapter. `strength`: of a method that goes a share of the way to a target, the share by
-    default; such a one has weights (1 - share, share). `knobs`: those that it has beside space, weights and strength.
+    `needs`: what must be there: `safety_adapter`, `subspace`, `average` (the run's own), `grams` and module signals.
+    `optional`: what is used where it is there. `dense`: whether space `delta` forms the d_out × d_in updates, which a
+    mask on their entries cannot do without. `additive`: the spaces in which the result is Σ wᵢ·ΔWᵢ, so that weights may
+    fade in or be shared out over events. `signed`: whether a negative weight means to take an update away. `several`:
+    whether there may be more than one safety adapter. `strength`: of a method that goes a share of the way to a target,
+    the share by default; such a one has weights (1 - share, share). `knobs`: those that it has beside space, weights
+    and strength.
     """
 
     name: str
@@ -117,7 +119,7 @@ class Method:
     @property
     def takes_away(self) -> bool:
         """Whether a merge leaves the share w_live of the task's own update."""
-        return "safety_adapter" in self.needs | self.optional
+        return self.weighted or (self.strength is not None and "safety_adapter" in self.optional)
 
     @property
     def random(self) -> bool:

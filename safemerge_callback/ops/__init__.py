@@ -4,6 +4,7 @@ from .alignment import AlignmentMatrix, Factored, Int8, moved, rows_of, turned
 from .basis import Basis, leading_basis, project_on_basis
 from .consensus import SIGN_METHODS, balances, disjoint_mean, elected
 from .cosine import Cosines, cosines, null_cosine, project, projected_cosine
+from .grams import Grams, Regression, gram_cosine, regression, unused_features
 from .interval import Known, cosine_interval
 from .lowrank import (
     LowRank,
@@ -34,6 +35,11 @@ from .sparsify import (
 from .spectral import spectral_bound
 
 __all__ = [
+    "unused_features",
+    "regression",
+    "gram_cosine",
+    "Regression",
+    "Grams",
     "SIGN_METHODS",
     "AlignmentMatrix",
     "Basis",

@@ -50,6 +50,17 @@ _CHECK = {
         f"warns of lost refusals, below {BAND.edge:g} in the runs seen; absent where V is compressed.",
     ),
     "modules_opposed": Metric("modules", "max", "Number of modules whose signed cosine lies below -2 of those."),
+    "safety_slope_mean": Metric(
+        "nats a token",
+        "max",
+        "Mean over the modules of what their updates cost of the refusals, to first order; absent where nobody asks.",
+    ),
+    "gram_cosine_mean": Metric(
+        "cosine",
+        "last",
+        "Mean over the modules of the cosine between the Grams of their inputs on the task and on harmful rows; "
+        "absent where nobody asks.",
+    ),
     "modules": Metric("modules", "last", "Number of modules measured."),
     "modules_below": Metric(
         "modules",
@@ -113,6 +124,7 @@ def check_metrics(plan: MergePlan, edits: Sequence[Edit], progress: Progress, se
         **_distances([z for z in map(z_of, readings) if z is not None]),
         # Where a part of the modules alone was read exactly, the others' signs are not known.
         **({} if moved is None else _signs([r.signed_z for r in readings if r.signed_z is not None], moved)),
+        **{f"{name}_mean": _mean(_said(name, readings)) for name in ("safety_slope", "gram_cosine")},
         "modules": float(len(readings)),
         "modules_below": _below(plan) if plan.gate.limits else math.nan,
         "modules_merged": float(len(edits)),
@@ -165,6 +177,11 @@ def _signs(distances: Sequence[float], moved: float) -> dict[str, float]:
     opposed = sum(z < Gate.z_threshold for z in distances)
     means = {"signed_z_mean": _mean(distances), "moved_mean": moved}
     return {"signed_z_min": min(distances), **means, "modules_opposed": float(opposed)}
+
+
+def _said(signal: str, readings: Sequence[Reading]) -> list[float]:
+    values = (reading.signals.get(signal, math.nan) for reading in readings)
+    return [value for value in values if math.isfinite(value)]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..adapters import Adapter, LoraFactors
 from ..live.modules import LoraModule, lora_modules
+from ..ops import Grams
 from .rows import RowTokens
 
 SAFETY_BATCH, TASK_BATCH, GRAMS = "safety_batch", "task_batch", "grams"
@@ -18,7 +19,7 @@ SAFETY_BATCH, TASK_BATCH, GRAMS = "safety_batch", "task_batch", "grams"
 DATA_NEEDS: Mapping[str, frozenset[str]] = {
     SAFETY_BATCH: frozenset(),
     TASK_BATCH: frozenset(),
-    GRAMS: frozenset({SAFETY_BATCH, TASK_BATCH}),
+    GRAMS: frozenset({SAFETY_BATCH}),
 }
 
 
@@ -29,7 +30,7 @@ class CheckData:
     `model`: what a forward pass calls, its adapter on. `safety_batch`: rows in the aligned model's own words, kind
     `harm` or `benign`; `task_batch`: the last rows that the run was trained on, of all ranks, kind `task`. Each is
     empty where nobody needs it. `factors`: the live ones, whole; `safety`: the safety adapters; `knobs`: those of gate,
-    method and rules, by name.
+    method and rules, by name. `grams`: of each module's inputs, on what was trained on last and on the harmful rows.
     """
 
     model: nn.Module
@@ -38,6 +39,7 @@ class CheckData:
     factors: Mapping[str, LoraFactors] = field(default_factory=dict)
     safety: Sequence[Adapter] = ()
     knobs: Mapping[str, Any] = field(default_factory=dict)
+    grams: Mapping[str, Grams] | None = None
     adapter_name: str | None = None
 
     @cached_property

@@ -142,7 +142,7 @@ class SafeMergeCallback(TrainerCallback):
         And let the first rank, which writes, know the task rows of all.
         """
         if self.session and control.should_save:
-            self.session.data.exchange(self.session.step)
+            self.session.data.exchange()
         if self.session and self.session.gradients.untold and control.should_save and not control.should_log:
             self.session.tell_terms()
 

@@ -116,7 +116,7 @@ SIGNED = sorted(name for name, method in METHODS.items() if method.signed)
 
 def test_a_negative_weight_has_a_meaning_where_updates_are_summed():
     assert SIGNED == ["breadcrumbs", "cat", "dare_linear", "linear", "magnitude_prune", "orthogonal"]
-    assert sorted(n for n, m in METHODS.items() if not m.several) == ["ema", "pull", "slerp"]
+    assert sorted(n for n, m in METHODS.items() if not m.several) == ["ema", "pull", "regmean", "slerp"]
     assert {n: m.additive for n, m in METHODS.items() if m.additive} == dict.fromkeys(
         ["cat", "ema", "linear", "pull"], ("delta",)
     )

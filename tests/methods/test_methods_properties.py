@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from safemerge_callback.errors import ConfigError, PlanError
 from safemerge_callback.methods import METHODS, How, get_method
 from safemerge_callback.methods.registry import Keywords
-from safemerge_callback.ops import LowRank
+from safemerge_callback.ops import Grams, LowRank
 
 MERGES = sorted(name for name, method in METHODS.items() if "safety_adapter" in method.needs and method.keeps_rank)
 PAIRS = [(name, space) for name in MERGES for space in METHODS[name].spaces]
@@ -152,6 +152,7 @@ def test_results_are_finite_for_adapters_that_never_moved(name, space):
 def test_every_method_takes_every_keyword(name):
     live, V = update(1), normal(9, 12, seed=5)
     every = {"density": 0.5, "majority_sign_method": "total", "generator": torch.Generator(), "alignment_matrix": V}
+    every["grams"] = Grams(normal(6, 12, seed=6), normal(4, 12, seed=7))
     merged = get_method(name).merge(live, [update(2)], weights=(0.8, 0.2), space="delta", **every)
     assert product(merged).shape == (9, 12)
 

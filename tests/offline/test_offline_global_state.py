@@ -32,7 +32,7 @@ from safemerge_callback.methods import METHODS, get_method
 from safemerge_callback.ops import LowRank
 from safemerge_callback.subspace import compress_subspace
 
-FILES = [name for name, method in METHODS.items() if "average" not in method.needs]
+FILES = [name for name, method in METHODS.items() if not method.needs & {"average", "grams"}]
 PRUNED = {name: {"density": 0.5} for name, method in METHODS.items() if "density" in method.takes}
 
 

@@ -14,7 +14,7 @@ from safemerge_callback.offline import merge_adapters
 from safemerge_callback.offline.merge_yaml import keys, read_recipe
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "merge").glob("*.yaml"))
-OFFLINE = {name for name, method in METHODS.items() if "average" not in method.needs}
+OFFLINE = {name for name, method in METHODS.items() if not method.needs & {"average", "grams"}}
 WEIGHTS = "adapter_model.safetensors"
 
 

@@ -16,7 +16,7 @@ from safemerge_callback.offline.sweep.small_space import fits_core, in_core
 from safemerge_callback.ops import LowRank
 
 GATES = [Gate(threshold=0.0), Gate("num_layers", num_layers=3), Gate("quantile", quantile=0.5), Gate("all")]
-OFFLINE = sorted(name for name, method in METHODS.items() if "average" not in method.needs)
+OFFLINE = sorted(name for name, method in METHODS.items() if not method.needs & {"average", "grams"})
 
 
 def updates(folder):

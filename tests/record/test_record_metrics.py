@@ -24,7 +24,9 @@ def numbers(plan, edits=(), progress=None, seconds=0.5):
 
 def test_the_numbers_of_a_check_by_hand():
     cosines = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 0.0]
-    plan = MergePlan.decide(readings(cosines), gate="threshold", threshold=0.35)
+    measured = readings(cosines)
+    said = {"safety_slope": dict.fromkeys(measured, 0.25), "gram_cosine": dict.fromkeys(measured, 0.5)}
+    plan = MergePlan.decide(measured.with_signals(said), gate="threshold", threshold=0.35)
     progress = Progress(task_weights={"layers.0.q_proj": 0.5}, modules_merged=3, seconds=2.0)
     found = numbers(plan, [Edit("layers.0.q_proj", 0.2, 0.1), Edit("layers.1.q_proj", 0.3, 0.1)], progress)
     assert found == pytest.approx(
@@ -43,6 +45,8 @@ def test_the_numbers_of_a_check_by_hand():
             # norms are 1 here
             "moved_mean": 0.0,
             "modules_opposed": 3,
+            "safety_slope_mean": 0.25,
+            "gram_cosine_mean": 0.5,
             "modules": 11,
             "modules_below": 4,
             "modules_merged": 2,

@@ -82,7 +82,7 @@ def test_the_two_signals_are_of_the_harmful_rows_and_of_the_tasks(world):
 
 def test_what_is_needed_for_a_signal_is_needed():
     assert data_among({"safety_slope": "gate 'x'"}) == {"safety_batch": "gate 'x'"}
-    assert data_among({"grams": "method 'y'"}) == dict.fromkeys(("grams", "safety_batch", "task_batch"), "method 'y'")
+    assert data_among({"grams": "method 'y'"}) == dict.fromkeys(("grams", "safety_batch"), "method 'y'")
     assert data_among({"subspace": "method 'z'"}) == {}
     check_engine({"safety_slope": "gate 'x'"}, "DDP")
     with pytest.raises(ConfigError, match=r"gate 'x' needs 'safety_slope', which is taken on .*'DDP', 'one process'"):

@@ -50,7 +50,7 @@ def _root(gram: Tensor) -> Tensor:
 
 def fits_core(how: How) -> bool:
     """Return whether a merge sees updates only up to a rotation of their spaces: not entry by entry, nor against V."""
-    return not how.kind.dense and not how.needs & {"subspace", "average"}
+    return not how.kind.dense and not how.needs & {"subspace", "average", "grams"}
 
 
 def core_effect(how: How, live: LowRank, safety: Sequence[LowRank], scaling: Tensor) -> MergeEffect:

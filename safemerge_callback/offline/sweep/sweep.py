@@ -28,6 +28,7 @@ from ...methods import How, as_how, check_merge, get_method, method_of
 from ...methods.how import AUTO, MethodKnobs
 from ...methods.registry import knobs as declared
 from ...ops import LowRank, full_precision
+from ...signals.module_signals import data_among
 from ...subspace import Subspace
 from ..parts import CHUNK_BYTES, AdapterSource, adapter_of, adapters_of, chunks, copies_of_base, left_out, subspace_of
 from .small_space import MergeEffect, core_effect, fits_core, in_core, merge_effect
@@ -109,6 +110,8 @@ def _check(gates: Sequence[Gate], merges: Sequence[How], safety_adapters: Sequen
     for how in merges:
         if "average" in how.needs:
             raise ConfigError(f"method {how.method!r} goes to the average of a run's own updates: it cannot be swept.")
+        if data := [who for gate in gates for who in data_among(needs_of(how, gate)).values()]:
+            raise ConfigError(f"{data[0]} asks a live model about rows: it cannot be swept.")
         if how.kind.weighted:
             check_merge(how.method, how.space, how.weights, len(safety_adapters) or None)
     needs = (needs_of(how, gate) for how in merges for gate in gates)

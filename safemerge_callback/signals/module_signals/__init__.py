@@ -1,6 +1,6 @@
 """What a live model says of each module: a signal is a file; importing the folder fills the registry."""
 
-from . import safety_slope, task_slope
+from . import gram_cosine, safety_slope, task_slope, unused_features
 from .registry import MODULE_SIGNALS, ModuleSignal, check_engine, data_among, module_signal, signals_among
 
 __all__ = [
@@ -8,8 +8,10 @@ __all__ = [
     "ModuleSignal",
     "check_engine",
     "data_among",
+    "gram_cosine",
     "module_signal",
     "safety_slope",
     "signals_among",
     "task_slope",
+    "unused_features",
 ]

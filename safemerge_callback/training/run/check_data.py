@@ -2,126 +2,155 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...corrections.check_rows import RowSettings, safety_batch
 from ...corrections.protocol import RunPoint
 from ...decision import Readings
 from ...errors import AdapterError
-from ...io.whole_file import whole_file
 from ...live.engine import engine_of
 from ...live.faults import Fault
-from ...live.ranks import all_or_none, everyones, from_first, rank, world_size
-from ...signals.check_data import SAFETY_BATCH, TASK_BATCH, CheckData
+from ...live.ranks import all_or_none, everyones, from_first, many, rank, world_size
+from ...ops import Grams
+from ...signals.adapter_off import adapter_off
+from ...signals.check_data import GRAMS, SAFETY_BATCH, TASK_BATCH, CheckData
 from ...signals.module_signals import ModuleSignal, check_engine, data_among, signals_among
+from ...signals.row_inputs import row_inputs
 from ...signals.rows import RowTokens
+from ...signals.task_inputs import InputState, TaskInputs, joined
 from ...signals.task_rows import TaskRows
-
-STATE_FILE = "safemerge_task_rows.json"
+from .task_state import read_inputs, read_rows, write_inputs, write_rows
 
 
 @dataclass
 class RunData:
     """The rows of one run and the signals that are taken of them; a `Kept`. Made by `open_data`.
 
-    `ranks`: what each process had last exchanged with the others, and at which step.
+    `task`: the rows that this process was trained on last, `inputs`: what each module was given then; `safety_inputs`:
+    module -> factor of what it is given on harmful rows in the aligned model. `ranks` and `states`: what all processes
+    had when they last told each other.
     """
 
     model: nn.Module | None = None
     signals: Sequence[ModuleSignal] = ()
     safety: tuple[RowTokens, ...] = ()
     task: TaskRows | None = None
+    inputs: TaskInputs | None = None
+    safety_inputs: Mapping[str, Tensor] = field(default_factory=dict)
     knobs: Mapping[str, Any] = field(default_factory=dict)
     adapter_name: str | None = None
-    ranks: tuple[int, list[tuple[RowTokens, ...]]] = (-1, [])
+    ranks: list[tuple[RowTokens, ...]] = field(default_factory=list)
+    states: list[InputState] = field(default_factory=list)
     name: str = "task rows"
     noun: str = "last rows of the task"
 
     @property
-    def needed(self) -> bool:
-        """Whether anything of a check asks the live model."""
-        return bool(self.signals or self.safety or self.task)
+    def follows(self) -> bool:
+        """Whether anything of the task's batches is kept."""
+        return self.task is not None or self.inputs is not None
 
     def at(self, point: RunPoint, *, rehearsal: bool = False) -> CheckData | None:
-        """Return what may be asked at a check, None where nothing is. Collective: ranks exchange their task rows.
+        """Return what may be asked at a check, None where nothing is. Collective: ranks exchange what they kept.
 
-        Before the first step there are none yet: safety rows stand for them in the rehearsal. AdapterError where a run
-        has none later.
+        Before the first step there is nothing of the task yet: safety rows stand for it in the rehearsal. AdapterError
+        where a run has none later.
         """
-        if self.model is None or not self.needed:
+        if self.model is None or not (self.signals or self.safety or self.follows):
             return None
-        task = self._task_rows(point.step, rehearsal=rehearsal)
-        factors = point.factors()
-        return CheckData(self.model, self.safety, task, factors, point.safety, self.knobs, self.adapter_name)
+        task, grams = self._task_rows(rehearsal=rehearsal), self._grams(rehearsal=rehearsal)
+        about = (point.factors(), point.safety, self.knobs, grams, self.adapter_name)
+        return CheckData(self.model, self.safety, task, *about)
 
-    def _task_rows(self, step: int, *, rehearsal: bool) -> tuple[RowTokens, ...]:
+    def _task_rows(self, *, rehearsal: bool) -> tuple[RowTokens, ...]:
         if self.task is None:
             return ()
-        self.exchange(step)
-        rows = tuple(row for one in self.ranks[1] for row in one)
-        if not rows and rehearsal:
-            return self.safety
-        if not rows:
+        rows = tuple(row for one in everyones(all_or_none(self.task.rows)) for row in one)
+        if not rows and not rehearsal:
             raise AdapterError(
                 "no batch of this training was seen as token ids that its loss counts (input_ids and labels), so there "
                 "are no task rows: choose a gate, method or weights rule that needs none"
             )
-        return rows
+        return rows or self.safety
 
-    def exchange(self, step: int) -> None:
-        """Let every rank know the task rows of all, as they are after this step. Collective."""
+    def _grams(self, *, rehearsal: bool) -> dict[str, Grams] | None:
+        if self.inputs is None:
+            return None
+        mine = self.inputs.inputs()
+        if many():
+            mine = mine._replace(rows={name: rows.cpu() for name, rows in mine.rows.items()})
+        task = joined(everyones(mine)) or (dict(self.safety_inputs) if rehearsal else {})
+        if lacking := [name for name in self.safety_inputs if name not in task]:
+            raise AdapterError(
+                f"module {lacking[0]!r} was given no tokens in the last batches of this training, so there is no Gram "
+                "of its inputs: choose a method that needs none"
+            )
+        return {name: Grams(task[name], factor) for name, factor in self.safety_inputs.items()}
+
+    def exchange(self) -> None:
+        """Let the first rank, which writes checkpoints, know what all ranks have kept. Collective."""
         if self.task is not None:
-            self.ranks = step, everyones(all_or_none(self.task.rows))
+            self.ranks = everyones(all_or_none(self.task.rows))
+        if self.inputs is not None:
+            self.states = everyones(self.inputs.state)
 
     @contextmanager
     def unseen(self) -> Iterator[None]:
         """Within, what goes through the model is no batch of the task."""
-        if self.task is None:
-            yield
-            return
-        with self.task.unseen():
+        with ExitStack() as stack:
+            for one in (self.task, self.inputs):
+                if one is not None:
+                    stack.enter_context(one.unseen())
             yield
 
     def after_step(self, at: RunPoint) -> None:
-        """Nothing follows a step: rows are kept as they pass."""
+        """Nothing follows a step: batches are looked at as they pass."""
 
     def save(self, folder: Path, save: str) -> None:
-        """Write the task rows of every rank, as token ids. Raises OSError."""
-        if self.task is None:
-            return
-        ranks = [self.task.rows()] if world_size() == 1 else self.ranks[1]
-        state = {"save": save, "ranks": [[[row.prompt, row.response] for row in one] for one in ranks]}
-        with whole_file(folder / STATE_FILE) as place:
-            place.write_text(json.dumps(state) + "\n", encoding="utf-8")
+        """Write what every rank has kept. Raises OSError."""
+        if self.task is not None:
+            write_rows(folder, save, self.ranks if many() else [self.task.rows()])
+        if self.inputs is not None:
+            write_inputs(folder, save, self.states if many() else [self.inputs.state])
 
     def load(self, folders: Sequence[Path], save: str | None) -> bool:
         """Go on from there; as `Kept.load`."""
-        if self.task is None:
-            return True
-        ranks = from_first(all_or_none(lambda: _stored(folders, save) if rank() == 0 else None))
-        if ranks is None:
-            return False
-        if len(ranks) != world_size():
-            warnings.warn(
-                f"safemerge: the checkpoint holds the task rows of {len(ranks)} processes and there are "
-                f"{world_size()} now: they are shared out anew",
-                stacklevel=2,
-            )
-            rows = [row for one in ranks for row in one]
-            ranks = [rows[place :: world_size()] for place in range(world_size())]
-        self.task.earlier = tuple(ranks[rank()])
-        return True
+        stored = from_first(all_or_none(lambda: self._read(folders, save) if rank() == 0 else ([], [])))
+        rows, states = (_share(ranks, what) for ranks, what in zip(stored, _KEPT, strict=True))
+        if self.task is not None and rows is not None:
+            self.task.earlier = tuple(rows)
+        if self.inputs is not None and states is not None and self.model is not None:
+            self.inputs.restore(states, next(self.model.parameters()).device)
+        return (self.task is None or rows is not None) and (self.inputs is None or states is not None)
+
+    def _read(self, folders: Sequence[Path], save: str | None) -> tuple[Any, Any]:
+        rows = None if self.task is None else read_rows(folders, save)
+        return rows, None if self.inputs is None else read_inputs(folders, save)
 
     def rewind(self, folders: Sequence[Path], save: str | None) -> None:
-        """The weights are an earlier step's again; the rows are still those that were trained on last."""
+        """The weights are an earlier step's again; what was trained on last is still that."""
+
+
+_KEPT = ("task rows", "inputs of the task's batches")
+
+
+def _share(ranks: Sequence[Any] | None, what: str) -> Any:
+    """What this rank goes on with; None where there is nothing, or of another number of processes."""
+    if ranks and len(ranks) == world_size():
+        return ranks[rank()]
+    if ranks:
+        warnings.warn(
+            f"safemerge: the checkpoint holds the {what} of {len(ranks)} processes and there are {world_size()} now: "
+            "they are gathered anew",
+            stacklevel=2,
+        )
+    return None
 
 
 def open_data(
@@ -130,28 +159,45 @@ def open_data(
     point: RunPoint,
     model: nn.Module,
     tokenizer: Any,
-    corrections: Sequence[object],
+    corrections: Sequence[object] = (),
+    adapter_name: str | None = None,
+    knobs: Mapping[str, Any] | None = None,
     *,
     bars: bool = False,
-    **about: Any,
 ) -> tuple[RunData, str | None]:
     """Return the rows that these needs come to, and a line on the safety rows where there are some. Collective.
 
-    `corrections` are prepared by now. `about`: fields of `RunData` beside. Raises ConfigError, on all ranks, for an
-    engine on which a signal cannot be taken, and as `safety_batch`.
+    `corrections` are prepared by now. Raises ConfigError, on all ranks, for an engine on which a signal cannot be
+    taken, and as `safety_batch`.
     """
     check_engine(needs, engine_of(model, point.optimizer))
     wanted = data_among(needs)
-    rows: tuple[RowTokens, ...] = ()
+    data = RunData(model, signals_among(needs), knobs=knobs or {}, adapter_name=adapter_name)
     line = None
     if SAFETY_BATCH in wanted:
-        rows, words = safety_batch(model, tokenizer, settings, corrections, wanted[SAFETY_BATCH], bars=bars)
+        data.safety, words = safety_batch(model, tokenizer, settings, corrections, wanted[SAFETY_BATCH], bars=bars)
         line = f"{wanted[SAFETY_BATCH]} asks about safety rows: {words}"
-    task = None
     if TASK_BATCH in wanted:
-        task = TaskRows(-(-settings.num_task_rows // world_size()))
-        task.follow(model)
-    return RunData(model, signals_among(needs), rows, task, **about), line
+        data.task = TaskRows(-(-settings.num_task_rows // world_size()))
+        data.task.follow(model)
+    if GRAMS in wanted:
+        rows = [row for row in data.safety if row.kind == "harm"]
+        with adapter_off(model):
+            data.safety_inputs = row_inputs(model, _few(rows, settings.gram_rows), adapter_name)
+        data.inputs = TaskInputs(-(-settings.gram_rows // world_size()))
+        data.inputs.follow(model, adapter_name)
+    return data, line
+
+
+def _few(rows: Sequence[RowTokens], count: int) -> list[RowTokens]:
+    """As many of the rows, from the first on, as have `count` tokens of responses, one at least."""
+    few, tokens = list(rows[:1]), len(rows[0].response)
+    for row in rows[1:]:
+        tokens += len(row.response)
+        if tokens > count:
+            break
+        few.append(row)
+    return few
 
 
 class Answer(NamedTuple):
@@ -175,27 +221,3 @@ def with_signals(readings: Readings | Fault, answer: Answer | Fault) -> Readings
     if isinstance(readings, Fault):
         return readings
     return faults[0] if faults or isinstance(answer, Fault) else readings.with_signals(answer.signals)
-
-
-def _stored(folders: Sequence[Path], save: str | None) -> list[list[RowTokens]] | None:
-    """What `save` wrote into the first of these folders that has it; AdapterError where it cannot be read."""
-    for path in (folder / STATE_FILE for folder in folders):
-        if not path.is_file():
-            continue
-        try:
-            state = json.loads(path.read_text(encoding="utf-8"))
-            if save is None or state["save"] == save:
-                return [[_row(*pair) for pair in one] for one in state["ranks"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise AdapterError(
-                f"{str(path)!r} cannot be read ({error}), so it is not known which rows were trained on last: take "
-                "another checkpoint"
-            ) from error
-    return None
-
-
-def _row(prompt: Any, response: Any) -> RowTokens:
-    ids = [tuple(int(token) for token in part) for part in (prompt, response)]
-    if not all(ids):
-        raise ValueError("a row lacks tokens")
-    return RowTokens(ids[0], ids[1], "task")

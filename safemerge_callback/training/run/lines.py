@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from ...record import JOURNAL_FILE
 from ...record.progress import Progress
 from ..config.settings import SafeMergeConfig
 from .forecast import Forecast, percent
+
+# Mean cosine of two Grams above which they count as one.
+ALIKE = 0.95
 
 
 def opening_line(config: SafeMergeConfig, plan: Forecast, num_modules: int, max_steps: int, step: int = 0) -> str:
@@ -92,6 +96,19 @@ def broken_modules(step: int, plan: MergePlan) -> str | None:
     return (
         f"{len(broken)} modules hold NaN or infinite updates at step {step} and are not merged, first "
         f"{broken[0]!r}: lower the learning rate or resume from an earlier checkpoint"
+    )
+
+
+def alike_inputs(step: int, plan: MergePlan) -> str | None:
+    """Return what to warn of where the Grams of the task's and of safety inputs agree; None where they do not."""
+    cosines = [reading.signals["gram_cosine"] for reading in plan.readings.values() if "gram_cosine" in reading.signals]
+    if not cosines or statistics.fmean(cosines) <= ALIKE:
+        return None
+    mu = plan.how.knobs.get("mu")
+    same = "" if mu is None else f", and does what pull does at strength {mu / (1 + mu):.2f}"
+    return (
+        f"at step {step} modules are given much the same by the task and by safety rows (mean cosine "
+        f"{statistics.fmean(cosines):.2f}): method {plan.how.method!r} has nothing to gain by the difference{same}"
     )
 
 

@@ -50,7 +50,7 @@ def rehearse(
     MergePlan.of(readings, choices)
     if config.merges:
         everything = MergePlan.of(readings, replace(choices, gate=Gate("all", seed=config.seed)))
-        _, edits = merged_factors(everything, factors, merge.sources(at), at.subspace)
+        _, edits = merged_factors(everything, factors, merge.sources(at), at.subspace, grams=at.grams)
         _tell_losses([edit.residual for edit in edits if factors[edit.name].initial is not None])
 
 

@@ -34,7 +34,7 @@ class Saved(NamedTuple):
 
 def kept_of(merge: Merge, corrections: Sequence[Correction | GradientTerm], data: RunData) -> list[Kept]:
     """Return what checkpoints hold of a run: the merge's average, corrections that have state, and the task's rows."""
-    rows = None if data.task is None else data
+    rows = data if data.follows else None
     return [one for one in (merge.average, *corrections, rows) if isinstance(one, Kept)]
 
 
