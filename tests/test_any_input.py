@@ -21,9 +21,12 @@ from safemerge_callback.evaluation.harness import check_tasks
 from safemerge_callback.evaluation.judges import load_judge
 from safemerge_callback.evaluation.loading import is_adapter
 from safemerge_callback.evaluation.prompts import load_prompts
+from safemerge_callback.evaluation.questions import load_questions
 from safemerge_callback.evaluation.rows import load_rows
 from safemerge_callback.offline import merge_adapters, undo_merge
 from safemerge_callback.offline.merge_yaml import read_recipe
+from safemerge_callback.offline.search import search_merge
+from safemerge_callback.offline.search_trace import read_trace
 from safemerge_callback.record import Journal, read_journal
 from safemerge_callback.reports import read_history, summary, watch_run
 from safemerge_callback.reports.page import render_page
@@ -70,6 +73,7 @@ def alone(tmp_path, monkeypatch):
 
 # Nothing is told of it: the path is refused before.
 ANY: Any = None
+ROWS = [{"prompt": "a"}]
 TAKERS = {
     "subspace": Subspace.load,
     "checkpoint": locate,
@@ -93,6 +97,10 @@ TAKERS = {
     "merge": lambda path: merge_adapters(path, path, path, "o"),
     "merge to": lambda path: merge_adapters("circle", "circle", "circle", path),
     "bake": lambda path: merge_adapters("circle", "circle", "circle", "o", bake=path),
+    "questions": lambda path: load_questions(path, "rows"),
+    "trace": read_trace,
+    "search": lambda path: search_merge(path, path, path, "o", task_rows=path, safety_rows=path),
+    "search to": lambda path: search_merge("circle", "pipe", "circle", path, task_rows=ROWS, safety_rows=ROWS),
     "loop": lambda path: LoopLog(path, enabled=False),
 }
 

@@ -106,6 +106,15 @@ def _way(method: str, weights: Any, strength: Any) -> tuple[float, ...]:
     return numbers
 
 
+def check_way(method: str, weights: Sequence[float]) -> None:
+    """Raise ConfigError unless a module's weights are a part of a method's way: (1 - share, share), 0 is to stay."""
+    if len(weights) != 2 or not 0 <= weights[1] <= 1 or not math.isclose(sum(weights), 1.0):
+        raise ConfigError(
+            f"weights are {shown(weights)}, and method {method!r} goes a share of the way to its target: give "
+            "[1 - share, share], the share from 0 to 1"
+        )
+
+
 def checked_share(method: str, strength: Any) -> float:
     """Return the strength of a method, the share of the way that it goes; ConfigError unless it is in (0, 1]."""
     if not is_number(strength) or not 0 < strength <= 1:

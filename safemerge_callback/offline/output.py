@@ -19,7 +19,9 @@ from ..record.card import caveat, escaped, front_matter
 
 CARD = "README.md"
 RECIPE = "safemerge.yaml"
-_ADAPTER_FILES = {CONFIG, WEIGHTS, JOURNAL_FILE, PAGE_FILE, CARD, RECIPE, *TOKENIZER}
+# Of a search of coefficients: every evaluation.
+TRACE = "search.jsonl"
+_ADAPTER_FILES = {CONFIG, WEIGHTS, JOURNAL_FILE, PAGE_FILE, CARD, RECIPE, TRACE, *TOKENIZER}
 
 
 def free_output(output: str | Path, inputs: Iterable[object], overwrite: bool, more: Iterable[str] = ()) -> Path:

@@ -119,12 +119,13 @@ class Step(NamedTuple):
 class Learned:
     """What a search found.
 
-    `weights`: module -> (w_live, w_1, ...), of which w_1 is the aligned model's where no other update was given.
+    `weights`: module -> (w_live, w_1, ...), of the updates called `labels`; without any, w_1 is the aligned model's.
     `before` and `after`: the objective of the fine-tuned model and of the merge. `improved`: whether anything was
     merged; without, the weights are (1, 0, ...). `forward` and `backward` count rows, `seconds` all of it.
     """
 
     weights: dict[str, tuple[float, ...]]
+    labels: tuple[str, ...]
     before: float
     after: float
     steps: list[Step]
@@ -167,6 +168,7 @@ def learn_weights(
     settings: SearchSettings,
     *,
     names: Sequence[str] | None = None,
+    clusters: Mapping[str, int] | None = None,
     known: Sequence[Evaluation] = (),
     note: Callable[[Evaluation], None] = unnoted,
     adapter_name: str | None = None,
@@ -176,7 +178,8 @@ def learn_weights(
     `others`: label -> the updates that may be merged in, as `merged_forward` takes them; none: the aligned model, whose
     update is 0, so that the merge is a pull. Several are tried one after another, the best alone first, each with its
     best coefficients, and are taken where the objective falls: Model-GLUE's greedy merging (arXiv:2410.05357), of which
-    the release saves the last coefficient that it tried, and not the best. `names`: the modules, all of the adapter by
+    the release saves the last coefficient that it tried, and not the best. `clusters`: label -> a number that
+    updates near to one another share; of such only the best alone is tried. `names`: the modules, all of the adapter by
     default. `known` and `note`: as `PathProblem`.
     """
     began = time.perf_counter()
@@ -186,7 +189,7 @@ def learn_weights(
     merged = MergedModel(
         model, list(others.values()), modules, settings.kind, *rows, settings.share, settings.batch_size, adapter_name
     )
-    search = _Search(merged, list(others), settings, {one.key: one for one in known}, note)
+    search = _Search(merged, list(others), settings, {one.key: one for one in known}, note, clusters or {})
     with preserve_random_states(model):
         learned = search.closed() if settings.kind.closed_form else search.greedy()
     return replace(learned, forward=merged.forward, backward=merged.backward, seconds=time.perf_counter() - began)
@@ -199,7 +202,9 @@ class _Search:
     settings: SearchSettings
     known: Mapping[tuple[Any, ...], Evaluation]
     note: Callable[[Evaluation], None]
+    clusters: Mapping[str, int]
     trace: list[Evaluation] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def unit(self, which: int | None) -> Tensor:
         """The weights with which one update stands alone: 0 is the live one's, None is nothing, the aligned model's."""
@@ -223,7 +228,12 @@ class _Search:
         if len(candidates) > 1:
             alone = {k: self.path(self.unit(k), self.unit(k), f"alone {label}").loss([0.0]) for k, label in candidates}
             candidates.sort(key=lambda one: (alone[one[0]], one[0]))
+        tried: dict[int, str] = {}
         for which, label in candidates:
+            cluster = self.clusters.get(label)
+            if cluster is not None and tried.setdefault(cluster, label) != label:
+                self.notes.append(f"{label}: near to {tried[cluster]}, which is better alone, so it is not tried")
+                continue
             step, end = self.step(now, self.unit(which), label, value)
             steps.append(step)
             if step.merged:
@@ -297,7 +307,15 @@ class _Search:
         if not self.labels:
             rows = [[share, 1.0 - share] for (share,) in rows]
         by_module = {name: tuple(row) for name, row in zip(self.merged.names, rows, strict=True)}
-        return Learned(by_module, before, after, steps, self.trace, notes=_notes(steps, self.trace))
+        return Learned(
+            by_module,
+            tuple(self.labels),
+            before,
+            after,
+            steps,
+            self.trace,
+            notes=[*self.notes, *_notes(steps, self.trace)],
+        )
 
 
 def _group(name: str, granularity: str) -> str:

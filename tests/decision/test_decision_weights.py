@@ -125,6 +125,21 @@ def test_what_does_not_fit_is_refused(make_case, safety_for):
         merged_factors(MergePlan.decide(readings, gate="all", method="ema"), factors, safety=None)
 
 
+def test_a_pull_takes_a_share_of_the_way_a_module(make_case):
+    case = make_case("llama", targets=["q_proj", "v_proj"])
+    factors = writer_for(case.model).gather()
+    readings = measure(factors, case.subspace)
+    shares = {"q_proj": [1.0, 0.0], "v_proj": [0.3, 0.7]}
+    new, _ = merged_factors(MergePlan.decide(readings, method="pull", module_weights=shares), factors)
+    for name, merged in new.items():
+        share = 0.3 if "v_proj" in name else 1.0
+        assert torch.equal(merged.A, factors[name].A)
+        torch.testing.assert_close(merged.B, share * factors[name].B.double(), check_dtype=False)
+    for broken in ([0.5, 0.2], [-0.5, 1.5], [0.5, 0.3, 0.2]):
+        with pytest.raises(ConfigError, match=r"a share of the way|one update to one other|w_live from 0|negative"):
+            MergePlan.decide(readings, method="pull", module_weights={"v_proj": broken})
+
+
 def test_a_pattern_is_of_whole_parts_as_pefts():
     names = ["model.layers.0.self_attn.q_proj", "model.layers.10.mlp.up_proj"]
     assert [pattern_of(n, ["proj", "q_proj"]) for n in names] == ["q_proj", None]

@@ -137,6 +137,15 @@ def test_several_updates_are_merged_one_after_another_the_best_alone_first(model
         assert {row[1] for row in result.weights.values()} == {0.0}
 
 
+def test_of_updates_near_to_one_another_the_best_alone_is_tried(model):
+    others = {"a": expert(model, size=0.9), "b": expert(model, size=0.02), "c": expert(model, seed=6, size=0.3)}
+    settings = SearchSettings()
+    rows = search_rows(model, TASK, SAFETY, settings)
+    result = learn_weights(model, others, rows, settings, clusters={"a": 0, "b": 0, "c": 1})
+    assert sorted(step.label for step in result.steps) == ["b", "c"]
+    assert "a: near to b, which is better alone, so it is not tried" in result.notes
+
+
 def test_an_update_equal_to_the_live_one_cannot_be_told_apart(model):
     same = {name: one.low_rank(unit=1.0) for name, one in live_factors(model).items()}
     result = learned(model, {"same": same})

@@ -10,6 +10,7 @@ from ...errors import ConfigError, shown
 from ...io.knobs import Knob
 from ...io.patterns import as_pattern
 from ...methods import check_merge, get_method
+from ...methods.weights import check_way
 from .registry import Case, Weights, weights_rule
 
 _SETTING = "module_weights"
@@ -26,13 +27,16 @@ def check_module_weights(
             f"module_weights is {shown(module_weights)}: map patterns of module names to weights, such as "
             "{'v_proj': [0.5, 0.5]}"
         )
-    if module_weights and not get_method(method).weighted:
+    rule = get_method(method)
+    if module_weights and not rule.weighted and rule.strength is None:
         raise ConfigError(f"module_weights is set, and method {method!r} reads no weights: leave it out")
     checked = {}
     for pattern, weights in module_weights.items():
         _compiled(pattern)
         try:
             checked[pattern] = check_merge(method, space, weights, adapters)
+            if rule.strength is not None:
+                check_way(method, checked[pattern])
         except ConfigError as error:
             raise ConfigError(f"module_weights of {shown(pattern)}: {error}") from error
     return checked

@@ -1,0 +1,98 @@
+"""The verb that lets a few rows choose how much of each update a merge takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import Verb, app, examples, say
+from .options import Bar, SubspaceFile, device_named
+
+
+@app.command(
+    cls=Verb,
+    epilog=examples(
+        "search ADAPTER SAFETY -s S --task-rows train.jsonl --safety-rows rows.jsonl -o OUT",
+        "search ADAPTER -s S --task-rows T --safety-rows R --granularity block --plot front.png -o OUT",
+    ),
+)
+def search(
+    finetuned: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="Fine-tuned LoRA adapter: folder or Hub id, org/name[@revision].")
+    ],
+    subspace: SubspaceFile,
+    task_rows: Annotated[str, typer.Option(help="The task's rows, or its prompts: .jsonl, .csv, .json, or a Hub id.")],
+    safety_rows: Annotated[str, typer.Option(help="Safety rows, or prompts: as `safemerge harvest` writes them.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder to write the result to.")],
+    safety: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="SAFETY", help="Safety LoRA adapters; none: pull toward the aligned model."),
+    ] = None,
+    objective: Annotated[str, typer.Option(help="kl, cross_entropy, entropy or cocktail.")] = "kl",
+    granularity: Annotated[str, typer.Option(help="One coefficient for the run, a block, or a module.")] = "run",
+    minimiser: Annotated[
+        str | None, typer.Option(help="golden, gradient, cma or tezo. [default: golden for run, else gradient]")
+    ] = None,
+    share: Annotated[float, typer.Option(min=0.0, help="What a safety row counts against a task row, μ.")] = 1.0,
+    penalty: Annotated[
+        float, typer.Option(min=0.0, help="On how far many coefficients are from the best one, in nats.")
+    ] = 0.1,
+    evaluations: Annotated[
+        int | None, typer.Option(min=1, help="Losses or gradients at most. [default: the minimiser's]")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Of objective cocktail.")] = 1.0,
+    method: Annotated[
+        str, typer.Option(help="linear, at the live rank, or cat, whole: with a safety adapter.")
+    ] = "linear",
+    rows: Annotated[int, typer.Option(min=1, help="Rows of each kind at most, by --seed.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a pass, and of each kind a step.")] = 16,
+    seed: Annotated[int, typer.Option(help="What chooses the rows, and draws.")] = 0,
+    plot: Annotated[
+        Path | None, typer.Option(help="Picture of the front: .png, .pdf or .svg (needs matplotlib).")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The adapter's base model; left out: what its config names.")] = None,
+    chat_template_kwargs: Annotated[
+        str | None, typer.Option(help="JSON for the chat template, such as '{\"enable_thinking\": false}'.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", "--overwrite", help="Replace a merge that is in OUT already.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="The model's dtype, or auto: as in its checkpoint.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Where to compute; left out: an accelerator, if any.")] = None,
+    progress: Bar = True,
+) -> None:
+    """Let task rows and safety rows choose how much of each update a merge takes, and make it; the model is loaded.
+
+    Exits with 1 where no coefficient lowers the objective: OUT is then the fine-tuned adapter as it was.
+    """
+    from ..offline.search import Opening, search_merge
+    from ..reports.search_plot import write_front
+    from ..reports.sweep_plot import check_picture
+    from ..signals.coefficients import SearchSettings
+
+    if plot is not None:
+        check_picture(plot)
+    settings = SearchSettings(
+        objective, granularity, minimiser, share, penalty, evaluations, batch_size, temperature, seed
+    )
+    report = search_merge(
+        finetuned,
+        safety,
+        subspace,
+        output,
+        task_rows=task_rows,
+        safety_rows=safety_rows,
+        settings=settings,
+        method=method,
+        rows=rows,
+        opening=Opening(base, dtype, None if device is None else device_named(device), chat_template_kwargs),
+        overwrite=force,
+        progress=progress,
+    )
+    say(f"{report}\n{output}: written")
+    if plot is not None:
+        say(f"{write_front(report, plot)}: {len(report.all_rows)} merges")
+    if not report.learned.improved:
+        raise typer.Exit(1)
