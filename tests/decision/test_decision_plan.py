@@ -130,7 +130,7 @@ def test_nothing_is_projected_where_there_is_nothing_to_project_on():
     ("knobs", "message"),
     [
         ({"method": "linaer"}, "did you mean 'linear'"),
-        ({"space": "dleta"}, r"space 'dleta'.*'linear'.*\['delta', 'factor'\].*did you mean 'delta'"),
+        ({"space": "dleta"}, r"space 'dleta'.*'linear'.*\['aligned_factor', 'delta', 'factor'\].*did you mean 'delta'"),
         ({"method": "cat", "space": "factor"}, "space 'factor' is not one that method 'cat' works in"),
         ({"gate": "num_layers", "num_layers": 5}, "num_layers=5 is more than the 4"),
         ({"gate": "quantiles"}, "gate 'quantiles' is unknown"),
