@@ -24,6 +24,7 @@ from .reference import Reference
 from .responses import alike_lengths
 from .row_batch import row_batch, row_outputs
 from .rows import RowTokens
+from .shared_prefix import prefix_agrees, prefix_length, prefixed_outputs
 
 
 class SearchRows(NamedTuple):
@@ -74,6 +75,7 @@ class MergedModel:
     adapter_name: str | None = None
     forward: int = 0
     backward: int = 0
+    _prefixes: dict[int, int] = field(default_factory=dict)
 
     def losses(self, weights: Tensor, batch: int | None = None) -> tuple[float, float]:
         """Return the mean loss of task rows and of safety rows.
@@ -124,10 +126,22 @@ class MergedModel:
 
     def _row_losses(self, kind: SearchRows, places: Sequence[int]) -> Tensor:
         device = next(self.model.parameters()).device
-        batch = row_batch([kind.rows[i] for i in places], device)
-        outputs = row_outputs(self.model, batch)
+        rows, length = [kind.rows[i] for i in places], self._prefix(kind)
+        if length:
+            outputs, batch = prefixed_outputs(self.model, rows, length, device)
+        else:
+            batch = row_batch(rows, device)
+            outputs = row_outputs(self.model, batch)
         reference = None if kind.reference is None else kind.reference.rows(places, device)
         return self.objective.function(outputs, batch, reference)
+
+    def _prefix(self, kind: SearchRows) -> int:
+        """How many tokens all rows of a kind begin with that may be paid for once; asked of the model once a kind."""
+        if id(kind) not in self._prefixes:
+            length, device = prefix_length(self.model, kind.rows), next(self.model.parameters()).device
+            agrees = length and prefix_agrees(self.model, kind.rows[: self.batch_size], length, device)
+            self._prefixes[id(kind)] = length if agrees else 0
+        return self._prefixes[id(kind)]
 
 
 def unnoted(_evaluation: Evaluation) -> None:

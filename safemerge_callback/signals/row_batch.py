@@ -60,7 +60,7 @@ def row_outputs(model: nn.Module, batch: RowBatch, *, hidden: bool = False) -> R
     """
     wanted = batch.targets.shape[1]
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    names = _keywords(model)
+    names = forward_keywords(model)
     if "position_ids" in names:
         inputs["position_ids"] = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
     if "logits_to_keep" in names:
@@ -95,8 +95,8 @@ def _right_aligned(rows: Sequence[Sequence[int]], length: int, device: torch.dev
     return torch.tensor([[0] * (length - len(row)) + list(row) for row in rows], device=device)
 
 
-def _keywords(model: nn.Module) -> frozenset[str]:
-    """What the innermost model's forward pass takes by name: engines, torch.compile and PEFT hand all of it on."""
+def forward_keywords(model: nn.Module) -> frozenset[str]:
+    """Return what the innermost model's forward pass takes by name: engines, compilers and PEFT hand all on."""
     inner: Any = model
     while isinstance(deeper := getattr(inner, "module", getattr(inner, "_orig_mod", None)), nn.Module):
         inner = deeper
