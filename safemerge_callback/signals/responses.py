@@ -155,24 +155,47 @@ def continuations(
     """
     said: list[list[int]] = [[] for _ in tokens]
     ends = end_tokens(model, tokenizer)
+    sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     with evaluating(model):
-        batches = alike_lengths([len(ids) for ids in tokens], batch_size)
-        for batch in under_bar(batches, label):
-            new = _continue(model, [tokens[i] for i in batch], ends, max_new_tokens, synced)
-            for i, answer in zip(batch, new.tolist(), strict=True):
-                stop = next((at + 1 for at, token in enumerate(answer) if token in ends), len(answer))
-                said[i] = answer[:stop]
+        answers = _answers(model, tokens, ends, synced, **sizes)
+        for i, answer in under_bar(answers, label, len(tokens)):
+            stop = next((at + 1 for at, token in enumerate(answer) if token in ends), len(answer))
+            said[i] = answer[:stop]
     return said
 
 
-def under_bar(batches: Sequence[Item], label: str | None) -> Iterable[Item]:
-    """Return the batches, with a progress bar of that name while they are gone through; None for no bar.
+def _answers(
+    model: Any,
+    tokens: Sequence[Sequence[int]],
+    ends: list[int],
+    synced: bool | None,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield each place and the token ids said there, as they come: by our own decoding where that is the same."""
+    from .greedy import beginning_of, continued, plain_decoder
+
+    decoder = plain_decoder(model) if tokens and alone(synced) else None
+    beginning = beginning_of(decoder, tokens) if decoder is not None else None
+    if beginning is not None:
+        yield from continued(beginning, tokens, ends, max_new_tokens, batch_size)
+        return
+    for batch in alike_lengths([len(ids) for ids in tokens], batch_size):
+        prompts = [tokens[i] for i in batch]
+        yield from zip(batch, _continue(model, prompts, ends, max_new_tokens, synced), strict=True)
+
+
+def under_bar(items: Iterable[Item], label: str | None, total: int | None = None) -> Iterable[Item]:
+    """Return the items, with a progress bar of that name while they are gone through; None for no bar.
+
+    `total`: how many there are, where they do not know.
 
     Only where there is a terminal.
     """
     from tqdm import tqdm
 
-    return tqdm(batches, desc=label, disable=True if label is None else None)
+    return tqdm(items, desc=label, total=total, disable=True if label is None else None)
 
 
 def alike_lengths(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -207,8 +230,11 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 def _continue(
     model: Any, tokens: Sequence[Sequence[int]], ends: list[int], max_new_tokens: int, synced: bool | None
-) -> Any:
-    """Return the new token ids (batch, at most max_new_tokens) after `tokens`, padded on the left with id 0."""
+) -> list[list[int]]:
+    """Return the new token ids, at most max_new_tokens, that `generate` gives after `tokens`, of one batch.
+
+    Padded on the left with id 0; what follows a row's end means nothing.
+    """
     import torch
 
     longest = max(map(len, tokens))
@@ -218,4 +244,13 @@ def _continue(
     greedy = type(model.generation_config)(**GREEDY, max_new_tokens=max_new_tokens, eos_token_id=ends or None)
     with torch.no_grad():
         said = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy, synced_gpus=synced)
-    return said[:, longest:]
+    new: list[list[int]] = said[:, longest:].tolist()
+    return new
+
+
+def alone(synced: bool | None) -> bool:
+    """Whether no other process waits for this one's passes; not known (None) is alone in one process."""
+    import torch.distributed as dist
+
+    many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return not (many if synced is None else synced)
