@@ -61,7 +61,7 @@ def test_a_bar_says_how_far_it_is(model, tokenizer, monkeypatch, label):
     harvest(
         model, tokenizer, SETS, judge=FITTING, batch_size=2, **SAID, **({} if label == "harvest" else {"label": label})
     )
-    assert (f"{label}: 100%" in screen.getvalue() and "4/4" in screen.getvalue()) == (label is not None)
+    assert (f"{label}: 100%" in screen.getvalue() and "7/7" in screen.getvalue()) == (label is not None)
 
 
 def test_a_response_that_ends_keeps_the_token_that_ends_it(model, tokenizer):
