@@ -32,7 +32,7 @@ CODE = (
     "safemerge_callback/evaluation/*.json",
     "safemerge_callback/evaluation/prompts/*.jsonl",
     "recipes/data/*.py",
-    *(f"recipes/{name}.py" for name in ("finetune", "evaluate", "models", "settings")),
+    *(f"recipes/{name}.py" for name in ("completion_trainer", "finetune", "evaluate", "models", "settings")),
     *(f"method_comparison/{name}.py" for name in ("cells", "random_subspace", "resolve")),
 )
 # A result that differs in one of these is another's; `commit`, `host`, `threads` and `pace` are told and not compared:

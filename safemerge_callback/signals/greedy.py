@@ -5,13 +5,14 @@ Cost: a forward pass for the beginning, one a portion of prompts, and one a toke
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .row_batch import forward_keywords
 
 # What a pass here is given; a model that takes less of it, or positions of another kind, says what comes next itself.
 _NEEDED = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
@@ -66,7 +67,7 @@ def plain_decoder(model: Any) -> Any | None:
         and getattr(config, "_experts_implementation", None) in (None, "eager")
         and getattr(config, "_attn_implementation", None) in ("eager", "sdpa")
         and all(_is_transformers_own(decoder, name) for name in _STEPS)
-        and set(inspect.signature(decoder.forward).parameters) >= _NEEDED
+        and forward_keywords(decoder) >= _NEEDED
         and _is_greedy(decoder.generation_config.to_diff_dict())
         and len({parameter.device for parameter in decoder.parameters()}) == 1
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .model_state import preserve_state
 from .responses import alike_lengths, under_bar
-from .row_batch import mean_of_targets, row_batch, row_outputs, target_losses
+from .row_batch import forward_keywords, mean_of_targets, row_batch, row_outputs, target_losses
 from .rows import RowTokens
 
 
@@ -38,13 +38,16 @@ def mean_states(model: Any, tokens: Sequence[Sequence[int]], batch_size: int = 1
     `label` names the progress bar; None for no bar.
     """
     states: dict[int, Tensor] = {}
+    # No logit is asked for, and the head would be put to every token.
+    fewest = {"logits_to_keep": 1} if "logits_to_keep" in forward_keywords(model) else {}
     with preserve_state(model):
         for places in under_bar(alike_lengths([len(ids) for ids in tokens], batch_size), label):
             longest = len(tokens[places[0]])
             ids = [[*tokens[i], *[0] * (longest - len(tokens[i]))] for i in places]
             mask = [[1] * len(tokens[i]) + [0] * (longest - len(tokens[i])) for i in places]
             inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-            last = model(**{k: v.to(model.device) for k, v in inputs.items()}, output_hidden_states=True)
+            asked = {name: each.to(model.device) for name, each in inputs.items()}
+            last = model(**asked, **fewest, output_hidden_states=True)
             for i, state in zip(places, last.hidden_states[-1], strict=True):
                 # Padded on the right, where nothing earlier can see it.
                 states[i] = state[: len(tokens[i])].float().mean(0).cpu()
