@@ -76,24 +76,24 @@ def evaluations(prompts: int, rows: int, batch_size: int) -> dict[str, dict[str,
     grid = load_grid(GRID)
     model, tokenizer = load_merged(grid.model, None, grid.evaluate["dtype"])
     task = get_task("sentiment")
-    asked = {
+    questions_of = {
         **{
             name: (prompts_of(name, "test", prompts), grid.evaluate["max_new_tokens"])
             for name in ("harmbench", "benign")
         },
         "sentiment": ([row["prompt"][-1]["content"] for row in rows_of(task, "test", rows)], task.max_new_tokens),
     }
-    found: dict[str, dict[str, Any]] = {}
-    for name, (questions, new) in asked.items():
+    figures: dict[str, dict[str, Any]] = {}
+    for name, (questions, new) in questions_of.items():
         ask = partial(generate, model, tokenizer, questions, label=None, max_new_tokens=new)
         with patch("safemerge_callback.signals.greedy.plain_decoder", lambda _: None):
             before, first = timed(partial(ask, batch_size=32))
-        found[name] = {"n": len(questions), "generate, 32": before}
+        figures[name] = {"n": len(questions), "generate, 32": before}
         for size in (32, batch_size):
             taken, texts = timed(partial(ask, batch_size=size))
             differing = sum(a != b for a, b in zip(first, texts, strict=True))
-            found[name] |= {f"our own, {size}": taken, f"differ, {size}": differing}
-    return found
+            figures[name] |= {f"our own, {size}": taken, f"differ, {size}": differing}
+    return figures
 
 
 def report(results: dict[str, Any]) -> None:

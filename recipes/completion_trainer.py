@@ -56,15 +56,15 @@ def agrees(model: nn.Module, length: int = 8) -> bool:
     length. The model is left as it was.
     """
     tokens = torch.arange(length, device=next(model.parameters()).device).unsqueeze(0)
-    asked = {
+    inputs = {
         "input_ids": tokens,
         "attention_mask": torch.ones_like(tokens),
         "labels": tokens.masked_fill(tokens % 2 == 0, -100),
     }
     try:
         with preserve_state(model):
-            of_all = _sums(model(**asked, use_cache=False, fused_lm_head=True))
-            with labelled_places(model, asked) as fewer:
+            of_all = _sums(model(**inputs, use_cache=False, fused_lm_head=True))
+            with labelled_places(model, inputs) as fewer:
                 of_labelled = _sums(model(**fewer, use_cache=False, fused_lm_head=True))
     except Exception:
         # Whatever else raises: SFTTrainer's own way needs nothing of this.

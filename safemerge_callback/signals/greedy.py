@@ -66,7 +66,7 @@ def plain_decoder(model: Any) -> Any | None:
         and getattr(config, "sliding_window", None) is None
         and getattr(config, "_experts_implementation", None) in (None, "eager")
         and getattr(config, "_attn_implementation", None) in ("eager", "sdpa")
-        and all(_is_transformers_own(decoder, name) for name in _STEPS)
+        and all(_is_of_transformers(decoder, name) for name in _STEPS)
         and forward_keywords(decoder) >= _NEEDED
         and _is_greedy(decoder.generation_config.to_diff_dict())
         and len({parameter.device for parameter in decoder.parameters()}) == 1
@@ -89,7 +89,7 @@ def _is_greedy(settings: Mapping[str, Any]) -> bool:
     return all(name in _NEUTRAL and _NEUTRAL[name] == value for name, value in read.items())
 
 
-def _is_transformers_own(decoder: Any, name: str) -> bool:
+def _is_of_transformers(decoder: Any, name: str) -> bool:
     method = getattr(type(decoder), name, None)
     return method is None or method.__module__ == "transformers.generation.utils"
 
@@ -100,9 +100,8 @@ def beginning_of(decoder: Any, prompts: Sequence[Sequence[int]]) -> Beginning | 
     None where the decoder keeps anything else than keys and values of all tokens.
     """
     rows = [list(prompt) for prompt in prompts]
-    # In the order of a dictionary: what the first and the last have in common, all have.
-    differs = (place for place, (a, b) in enumerate(zip(min(rows), max(rows), strict=False)) if a != b)
-    length = min(next(differs, len(rows[0])), min(map(len, rows)) - 1)
+    last = min(map(len, rows)) - 1
+    length = next(place for place in range(last + 1) if place == last or len({row[place] for row in rows}) > 1)
     ids = torch.tensor([rows[0][: max(length, 1)]], device=decoder.device)
     cache = _pass(decoder, ids, torch.ones_like(ids), None).past_key_values
     if {type(layer).__name__ for layer in getattr(cache, "layers", ())} != {"DynamicLayer"}:
