@@ -10,6 +10,8 @@ import typer
 from .app import Verb, app, examples, say
 from .options import (
     AllowEmpty,
+    AskedModel,
+    Baked,
     Bar,
     Density,
     Device,
@@ -23,11 +25,13 @@ from .options import (
     OperatorRank,
     Quantile,
     ReferenceFraction,
+    SafetyRows,
     Seed,
     Soft,
     Space,
     Strength,
     SubspaceFile,
+    TaskRows,
     Threshold,
     WithWeights,
     ZThreshold,
@@ -72,6 +76,7 @@ def measure(
         "merge ADAPTER SAFETY -s S -o OUT",
         "merge ADAPTER -s S --strength 0.2 -o OUT",
         "merge ADAPTER SAFETY -s S --threshold 0.35 --weights 0.8 0.2 -o OUT",
+        "merge ADAPTER -s S --method regmean --task-rows T.jsonl --safety-rows R.jsonl -o OUT",
         "merge --config OUT/safemerge.yaml -o AGAIN",
     ),
 )
@@ -93,9 +98,10 @@ def merge(
     config: Annotated[
         Path | None, typer.Option(help="YAML file with these settings by name; what is given here overrides it.")
     ] = None,
-    bake: Annotated[
-        str | None, typer.Option(help="Base model: write a full checkpoint, the merged adapter added to its weights.")
-    ] = None,
+    bake: Baked = None,
+    task_rows: TaskRows = None,
+    safety_rows: SafetyRows = None,
+    base: AskedModel = None,
     gate: GateName = None,
     threshold: Threshold = None,
     num_layers: NumLayers = None,

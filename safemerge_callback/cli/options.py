@@ -30,6 +30,14 @@ MethodName = Annotated[
 AllowEmpty = Annotated[
     bool | None, typer.Option("--allow-empty", help="Exit with 0 even if the gate selects no module.")
 ]
+Baked = Annotated[
+    str | None, typer.Option(help="Base model: write a full checkpoint, the merged adapter added to its weights.")
+]
+TaskRows = Annotated[
+    str | None, typer.Option(help="Rows of the task, where gate or method ask the model: .jsonl, .csv, .json.")
+]
+SafetyRows = Annotated[str | None, typer.Option(help="Safety rows for the same, as `safemerge harvest` writes them.")]
+AskedModel = Annotated[str | None, typer.Option("--base", help="Model that is asked. [default: the adapter's base]")]
 Threshold = Annotated[
     float | None,
     typer.Option(help="Merge modules whose cosine is below it: gate threshold. [default of that gate: 0.35]"),

@@ -71,7 +71,7 @@ def regmean(
     both parts is refitted at the live rank. PlanError without `grams`, and for more than one safety update.
     """
     if grams is None:
-        raise PlanError("method 'regmean' merges by the Grams of the modules' inputs, got none: use it in training")
+        raise PlanError("method 'regmean' merges by the Grams of the modules' inputs, got none: give grams")
     if len(safety) > 1:
         raise PlanError(f"method 'regmean' has one second expert, got {len(safety)}: give one safety adapter, or none")
     solved = regression(grams, mu=mu, ridge=ridge, alpha=off_diagonal)

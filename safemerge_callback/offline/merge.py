@@ -27,13 +27,14 @@ from ..decision import (
 from ..decision.choices import PlanKnobs, check_counts
 from ..decision.fit import check_not_zero, needed_sources
 from ..methods.how import AUTO, How
-from ..ops import LowRank
+from ..ops import Grams, LowRank
 from ..record.entries import Sources, check_entry, end_entry, merge_entry, start_entry
 from ..record.entries.checks import gate_entry, how_entry
 from ..record.progress import Progress
 from ..subspace import Subspace
 from ..version import __version__
 from .bake import BAKED_ADAPTER, BaseModel
+from .check_data import ModelRows, check_data, check_rows, with_signals
 from .merge_yaml import write_recipe
 from .output import CARD, RECIPE, free_output, model_card, new_folder, write_journal
 from .parts import (
@@ -73,6 +74,9 @@ def merge_adapters(
     gate: str | Gate | None = None,
     method: str | How = AUTO,
     bake: str | Path | None = None,
+    task_rows: Any = None,
+    safety_rows: Any = None,
+    base: str | None = None,
     overwrite: bool = False,
     device: torch.device | str | None = None,
     **knobs: Unpack[PlanKnobs],
@@ -90,6 +94,8 @@ def merge_adapters(
         `cat` adds the ranks up (rank_pattern). It appears whole or not at all.
     bake: the base model, a folder or Hub id: `output` is then a full checkpoint (`bake_adapter`), the adapter in its
         folder `adapter`.
+    task_rows, safety_rows: prompts with responses, as `load_rows` takes them, where gate, method or rules ask the model
+        (`safety_slope`, `regmean`): it is loaded then, `base` (None: what the adapter's config names) with the adapter.
     overwrite: replace an `output` that holds such files and no others. The other knobs are those of `MergePlan.decide`
         and of its gate (threshold, num_layers, ...).
     Raises ConfigError for knobs or an output that cannot be, PlanError, AdapterError and SubspaceError for parts that
@@ -100,29 +106,33 @@ def merge_adapters(
     sources = listed(safety)
     choices = choose(gate, method, knobs, len(sources))
     check_merges(choices, has_safety=bool(sources))
+    rows = ModelRows(task_rows, safety_rows, base)
+    check_rows(choices, rows)
     if sources:
         check_counts(choices, len(sources))
-    base = None if bake is None else BaseModel.find(bake)
-    target = free_output(output, [finetuned, *sources, subspace, bake], overwrite, base.file_names if base else ())
+    baked = None if bake is None else BaseModel.find(bake)
+    target = free_output(output, [finetuned, *sources, subspace, bake], overwrite, baked.file_names if baked else ())
     task, safety_adapters, matrices = adapter_of(finetuned), adapters_of(sources), subspace_of(subspace)
     for safety_adapter in safety_adapters:
         check_not_zero(safety_adapter, list(safety_adapter.factors))
-    parts = _fitting_parts(task, safety_adapters, matrices, base)
-    plan = MergePlan.of(_readings(task, safety_adapters, matrices, choices.gate, device), choices)
+    parts = _fitting_parts(task, safety_adapters, matrices, baked)
+    data = check_data(task, safety_adapters, choices, rows, device)
+    readings = with_signals(_readings(task, safety_adapters, matrices, choices.gate, device), data, choices)
+    plan = MergePlan.of(readings, choices)
     needed_sources(plan, safety_adapters, task.factors)
     if not plan.selected:
         warnings.warn(f"safemerge: {nothing_selected(plan)}", stacklevel=2)
     decided = time.perf_counter()
     with new_folder(target) as folder:
-        at = folder if base is None else folder / BAKED_ADAPTER
-        edits = _write_merged(at, plan, task, safety_adapters, matrices, device)
+        at = folder if baked is None else folder / BAKED_ADAPTER
+        edits = _write_merged(at, plan, task, safety_adapters, matrices, device, data.grams if data else None)
         entries = _entries(plan, edits, parts, decided - began, time.perf_counter() - decided)
         write_journal(folder, entries)
         (folder / CARD).write_text(
-            model_card(plan, edits, parts, task.base_model, baked=base is not None), encoding="utf-8"
+            model_card(plan, edits, parts, task.base_model, baked=baked is not None), encoding="utf-8"
         )
-        write_recipe(folder / RECIPE, target, (finetuned, sources, subspace, bake), plan)
-        _complete(folder, task, base, device)
+        write_recipe(folder / RECIPE, target, (finetuned, sources, subspace, bake), plan, rows.named)
+        _complete(folder, task, baked, device)
     return plan
 
 
@@ -161,6 +171,7 @@ def _write_merged(
     safety_adapters: Sequence[Adapter],
     subspace: Subspace,
     device: torch.device | str | None,
+    grams: Mapping[str, Grams] | None,
 ) -> tuple[Edit, ...]:
     """Merge and write the adapter, a run of modules at a time; return the edits in the order of the readings."""
     edits: list[Edit] = []
@@ -170,7 +181,7 @@ def _write_merged(
     def merged() -> Iterator[tuple[str, LowRank]]:
         for run in chunks(plan.selected, task, subspace if "subspace" in plan.how.needs else None):
             part = {name: task.factors[name] for name in run}
-            new, done = merged_factors(_part(plan, run), part, safety_adapters, subspace, device)
+            new, done = merged_factors(_part(plan, run), part, safety_adapters, subspace, device, grams)
             edits.extend(done)
             yield from new.items()
 

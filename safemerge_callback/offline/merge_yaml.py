@@ -19,7 +19,7 @@ from ..methods.how import how_knobs
 from ..subspace import Subspace
 
 # What a file may say: the parts, and the knobs of `merge_adapters`.
-PARTS = ("finetuned", "safety", "subspace", "output", "bake")
+PARTS = ("finetuned", "safety", "subspace", "output", "bake", "task_rows", "safety_rows", "base")
 
 
 def keys() -> tuple[str, ...]:
@@ -67,10 +67,13 @@ def _resolved(key: str, source: Any, folder: Path) -> Any:
     return str(there) if new or existing(there) else source
 
 
-def write_recipe(path: Path, target: Path, parts: Sequence[Any], plan: MergePlan) -> None:
+def write_recipe(
+    path: Path, target: Path, parts: Sequence[Any], plan: MergePlan, rows: Mapping[str, Any] | None = None
+) -> None:
     """Write the YAML from which `safemerge merge --config` makes the same weights: all knobs, none left to a default.
 
-    `parts`: fine-tuned adapter, list of safety adapters, subspace and base model or None. Paths are relative to
+    `parts`: fine-tuned adapter, list of safety adapters, subspace and base model or None; `rows`: what the model was
+    asked about, and the base that it was loaded from, where that is so. Paths are relative to
     `target`, the folder where the file will lie, so that nothing is said of the machine.
     """
     import yaml
@@ -84,6 +87,7 @@ def write_recipe(path: Path, target: Path, parts: Sequence[Any], plan: MergePlan
     settings["subspace"] = _address(subspace, target)
     if bake is not None:
         settings["bake"] = _address(bake, target)
+    settings |= {name: _address(part, target) for name, part in (rows or {}).items() if isinstance(part, str | Path)}
     settings |= _knobs(plan)
     path.write_text(
         "# safemerge merge --config safemerge.yaml -o OUT\n" + yaml.safe_dump(settings, sort_keys=False),

@@ -15,7 +15,6 @@ from ..decision import Choices, needs_of
 from ..decision.unmerged import unmerged, warning_of
 from ..errors import ConfigError, PlanError, shown
 from ..io.addresses import source_name
-from ..signals.module_signals import data_among
 from ..subspace import Subspace
 
 AdapterSource = str | Path | Adapter
@@ -84,8 +83,6 @@ def check_merges(choices: Choices, *, has_safety: bool) -> None:
         raise ConfigError(f"gate {gate.name!r} merges nothing: measure the adapter instead, or choose another gate.")
     if "average" in needs:
         raise ConfigError(f"{needs['average']} goes to the average of a run's own updates: use it in training.")
-    if data := data_among(needs):
-        raise ConfigError(f"{next(iter(data.values()))} asks a live model about rows: use it in training.")
     if not has_safety and "safety_adapter" in needs:
         compares = " to compare cosines with" if needs.get("safety_cosines") == needs["safety_adapter"] else ""
         raise PlanError(

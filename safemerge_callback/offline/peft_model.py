@@ -31,6 +31,7 @@ from ..live.modules import active_adapter
 from ..methods.how import AUTO, How
 from ..ops import LowRank, full_precision
 from ..subspace import Subspace
+from .check_data import ModelRows, check_rows
 from .parts import AdapterSource, adapter_of, check_merges, left_out, listed, subspace_of
 
 _PEFT_PREFIX = "base_model.model."
@@ -67,6 +68,7 @@ def apply_safemerge(
     choices = choose(gate, method, knobs, len(listed(safety_adapter)))
     name = _checked_names(model, adapter_name, new_adapter_name)
     check_merges(choices, has_safety=safety_adapter is not None)
+    check_rows(choices, ModelRows())
     factors, safety_adapters = live_factors(model, name), _opened_adapters(model, safety_adapter)
     matrices = subspace_of(subspace)
     matrices.check(factors, base_weights(model))

@@ -19,6 +19,7 @@ GATE |= {"slope_share", "per_task_slope"}
 HOW = {"method", "space", "weights", "module_weights", "strength", "operator", "operator_rank", "density"}
 HOW |= {"majority_sign_method", "focal", "mu", "ridge", "off_diagonal"}
 PARTS = {"finetuned", "safety", "subspace", "output", "bake", "overwrite", "device"}
+PARTS |= {"task_rows", "safety_rows", "base"}
 
 
 def keywords(function):

@@ -105,7 +105,7 @@ def test_where_the_grams_agree_it_says_that_nothing_is_gained(world, chat_tokeni
 def test_files_alone_are_refused(world, tmp_path):
     from safemerge_callback import merge_adapters
 
-    with pytest.raises(ConfigError, match=r"method 'regmean' asks a live model about rows.*use it in training"):
+    with pytest.raises(ConfigError, match=r"method 'regmean' asks the model about rows, and safety_rows is missing"):
         merge_adapters(world.safety, None, world.subspace, tmp_path / "out", method="regmean")
 
 
