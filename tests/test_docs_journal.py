@@ -20,7 +20,7 @@ EVERYWHERE = {"kind", "step", "time"}
 # Objects whose keys are names that a user gave, or another document's.
 OPEN = {
     "start": {"config", "versions", "left_out", "subspace.aligned", "subspace.unaligned"},
-    "merge": {"module_weights", "focal"},
+    "merge": {"module_weights", "focal", "learned"},
     "gradient": {"figures"},
     "probe": {"settings.prompts", "settings.rules", "settings.chat_template_kwargs"},
 }
@@ -66,8 +66,9 @@ def lines():
     for method, rule in METHODS.items():
         plan = MergePlan.decide(readings, gate="all", method=method, space=rule.spaces[0], **HOW.get(method, {}))
         yield merge_entry(1, plan, [Edit("a", 0.0, 0.1)], {"a": 0.8}, 0.1)
-    chosen = {"method": "linear", "weights": (0.8, 0.1, 0.1), "focal": ["10", "01"]}
-    yield merge_entry(1, MergePlan.decide(readings, gate="all", **chosen), [Edit("a", 0.0, 0.1)], {"a": 0.8}, 0.1)
+    for chosen in ({"weights": (0.8, 0.1, 0.1), "focal": ["10", "01"]}, {"learned": "run"}):
+        plan = MergePlan.decide(readings, gate="all", method="linear", **chosen)
+        yield merge_entry(1, plan, [Edit("a", 0.0, 0.1)], {"a": 0.8}, 0.1)
 
 
 def written():

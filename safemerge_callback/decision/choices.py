@@ -19,6 +19,7 @@ class PlanKnobs(HowKnobs, Knobs, total=False):
 
     module_weights: Mapping[str, Sequence[float]] | None
     focal: Mapping[str, Any] | Sequence[str] | None
+    learned: Mapping[str, Any] | str | None
 
 
 @dataclass(frozen=True)

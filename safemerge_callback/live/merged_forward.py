@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters import LoraFactors
 from ..errors import AdapterError
 from ..ops import LowRank
 from .modules import lora_layers
@@ -31,7 +32,7 @@ def merged_forward(
 ) -> Iterator[None]:
     """Within, the model's forward pass is that of W + w_live·ΔW + Σ wₖ·ΔWₖ in the modules that `weights` names.
 
-    `others`: module -> whole update B·A, its scaling in it, as `LoraFactors.low_rank(unit=1.0)` gives it; an update of
+    `others`: module -> whole update B·A, its scaling in it, as `whole_updates` gives it; an update of
     weight 0 costs nothing. What the adapter holds beside its factors, heads and biases, stays the live one's. Equal to
     `cat`, to `pull`, and to `linear` before it is cut to the live rank. Dropout is the live adapter's alone: evaluate.
     AdapterError for a module that the adapter lacks, and where it is merged into the base weights.
@@ -48,6 +49,12 @@ def merged_forward(
                 hook = partial(_add_updates, terms, name in layer.lora_embedding_A)
                 borrowed.callback(layer.register_forward_hook(hook).remove)
         yield
+
+
+def whole_updates(factors: Mapping[str, LoraFactors], live: Mapping[str, LoraFactors]) -> dict[str, LowRank]:
+    """Return the whole updates of the live modules, scaling and all, where the live factors are and in their dtype."""
+    wholes = {name: factors[name].low_rank(unit=1.0) for name in live}
+    return {name: LowRank(*(t.to(live[name].A.device, live[name].A.dtype) for t in wholes[name])) for name in live}
 
 
 def _unmerged(layers: Mapping[str, Any], module: str, adapter: str) -> Any:

@@ -27,6 +27,7 @@ from ..io.addresses import source_name
 from ..io.choices import one_of
 from ..live import live_factors
 from ..live.fingerprint import digest
+from ..live.merged_forward import whole_updates
 from ..ops import LowRank
 from ..signals.adapter_off import adapter_off
 from ..signals.answers import answered_tokens
@@ -163,14 +164,8 @@ def _open(
     whole = [[*row.prompt, *row.response] for row in (*task, *safety)]
     check_vocabulary(model, whole)
     check_lengths(model, whole, 0)
-    updates = (_update(adapter.factors, live) for adapter in adapters)
+    updates = (whole_updates(adapter.factors, live) for adapter in adapters)
     return _Opened(model, live, task, safety, dict(zip(_labels(adapters), updates, strict=True)))
-
-
-def _update(factors: Mapping[str, LoraFactors], live: Mapping[str, LoraFactors]) -> dict[str, LowRank]:
-    """The whole updates of the live modules, where the live factors are and in their dtype."""
-    wholes = {name: factors[name].low_rank(unit=1.0) for name in live}
-    return {name: LowRank(*(t.to(live[name].A.device, live[name].A.dtype) for t in wholes[name])) for name in live}
 
 
 def _labels(adapters: Sequence[Adapter]) -> list[str]:
@@ -247,7 +242,7 @@ def _achieved(
     opened: _Opened, kinds: tuple[SearchRows, SearchRows], settings: SearchSettings, target: Path
 ) -> Achieved:
     """What the adapter that was written costs on the same rows."""
-    update = _update(adapter_of(target).factors, opened.live)
+    update = whole_updates(adapter_of(target).factors, opened.live)
     names = list(opened.live)
     merged = MergedModel(opened.model, [update], names, settings.kind, *kinds, settings.share, settings.batch_size)
     alone = torch.tensor([[0.0, 1.0]] * len(names), dtype=torch.float64)

@@ -1,7 +1,7 @@
 """How much: what each update weighs in each module. A rule is a file; importing the folder fills the registry."""
 
 # In the order in which they hold.
-from . import asked, by_pattern, focal, soft
+from . import asked, by_pattern, focal, learned, soft
 from .registry import WEIGHTS, Case, WeightsRule, checked_rules, rules_in_force, weights_knobs, weights_of, weights_rule
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "by_pattern",
     "checked_rules",
     "focal",
+    "learned",
     "rules_in_force",
     "soft",
     "weights_knobs",
