@@ -29,7 +29,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from recipes.demo_report import Arm, markdown, table, verdict
+from recipes.demo_report import Arm, cost_lines, markdown, table, verdict
 from recipes.processor import ProcessorPace, measured_pace
 from safemerge_callback.errors import ConfigError
 
@@ -148,12 +148,15 @@ def callback_cost(journal: Path, train_seconds: float) -> dict[str, Any]:
 
     entries = read_journal(journal)
     end = next(entry for entry in entries if entry["kind"] == "end")
-    modules = next(entry["num_modules"] for entry in entries if entry["kind"] == "start")
+    start = next(entry for entry in entries if entry["kind"] == "start")
+    modules, prepared = start["num_modules"], sum(start.get("prepared", {}).values())
     merged = {module["name"] for entry in entries if entry["kind"] == "merge" for module in entry["modules"]}
     rows = sum(entry["figures"].get("rows", 0) for entry in entries if entry["kind"] == "gradient")
     counts = {key: end[key] for key in ("checks", "merges", "modules_merged", "seconds")}
-    counts |= {"modules": modules, "distinct": len(merged), "rows": int(rows)}
-    return {**counts, "share": end["seconds"] / train_seconds}
+    counts |= {"modules": modules, "distinct": len(merged), "rows": int(rows), "prepared": prepared}
+    # What a next run pays, which has the answers to the prompts in its cache.
+    later = (end["seconds"] - prepared) / (train_seconds - prepared)
+    return {**counts, "share": end["seconds"] / train_seconds, "share_of_steps": later}
 
 
 def guarded_arm(name: str, folder: Path, settings: Sequence[str]) -> Arm:
@@ -230,7 +233,7 @@ def main(args: Sequence[str] | None = None) -> None:
     counts = {"n_prompts": options.n_prompts, "n_benign": options.n_prompts, "n_task": options.n_task}
     results = run_demo(run, counts, extra, console.print)
     (run / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    console.print(table(results["arms"]), *results["verdict"], sep="\n")
+    console.print(table(results["arms"]), *results["verdict"], *cost_lines(results["arms"]), sep="\n")
     page = markdown(results["arms"], about_run(results))
     (run / "results.md").write_text(page + "\n", encoding="utf-8")
     console.print(f"\n{page}\n", soft_wrap=True, markup=False)

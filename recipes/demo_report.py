@@ -106,6 +106,20 @@ def markdown(arms: Mapping[str, Arm], about: str) -> str:
     return "\n".join(lines)
 
 
+def cost_lines(arms: Mapping[str, Arm]) -> list[str]:
+    """Say what the callback of each arm took in the steps, and what it took once, before the first."""
+    lines = []
+    for title, arm in arms.items():
+        if cost := arm.get("callback"):
+            steps = f"{cost['seconds'] - cost['prepared']:.1f} s, {cost['share_of_steps']:.1%} of the training"
+            once = (
+                f"; before the first step {cost['prepared']:.1f} s, of which a next run has the answers to the prompts "
+                f"in its cache (with them {cost['share']:.1%})"
+            )
+            lines.append(f"{title} took {steps}{once if cost['prepared'] else ''}.")
+    return lines
+
+
 def _done(cost: Mapping[str, Any] | None) -> str:
     """What the callback did: rows that it replayed, modules that it merged and how often."""
     if cost is None:

@@ -19,7 +19,7 @@ SECTIONS = {match[1]: match[2] for match in re.finditer(r"^## `?(.+?)`?\n(.*?)(?
 EVERYWHERE = {"kind", "step", "time"}
 # Objects whose keys are names that a user gave, or another document's.
 OPEN = {
-    "start": {"config", "versions", "left_out", "subspace.aligned", "subspace.unaligned"},
+    "start": {"config", "versions", "left_out", "prepared", "subspace.aligned", "subspace.unaligned"},
     "merge": {"module_weights", "focal", "learned"},
     "gradient": {"figures"},
     "probe": {"settings.prompts", "settings.rules", "settings.chat_template_kwargs"},
@@ -31,7 +31,7 @@ HOW = {
     "project": {"operator": "orthogonal", "operator_rank": 2},
 }
 # What the stored run has none of, since only some settings write it.
-RARE = {"probe": {"settings.chat_template_kwargs"}}
+RARE = {"probe": {"settings.chat_template_kwargs"}, "start": {"prepared"}}
 
 
 def documented(section):

@@ -8,12 +8,31 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 from ..live.ranks import from_first
 from .schedule import Schedule, interval
 
 # Times of a term and of the steps around it, of which the medians say what it costs; the first is of no use.
 _TIMES = 5
+# The share of the training's time, and the seconds of what is left of a run, above which a term is called dear.
+DEAR, WORTH_TELLING = 0.15, 60.0
+
+
+class Cost(NamedTuple):
+    """What a term takes: seconds a time, and the seconds of a step of the task without it."""
+
+    term: float
+    step: float
+
+    def share(self, every: int) -> float:
+        """Return its share of the time where it comes every so many steps."""
+        return self.term / (self.term + every * self.step)
+
+    def least(self, share: float) -> int:
+        """Return the shortest interval at which it takes no more than a share."""
+        wanted = self.term * (1 - share) / (share * self.step) if self.step > 0 else 1.0
+        return max(1, math.ceil(wanted))
 
 
 @dataclass
@@ -21,8 +40,9 @@ class Pace:
     """When a term is due: its schedule, with the interval doubled after each time it was not needed, up to `longest`.
 
     One time it was needed brings the shortest interval back. `max_share`: the share of the training's time that it may
-    take; what it takes is measured over its first times on the first rank, and the interval is never shorter after
-    that than `least`, the steps that keep the share. None of that without `by_need`, and without `max_share`.
+    take: the interval is never shorter than `least`, the steps that keep the share, once what it takes was measured
+    over its first times. None of that without `by_need`, and without `max_share`: then no clock decides anything.
+    `cost` is measured whatever `max_share` is, on the first rank; None until then.
     """
 
     schedule: Schedule
@@ -35,6 +55,7 @@ class Pace:
     clock: Callable[[], float] = time.perf_counter
     times: list[tuple[int, float, float]] = field(default_factory=list)
     measured: bool = False
+    cost: Cost | None = None
 
     def __str__(self) -> str:
         """The schedule, as it is set."""
@@ -49,19 +70,14 @@ class Pace:
         return step >= self.next_step and self.schedule.due(step, max_steps, last=last)
 
     def begin(self) -> float:
-        """Return the time at which the term begins; 0 where it is not measured."""
-        return self.clock() if self.measures else 0.0
-
-    @property
-    def measures(self) -> bool:
-        """Whether it is still to be measured what the term takes."""
-        return self.max_share is not None and not self.measured
+        """Return the time at which the term begins; 0 where it is not measured any more."""
+        return 0.0 if self.measured else self.clock()
 
     def end(self, step: int, max_steps: int, began: float, *, needed: bool) -> None:
         """Take note that the term has come at `step`, and whether it was needed; every rank calls it alike."""
         if self.by_need:
             self.factor = 1 if needed else min(2 * self.factor, self.longest)
-        if self.measures:
+        if not self.measured:
             self._measure(step, began)
         self.next_step = step + self.spacing(max_steps)
 
@@ -70,20 +86,31 @@ class Pace:
         every = max(1, interval(self.schedule.every, max_steps))
         return every * max(self.factor, math.ceil(self.least / every))
 
+    def dear(self, step: int, max_steps: int) -> float | None:
+        """Return its share of the time at the interval in force, where that is above `DEAR` and is worth telling.
+
+        None where it is not, or not known: where what is left of it takes no more than a minute, nobody waits for it.
+        """
+        every = self.spacing(max_steps)
+        if self.cost is None or (max_steps - step) / every * self.cost.term < WORTH_TELLING:
+            return None
+        share = self.cost.share(every)
+        return share if share > DEAR else None
+
     def _measure(self, step: int, began: float) -> None:
         self.times.append((step, began, self.clock()))
         if len(self.times) <= _TIMES:
             return
-        self.least, self.measured = from_first(self._least()), True
+        self.measured, self.cost = True, from_first(self._cost())
+        if self.max_share is not None:
+            self.least = self.cost.least(self.max_share)
         self.times.clear()
 
-    def _least(self) -> int:
-        """The shortest interval that keeps the share: i steps of the task, and one time of the term among them."""
-        assert self.max_share is not None
-        cost = statistics.median(end - began for _, began, end in self.times[1:])
-        task = statistics.median((then[1] - now[2]) / (then[0] - now[0]) for now, then in pairwise(self.times))
-        wanted = cost * (1 - self.max_share) / (self.max_share * task) if task > 0 else 1.0
-        return max(1, math.ceil(wanted))
+    def _cost(self) -> Cost:
+        """The medians of its times, and of the steps of the task between one and the next."""
+        term = statistics.median(end - began for _, began, end in self.times[1:])
+        step = statistics.median((then[1] - now[2]) / (then[0] - now[0]) for now, then in pairwise(self.times))
+        return Cost(term, step)
 
     def state(self) -> dict[str, int | bool]:
         """Return what a checkpoint must hold of it."""

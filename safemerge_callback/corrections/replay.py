@@ -63,7 +63,8 @@ class ReplaySettings(Schedule):
     part against this one. `max_norm`: this one's norm is at most such a share of the task's.
 
     `by_need`: the interval doubles, up to `longest` times `every`, while the loss is at the reference's. `max_share`:
-    the share of the training's time that it may take, None for any.
+    the share of the training's time that it may take, None for any: with it two runs on machines of other speed may
+    differ.
     """
 
     rows: Any = field(default=None, metadata={"counted": True})
@@ -81,7 +82,7 @@ class ReplaySettings(Schedule):
     max_norm: float | None = None
     by_need: bool = False
     longest: int = 8
-    max_share: float | None = 0.15
+    max_share: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -316,7 +317,22 @@ class Replay:
         if self.latest is not None:
             self.losses.add(*self.latest)
         most = self.rows.limit if self.rows.floor is None else 0.0
+        measured = self.schedule.measured
         self.schedule.end(step, self.max_steps, self.began, needed=not loss <= most)
+        if self.schedule.measured and not measured:
+            self._tell_dear(step)
+
+    def _tell_dear(self, step: int) -> None:
+        """Warn where the passes take a large share of the training, once they are measured, and say what lowers it."""
+        share = self.schedule.dear(step, self.max_steps)
+        if share is not None and rank() == 0:
+            every = self.schedule.spacing(self.max_steps)
+            warnings.warn(
+                f"safemerge: replay takes {share:.0%} of the training's time, coming every {every} of its steps, as "
+                f"measured until step {step}: let it come more seldom (every: {2 * every}), or give the share that it "
+                "may take (max_share: 0.15; when it comes then depends on the machine's pace)",
+                stacklevel=2,
+            )
 
     def figures(self) -> Mapping[str, float]:
         """Return mean losses by kind and the rows since they were last told, and the interval in force. Collective."""

@@ -154,7 +154,8 @@ class History:
     the rank. `gate`, `threshold`, `num_layers` and `knob` (the one that says how much the gate merges): of the last
     check; `how`: of the last merge. `starts` and `end`: the journal's own entries. `faults`: one line each. `seconds`:
     spent on checks, merges and other changes; `check_seconds`, `merge_seconds` and, by correction, `change_seconds` of
-    it. `best`: what the last merge did to a reloaded best model. `terms`: gradient term -> step -> what it came to.
+    it; `prepared`: by correction, the seconds before the first step that it took to ready itself. `best`: what the last
+    merge did to a reloaded best model. `terms`: gradient term -> step -> what it came to.
     """
 
     title: str
@@ -178,6 +179,7 @@ class History:
     check_seconds: float = 0.0
     merge_seconds: float = 0.0
     change_seconds: dict[str, float] = field(default_factory=dict)
+    prepared: dict[str, float] = field(default_factory=dict)
     best: Best | None = None
     terms: dict[str, dict[int, TermReading]] = field(default_factory=dict)
 

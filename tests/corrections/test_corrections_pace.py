@@ -67,8 +67,26 @@ def test_an_interval_of_the_schedule_counts_towards_the_share(every, interval):
 
 
 def test_the_clock_is_asked_only_while_it_is_measured():
-    assert Pace(Schedule(), clock=lambda: 1 / 0).begin() == 0.0
     assert Pace(Schedule(), max_share=0.1, measured=True, clock=lambda: 1 / 0).begin() == 0.0
+
+
+@pytest.mark.parametrize("by_need", [False, True])
+def test_without_a_share_that_it_may_take_no_clock_decides_when_it_comes(by_need):
+    quick, slow = (Pace(Schedule(every=2), by_need=by_need, clock=Clock(*pace)) for pace in ((0.0, 1.0), (9.0, 1.0)))
+    assert run(quick, 400, clock=quick.clock) == run(slow, 400, clock=slow.clock)
+    assert slow.cost.share(1) == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize(
+    ("term", "max_share", "steps", "share"),
+    [(1.0, None, 200, 0.5), (0.1, None, 2000, None), (1.0, 0.15, 2000, None), (1.0, None, 60, None)],
+)
+def test_what_is_dear_is_told_where_it_takes_more_than_a_minute(term, max_share, steps, share):
+    clock = Clock(term, 1.0)
+    pace = Pace(Schedule(), max_share=max_share, clock=clock)
+    run(pace, 6, clock=clock)
+    assert pace.dear(6, steps) == (share if share is None else pytest.approx(share))
+    assert Pace(Schedule()).dear(6, steps) is None
 
 
 def test_its_state_goes_on_where_it_was():

@@ -1,6 +1,7 @@
 """`replay` in real trainings: what it holds, what it leaves alone, and that a resume goes on as if nothing had been."""
 
 import copy
+import itertools
 import json
 from pathlib import Path
 
@@ -274,6 +275,26 @@ def test_what_it_readies_draws_a_bar_unless_a_run_is_to_be_quiet(
     guard = SafeMergeCallback(corrections=[replay_entry()], quiet=quiet)
     train(world, chat_tokenizer, tmp_path, guard, disable_tqdm=disable_tqdm, max_steps=1)
     assert ("replay: reference" in screen.getvalue()) == (not quiet and not disable_tqdm)
+
+
+def test_a_dear_term_is_warned_of_once_with_what_lowers_it(world, chat_tokenizer, tmp_path, monkeypatch):
+    """By a clock on which each pass takes a minute, and each step of the task two."""
+    times = (60.0 * (n + n // 2) for n in itertools.count())
+    monkeypatch.setattr("safemerge_callback.corrections.replay.settled", lambda device: next(times))
+    with pytest.warns(
+        UserWarning, match=r"replay takes 33% of the training's time, coming every 1 of its steps"
+    ) as told:
+        train(world, chat_tokenizer, tmp_path, replaying(), max_steps=10)
+    (words,) = [str(one.message) for one in told if "replay takes" in str(one.message)]
+    assert words.endswith("may take (max_share: 0.15; when it comes then depends on the machine's pace)")
+    assert "measured until step 6: let it come more seldom (every: 2)" in words
+
+
+def test_a_share_that_it_may_take_makes_it_come_more_seldom(world, chat_tokenizer, tmp_path, runs, monkeypatch):
+    times = (60.0 * (n + n // 2) for n in itertools.count())
+    monkeypatch.setattr("safemerge_callback.corrections.replay.settled", lambda device: next(times))
+    train(world, chat_tokenizer, tmp_path, replaying(max_share=0.15), max_steps=12)
+    assert [e["step"] for e in runs.entries(tmp_path, "gradient")] == [1, 2, 3, 4, 5, 6, 9, 12]
 
 
 def test_without_a_tokenizer_it_is_refused_before_the_first_step(world, tmp_path):

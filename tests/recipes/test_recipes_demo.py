@@ -12,6 +12,9 @@ from recipes import demo, demo_report
 from recipes.evaluate import share
 from recipes.processor import ProcessorPace
 from safemerge_callback.errors import ConfigError
+from safemerge_callback.record import Journal
+from safemerge_callback.record.entries import Sources, end_entry, start_entry
+from safemerge_callback.record.progress import Progress
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,6 +70,21 @@ def test_the_table_shows_shares_intervals_n_and_the_cost():
     text = console.export_text()
     for expected in ("25.0", "(15-39)", "n=48", "58 of 60", "6 times", "1.3 s", "2.1%"):
         assert expected in text
+
+
+def test_what_is_paid_once_is_told_apart_from_what_the_steps_take(tmp_path):
+    journal = Journal(tmp_path / "safemerge.jsonl")
+    sources = Sources(None, None, None)
+    journal.append(start_entry(0, {}, {}, sources, 60, prepared={"replay": 40.0}))
+    journal.append(end_entry(60, Progress(), 58.0, 200.0))
+    cost = demo.callback_cost(journal.path, 200.0)
+    assert (cost["prepared"], cost["share"]) == (40.0, 0.29)
+    assert cost["share_of_steps"] == pytest.approx(18 / 160)
+    (line,) = demo_report.cost_lines({"plain": {}, "SafeMergeCallback()": {"callback": cost}})
+    assert line == (
+        "SafeMergeCallback() took 18.0 s, 11.2% of the training; before the first step 40.0 s, of which a next run has "
+        "the answers to the prompts in its cache (with them 29.0%)."
+    )
 
 
 def test_only_a_folder_of_its_own_is_replaced(tmp_path):
@@ -137,8 +155,9 @@ def test_the_demo_runs_offline_from_installed_packages_and_leaves_its_files(tmp_
     replayed, merged = (results["arms"][name] for name in demo.GUARDED)
     for arm in (replayed, merged):
         assert results["arms"]["fine-tuned"]["losses"] != arm["losses"]
-        assert 0 < arm["callback"]["share"] < 1
+        assert 0 < arm["callback"]["share_of_steps"] <= arm["callback"]["share"] < 1
     assert (merged["callback"]["merges"], merged["callback"]["modules"], merged["callback"]["rows"]) == (2, 60, 0)
+    assert (replayed["callback"]["prepared"] > 0, merged["callback"]["prepared"]) == (True, 0)
     assert (replayed["callback"]["merges"], replayed["callback"]["rows"]) == (0, 12)
     for name in (
         "drift.png",

@@ -73,6 +73,7 @@ def test_start(read):
         "planned": {"merges": 3, "left": None, "exact": True},
         "restored": False,
         "left_out": {},
+        "prepared": {"replay": 1.5},
     }
     versions = versions_of("torch", "no-such-distribution")
     (line, plain), history = read(
@@ -80,6 +81,7 @@ def test_start(read):
         start_entry(0, {}, {}, Sources(None, None, None), 1),
     )
     assert history.starts[0] == line
+    assert history.prepared == {"replay": 1.5}
     assert line["version"] == VERSION
     assert {key: line[key] for key in of_a_training} == of_a_training
     assert (line["step"], line["config"], line["num_modules"]) == (4, {"gate": "all"}, 12)

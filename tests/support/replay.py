@@ -15,8 +15,8 @@ ROWS = [
 
 
 def replay_entry(**settings: Any) -> dict[str, Any]:
-    """`replay` as a list of corrections has it, without a bound on its share: the tests' runs are too short for one."""
-    return {"replay": {"rows": ROWS, "max_share": None, **settings}}
+    """`replay` as a list of corrections has it."""
+    return {"replay": {"rows": ROWS, **settings}}
 
 
 def replaying(**settings: Any) -> SafeMergeCallback:

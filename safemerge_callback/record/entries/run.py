@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from ..history import Best, History
 from ..journal import VERSION
 from ..progress import Progress
-from .values import count, known
+from .values import count, known, number
 
 
 class Sources(NamedTuple):
@@ -32,21 +32,25 @@ def start_entry(
     planned: Mapping[str, Any] | None = None,
     restored: bool | None = None,
     left_out: Mapping[str, str] | None = None,
+    prepared: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Return the entry that opens a journal, or marks where a resumed run goes on.
 
     `config` are the settings, `subspace` what V was made of. Of a training besides: where V is kept, the number of
-    processes, what is planned, whether a checkpoint's state was found, what merges leave out of each safety adapter.
+    processes, what is planned, whether a checkpoint's state was found, what merges leave out of each safety adapter,
+    and the seconds that each correction took to ready itself.
     """
     provenance = {"config": dict(config), "versions": dict(versions), "subspace": subspace._asdict()}
     sizes = {"placement": placement, "num_modules": num_modules, "world_size": world_size}
-    of_a_training = {"planned": planned, "restored": restored, "left_out": left_out}
+    of_a_training = {"planned": planned, "restored": restored, "left_out": left_out, "prepared": prepared}
     more = {key: value for key, value in (sizes | of_a_training).items() if value is not None}
     return {"kind": "start", "version": VERSION, "step": step, **provenance, **more}
 
 
 def read_start(history: History, entry: Mapping[str, Any]) -> None:
-    """Another start: whatever ended before it has not."""
+    """Another start: whatever ended before it has not, and what readied itself does so again."""
+    for name, seconds in dict(entry.get("prepared", {})).items():
+        history.prepared[str(name)] = history.prepared.get(str(name), 0.0) + number(seconds)
     history.starts.append({**entry, "step": count(entry.get("step", 0))})
     history.end = {}
 

@@ -284,6 +284,7 @@ def costs(history: History) -> list[tuple[str, str]]:
     for name, seconds in history.change_seconds.items():
         changes = counted(history.by_correction.get(name, ()), "module change")
         lines.append((f"changes by {name}", f"{seconds_text(seconds)} for {changes}"))
+    lines += [(f"{name} before the first step", seconds_text(seconds)) for name, seconds in history.prepared.items()]
     for course in courses(history):
         lines.append(
             (f"passes of {course.name}", f"{seconds_text(course.seconds)} for {several(course.steps, 'step')}")

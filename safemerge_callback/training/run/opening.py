@@ -121,16 +121,16 @@ def open_session(
     merge = _merge(config)
     corrections, batch = _corrections(config, model, at, trainer)
     bars = state.is_world_process_zero and not (config.quiet or args.disable_tqdm)
-    lines = _prepare(corrections, model, tokenizer, bars=bars)
+    lines, seconds = _prepare(corrections, model, tokenizer, bars=bars)
     data = _data(config, model, at, tokenizer, corrections, lines, bars=bars)
     for kept in kept_of(merge, corrections, data):
         _take_up(kept, past)
     rehearse(config, at, merge, measuring, data)
     progress, journal, restored = _records(config, past, args, state)
     plan = forecast(config, list(factors), state.max_steps, state.global_step, progress.task_weights)
-    of_a_run = {"placement": measuring.placement, "world_size": args.world_size, "planned": plan.to_dict()}
-    if not config.measures:
-        del of_a_run["planned"]
+    of_a_run = {"placement": measuring.placement, "world_size": args.world_size, "prepared": seconds or None}
+    if config.measures:
+        of_a_run["planned"] = plan.to_dict()
     start = _start(state.global_step, config, at.subspace, len(factors), restored=restored, left_out=left, **of_a_run)
     progress.journal_entries += journal.append(start)
     log, trackers = _outlets(config, state, journal, progress)
@@ -252,13 +252,16 @@ def _corrections(
 
 def _prepare(
     corrections: Sequence[Correction | GradientTerm], model: nn.Module, tokenizer: Any, *, bars: bool
-) -> list[str]:
-    """Let the corrections ready themselves, and return what they have to say."""
+) -> tuple[list[str], dict[str, float]]:
+    """Let the corrections ready themselves; return what they have to say, and the seconds of each by name."""
     lines: list[str] = []
+    seconds: dict[str, float] = {}
     for one in corrections:
         if isinstance(one, Prepared):
+            began = time.perf_counter()
             one.prepare(RunStart(model, tokenizer, lines.append, bars))
-    return lines
+            seconds[one.name] = time.perf_counter() - began
+    return lines, seconds
 
 
 def _data(
