@@ -73,13 +73,16 @@ class Pace:
         """Return the time at which the term begins; 0 where it is not measured any more."""
         return 0.0 if self.measured else self.clock()
 
-    def end(self, step: int, max_steps: int, began: float, *, needed: bool) -> None:
-        """Take note that the term has come at `step`, and whether it was needed; every rank calls it alike."""
+    def end(self, step: int, max_steps: int, began: float, *, needed: bool) -> bool:
+        """Take note that the term has come at `step`, and whether it was needed; every rank calls it alike.
+
+        Returns whether this was the time with which its cost is measured.
+        """
         if self.by_need:
             self.factor = 1 if needed else min(2 * self.factor, self.longest)
-        if not self.measured:
-            self._measure(step, began)
+        now = not self.measured and self._measure(step, began)
         self.next_step = step + self.spacing(max_steps)
+        return now
 
     def spacing(self, max_steps: int) -> int:
         """Return the interval in force, in steps of a run of `max_steps`."""
@@ -97,14 +100,15 @@ class Pace:
         share = self.cost.share(every)
         return share if share > DEAR else None
 
-    def _measure(self, step: int, began: float) -> None:
+    def _measure(self, step: int, began: float) -> bool:
         self.times.append((step, began, self.clock()))
         if len(self.times) <= _TIMES:
-            return
+            return False
         self.measured, self.cost = True, from_first(self._cost())
         if self.max_share is not None:
             self.least = self.cost.least(self.max_share)
         self.times.clear()
+        return True
 
     def _cost(self) -> Cost:
         """The medians of its times, and of the steps of the task between one and the next."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from ..signals.adapter_off import adapter_off
 from ..signals.reference import Reference, take_reference
 from ..signals.responses import check_vocabulary
 from ..signals.row_batch import row_batch, row_outputs
-from ..signals.rows import RowFormat, RowTokens, row_tokens
+from ..signals.rows import RowTokens, row_formats, row_tokens
 from .losses import LOSSES, RowLoss
 from .pace import Pace
 from .protocol import RunPoint, RunStart
@@ -127,21 +127,6 @@ class ReplaySettings(Schedule):
         share = self.max_share
         if share is not None and (not is_number(share) or not 0 < share < 1):
             raise ConfigError(f"max_share is {shown(share)}: give a share of the training's time between 0 and 1")
-
-
-def row_formats(in_format: Any) -> list[RowFormat]:
-    """Return the formats of a setting: one, or one after the other; ConfigError for what is none."""
-    formats = in_format if isinstance(in_format, list | tuple) else [in_format]
-    return [_row_format(one) for one in formats] or [RowFormat()]
-
-
-def _row_format(one: Any) -> RowFormat:
-    if one is None or isinstance(one, RowFormat):
-        return one or RowFormat()
-    allowed = [each.name for each in fields(RowFormat)]
-    if not isinstance(one, Mapping) or not set(one) <= set(allowed):
-        raise ConfigError(f"in_format is {shown(one)}: give a mapping of some of {allowed}, or a list of such")
-    return RowFormat(**one)
 
 
 def _plain_rows(rows: Any) -> str | list[Any] | None:
@@ -317,9 +302,7 @@ class Replay:
         if self.latest is not None:
             self.losses.add(*self.latest)
         most = self.rows.limit if self.rows.floor is None else 0.0
-        measured = self.schedule.measured
-        self.schedule.end(step, self.max_steps, self.began, needed=not loss <= most)
-        if self.schedule.measured and not measured:
+        if self.schedule.end(step, self.max_steps, self.began, needed=not loss <= most):
             self._tell_dear(step)
 
     def _tell_dear(self, step: int) -> None:

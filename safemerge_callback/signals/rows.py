@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 from ..errors import ConfigError, shown
@@ -73,6 +73,21 @@ class RowFormat:
 
 
 PLAIN = RowFormat()
+
+
+def row_formats(in_format: Any) -> list[RowFormat]:
+    """Return the formats of a setting: one, or one after the other; ConfigError for what is none."""
+    formats = in_format if isinstance(in_format, list | tuple) else [in_format]
+    return [_row_format(one) for one in formats] or [RowFormat()]
+
+
+def _row_format(one: Any) -> RowFormat:
+    if one is None or isinstance(one, RowFormat):
+        return one or RowFormat()
+    allowed = [each.name for each in fields(RowFormat)]
+    if not isinstance(one, Mapping) or not set(one) <= set(allowed):
+        raise ConfigError(f"in_format is {shown(one)}: give a mapping of some of {allowed}, or a list of such")
+    return RowFormat(**one)
 
 
 def prompt_tokens(

@@ -98,7 +98,9 @@ def test_its_state_goes_on_where_it_was():
     again = Pace(Schedule(), by_need=True)
     for name, value in other.state().items():
         setattr(again, name, value)
-    rest = [step for step in range(5, 31) if again.due(step, 30) and (again.end(step, 30, 0.0, needed=False) or True)]
+    rest = [
+        step for step in range(5, 31) if again.due(step, 30) and again.end(step, 30, 0.0, needed=False) in (True, False)
+    ]
     assert first == whole[:2]
     assert began + rest == whole
 
