@@ -68,7 +68,7 @@ def lines():
         yield merge_entry(1, plan, [Edit("a", 0.0, 0.1)], {"a": 0.8}, 0.1)
     for chosen in ({"weights": (0.8, 0.1, 0.1), "focal": ["10", "01"]}, {"learned": "run"}):
         plan = MergePlan.decide(readings, gate="all", method="linear", **chosen)
-        yield merge_entry(1, plan, [Edit("a", 0.0, 0.1)], {"a": 0.8}, 0.1)
+        yield merge_entry(1, plan, [Edit("a", 0.0, 0.1, 0.9, 0.4)], {"a": 0.8}, 0.1)
 
 
 def written():

@@ -40,12 +40,15 @@ class Edit:
 
     `residual`: ‖dropped‖/‖target‖, what truncation to the live rank lost. `change`: the Frobenius norm of new - old
     over that of old, before the cast to the parameter's dtype; infinite where only the old update was zero. Both are
-    of updates: what a PiSSA adapter's factors hold of the base weight is left out.
+    of updates: what a PiSSA adapter's factors hold of the base weight is left out. `task_outputs`, `safety_outputs`:
+    ‖new outputs‖/‖old outputs‖ of the update on the inputs of task rows and of safety rows, where the method has them.
     """
 
     name: str
     residual: float
     change: float
+    task_outputs: float | None = None
+    safety_outputs: float | None = None
 
 
 def apply(
@@ -118,13 +121,13 @@ def merged_factors(
     inputs = needed_grams(plan, grams)
     todo = _batches(plan, factors, sources, needed_subspace(plan, subspace) if projecting else None, device, inputs)
     done = [(batch.names, merge_batch(batch, matrix, plan, factors, sources, inputs)) for batch, matrix in todo]
-    # One row a module: residual, change, finite. Results of several devices meet on the first.
+    # One row a module: residual, change, finite, outputs. Results of several devices meet on the first.
     rows = torch.cat([result.to(done[0][1][1].device) for _, (_, result) in done]).tolist()
     names = [name for batch, _ in done for name in batch]
-    broken = [name for name, (_, _, finite) in zip(names, rows, strict=True) if not finite]
+    broken = [name for name, row in zip(names, rows, strict=True) if not row[2]]
     if broken:
         raise not_finite(broken)
-    edits = {name: Edit(name, residual, change) for name, (residual, change, _) in zip(names, rows, strict=True)}
+    edits = {name: Edit(name, row[0], row[1], *row[3:]) for name, row in zip(names, rows, strict=True)}
     new = {name: LowRank(m.A[i], m.B[i]) for batch, (m, _) in done for i, name in enumerate(batch)}
     return {name: new[name] for name in plan.selected}, tuple(edits[name] for name in plan.selected)
 

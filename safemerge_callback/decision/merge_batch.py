@@ -19,6 +19,7 @@ from ..ops import (
     accumulation_dtype,
     all_finite,
     mask_seed,
+    output_ratio,
     squared_norm,
     weighted_sum,
     wide_dtype,
@@ -37,6 +38,7 @@ def merge_batch(
 ) -> tuple[Merged, Tensor]:
     """Return the new factors of a batch and its (n, 3): residual, change, and 1 where all of it is finite.
 
+    With `grams` its (n, 5): how large the update's outputs are on task inputs and on safety inputs, against before.
     Where the plan's weights differ by module, those of a batch are equal, unless a rule gives each module its own,
     or V is asked for. PlanError where a decomposition refuses the values.
     """
@@ -52,8 +54,9 @@ def merge_batch(
     if initial:
         # Not w·B·A but B₀·A₀ + w·(B·A - B₀·A₀) is what keeps the share w of the update.
         others, weights = [*others, stacked(initial, batch.device)], (*weights, 1.0 - weights[0])
+    inputs = _grams(batch, grams)
     try:
-        merged = _merged(batch, plan, live, others, weights, V, _grams(batch, grams))
+        merged = _merged(batch, plan, live, others, weights, V, inputs)
     except torch.linalg.LinAlgError as error:
         # The decompositions refuse NaN by raising for the whole batch: find the modules that hold it.
         raise not_finite(_broken(batch.names, [live, *others]) or batch.names) from error
@@ -63,7 +66,11 @@ def merge_batch(
         total = weighted_sum([live, *others], weights)
         residual = _relative_to(weighted_sum([total, others[-1]], (1.0, -1.0)), residual, total)
         change = _relative_to(stacked([module.update for module in modules], batch.device), change, live)
-    return merged, torch.stack([residual.to(change.dtype), change, finite.to(change.dtype)], dim=-1)
+    columns = [residual, change, finite]
+    if inputs is not None:
+        new = LowRank(merged.A, merged.B)
+        columns += [output_ratio(new, live, factor, centred=False) for factor in inputs]
+    return merged, torch.stack([column.to(change.dtype) for column in columns], dim=-1)
 
 
 def _weights(plan: MergePlan, batch: Batch) -> tuple[float | Tensor, ...]:

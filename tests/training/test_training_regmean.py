@@ -45,10 +45,14 @@ def test_a_check_regresses_A_and_leaves_B(world, chat_tokenizer, tmp_path):
     before, after = Around(guard, "before"), Around(guard, "after")
     trainer = world.trainer(tmp_path, before, guard, after, tokenizer=chat_tokenizer)
     trainer.train()
+    ratios = {}
     for step in (2, 4, 6):
         (old, grams), (new, _) = before.seen[step - 1], after.seen[step - 1]
         for name, (A, B) in new.items():
             wanted = regression(grams[name], mu=2.0, ridge=0.3).task_part(old[name][0])
+            pairs = [(X.double(), one.double()) for X in grams[name] for one in (A, old[name][0])]
+            outputs = [(X @ one.T @ B.double().T).norm() for X, one in pairs]
+            ratios[step, name] = outputs[0] / outputs[1], outputs[2] / outputs[3]
             assert torch.equal(B, old[name][1])
             assert torch.allclose(A, wanted.float(), rtol=1e-4, atol=1e-6)
             assert not torch.equal(A, old[name][0])
@@ -58,6 +62,10 @@ def test_a_check_regresses_A_and_leaves_B(world, chat_tokenizer, tmp_path):
         assert (merge["mu"], merge["ridge"], merge["off_diagonal"]) == (2.0, 0.3, 1.0)
         assert {module["task_weight"] for module in merge["modules"]} == {1.0}
         assert {module["residual"] for module in merge["modules"]} == {0.0}
+        for module in merge["modules"]:
+            outputs = module["task_outputs"], module["safety_outputs"]
+            assert outputs == pytest.approx([float(x) for x in ratios[merge["step"], module["name"]]], rel=1e-3)
+            assert outputs[1] < outputs[0]
 
 
 def test_with_a_safety_adapter_it_is_the_second_expert(world, chat_tokenizer, tmp_path):

@@ -101,6 +101,7 @@ def merge_entry(
             "change": e.change,
             "task_weight": task_weights[e.name],
             **({"weights": list(plan.weights[e.name])} if plan.varied else {}),
+            **({} if e.task_outputs is None else {"task_outputs": e.task_outputs, "safety_outputs": e.safety_outputs}),
         }
         for e in edits
     ]
