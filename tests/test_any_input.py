@@ -133,7 +133,7 @@ def test_any_value_as_any_knob_of_a_gate(name, value):
         str(Gate(**{name: value}))
 
 
-HOW = ("method", "space", "weights", "module_weights", "strength", "operator", "operator_rank", "density")
+HOW = ("method", "space", "weights", "module_weights", "strength", "operator", "operator_rank", "density", "focal")
 
 
 @settings(max_examples=200)

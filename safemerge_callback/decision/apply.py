@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -47,8 +47,8 @@ class Edit:
     name: str
     residual: float
     change: float
-    task_outputs: float | None = None
-    safety_outputs: float | None = None
+    task_outputs: float | None = field(default=None, repr=False)
+    safety_outputs: float | None = field(default=None, repr=False)
 
 
 def apply(

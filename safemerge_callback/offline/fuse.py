@@ -64,7 +64,7 @@ def _check_weights(first: Adapter, weights: Mapping[str, Sequence[float]], other
             f"that only one of them has is {strangers[0]!r}: give those of every module"
         )
     for name, row in weights.items():
-        if len(row) != 1 + others:
+        if isinstance(row, str) or not isinstance(row, Sequence) or len(row) != 1 + others:
             raise ConfigError(f"weights of {name!r} are {shown(row)}: give {1 + others} numbers, one an adapter")
         check_merge("linear", "delta", row)
 
