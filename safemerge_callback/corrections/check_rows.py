@@ -32,7 +32,7 @@ class RowSettings:
     num_prompts: int = 64
     first_tokens: int | None = 8
     num_task_rows: int = 64
-    gram_rows: int = 256
+    gram_rows: int = 128
 
     def __post_init__(self) -> None:
         # Checked where rows, prompts and their numbers are.
