@@ -22,7 +22,7 @@ COUNTS = {
     "accelerate": 6,
     "align": 1,
     "evaluate": 5,
-    "finetune": 23,
+    "finetune": 24,
     "merge": 13,
     "train_safety_adapter": 6,
 }

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from safemerge_callback import live_factors
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.signals.coefficients import SearchSettings, learn_weights, search_rows
+from tests.support.ranks import run_on
 from tests.support.replay import ROWS
 from tests.support.trainer import entries, lora_weights
+from tests.support.world import World
 
 LEARNED = {"method": "pull", "safety_adapter": None, "data": {"safety_rows": ROWS}}
 
@@ -95,3 +98,22 @@ def test_a_search_of_an_adapter_that_has_not_moved_is_not_made(world):
     assert shares == dict.fromkeys(live_factors(model), 0.0)
     with pytest.raises(ConfigError, match="there are no task rows"):
         search_rows(model, (), (), SearchSettings())
+
+
+def two_ranks(folder, output, tokenizer):
+    """Each rank trains on rows of its own; both learn of the rows of both, and merge the same."""
+    from transformers import AutoTokenizer
+
+    guard = World.load(folder).guard(**LEARNED, learned={"granularity": "block", "share": 5.0, "evaluations": 4})
+    trainer = trained(World.load(folder), AutoTokenizer.from_pretrained(tokenizer), output, guard, max_steps=2)
+    mine = torch.cat([weight.flatten() for weight in lora_weights(trainer.model).values()])
+    both = [torch.empty_like(mine) for _ in range(2)]
+    dist.all_gather(both, mine)
+    assert torch.equal(*both)
+
+
+def test_two_ranks_learn_the_same(world, chat_tokenizer, tmp_path):
+    chat_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    run_on(2, two_ranks, world.folder, tmp_path / "run", tmp_path / "tokenizer")
+    (merge,) = entries(tmp_path / "run", "merge")
+    assert merge["learned"]["granularity"] == "block"
