@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -27,7 +28,7 @@ from datetime import date
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from recipes.demo_report import Arm, cost_lines, markdown, table, verdict
 from recipes.processor import ProcessorPace, measured_pace
@@ -39,6 +40,7 @@ MARK = ".safemerge-demo"
 # The arms with the callback: what the table calls them, and their folders.
 GUARDED = {"SafeMergeCallback()": "replayed", "with merges": "merged"}
 PAGE = "safemerge_report.html"
+Figures = TypeVar("Figures")
 
 
 def set_environment(run: Path) -> None:
@@ -142,6 +144,12 @@ def evaluate_arm(
     return [columns(row, ROW_COLUMNS) for row in evaluate_model(model, tokenizer, **counts)]
 
 
+def freed(figures: Figures) -> Figures:
+    """Return what an arm left, the arm's model freed: a Trainer is in circles, which Python breaks when it likes."""
+    gc.collect()
+    return figures
+
+
 def callback_cost(journal: Path, train_seconds: float) -> dict[str, Any]:
     """Return from the journal what the callback did and its share of the training's wall-clock time."""
     from safemerge_callback import read_journal
@@ -189,17 +197,17 @@ def run_demo(run: Path, counts: dict[str, int], extra: Sequence[str], say: Calla
     settings = [*machine_settings(pace), *extra]
     guard = ["--safemerge_subspace", str(subspace), "--safemerge_safety_adapter", str(SAFETY_ADAPTER)]
     say("3/6 Fine-tuning on film reviews, plain")
-    plain = train_arm("smollm2_sentiment", run / "plain", settings)
+    plain = freed(train_arm("smollm2_sentiment", run / "plain", settings))
     say("4/6 The same fine-tuning with SafeMergeCallback() alone, then with merges of a safety adapter")
-    replayed = guarded_arm("smollm2_sentiment_replay", run / "replayed", settings)
-    merged = guarded_arm("smollm2_sentiment_safemerge", run / "merged", [*settings, *guard])
+    replayed = freed(guarded_arm("smollm2_sentiment_replay", run / "replayed", settings))
+    merged = freed(guarded_arm("smollm2_sentiment_safemerge", run / "merged", [*settings, *guard]))
     write_heat_map(read_history(run / "merged"), run / "drift.png")
     guarded = dict(zip(GUARDED, (replayed, merged), strict=True))
     arms: dict[str, Arm] = {"as shipped": {}, "aligned": {}, "fine-tuned": plain, **guarded}
     for title, arm in arms.items():
         say(f"5/6 Evaluating: {title}")
         name = "embedded" if title == "as shipped" else "embedded-aligned"
-        arm["rows"] = evaluate_arm(name, counts, pace.dtype, arm.get("adapter"))
+        arm["rows"] = freed(evaluate_arm(name, counts, pace.dtype, arm.get("adapter")))
     return {
         "seconds": time.perf_counter() - began,
         "dtype": pace.dtype,

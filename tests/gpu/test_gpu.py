@@ -1,10 +1,15 @@
 """On one GPU: the same readings and merges as on the CPU, at full precision, with one wait a check."""
 
 import copy
+import time
 
 import pytest
 import torch
 from transformers import TrainerCallback
+
+from safemerge_callback.errors import ConfigError
+from safemerge_callback.live.stopwatch import Stopwatch, settled
+from tests.support.replay import replaying
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -58,3 +63,46 @@ def test_tensors_come_to_the_host_together_and_as_they_are():
     for before, after in zip(sent, to_host(sent), strict=True):
         assert after.device.type == "cpu"
         assert torch.equal(before.cpu(), after)
+
+
+def test_the_clock_of_a_pace_waits_for_the_device_and_a_stopwatch_does_not():
+    device, x = torch.device("cuda", 0), torch.randn(4096, 4096, device="cuda")
+    (x @ x).sum().item()
+    watch, began = Stopwatch(device), settled(device)
+    with watch.lap():
+        for _ in range(50):
+            x = x @ x / 64
+    queued = time.perf_counter() - began
+    done = settled(device) - began
+    assert 0 < queued < done
+    assert watch.seconds == pytest.approx(done, rel=0.2)
+
+
+def test_what_replay_takes_is_measured_on_the_device(world, chat_tokenizer, runs, tmp_path):
+    """Where no share is set it decides nothing; where one is, a tiny one makes it come seldom."""
+    for share, steps in ((None, range(1, 13)), (1e-4, range(1, 7))):
+        guard, folder = replaying(max_share=share), tmp_path / str(share)
+        trainer = world.trainer(folder, guard, tokenizer=chat_tokenizer, max_steps=12, use_cpu=False)
+        began = time.perf_counter()
+        trainer.train()
+        took = time.perf_counter() - began
+        entries = runs.entries(folder, "gradient")
+        assert [entry["step"] for entry in entries] == [*steps]
+        assert all(entry["seconds"] > 0 for entry in entries)
+        # In the first step the model is the reference.
+        assert all(entry["norm"] > 0 for entry in entries[1:])
+        assert sum(entry["seconds"] for entry in entries) < took
+
+
+def test_replay_goes_through_fp16s_scaler_and_surgery_is_refused_there(world, chat_tokenizer, runs, tmp_path):
+    fp16 = {"tokenizer": chat_tokenizer, "use_cpu": False, "fp16": True}
+    world.trainer(tmp_path / "held", replaying(batch_size=3), max_steps=30, **fp16).train()
+    entries = runs.entries(tmp_path / "held", "gradient")
+    assert len(entries) == 30
+    # A step whose gradients overflow is skipped whole, and its norm is not known.
+    finite = [entry["norm"] for entry in entries if "norm" in entry]
+    assert finite
+    assert all(0 < norm < 1e3 for norm in finite)
+    for settings in ({"surgery": True}, {"max_norm": 0.5}):
+        with pytest.raises(ConfigError, match=r"keeps its gradient apart .* fp16's scaler .* train in bf16"):
+            world.trainer(tmp_path / "refused", replaying(**settings), **fp16).train()

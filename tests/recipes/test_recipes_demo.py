@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,21 @@ def test_what_is_paid_once_is_told_apart_from_what_the_steps_take(tmp_path):
         "SafeMergeCallback() took 18.0 s, 11.2% of the training; before the first step 40.0 s, of which a next run has "
         "the answers to the prompts in its cache (with them 29.0%)."
     )
+
+
+def test_an_arm_is_freed_before_the_next():
+    class Trainer:
+        pass
+
+    def arm():
+        trainer = Trainer()
+        trainer.callbacks = [trainer]
+        trainers.append(weakref.ref(trainer))
+        return {"train_seconds": 1.0}
+
+    trainers = []
+    assert demo.freed(arm()) == {"train_seconds": 1.0}
+    assert trainers[0]() is None
 
 
 def test_only_a_folder_of_its_own_is_replaced(tmp_path):
