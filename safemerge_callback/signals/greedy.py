@@ -69,7 +69,7 @@ def plain_decoder(model: Any) -> Any | None:
         and all(_is_of_transformers(decoder, name) for name in _STEPS)
         and forward_keywords(decoder) >= _NEEDED
         and _is_greedy(decoder.generation_config.to_diff_dict())
-        and len({parameter.device for parameter in decoder.parameters()}) == 1
+        and {parameter.device for parameter in decoder.parameters()} == {decoder.device} != {torch.device("meta")}
     )
     return decoder if ordinary else None
 
@@ -104,7 +104,9 @@ def beginning_of(decoder: Any, prompts: Sequence[Sequence[int]]) -> Beginning | 
     length = next(place for place in range(last + 1) if place == last or len({row[place] for row in rows}) > 1)
     ids = torch.tensor([rows[0][: max(length, 1)]], device=decoder.device)
     cache = _pass(decoder, ids, torch.ones_like(ids), None).past_key_values
-    if {type(layer).__name__ for layer in getattr(cache, "layers", ())} != {"DynamicLayer"}:
+    layers = getattr(cache, "layers", ())
+    ordinary = {type(layer).__name__ for layer in layers} == {"DynamicLayer"}
+    if not ordinary or any(layer.get_seq_length() != ids.shape[1] for layer in layers):
         return None
     return Beginning(decoder, length, cache if length else None)
 
