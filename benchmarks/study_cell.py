@@ -4,9 +4,10 @@ OMP_NUM_THREADS=1 BENCHMARK_CLOCK=cpu python -m benchmarks.study_cell [--steps 3
     [--batch-size 128] [--output FILE.json]
 
 The cell is `plain` on film reviews, of the grid method_comparison/grids/smollm2_replay.yaml. A step is TRL's with the
-head on every place, ours with the head on labelled places, and ours with eager attention. Responses are asked of the
-aligned model in the grid's dtype, by transformers' `generate` in batches of 32, which the study did, and by our own
-decoding in batches of 32 and of `--batch-size`; how many texts differ from the first way's is counted. All in turns.
+head on every place, with the head on labelled places, ours, where the rows' beginning is computed once as well, and
+ours with eager attention. Responses are asked of the aligned model in the grid's dtype, by transformers' `generate` in
+batches of 32, which the study did, and by our own decoding in batches of 32 and of `--batch-size`; how many texts
+differ from the first way's is counted. All in turns.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from benchmarks.hardware import hardware, timed, title
 GRID = Path(__file__).parents[1] / "method_comparison" / "grids" / "smollm2_replay.yaml"
 
 
-def trainer_of(labels_alone: bool, attention: str | None) -> Any:
+def trainer_of(labels_alone: bool, beginning_once: bool, attention: str | None) -> Any:
     """Return the cell's trainer, ready to make a step."""
     from method_comparison.grid import cells_of, load_grid
     from method_comparison.resolve import resolved
@@ -43,7 +44,8 @@ def trainer_of(labels_alone: bool, attention: str | None) -> Any:
     file = Path(folder) / "cell.yaml"
     file.write_text(yaml.safe_dump({name: value for name, value in settings.items() if value is not None}))
     trainer: Any = build_trainer(*parse_finetune(["--config", str(file)]))
-    trainer._labels_suffice = trainer._labels_suffice and labels_alone
+    trainer._labels_suffice &= labels_alone
+    trainer._beginnings_suffice &= beginning_once
     trainer.create_optimizer()
     trainer.model_wrapped = trainer.accelerator.prepare(trainer.model).train()
     trainer.current_gradient_accumulation_steps = 1
@@ -52,7 +54,12 @@ def trainer_of(labels_alone: bool, attention: str | None) -> Any:
 
 def steps(count: int) -> dict[str, list[float]]:
     """Return seconds of `count` forward and backward passes of each way, in turns after one that is not counted."""
-    ways = {"head on every place": (False, None), "on labelled places": (True, None), "and eager": (True, "eager")}
+    ways = {
+        "the head on every place": (False, False, None),
+        "on labelled places": (True, False, None),
+        "and beginnings once": (True, True, None),
+        "and eager": (True, True, "eager"),
+    }
     trainers = {name: trainer_of(*how) for name, how in ways.items()}
     batches = list(islice(next(iter(trainers.values())).get_train_dataloader(), count + 1))
     seconds: dict[str, list[float]] = {name: [] for name in trainers}

@@ -9,12 +9,16 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from recipes import completion_trainer
-from recipes.completion_trainer import CompletionTrainer, agrees, labelled_places
+from recipes.completion_trainer import CompletionTrainer, agrees, beginning_once, draws_noise, labelled_places
 from tests.support.world import with_lora
 
+BEGINNING = [1, *range(30, 42)]
 ROWS = [
-    {"input_ids": [1, *range(4, 4 + n), 2], "completion_mask": [0] * (n + 2 - answer) + [1] * answer}
-    for n, answer in ((6, 1), (17, 2), (9, 5), (3, 1), (24, 3), (11, 12))
+    {
+        "input_ids": [*BEGINNING, *range(n, 4, -1), 2],
+        "completion_mask": [0] * (len(BEGINNING) + n - 3 - answer) + [1] * answer,
+    }
+    for n, answer in ((6, 1), (17, 2), (9, 5), (7, 1), (24, 3), (16, 12))
 ]
 
 
@@ -65,6 +69,7 @@ def test_loss_gradients_and_metrics_are_those_of_trl(trainers, more):
     """In float32, of which a unit in the last place is 6e-8 of a number."""
     theirs, ours = trainers(**more)
     assert ours._labels_suffice
+    assert ours._beginnings_suffice
     for batch in list(theirs.get_train_dataloader()):
         (loss, grads), (our_loss, our_grads) = gradients(theirs, batch), gradients(ours, batch)
         assert torch.allclose(our_loss, loss, rtol=1e-6, atol=1e-7)
@@ -111,6 +116,45 @@ def test_the_head_sees_labelled_places_alone(trainers):
     assert ours.model(**batch, fused_lm_head=True).log_probs.shape == whole.log_probs.shape, "outside it is TRL's own"
 
 
+def test_what_rows_begin_with_goes_through_the_layers_once(trainers):
+    theirs, ours = trainers()
+    batch = next(iter(theirs.get_train_dataloader()))
+    ends = beginning_once(ours.model, batch)
+    shared = len(BEGINNING) - 1
+    assert ends["past_key_values"].get_seq_length() == shared
+    assert ends["input_ids"].tolist() == batch["input_ids"][:, shared:].tolist()
+    assert torch.equal(ends["attention_mask"], batch["attention_mask"])
+    assert ends["past_key_values"].layers[1].keys.requires_grad, "the beginning learns, too"
+
+
+@pytest.mark.parametrize("what", ["one row", "other beginnings", "a label", "padding", "positions", "recomputation"])
+def test_a_batch_of_which_little_is_shared_stays_whole(trainers, what):
+    _, ours = trainers()
+    batch = {name: tensor.clone() for name, tensor in next(iter(ours.get_train_dataloader())).items()}
+    if what == "one row":
+        batch = {name: tensor[:1] for name, tensor in batch.items()}
+    elif what == "other beginnings":
+        batch["input_ids"][1, 5] = 60
+    elif what == "a label":
+        batch["labels"][0, 6] = batch["input_ids"][0, 6]
+    elif what == "padding":
+        batch["attention_mask"][1, :3] = 0
+    elif what == "positions":
+        batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
+    else:
+        ours.model.get_base_model().model.layers[0].gradient_checkpointing = True
+    whole = beginning_once(ours.model, batch)
+    assert whole.keys() == batch.keys()
+    assert all(torch.equal(whole[name], tensor) for name, tensor in batch.items())
+
+
+def test_where_something_is_dropped_at_random_each_row_draws_its_own(model, trainers, tiny_llama):
+    assert not draws_noise(model)
+    assert draws_noise(tiny_llama(attention_dropout=0.1))
+    noisy = with_lora(tiny_llama(), ["q_proj"], lora_dropout=0.1)
+    assert draws_noise(noisy)
+
+
 @pytest.mark.parametrize("fault", ["raises", "differs"])
 def test_where_trl_is_another_it_stays_with_trl(trainers, monkeypatch, fault):
     original = labelled_places
@@ -131,8 +175,8 @@ def test_the_question_leaves_the_model_as_it_was(trainers, model):
     _, ours = trainers()
     state = torch.get_rng_state()
     assert ours.model.training
-    assert agrees(ours.model)
+    assert agrees(ours.model, labelled_places)
     assert ours.model.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in ours.model.parameters())
-    assert not agrees(model), "a model without TRL's fused head"
+    assert not agrees(model, labelled_places), "a model without TRL's fused head"
