@@ -156,6 +156,11 @@ class SafeMergeCallback(TrainerCallback):
                     self.session.marks.end_epoch()
                 self._ready_for_save(control)
 
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Let the first rank know what all have kept where what was measured decides on a checkpoint."""
+        if self.session and args.save_strategy == "best":
+            self.session.data.exchange()
+
     def on_log(
         self,
         args: TrainingArguments,

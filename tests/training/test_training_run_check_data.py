@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,12 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from safemerge_callback.errors import AdapterError, ConfigError
+from safemerge_callback.signals.task_rows import TaskRows
+from safemerge_callback.training.run.check_data import RunData
+from safemerge_callback.training.run.task_state import read_rows
 from tests.support.ranks import run_on
 from tests.support.replay import ROWS, replay_entry
+from tests.support.rows import rows_of_kinds
 from tests.support.trainer import entries, lora_weights
 from tests.support.world import World
 
@@ -134,6 +139,21 @@ def test_task_rows_that_cannot_be_read_are_refused(world, chat_tokenizer, tmp_pa
     again = world.trainer(tmp_path, world.guard(**knobs), tokenizer=chat_tokenizer, **steps)
     with pytest.raises(AdapterError, match="it is not known which rows were trained on last"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_checkpoint_that_ranks_did_not_agree_on_holds_no_rows(world, tmp_path, monkeypatch):
+    """Rather none than those of an earlier step: a resume then says that they begin anew."""
+    data = RunData(task=TaskRows(4, tuple(rows_of_kinds(3))))
+    point = SimpleNamespace(step=7)
+    monkeypatch.setattr("safemerge_callback.training.run.check_data.many", lambda: True)
+    data.after_step(point)
+    data.exchange()
+    data.save(tmp_path, "a")
+    assert len(read_rows([tmp_path], "a")[0]) == 3
+    data.after_step(SimpleNamespace(step=8))
+    data.save(tmp_path, "b")
+    assert read_rows([tmp_path], "b") == []
+    assert not data.load([tmp_path], "b")
 
 
 def two_ranks(folder, output, tokenizer):

@@ -35,7 +35,7 @@ class RunData:
 
     `task`: the rows that this process was trained on last, `inputs`: what each module was given then; `safety_inputs`:
     module -> factor of what it is given on harmful rows in the aligned model. `ranks` and `states`: what all processes
-    had when they last told each other.
+    had when they last told each other, after step `exchanged`.
     """
 
     model: nn.Module | None = None
@@ -48,6 +48,8 @@ class RunData:
     adapter_name: str | None = None
     ranks: list[tuple[RowTokens, ...]] = field(default_factory=list)
     states: list[InputState] = field(default_factory=list)
+    step: int = 0
+    exchanged: int = -1
     name: str = "task rows"
     noun: str = "last rows of the task"
 
@@ -95,6 +97,7 @@ class RunData:
 
     def exchange(self) -> None:
         """Let the first rank, which writes checkpoints, know what all ranks have kept. Collective."""
+        self.exchanged = self.step
         if self.task is not None:
             self.ranks = everyones(all_or_none(self.task.rows))
         if self.inputs is not None:
@@ -110,14 +113,16 @@ class RunData:
             yield
 
     def after_step(self, at: RunPoint) -> None:
-        """Nothing follows a step: batches are looked at as they pass."""
+        """Batches are looked at as they pass."""
+        self.step = at.step
 
     def save(self, folder: Path, save: str) -> None:
-        """Write what every rank has kept. Raises OSError."""
+        """Write what every rank has kept; nothing after a step without an exchange. Raises OSError."""
+        current = self.exchanged == self.step
         if self.task is not None:
-            write_rows(folder, save, self.ranks if many() else [self.task.rows()])
+            write_rows(folder, save, (self.ranks if current else []) if many() else [self.task.rows()])
         if self.inputs is not None:
-            write_inputs(folder, save, self.states if many() else [self.inputs.state])
+            write_inputs(folder, save, (self.states if current else []) if many() else [self.inputs.state])
 
     def load(self, folders: Sequence[Path], save: str | None) -> bool:
         """Go on from there; as `Kept.load`."""
