@@ -77,7 +77,8 @@ def check_data(
     task_rows = tuple(row._replace(kind="task") for row in _tokens(model, tokenizer, rows.task_rows, None))
     if SAFETY_BATCH in data and not any(row.kind == "harm" for row in safety_rows):
         raise ConfigError(f"safety_rows: none of {len(safety_rows)} rows is harmful: add some that are refused")
-    about = CheckData(model, safety_rows, task_rows, task.factors, safety, {**choices.how.taken, **choices.gate.reads})
+    knobs = {**choices.how.taken, **choices.gate.reads, **choices.rules}
+    about = CheckData(model, safety_rows, task_rows, task.factors, safety, knobs)
     return replace(about, grams=_grams(about)) if GRAMS in data else about
 
 

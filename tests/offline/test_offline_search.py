@@ -136,6 +136,20 @@ def test_a_killed_search_goes_on_and_ends_as_one_that_was_not(folder, tmp_path, 
     assert filecmp.cmp(*(tmp_path / n / "adapter_model.safetensors" for n in ("whole", "out")), shallow=False)
 
 
+@pytest.mark.parametrize("safety", [None, "safety"])
+def test_the_rule_learned_finds_on_files_what_a_search_does(folder, tmp_path, safety):
+    """On the same rows: a search reads 16 tokens of a response, a merge 8, and none is longer here."""
+    settings = {"granularity": "module", "objective": "cross_entropy", "share": 3.0}
+    task = [{"prompt": row["prompt"], "response": row["completion"]} for row in TASK]
+    report = searched(folder, tmp_path / "out", *filter(None, [safety]), task=task, **settings)
+    rows = {"task_rows": task, "safety_rows": SAFETY, "base": str(folder / "aligned")}
+    with warnings.catch_warnings(action="ignore"):
+        parts = [folder / "task", safety and folder / safety, folder / "s.safetensors", tmp_path / "merged"]
+        plan = merge_adapters(*parts, learned=settings, **rows)
+    for name, weights in report.learned.weights.items():
+        assert plan.weights[name] == pytest.approx(weights, abs=0.02)
+
+
 def test_a_trace_of_another_search_is_not_taken(folder, tmp_path):
     trace_beside(tmp_path / "out").write_text(json.dumps({"search": 1, "settings": {}, "rows": "x"}) + "\n")
     with pytest.raises(ConfigError, match=r"of another search, which differs in \['finetuned', 'others', 'rows'"):

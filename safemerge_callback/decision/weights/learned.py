@@ -61,8 +61,8 @@ def learned(weights: Weights, _settings: Mapping[str, Any], case: Case) -> Weigh
     """Return (1 - λ, λ) with each module's λ, as `signals.module_signals.learned_share` has it; patterns give way.
 
     Source: One Bad Model, arXiv:2406.14563, and AdaMerging, arXiv:2310.02575: that coefficients are learned from data.
-    Differs: see `docs/search.md`. ConfigError for readings without it: it is taken in training; on files it is
-    `safemerge search`.
+    Differs: see `docs/search.md`. ConfigError for readings without it: it is taken in training, and
+    offline where rows are given.
     """
     if not case.readings:
         return weights
@@ -73,8 +73,8 @@ def _shared(name: str, weights: tuple[float, ...], case: Case) -> tuple[float, .
     reading = case.readings.get(name)
     if reading is None or _SIGNAL not in reading.signals:
         raise ConfigError(
-            f"learned: module {name!r} has no {_SIGNAL}, which the checks of a training ask the live model for: on "
-            "files use `safemerge search`"
+            f"learned: module {name!r} has no {_SIGNAL}, which is asked of the live model: use it in training, "
+            "name rows to a merge of files, or use `safemerge search`"
         )
     share = reading.signals[_SIGNAL]
     return (1.0 - share, share) if math.isfinite(share) else (1.0, *(0.0 for _ in weights[1:]))

@@ -9,7 +9,7 @@ import torch
 from ...adapters import LoraFactors
 from ...errors import ConfigError
 from ...live.merged_forward import whole_updates
-from ...live.modules import base_moved
+from ...live.modules import base_moved, live_factors
 from ..check_data import SAFETY_BATCH, TASK_BATCH, CheckData
 from ..coefficients import SearchSettings, learn_weights, search_rows
 from ..slopes import SLOPE_ENGINES
@@ -39,9 +39,10 @@ def learned_share(data: CheckData) -> dict[str, float]:
             "in a forward pass: train a LoRA with init_lora_weights=True"
         )
     names = list(data.modules)
-    if not _moved(data.factors):
+    live = live_factors(data.model, data.adapter_name)
+    if not _moved(live):
         return dict.fromkeys(names, 0.0)
-    others = {adapter.source: whole_updates(adapter.factors, data.factors) for adapter in data.safety}
+    others = {adapter.source: whole_updates(adapter.factors, live) for adapter in data.safety}
     rows = search_rows(data.model, data.task_batch, data.safety_batch, settings)
     learned = learn_weights(data.model, others, rows, settings, names=names, adapter_name=data.adapter_name)
     return {name: weights[1] for name, weights in learned.weights.items()}
