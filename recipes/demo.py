@@ -162,7 +162,7 @@ def callback_cost(journal: Path, train_seconds: float) -> dict[str, Any]:
     rows = sum(entry["figures"].get("rows", 0) for entry in entries if entry["kind"] == "gradient")
     counts = {key: end[key] for key in ("checks", "merges", "modules_merged", "seconds")}
     counts |= {"modules": modules, "distinct": len(merged), "rows": int(rows), "prepared": prepared}
-    # What a next run pays, which has the answers to the prompts in its cache.
+    # What grows with the run: without the answers to the prompts, which a next run has in its cache, and a pass a row.
     later = (end["seconds"] - prepared) / (train_seconds - prepared)
     return {**counts, "share": end["seconds"] / train_seconds, "share_of_steps": later}
 

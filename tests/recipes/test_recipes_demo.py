@@ -83,8 +83,8 @@ def test_what_is_paid_once_is_told_apart_from_what_the_steps_take(tmp_path):
     assert cost["share_of_steps"] == pytest.approx(18 / 160)
     (line,) = demo_report.cost_lines({"plain": {}, "SafeMergeCallback()": {"callback": cost}})
     assert line == (
-        "SafeMergeCallback() took 18.0 s, 11.2% of the training; before the first step 40.0 s, of which a next run has "
-        "the answers to the prompts in its cache (with them 29.0%)."
+        "SafeMergeCallback() took 18.0 s, 11.2% of the training; before the first step 40.0 s, for the answers to the "
+        "prompts, which a next run has in its cache, and one pass a row (with both 29.0%)."
     )
 
 
