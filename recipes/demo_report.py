@@ -113,8 +113,8 @@ def cost_lines(arms: Mapping[str, Arm]) -> list[str]:
         if cost := arm.get("callback"):
             steps = f"{cost['seconds'] - cost['prepared']:.1f} s, {cost['share_of_steps']:.1%} of the training"
             once = (
-                f"; before the first step {cost['prepared']:.1f} s, for the answers to the prompts, which a next run has "
-                f"in its cache, and one pass a row (with both {cost['share']:.1%})"
+                f"; before the first step {cost['prepared']:.1f} s, for the answers to the prompts, which a next run "
+                f"has in its cache, and one pass a row (with both {cost['share']:.1%})"
             )
             lines.append(f"{title} took {steps}{once if cost['prepared'] else ''}.")
     return lines
