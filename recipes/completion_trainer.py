@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from trl import SFTTrainer
 
 from safemerge_callback.signals.model_state import preserve_state
+from safemerge_callback.signals.task_rows import whole_batch
 
 # What TRL's fused head says of every place, and its trainer sums.
 _SUMMED = ("log_probs", "entropy", "is_top1", "label_mask")
@@ -53,9 +54,10 @@ class CompletionTrainer(SFTTrainer):
         """Return the loss as SFTTrainer, of a batch with `labels` (batch, length)."""
         if return_outputs or not self._labels_suffice or "shift_labels" in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        ends = beginning_once(model, inputs) if self._beginnings_suffice else inputs
-        with labelled_places(self.model, ends) as fewer:
-            return super().compute_loss(model, fewer, num_items_in_batch=num_items_in_batch)
+        with whole_batch(self.model, inputs):
+            ends = beginning_once(model, inputs) if self._beginnings_suffice else inputs
+            with labelled_places(self.model, ends) as fewer:
+                return super().compute_loss(model, fewer, num_items_in_batch=num_items_in_batch)
 
 
 def agrees(model: nn.Module, way: Callable[..., AbstractContextManager[dict[str, Any]]], length: int = 24) -> bool:

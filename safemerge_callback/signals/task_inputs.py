@@ -91,7 +91,9 @@ class TaskInputs:
             del kept[len(self.weights) :]
         if self.paused or not isinstance(ids, Tensor) or ids.ndim != 2:
             return
-        there = mask if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(ids)
+        # After a cache of what rows begin with the mask is of that, too.
+        ends = mask[:, -ids.shape[1] :] if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        there = ends if ends is not None and ends.shape == ids.shape else torch.ones_like(ids)
         flat = there.flatten().to(torch.float32)
         order = (torch.arange(len(flat), device=ids.device) * _STEP + self.seen * _TURN) % 1.0
         # Padding comes last.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ UNCOUNTED = -100
 LONGEST, LONGEST_RESPONSE = 512, 256
 # What goes to a model beside token ids and belongs to them: such rows cannot be asked by their ids alone.
 _OTHER_INPUTS = ("pixel_values", "input_features", "input_values", "inputs_embeds")
+
+# Who follows which model.
+_FOLLOWERS: WeakKeyDictionary[nn.Module, list[ref[TaskRows]]] = WeakKeyDictionary()
 
 
 class Passed(NamedTuple):
@@ -50,6 +53,7 @@ class TaskRows:
                 there.see({"input_ids": args[0], **kwargs} if args else kwargs)
 
         model.register_forward_pre_hook(look, with_kwargs=True)
+        _FOLLOWERS.setdefault(model, []).append(rows)
 
     @contextmanager
     def unseen(self) -> Iterator[None]:
@@ -61,9 +65,12 @@ class TaskRows:
             self.paused = False
 
     def see(self, inputs: Mapping[str, Any]) -> None:
-        """Keep what a batch holds of token ids; of older batches as many as still count."""
+        """Keep what a batch holds of token ids; of older batches as many as still count.
+
+        What is only a part of its rows, after a cache of what they begin with, is none.
+        """
         ids = inputs.get("input_ids")
-        foreign = any(inputs.get(name) is not None for name in _OTHER_INPUTS)
+        foreign = any(inputs.get(name) is not None for name in (*_OTHER_INPUTS, "past_key_values"))
         if self.paused or foreign or not isinstance(ids, Tensor) or ids.ndim != 2:
             return
         others = (inputs.get(name) for name in Passed._fields[1:])
@@ -76,6 +83,21 @@ class TaskRows:
         """Return them, the latest last, as prompts and responses; waits for the device once a batch that is kept."""
         seen = [row for one in self.batches for row in rows_of(one)]
         return tuple([*self.earlier, *seen][-self.count :])
+
+
+@contextmanager
+def whole_batch(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Let whoever keeps the rows of a model see this batch; within, what the model is given itself is none.
+
+    For a trainer that gives its model other inputs than the batch that it trains on.
+    """
+    followers = [rows for one in _FOLLOWERS.get(model, ()) if (rows := one()) is not None]
+    with ExitStack() as stack:
+        for rows in followers:
+            if model.training and torch.is_grad_enabled():
+                rows.see(inputs)
+            stack.enter_context(rows.unseen())
+        yield
 
 
 def rows_of(batch: Passed) -> list[RowTokens]:

@@ -66,6 +66,16 @@ def test_of_a_large_batch_places_are_drawn_without_a_random_number_and_the_last_
     assert torch.equal(rows.samples["layers.0.self_attn.q_proj"][0], places[2])
 
 
+def test_what_comes_after_a_cache_is_masked_by_the_end_of_the_mask(world):
+    model = world.model(init_lora_weights=False).train()
+    rows = TaskInputs(64)
+    one = batch(1, padding=3)
+    cache = model(input_ids=one["input_ids"][:, :2], use_cache=True).past_key_values
+    rows.follow(model)
+    model(input_ids=one["input_ids"][:, 2:], attention_mask=one["attention_mask"], past_key_values=cache)
+    assert rows.inputs().counted == 7.0
+
+
 def test_only_what_is_trained_on_counts_however_often_it_is_computed(world):
     model = world.model(init_lora_weights=False).train()
     model.enable_input_require_grads()

@@ -5,7 +5,7 @@ import gc
 import torch
 
 from safemerge_callback.signals.rows import RowTokens
-from safemerge_callback.signals.task_rows import LONGEST, Passed, TaskRows, rows_of
+from safemerge_callback.signals.task_rows import LONGEST, Passed, TaskRows, rows_of, whole_batch
 
 
 def batch(ids, mask=None, labels=None, positions=None):
@@ -86,3 +86,20 @@ def test_a_model_keeps_nothing_of_a_run_that_is_over():
     del rows
     gc.collect()
     assert model(input_ids=torch.tensor([[1, 2]])).shape == (1, 2)
+
+
+def test_a_trainer_that_gives_its_model_less_shows_the_batch_itself():
+    model, rows = Model(), TaskRows(3)
+    rows.follow(model)
+    ids = torch.tensor([[4, 5, 6, 7]])
+    with whole_batch(model, {"input_ids": ids, "labels": torch.tensor([[-100, -100, 6, 7]])}):
+        model(input_ids=ids[:, :2])
+        model(input_ids=ids[:, 2:], past_key_values="those of the first two")
+    assert pairs(rows.rows()) == [((4, 5), (6, 7))]
+    model(input_ids=ids[:, 2:], past_key_values="those of the first two")
+    assert len(rows.rows()) == 1
+    with torch.no_grad(), whole_batch(model, {"input_ids": ids}):
+        model(input_ids=ids)
+    assert len(rows.rows()) == 1
+    with whole_batch(Model(), {"input_ids": ids}):
+        pass
