@@ -5,7 +5,13 @@ from safemerge_callback.decision import MergePlan, Reading, Readings
 from safemerge_callback.record.progress import Progress
 from safemerge_callback.training.config.settings import SafeMergeConfig
 from safemerge_callback.training.run.forecast import forecast
-from safemerge_callback.training.run.lines import closing_line, nothing_merged, opening_line
+from safemerge_callback.training.run.lines import (
+    alike_inputs,
+    closing_line,
+    nothing_merged,
+    opening_line,
+    unused_inputs,
+)
 
 
 @pytest.mark.parametrize(
@@ -154,3 +160,25 @@ def test_watching_says_that_it_changes_nothing(world, tmp_path, capsys):
 def test_quiet_says_nothing(world, tmp_path, capsys):
     world.trainer(tmp_path, world.guard(quiet=True)).train()
     assert said(capsys) == []
+
+
+def grams_said(cosine, unused):
+    readings = Readings(Reading(name, 0.5, 0.5, 1.0, 4, (8, 16)) for name in ("a", "b"))
+    signals = {"gram_cosine": {"a": cosine, "b": 1.0}, "unused_features": {"a": unused, "b": 0.0}}
+    return MergePlan.decide(readings.with_signals(signals), gate="all", method="regmean")
+
+
+def test_grams_that_agree_and_features_that_were_never_used_are_told():
+    plan = grams_said(0.96, 3.0)
+    assert alike_inputs(4, plan) == (
+        "at step 4 modules are given much the same by the task and by safety rows (mean cosine 0.98): method 'regmean' "
+        "has nothing to gain by the difference, and does what pull does at strength 0.75"
+    )
+    assert unused_inputs(4, plan) == (
+        "at step 4 the task used none of 3 of 16 inputs of module 'a' (1 modules have such): of these its "
+        "Gram says nothing, and the ridge alone decides"
+    )
+    assert alike_inputs(4, grams_said(0.8, 0.0)) is None
+    assert unused_inputs(4, grams_said(0.8, 0.0)) is None
+    plain = MergePlan.decide(Readings([Reading("a", 0.5, 0.5, 1.0, 4, (8, 16))]), gate="all", method="pull")
+    assert alike_inputs(4, plain) is unused_inputs(4, plain) is None

@@ -112,6 +112,19 @@ def alike_inputs(step: int, plan: MergePlan) -> str | None:
     )
 
 
+def unused_inputs(step: int, plan: MergePlan) -> str | None:
+    """Return what to warn of where modules have input features that no kept row of the task used; None without any."""
+    unused = {name: int(one.signals.get("unused_features", 0)) for name, one in plan.readings.items()}
+    most = max(unused, key=unused.__getitem__, default=None)
+    if most is None or not unused[most]:
+        return None
+    return (
+        f"at step {step} the task used none of {unused[most]:,} of {plan.readings[most].shape[1]:,} inputs of "
+        f"module {most!r} ({sum(map(bool, unused.values()))} modules have such): of these its Gram says nothing, "
+        "and the ridge alone decides"
+    )
+
+
 def _listed(config: SafeMergeConfig) -> str:
     return ", ".join(one.kind.name for one in config.chosen_corrections)
 

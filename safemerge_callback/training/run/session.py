@@ -46,7 +46,7 @@ from .ending import (
     rewrite_adapter,
 )
 from .guarded import GuardedRun
-from .lines import alike_inputs, broken_modules, closing_line, merge_line, nothing_merged
+from .lines import alike_inputs, broken_modules, closing_line, merge_line, nothing_merged, unused_inputs
 from .model_card import mark_card, mark_model
 from .shares import RankShare, join, measure_once
 from .state import Saved, kept_of, past_of, save_run, save_run_again
@@ -221,8 +221,9 @@ class Session:
         self.log.tell(step, lambda: self.log.note(check_entry(step, plan, took, moment.measured_at)))
         if words := broken_modules(step, plan):
             self.log.warn("broken", words)
-        if words := alike_inputs(step, plan):
-            self.log.warn("inputs", words)
+        for kind, words in (("inputs", alike_inputs(step, plan)), ("unused", unused_inputs(step, plan))):
+            if words:
+                self.log.warn(kind, words)
         left_out = self.clock.left_out
         data = answer.data if isinstance(answer, Answer) else None
         at, keep_in = replace(self.point, plan=plan, data=data), Path(self.args.output_dir) if final else None
