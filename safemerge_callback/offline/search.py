@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import random
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -117,7 +118,8 @@ def search_merge(
     else:
         _write_untouched(adapter_of(finetuned), target)
     shutil.move(trace.path, target / TRACE)
-    return SearchReport(learned, settings, target, len(opened.task), len(opened.safety), len(trace.known), achieved)
+    counts = (len(opened.task), len(opened.safety), len(trace.known))
+    return SearchReport(learned, settings, target, *counts, achieved, _peak_bytes(opened.model))
 
 
 def _questions(
@@ -247,6 +249,18 @@ def _achieved(
     merged = MergedModel(opened.model, [update], names, settings.kind, *kinds, settings.share, settings.batch_size)
     alone = torch.tensor([[0.0, 1.0]] * len(names), dtype=torch.float64)
     return Achieved(*merged.losses(alone))
+
+
+def _peak_bytes(model: Any) -> int | None:
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:
+        return None
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _write_untouched(task: Adapter, target: Path) -> None:

@@ -25,6 +25,7 @@ class SearchReport:
     """What was learned by which settings, on how many rows of each kind, where it lies, and what was achieved there.
 
     `achieved` is None where nothing was merged. `resumed`: evaluations that an earlier, killed search had made.
+    `peak_bytes`: the most memory that the process has had, or its device; None where the system does not say.
     """
 
     learned: Learned
@@ -34,6 +35,7 @@ class SearchReport:
     safety_rows: int
     resumed: int = 0
     achieved: Achieved | None = None
+    peak_bytes: int | None = None
 
     @property
     def all_rows(self) -> list[Evaluation]:
@@ -57,9 +59,10 @@ class SearchReport:
             yield f"note: {note}"
         kept = "" if learned.improved else "; the fine-tuned adapter is returned as it was"
         resumed = f", {self.resumed} of them made before" if self.resumed else ""
+        memory = "" if self.peak_bytes is None else f", {self.peak_bytes / 2**30:.2f} GiB at most"
         yield (
             f"{len(learned.trace)} evaluations{resumed}: {learned.forward} rows forward, {learned.backward} backward, "
-            f"{learned.seconds:.1f} s; {self.task_rows} task rows, {self.safety_rows} safety rows{kept}"
+            f"{learned.seconds:.1f} s{memory}; {self.task_rows} task rows, {self.safety_rows} safety rows{kept}"
         )
 
     def _table(self) -> Table:

@@ -108,6 +108,7 @@ def test_the_trace_ends_in_the_folder_and_its_numbers_are_the_reports(folder, tm
     assert "2 λ: safety" in text
     assert "as written" in text
     assert f"{len(trace)} evaluations" in text
+    assert report.peak_bytes is None or f"{report.peak_bytes / 2**30:.2f} GiB at most" in text
 
 
 @pytest.mark.parametrize("granularity", ["run", "module"])
