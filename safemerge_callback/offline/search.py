@@ -9,6 +9,7 @@ import hashlib
 import random
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -140,6 +141,12 @@ def _questions(
                 "completion or response, or choose 'kl', which needs none"
             )
         chosen.append(some)
+    if len(kinds := {row.kind for row in chosen[1]}) == 1:
+        warnings.warn(
+            f"safemerge: all {len(chosen[1])} safety rows are of kind {kinds.pop()!r}, so one side of safety is not "
+            "seen, refusals or answers to harmless prompts: add rows of the other kind",
+            stacklevel=3,
+        )
     return chosen[0], chosen[1]
 
 

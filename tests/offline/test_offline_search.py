@@ -202,7 +202,8 @@ def test_an_adapter_that_is_the_fine_tuned_one_is_named(folder, tmp_path):
 
 def test_prompts_without_responses_are_answered_by_their_references(folder, tmp_path):
     task, safety = ([{"prompt": row["prompt"]} for row in rows] for rows in (TASK, SAFETY))
-    report = searched(folder, tmp_path / "out", task=task, safety_rows=safety)
+    with pytest.warns(UserWarning, match="all 2 safety rows are of kind 'harm'"):
+        report = searched(folder, tmp_path / "out", task=task, safety_rows=safety)
     assert (report.task_rows, report.safety_rows) == (3, 2)
     with pytest.raises(ConfigError, match="'cross_entropy' reads responses, and task rows have prompts without"):
         searched(folder, tmp_path / "other", task=task, objective="cross_entropy")
