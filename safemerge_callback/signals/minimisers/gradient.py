@@ -11,7 +11,7 @@ from .registry import Effort, Problem, minimiser
 _RATE, _BETAS, _EPSILON = 0.1, (0.9, 0.99), 1e-8
 
 
-@minimiser(16, backward=True)
+@minimiser(10, backward=True)
 def gradient(problem: Problem, effort: Effort) -> None:
     """Take a step on each batch in turn, of 0.1 at first and falling to nothing, then ask all rows at where it ends.
 

@@ -19,7 +19,7 @@ from .registry import module_signal
 @module_signal(
     needs={SAFETY_BATCH, TASK_BATCH},
     engines=SLOPE_ENGINES,
-    cost="about 12 forward passes over all rows, and for blocks and modules 16 steps on batches of them",
+    cost="about 10 forward passes over all rows, and for blocks and modules 10 steps on batches of them",
 )
 def learned_share(data: CheckData) -> dict[str, float]:
     """Return each module's λ of (1 - λ)·ΔW + λ·ΔW_target with the least objective; 0 where nothing is better.
