@@ -1,13 +1,18 @@
-"""Let a model generate in the middle of its training: apart from who asks it, since engines are known on this floor."""
+"""How a live model is run: in the middle of its training, and what its forward pass takes.
+
+Apart from who asks it, since engines are known on this floor.
+"""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from .modules import is_dtensor
 from .ranks import all_or_none, everyones, many, rank
@@ -84,3 +89,12 @@ def _fsdp2_root(model: Any) -> Iterator[None]:
 
 def _is_fsdp2(model: Any) -> bool:
     return any(base.__name__ == "FSDPModule" for base in type(model).__mro__)
+
+
+def forward_keywords(model: nn.Module) -> frozenset[str]:
+    """Return what the innermost model's forward pass takes by name: engines, compilers and PEFT hand all on."""
+    inner: Any = model
+    while isinstance(deeper := getattr(inner, "module", getattr(inner, "_orig_mod", None)), nn.Module):
+        inner = deeper
+    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    return frozenset(inspect.signature(base.forward).parameters)

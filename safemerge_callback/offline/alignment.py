@@ -82,8 +82,9 @@ class Alignment:
         for name in self.coefficients:
             if name not in specs:
                 raise SubspaceError(
-                    f"base model {source!r} has no module {name!r}, of which {where} has V{nearest(name, specs)}: give "
-                    "the aligned checkpoint that it was built from, or name modules by patterns, {pattern: c}"
+                    f"base model {source!r} has no module {name!r}, of which {where} has V: give the "
+                    "aligned checkpoint that it was built from, or name modules by patterns, {pattern: c}"
+                    f"{nearest(name, specs)}"
                 )
             if specs[name].shape != header.modules[name].shape:
                 raise SubspaceError(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .row_batch import forward_keywords
+from ..live.forward import forward_keywords
 
 # What a pass here is given; a model that takes less of it, or positions of another kind, says what comes next itself.
 _NEEDED = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..live.forward import forward_keywords
 from ..ops import accumulation_dtype
 from .rows import RowTokens
 
@@ -93,12 +93,3 @@ def _at_prompts_end(states: Tensor, mask: Tensor) -> Tensor:
 
 def _right_aligned(rows: Sequence[Sequence[int]], length: int, device: torch.device | str) -> Tensor:
     return torch.tensor([[0] * (length - len(row)) + list(row) for row in rows], device=device)
-
-
-def forward_keywords(model: nn.Module) -> frozenset[str]:
-    """Return what the innermost model's forward pass takes by name: engines, compilers and PEFT hand all on."""
-    inner: Any = model
-    while isinstance(deeper := getattr(inner, "module", getattr(inner, "_orig_mod", None)), nn.Module):
-        inner = deeper
-    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    return frozenset(inspect.signature(base.forward).parameters)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..live.forward import forward_keywords
 from .model_state import preserve_state
 from .responses import alike_lengths, under_bar
-from .row_batch import forward_keywords, mean_of_targets, row_batch, row_outputs, target_losses
+from .row_batch import mean_of_targets, row_batch, row_outputs, target_losses
 from .rows import RowTokens
 
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..live.forward import forward_keywords
 from ..ops import accumulation_dtype
 from .divergence import divergences
 from .reference import ReferenceRows
-from .row_batch import RowBatch, RowOutputs, forward_keywords, mean_of_targets, row_batch, row_outputs
+from .row_batch import RowBatch, RowOutputs, mean_of_targets, row_batch, row_outputs
 from .rows import RowTokens
 
 # Shorter beginnings are not worth a pass of their own.
