@@ -14,6 +14,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+# Before torch: a test's fork would wait for ever for OpenMP threads that it has not got.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What a run keeps for the next one is kept from the user's own.
 os.environ["SAFEMERGE_CACHE"] = tempfile.mkdtemp(prefix="safemerge-cache-")
 # Read once, when any library first imports trackio.
