@@ -348,7 +348,7 @@ def test_a_setting_of_a_correction_given_to_the_callback_says_where_it_goes(name
 
 def test_a_setting_that_a_merge_has_as_well_says_where_it_goes():
     with pytest.raises(
-        ConfigError, match=r"every is 2, which is of a merge.*; 'every' of correction 'replay' is given"
+        ConfigError, match=r"every is 2, which is of a merge.*; 'every' of correction.*'replay'.* is given"
     ):
         SafeMergeCallback(every=2)
 

@@ -11,8 +11,8 @@ import torch
 
 from safemerge_callback import Subspace, build_subspace, live_factors, measure
 from safemerge_callback.errors import AdapterError, ConfigError, JournalError, SafeMergeError, SubspaceError
-from safemerge_callback.record import METRICS
 from safemerge_callback.training import SafeMergeCallback, SafeMergeConfig
+from tests.support.metrics import EVERY_CHECK
 
 SAFETY_SCALING = 2.0  # alpha 6 over rank 3
 LIVE_SCALING = 2.0  # alpha 8 over rank 4
@@ -269,7 +269,7 @@ def test_metrics_in_the_log_history_are_those_published_and_agree_with_the_journ
     assert [e["step"] for e in logged] == [3, 6]
     for row, check, merge in zip(logged, runs.entries(tmp_path, "check"), runs.entries(tmp_path, "merge"), strict=True):
         # gate all merges below no cosine
-        assert row.keys() - {"step", "epoch"} == METRICS.keys() - {"safemerge/modules_below"}
+        assert row.keys() - {"step", "epoch"} == EVERY_CHECK - {"safemerge/modules_below"}
         cosines = sorted(m["cosine"] for m in check["modules"])
         assert row["safemerge/cosine_min"] == cosines[0]
         assert row["safemerge/cosine_max"] == cosines[-1]

@@ -4,8 +4,8 @@ import pytest
 
 from safemerge_callback import MergePlan, Subspace, apply, load_adapter, measure, read_journal, writer_for
 from safemerge_callback.errors import ConfigError
-from safemerge_callback.record import METRICS
 from safemerge_callback.training import LoopLog
+from tests.support.metrics import EVERY_CHECK
 
 
 def checked(world, log, steps=(10, 20), threshold=1.0):
@@ -32,7 +32,7 @@ def test_a_loop_without_a_trainer_writes_tensorboard_and_the_journal(world, tmp_
         log.numbers(20, {"safemerge/probe/advbench_refused": 0.5})
     events = EventAccumulator(str(tmp_path / "runs" / "safemerge"))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == {*METRICS, "safemerge/probe/advbench_refused"}
+    assert set(events.Tags()["scalars"]) == {*EVERY_CHECK, "safemerge/probe/advbench_refused"}
     assert [(e.step, e.value) for e in events.Scalars("safemerge/milliseconds")] == [(10, 250.0), (20, 250.0)]
     assert [e.value for e in events.Scalars("safemerge/modules_merged_total")] == [4, 8]
     found = [(e["kind"], e["step"]) for e in read_journal(tmp_path / "safemerge.jsonl")]

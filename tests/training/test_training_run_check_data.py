@@ -137,7 +137,7 @@ def test_task_rows_that_cannot_be_read_are_refused(world, chat_tokenizer, tmp_pa
     trained(world, chat_tokenizer, tmp_path, world.guard(**knobs), **steps)
     (tmp_path / "checkpoint-2" / "safemerge_task_rows.json").write_text('{"ranks": [[[[], [1]]]]}')
     again = world.trainer(tmp_path, world.guard(**knobs), tokenizer=chat_tokenizer, **steps)
-    with pytest.raises(AdapterError, match="it is not known which rows were trained on last"):
+    with pytest.raises(AdapterError, match="it is not known what was trained on last"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 

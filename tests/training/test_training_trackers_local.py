@@ -13,10 +13,11 @@ import pytest
 from safemerge_callback.decision import BAND
 from safemerge_callback.record import METRICS
 from safemerge_callback.training.trackers import Report, Run, Trackers
+from tests.support.metrics import EVERY_CHECK
 from tests.support.replay import replaying
 
 # What gate all sends: it merges below no cosine.
-SENT = METRICS.keys() - {"safemerge/modules_below"}
+SENT = EVERY_CHECK - {"safemerge/modules_below"}
 
 
 def read_events(folder):
@@ -100,7 +101,7 @@ def test_trackio_run_read_back(world, tmp_path, quiet):
         alerts = list(database.execute("select title, text from alerts"))
     ours = [row for row in rows if "safemerge/modules" in row]
     assert [(row["train/global_step"], row["safemerge/modules_merged_total"]) for row in ours] == [(3, 4.0), (6, 8.0)]
-    assert [row.keys() & METRICS.keys() for row in ours] == [METRICS.keys()] * 2
+    assert [row.keys() & METRICS.keys() for row in ours] == [EVERY_CHECK] * 2
     assert [sum(row["safemerge/cosines"]["values"]) for row in ours] == [4, 4]
     assert len([row for row in rows if "train/loss" in row]) == 6
     pictures = [row["safemerge/heat_map"] for row in rows if "safemerge/heat_map" in row]
