@@ -44,7 +44,7 @@ from .results import (
     write_results,
 )
 from .stamp import stamp_of
-from .workers import keep_memory, run_cells, share_threads
+from .workers import run_cells, share_threads
 
 Say = Callable[[str], None]
 # SmolLM2-135M on 2 CPU cores in float32: 60 steps of 8 rows took 60 to 125 s, generation made 126 to 255 tokens/s.
@@ -168,7 +168,6 @@ def main(args: Sequence[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     share_threads(options.workers)
-    keep_memory()
     grid = load_grid(options.config)
     cells = cells_of(grid, options.only, options.seeds, options.tasks, options.poisoned_shares)
     if options.repeat_in:

@@ -19,16 +19,6 @@ from .cells import died, run_cell
 from .grid import Grid, GridCell, parent_of
 from .results import Result, result_of
 
-# glibc gives a large block back to the kernel when it is freed, and training on a CPU then spends its time on page
-# faults. Other systems ignore these; a process reads them when it starts.
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
-
-
-def keep_memory() -> None:
-    """Let what is started from here keep the memory that it frees, unless the environment says otherwise already."""
-    for name, value in KEEP_MEMORY.items():
-        os.environ.setdefault(name, value)
-
 
 def share_threads(workers: int) -> None:
     """Give each of `workers` processes its share of the cores, here and in what is started from here.

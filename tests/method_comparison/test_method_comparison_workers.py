@@ -130,12 +130,3 @@ def test_threads_are_shared_out_unless_their_number_is_set(monkeypatch):
         torch.set_num_threads(before)
     with pytest.raises(ConfigError, match="workers is -1"):
         workers.share_threads(-1)
-
-
-def test_what_is_started_keeps_the_memory_that_it_frees(monkeypatch):
-    monkeypatch.setattr(os, "environ", {"MALLOC_TRIM_THRESHOLD_": "131072"})
-    workers.keep_memory()
-    assert os.environ["MALLOC_TRIM_THRESHOLD_"] == "131072", "what the user says stays"
-    assert os.environ["MALLOC_MMAP_THRESHOLD_"] == "8589934592"
-    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
-    assert "KEEP := " + " ".join(f"{name}={value}" for name, value in workers.KEEP_MEMORY.items()) in makefile
