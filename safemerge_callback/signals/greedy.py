@@ -94,15 +94,19 @@ def _is_of_transformers(decoder: Any, name: str) -> bool:
     return method is None or method.__module__ == "transformers.generation.utils"
 
 
+def common_length(prompts: Sequence[Sequence[int]]) -> int:
+    """Return how many tokens all prompts begin with alike, so that one at least is left to each of them."""
+    most = min(map(len, prompts)) - 1
+    return next((place for place in range(most) if len({prompt[place] for prompt in prompts}) > 1), most)
+
+
 def beginning_of(decoder: Any, prompts: Sequence[Sequence[int]]) -> Beginning | None:
     """Return what all prompts begin with, computed in one pass of one row; a token is left to each of them.
 
     None where the decoder keeps anything else than keys and values of all tokens.
     """
-    rows = [list(prompt) for prompt in prompts]
-    last = min(map(len, rows)) - 1
-    length = next(place for place in range(last + 1) if place == last or len({row[place] for row in rows}) > 1)
-    ids = torch.tensor([rows[0][: max(length, 1)]], device=decoder.device)
+    length = common_length(prompts)
+    ids = torch.tensor([[*prompts[0][: max(length, 1)]]], device=decoder.device)
     cache = _pass(decoder, ids, torch.ones_like(ids), None).past_key_values
     layers = getattr(cache, "layers", ())
     ordinary = {type(layer).__name__ for layer in layers} == {"DynamicLayer"}

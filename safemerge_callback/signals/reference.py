@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..adapters.host import to_host
 from .model_state import preserve_state
 from .responses import alike_lengths, under_bar
 from .row_batch import RowBatch, RowOutputs, mean_of_targets, row_batch, row_outputs, target_losses
@@ -97,16 +98,13 @@ def take_reference(
 
 def _rows_of(outputs: RowOutputs, batch: RowBatch, top_k: int | None) -> Iterator[ReferenceRow]:
     losses = mean_of_targets(target_losses(outputs.logits, batch), batch).tolist()
-    log_probs, tokens, rest = map(_to_host, _likeliest(outputs.logits.log_softmax(-1), top_k))
-    states = _to_host(outputs.hidden)
+    parts = (*_likeliest(outputs.logits.log_softmax(-1), top_k), outputs.hidden)
+    there = iter(to_host([part for part in parts if part is not None]))
+    log_probs, tokens, rest, states = (None if part is None else next(there) for part in parts)
     for row, mask in enumerate(batch.mask.cpu()):
         kept, which, others = (None if each is None else each[row][mask] for each in (log_probs, tokens, rest))
         assert kept is not None, "log-probabilities are always kept"
         yield ReferenceRow(kept, which, others, None if states is None else states[row], losses[row])
-
-
-def _to_host(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.cpu()
 
 
 def _likeliest(log_probs: Tensor, top_k: int | None) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -21,35 +21,30 @@ from .rows import RowTokens
 
 @dataclass
 class RowInputs:
-    """Inputs at the places of the responses, (k, d_in) of each batch; `twins`: modules that are given one tensor.
+    """Inputs at chosen places, (k, d_in) of each batch; `twins`: modules that are given one tensor.
 
-    `whole`: at all places of the rows instead, but for padding.
+    `places`: those of the batch that goes through, flat (k), chosen once for all modules. `tokens`: its (n, length).
     """
 
-    whole: bool = False
+    places: Tensor
+    tokens: torch.Size
     parts: dict[str, list[Tensor]] = field(default_factory=dict)
     twins: dict[str, str] = field(default_factory=dict)
-    batch: RowBatch | None = None
     latest: tuple[str, Tensor | None] = ("", None)
 
     def look(self, name: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
         """Keep a module's inputs."""
-        assert self.batch is not None, "within a pass there is a batch"
-        x, tokens = args[0], self.batch.input_ids.shape
-        if x.shape[:-1] != tokens:
+        x = args[0]
+        if x.shape[:-1] != self.tokens:
             raise AdapterError(
-                f"module {name!r} is given {tuple(x.shape)} for {tuple(tokens)} tokens, so it has no Gram of its "
+                f"module {name!r} is given {tuple(x.shape)} for {tuple(self.tokens)} tokens, so it has no Gram of its "
                 "inputs: adapt other modules, or choose a method that needs none"
             )
         if self.latest[1] is x:
             self.twins[name] = self.latest[0]
             return
         self.latest = name, x
-        kept = x[self.batch.attention_mask.bool()] if self.whole else self._of_responses(x, self.batch.mask)
-        self.parts.setdefault(name, []).append(kept.detach().float())
-
-    def _of_responses(self, x: Tensor, mask: Tensor) -> Tensor:
-        return x[:, -mask.shape[1] :][mask]
+        self.parts.setdefault(name, []).append(x.detach().reshape(-1, x.shape[-1])[self.places])
 
 
 def row_inputs(
@@ -67,17 +62,26 @@ def row_inputs(
     AdapterError for a module that is not given each token, and for one that no row reaches.
     """
     layers = lora_layers(model, adapter_name)[1]
-    inputs, device = RowInputs(whole), next(model.parameters()).device
+    device = next(model.parameters()).device
+    inputs = RowInputs(torch.empty(0), torch.Size())
     for places in alike_lengths([len(row.prompt) + len(row.response) for row in rows], batch_size):
-        inputs.batch, inputs.latest = row_batch([rows[i] for i in places], device), ("", None)
+        batch = row_batch([rows[i] for i in places], device)
+        inputs.places, inputs.tokens, inputs.latest = _places(batch, whole=whole), batch.input_ids.shape, ("", None)
         with preserve_state(model), _watched(layers, inputs):
-            row_outputs(model, inputs.batch)
-    joint = {name: torch.cat(parts) for name, parts in inputs.parts.items()}
+            row_outputs(model, batch)
+    joint = {name: torch.cat(parts).float() for name, parts in inputs.parts.items()}
     firsts = {name: inputs.twins.get(name, name) for name in layers}
     if lost := [name for name, first in firsts.items() if first not in joint]:
         raise AdapterError(f"module {lost[0]!r} is given no input where the model reads rows: adapt other modules")
     factors = {name: rows / len(rows) ** 0.5 for name, rows in joint.items()}
     return {name: factors[first] for name, first in firsts.items()}
+
+
+def _places(batch: RowBatch, *, whole: bool) -> Tensor:
+    """Flat places of the tokens that predict a response's, or of all that are no padding; waits for the device."""
+    length, targets = batch.input_ids.shape[1], batch.mask.shape[1]
+    kept = batch.attention_mask.bool() if whole else torch.nn.functional.pad(batch.mask, (length - targets, 0))
+    return kept.flatten().nonzero().squeeze(-1)
 
 
 @contextmanager

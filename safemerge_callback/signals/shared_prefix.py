@@ -15,6 +15,7 @@ from torch import nn
 from ..live.forward import forward_keywords
 from ..ops import accumulation_dtype
 from .divergence import divergences
+from .greedy import common_length
 from .reference import ReferenceRows
 from .row_batch import RowBatch, RowOutputs, mean_of_targets, row_batch, row_outputs
 from .rows import RowTokens
@@ -33,10 +34,7 @@ def prefix_length(model: nn.Module, rows: Sequence[RowTokens]) -> int:
     """
     if len(rows) < 2 or not forward_keywords(model) >= _NEEDED:
         return 0
-    prompts = [row.prompt for row in rows]
-    # Of all, the first and the last in order differ soonest.
-    first, last, most = min(prompts), max(prompts), min(map(len, prompts)) - 1
-    length = next((at for at in range(most) if first[at] != last[at]), most)
+    length = common_length([row.prompt for row in rows])
     return length if length >= _LEAST else 0
 
 

@@ -6,8 +6,7 @@ Cost: the copies of at most 32 positions a batch and distinct input. They are fa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import ref
@@ -15,7 +14,9 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from ..adapters.host import to_host
 from ..live.modules import lora_layers
+from .task_rows import Follower
 
 # Positions that one batch of a training may give: so many batches at least are in a sample.
 EACH = 32
@@ -49,7 +50,7 @@ class InputState(NamedTuple):
 
 
 @dataclass
-class TaskInputs:
+class TaskInputs(Follower):
     """The inputs of each module at `rows` positions of this process's last training batches, in the model's dtype.
 
     Modules that are given one tensor, as q and v of a layer are, share theirs: `twins`. `samples`: module -> (k, d_in)
@@ -61,7 +62,6 @@ class TaskInputs:
     weights: list[Tensor] = field(default_factory=list)
     twins: dict[str, str] = field(default_factory=dict)
     seen: int = 0
-    paused: bool = False
     batch: Places | None = None
     latest: tuple[str, Tensor | None] = ("", None)
 
@@ -72,15 +72,6 @@ class TaskInputs:
         model.register_forward_hook(end)
         for name, layer in lora_layers(model, adapter_name)[1].items():
             layer.register_forward_pre_hook(look(name))
-
-    @contextmanager
-    def unseen(self) -> Iterator[None]:
-        """Within, batches are not the task's."""
-        self.paused = True
-        try:
-            yield
-        finally:
-            self.paused = False
 
     def begin(self, inputs: Mapping[str, Any]) -> None:
         """Choose the positions of a batch; no random number is drawn, and the host waits for nothing."""
@@ -111,8 +102,7 @@ class TaskInputs:
         self.latest = name, x
         kept = self.samples.setdefault(name, [])
         if len(kept) == len(self.weights):
-            rows = x.detach().reshape(-1, x.shape[-1])[self.batch.places]
-            kept.append(rows * self.batch.weights[:, None].to(rows.dtype))
+            kept.append(x.detach().reshape(-1, x.shape[-1])[self.batch.places])
 
     def end(self) -> None:
         """The batch has gone through: count it, and drop what is too old."""
@@ -128,8 +118,10 @@ class TaskInputs:
     @property
     def state(self) -> InputState:
         """What a checkpoint must hold."""
-        samples = {name: [one.cpu() for one in kept] for name, kept in self.samples.items()}
-        return InputState(samples, [one.cpu() for one in self.weights], dict(self.twins), self.seen)
+        parts = [*(one for kept in self.samples.values() for one in kept), *self.weights]
+        here = iter(to_host(parts))
+        samples = {name: [next(here) for _ in kept] for name, kept in self.samples.items()}
+        return InputState(samples, list(here), dict(self.twins), self.seen)
 
     def restore(self, state: InputState, device: torch.device) -> None:
         """Go on from what a checkpoint holds."""
@@ -138,9 +130,13 @@ class TaskInputs:
         self.twins, self.seen = dict(state.twins), state.seen
 
     def inputs(self) -> InputRows:
-        """Return the rows of every module that was in each batch; waits for the device once."""
+        """Return the rows of every module that was in each batch, padding as zeros; waits for the device once."""
         whole = {name: torch.cat(kept) for name, kept in self.samples.items() if len(kept) == len(self.weights) > 0}
-        return InputRows(whole, float(torch.cat(self.weights).sum()) if whole else 0.0, dict(self.twins))
+        if not whole:
+            return InputRows({}, 0.0, dict(self.twins))
+        weights = torch.cat(self.weights)
+        rows = {name: inputs * weights[:, None].to(inputs.dtype) for name, inputs in whole.items()}
+        return InputRows(rows, float(weights.sum()), dict(self.twins))
 
 
 def joined(parts: Sequence[InputRows]) -> dict[str, Tensor]:

@@ -34,14 +34,29 @@ class Passed(NamedTuple):
     position_ids: Tensor | None
 
 
+@dataclass(kw_only=True)
+class Follower:
+    """Who looks at the batches of a training as they pass."""
+
+    paused: bool = False
+
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Within, batches are not the task's."""
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False
+
+
 @dataclass
-class TaskRows:
+class TaskRows(Follower):
     """The last `count` rows that this process trained on; what it began with goes before what it has seen since."""
 
     count: int
     earlier: Sequence[RowTokens] = ()
     batches: deque[Passed] = field(default_factory=deque)
-    paused: bool = False
 
     def follow(self, model: nn.Module) -> None:
         """Look at each training batch of a model from now on, as long as this lives; the model is not touched."""
@@ -54,15 +69,6 @@ class TaskRows:
 
         model.register_forward_pre_hook(look, with_kwargs=True)
         _FOLLOWERS.setdefault(model, []).append(rows)
-
-    @contextmanager
-    def unseen(self) -> Iterator[None]:
-        """Within, batches are not the task's."""
-        self.paused = True
-        try:
-            yield
-        finally:
-            self.paused = False
 
     def see(self, inputs: Mapping[str, Any]) -> None:
         """Keep what a batch holds of token ids; of older batches as many as still count.

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ...adapters.host import to_host
 from ...corrections.check_rows import RowSettings, safety_batch
 from ...corrections.protocol import RunPoint
 from ...decision import Readings
@@ -86,7 +87,7 @@ class RunData:
             return None
         mine = self.inputs.inputs()
         if many():
-            mine = mine._replace(rows={name: rows.cpu() for name, rows in mine.rows.items()})
+            mine = mine._replace(rows=dict(zip(mine.rows, to_host([*mine.rows.values()]), strict=True)))
         task = joined(everyones(mine)) or (dict(self.safety_inputs) if rehearsal else {})
         if lacking := [name for name in self.safety_inputs if name not in task]:
             raise AdapterError(
