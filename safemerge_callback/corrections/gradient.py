@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import ConfigError
 from ..live.faults import Fault, attempt
@@ -22,14 +20,12 @@ from ..record.entries import gradient_entry
 from ..record.history import TermReading
 from ..record.log import Log
 from ..record.metrics import term_key
-from ..signals.model_state import preserve_random_states
 from .joining import Angles, TermGradient, join
-from .protocol import Apart, GradientTerm, Observant, RunPoint, Tallied
+from .passes import Pass, as_in_training, not_finite, pass_sum, scalar
+from .protocol import Apart, GradientTerm, Observant, PassSeries, RunPoint, Tallied, Term
 
 
-def way_for(
-    terms: Sequence[GradientTerm], model: nn.Module, optimizer: Any = None, trainer: Any = None
-) -> MicroBatch | None:
+def way_for(terms: Sequence[Term], model: nn.Module, optimizer: Any = None, trainer: Any = None) -> MicroBatch | None:
     """Return how a training makes these terms' passes; None where there is no term. Collective under FSDP.
 
     `trainer`: where it was attached. ConfigError for the first term that cannot be in this training.
@@ -39,50 +35,52 @@ def way_for(
         raise ConfigError(f"correction {terms[0].name!r} adds a gradient, {words}; or leave it out")
     batch = micro_batch(model, optimizer, trainer) if terms else None
     for term in terms:
-        _check_apart(term, batch)
+        _check_seen(term, batch)
     return batch
 
 
-def _check_apart(term: GradientTerm, batch: MicroBatch | None) -> None:
+def _check_seen(term: Term, batch: MicroBatch | None) -> None:
     """Raise ConfigError for a term whose gradient must be seen by itself where it is not."""
-    if batch is None or not isinstance(term, Apart):
+    if batch is None or not isinstance(term, Apart | PassSeries):
         return
+    series = isinstance(term, PassSeries)
+    who = f"correction {term.name!r} " + (
+        "makes its gradient of several passes" if series else "keeps its gradient apart from the task's"
+    )
     if batch.trained is None:
         raise ConfigError(
-            f"correction {term.name!r} keeps its gradient apart from the task's, and DeepSpeed shows neither: train in "
-            "one process, with DDP or with FSDP, or leave it out"
+            f"{who}, and DeepSpeed shows {'none of them' if series else 'neither'}: train in one process, with DDP or "
+            "with FSDP, or leave it out"
         )
     if batch.scaler is not None:
-        raise ConfigError(
-            f"correction {term.name!r} keeps its gradient apart from the task's, where fp16's scaler does not see it "
-            "overflow: train in bf16, or leave it out"
-        )
+        raise ConfigError(f"{who}, where fp16's scaler does not see it overflow: train in bf16, or leave it out")
 
 
-class Pass(NamedTuple):
-    """One pass of a term: the mean loss over the ranks, NaN where it was dropped, and what went wrong on this rank."""
+def add_gradient(term: Term, at: RunPoint, batch: MicroBatch) -> Pass:
+    """Add a term's weighted gradient to the step's, unless anything in it is not finite on any rank. Collective.
 
-    loss: float
-    fault: Fault | None = None
-
-
-def add_gradient(term: GradientTerm, at: RunPoint, batch: MicroBatch) -> Pass:
-    """Add the gradient of weight · loss to the step's, unless the loss is not finite on every rank. Collective.
-
-    Random states and the modules' modes are given back. What goes wrong on a rank is in what is returned, and leaves no
-    gradient there; but where passes are collective it is raised. One number is exchanged: the one wait for the device.
+    Random states, the modules' modes and the parameters are given back. What goes wrong on a rank is in what is
+    returned, and leaves no gradient there; but where passes are collective it is raised. Of a loss one number is
+    exchanged: the one wait for the device.
     """
-    with _as_in_training(batch.model, at.optimizer):
-        loss = _survived(term, batch, lambda: _scalar(term, term.loss(at, batch.model)))
-        fault = loss if isinstance(loss, Fault) else None
-        mean = mean_over_ranks(math.nan if fault else loss, batch.device)
-        if fault or not math.isfinite(mean):
-            return Pass(math.nan, fault or Fault(term.name, _not_finite(loss)))
-        done = _survived(term, batch, lambda: batch.backward(term.weight * loss))
-        return Pass(mean, done if isinstance(done, Fault) else None)
+    with as_in_training(batch.model, at.optimizer):
+        if isinstance(term, PassSeries):
+            return pass_sum(term, at, batch)
+        return _loss_gradient(cast(GradientTerm, term), at, batch)
 
 
-def _survived(term: GradientTerm, batch: MicroBatch, action: Callable[[], Any]) -> Any:
+def _loss_gradient(term: GradientTerm, at: RunPoint, batch: MicroBatch) -> Pass:
+    """Add the gradient of weight · loss."""
+    loss = _survived(term, batch, lambda: scalar(term, term.loss(at, batch.model)))
+    fault = loss if isinstance(loss, Fault) else None
+    mean = mean_over_ranks(math.nan if fault else loss, batch.device)
+    if fault or not math.isfinite(mean):
+        return Pass(math.nan, fault or Fault(term.name, not_finite("loss", float(loss.detach()))))
+    done = _survived(term, batch, lambda: batch.backward(term.weight * loss))
+    return Pass(mean, done if isinstance(done, Fault) else None)
+
+
+def _survived(term: Term, batch: MicroBatch, action: Callable[[], Any]) -> Any:
     """What `action` gives, or the fault, after which every gradient is as it was; it is raised in collective passes."""
     if batch.trained is None or batch.collective:
         return action()
@@ -91,33 +89,6 @@ def _survived(term: GradientTerm, batch: MicroBatch, action: Callable[[], Any]) 
     if isinstance(done, Fault):
         batch.trained.restore(before)
     return done
-
-
-def _scalar(term: GradientTerm, loss: Tensor) -> Tensor:
-    if loss.ndim:
-        raise ValueError(f"the loss of {term.name!r} has the shape {tuple(loss.shape)}: a scalar was expected")
-    return loss
-
-
-def _not_finite(loss: Tensor) -> str:
-    value = float(loss.detach())
-    return "its loss is not finite on another process" if math.isfinite(value) else f"its loss is {value}"
-
-
-@contextmanager
-def _as_in_training(model: nn.Module, optimizer: Any) -> Iterator[None]:
-    """Gradients and training mode within; then the random states and every module's own mode as they were."""
-    idle = [module for module in model.modules() if not module.training]
-    with preserve_random_states(model), torch.enable_grad():
-        model.train()
-        # An optimizer that is free of a schedule holds other weights for evaluation than it trains.
-        if callable(to_train := getattr(optimizer, "train", None)):
-            to_train()
-        try:
-            yield
-        finally:
-            for module in idle:
-                module.training = False
 
 
 @dataclass
@@ -146,7 +117,7 @@ class GradientEngine:
     `batch`: how the training takes one more micro-batch; None where there is no term.
     """
 
-    terms: Sequence[GradientTerm]
+    terms: Sequence[Term]
     batch: MicroBatch | None
     log: Log
     tallies: dict[str, Tally] = field(default_factory=dict)
@@ -171,7 +142,7 @@ class GradientEngine:
         for term in sorted(due, key=lambda term: not isinstance(term, Apart)):
             self._add(term, at)
 
-    def _add(self, term: GradientTerm, at: RunPoint) -> None:
+    def _add(self, term: Term, at: RunPoint) -> None:
         batch, step = cast(MicroBatch, self.batch), at.step + 1
         tally = self.tallies.setdefault(term.name, Tally(Stopwatch(batch.device)))
         apart = isinstance(term, Apart)
@@ -202,9 +173,7 @@ class GradientEngine:
                 self._ask(gradient.term, step, "join its gradient", partial(join, trained, gradient), alike=True)
         self.gradients = []
 
-    def _ask(
-        self, term: GradientTerm, step: int, what: str, action: Callable[[], Any], *, alike: bool = False
-    ) -> Any | None:
+    def _ask(self, term: Term, step: int, what: str, action: Callable[[], Any], *, alike: bool = False) -> Any | None:
         """What the term answers; None where it fails, which is told. `alike`: and all ranks must come to the same.
 
         One of many ranks that went on without an answer would part from the others, so it is raised there.

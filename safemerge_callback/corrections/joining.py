@@ -13,7 +13,7 @@ from typing import NamedTuple, cast
 from torch import Tensor
 
 from ..live.gradients import Gradients, TrainedParameters
-from .protocol import Apart, GradientTerm
+from .protocol import Apart, Term
 
 
 class TermGradient(NamedTuple):
@@ -22,7 +22,7 @@ class TermGradient(NamedTuple):
     `tensors` held it on this rank. `apart`: whether the step's gradient lacks it.
     """
 
-    term: GradientTerm
+    term: Term
     vector: Tensor
     tensors: Gradients
     apart: bool

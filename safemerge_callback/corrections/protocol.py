@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..adapters import Adapter, LoraFactors
 from ..decision import Edit, MergePlan
 from ..live import Writer
+from ..live.gradients import TrainedParameters
 from ..ops import Grams, LowRank
 from ..signals.check_data import CheckData
 from ..subspace import Subspace
@@ -101,8 +102,8 @@ class Correction(Protocol):
 
 
 @runtime_checkable
-class GradientTerm(Protocol):
-    """Adds to the gradient of a run, before its optimizer's step."""
+class Term(Protocol):
+    """What adds to the gradient of a run, before its optimizer's step, has: a `GradientTerm` or a `PassSeries`."""
 
     @property
     def name(self) -> str:
@@ -114,7 +115,12 @@ class GradientTerm(Protocol):
 
     @property
     def weight(self) -> float:
-        """What its loss is multiplied by, once an optimizer step and whatever the accumulation; 0 is absence."""
+        """What its gradient is multiplied by, once a step and whatever the accumulation; 0 is absence."""
+
+
+@runtime_checkable
+class GradientTerm(Term, Protocol):
+    """Adds the gradient of a loss."""
 
     def loss(self, at: RunPoint, model: nn.Module) -> Tensor:
         """Return this rank's mean loss on rows of the term's own, a scalar; the mean over the ranks counts.
@@ -123,6 +129,32 @@ class GradientTerm(Protocol):
         and a loss that is NaN or infinite on any rank, costs this step's term and nothing else; but where every rank
         must run a pass together, under FSDP and DeepSpeed, an error ends the training. What it draws leaves the task's
         random numbers be.
+        """
+
+
+class TermPass(NamedTuple):
+    """One pass of a series: what its gradient counts in the sum, the loss of the model, a scalar, and where.
+
+    `displacement` is what the trained parameters have more during this pass, this rank's part (n,) as
+    `TrainedParameters.vector`; None for nothing.
+    """
+
+    weight: float
+    loss: Callable[[nn.Module], Tensor]
+    displacement: Tensor | None = None
+
+
+@runtime_checkable
+class PassSeries(Term, Protocol):
+    """Adds a sum of gradients of several passes, of which each may be at a point that the earlier ones decide."""
+
+    def passes(self, at: RunPoint, model: nn.Module, trained: TrainedParameters) -> Generator[TermPass, Tensor, None]:
+        """Yield each pass; what `yield` gives is its gradient, unweighted and the mean over the ranks.
+
+        That is this rank's part (n,), as `trained.vector`. Called as `GradientTerm.loss`: every rank yields as many
+        passes, of rows of its own and the same in all passes of a step; each begins with the same random state, so that
+        what is dropped out is the same, too. The loss of the first is what is told. A loss or a gradient that is not
+        finite on any rank, and an error, cost the whole sum of this step; the parameters are put back whatever happens.
         """
 
 

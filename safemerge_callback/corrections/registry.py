@@ -12,7 +12,7 @@ from ..io.choices import one_of
 from ..live.engine import ENGINES
 from ..record.metrics import Metric
 from .merge import MERGE
-from .protocol import Correction, GradientTerm
+from .protocol import Correction, GradientTerm, PassSeries, Term
 
 # What a run can open for a correction.
 NEEDS = frozenset({"subspace", "safety_adapter"})
@@ -24,14 +24,14 @@ Maker = TypeVar("Maker", bound=Callable[..., Any])
 class CorrectionKind:
     """A correction that a run may have: what makes one, of its settings, what it needs, and what it costs.
 
-    `make(settings)` gives a `Correction` or a `GradientTerm`, a new one for each run. `settings`: a dataclass that
-    checks itself when made. `needs`: what must be there of `NEEDS`; `engines`: those of `ENGINES` that it can serve;
-    `cost`: in words, in forward and backward passes; `deed`: what it does to a run, in words that `in 60 steps` may
-    follow; `figures`: what a gradient term tells of itself, by name.
+    `make(settings)` gives a `Correction`, a `GradientTerm` or a `PassSeries`, a new one for each run. `settings`: a
+    dataclass that checks itself when made. `needs`: what must be there of `NEEDS`; `engines`: those of `ENGINES` that
+    it can serve; `cost`: in words, in forward and backward passes; `deed`: what it does to a run, in words that `in 60
+    steps` may follow; `figures`: what a gradient term tells of itself, by name.
     """
 
     name: str
-    make: Callable[[Any], Correction | GradientTerm]
+    make: Callable[[Any], Correction | Term]
     settings: type
     needs: frozenset[str]
     engines: frozenset[str]
@@ -50,16 +50,16 @@ class ChosenCorrection(NamedTuple):
     kind: CorrectionKind
     settings: Any
 
-    def for_run(self, engine: str, max_steps: int) -> Correction | GradientTerm:
+    def for_run(self, engine: str, max_steps: int) -> Correction | Term:
         """Return a new one, for one run of `max_steps` by this engine, one of `ENGINES`.
 
         ConfigError where the engine cannot serve it, where it would never be due, and for what is no correction.
         """
         name, instance = self.kind.name, self.kind.make(self.settings)
-        if not isinstance(instance, Correction | GradientTerm):
+        if not isinstance(instance, Correction | GradientTerm | PassSeries):
             raise ConfigError(
                 f"correction {name!r} made a {type(instance).__name__}, which is neither a change nor a gradient term: "
-                "let it have a name, a schedule, and a method `change`, or a weight and a method `loss`"
+                "let it have a name, a schedule, and a method `change`, or a weight and a method `loss` or `passes`"
             )
         if engine not in self.kind.engines:
             raise ConfigError(

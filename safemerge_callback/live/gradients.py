@@ -69,6 +69,41 @@ class TrainedParameters:
             vector /= dist.get_world_size()
         return vector
 
+    def norm(self, vector: Tensor) -> Tensor:
+        """Return the norm of all there is of a vector, a scalar in `wide_dtype`. Collective under FSDP."""
+        return self.products([vector])[0, 0].sqrt()
+
+    def values(self) -> Tensor:
+        """Return this rank's part of the parameters themselves, as `vector`."""
+        return self.vector([p.detach() for p in self.parameters])
+
+    @contextmanager
+    def displaced(self, vector: Tensor) -> Iterator[None]:
+        """Within, the parameters have this much more, (n,) as `vector`; afterwards the bits that they had.
+
+        They are put back from a copy: what is added and taken away again in their own dtype leaves a rounding.
+        """
+        here = [_here(p) for p in self.parameters]
+        copies = [part.clone() for part in here]
+        try:
+            for part, copy, more in zip(here, copies, _parts(vector, here), strict=True):
+                part.copy_(copy + more)
+            yield
+        finally:
+            for part, copy in zip(here, copies, strict=True):
+                part.copy_(copy)
+
+    def add(self, vector: Tensor, spare: Gradients) -> None:
+        """Add a vector (n,) to the gradients; where a parameter has none, its `spare` one, overwritten, takes it."""
+        parts = _parts(vector, [_here(p) for p in self.parameters])
+        for parameter, part, other in zip(self.parameters, parts, spare, strict=True):
+            if parameter.grad is None and other is not None:
+                _here(other).zero_()
+                parameter.grad = other
+            if parameter.grad is not None:
+                here = _here(parameter.grad)
+                here.copy_(here + part)
+
     def products(self, vectors: Sequence[Tensor]) -> Tensor:
         """Return the inner products of all there is of k vectors, (k, k) in `wide_dtype`. Collective under FSDP."""
         rows = torch.stack(list(vectors))
@@ -137,6 +172,14 @@ def pass_gradient(trained: TrainedParameters | None, *, apart: bool) -> Iterator
         gradient.vector -= earlier
     if apart:
         trained.restore(before)
+
+
+def _parts(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """A vector as tensors of these shapes, on their devices; ValueError for another number of entries."""
+    sizes = [part.numel() for part in like]
+    if vector.shape != (sum(sizes),):
+        raise ValueError(f"a vector of the shape {tuple(vector.shape)} for {sum(sizes)} parameters of this rank")
+    return [part.to(one.device).view_as(one) for part, one in zip(vector.split(sizes), like, strict=True)]
 
 
 def _here(tensor: Any) -> Tensor:

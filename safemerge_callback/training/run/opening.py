@@ -18,7 +18,7 @@ from ...corrections.average import Average, RunAverage
 from ...corrections.check_rows import RowSettings
 from ...corrections.gradient import way_for
 from ...corrections.merge import Merge
-from ...corrections.protocol import Correction, GradientTerm, Kept, Prepared, RunPoint, RunStart
+from ...corrections.protocol import Correction, GradientTerm, Kept, PassSeries, Prepared, RunPoint, RunStart, Term
 from ...corrections.schedule import Schedule
 from ...decision import (
     check_safety_adapter,
@@ -239,19 +239,19 @@ def _unmerged(model: nn.Module, safety: Sequence[Adapter], modules: Collection[s
 
 def _corrections(
     config: SafeMergeConfig, model: nn.Module, at: RunPoint, trainer: Any
-) -> tuple[list[Correction | GradientTerm], MicroBatch | None]:
+) -> tuple[list[Correction | Term], MicroBatch | None]:
     """The corrections of the list, made anew, and how a gradient term's pass is made, if there is one.
 
     ConfigError for one that cannot be in this training.
     """
     engine = engine_of(model, at.optimizer)
     corrections = [chosen.for_run(engine, at.max_steps) for chosen in config.chosen_corrections]
-    terms = [one for one in corrections if isinstance(one, GradientTerm)]
+    terms = [one for one in corrections if isinstance(one, GradientTerm | PassSeries)]
     return corrections, way_for(terms, model, at.optimizer, trainer)
 
 
 def _prepare(
-    corrections: Sequence[Correction | GradientTerm], model: nn.Module, tokenizer: Any, *, bars: bool
+    corrections: Sequence[Correction | Term], model: nn.Module, tokenizer: Any, *, bars: bool
 ) -> tuple[list[str], dict[str, float]]:
     """Let the corrections ready themselves; return what they have to say, and the seconds of each by name."""
     lines: list[str] = []

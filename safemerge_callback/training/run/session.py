@@ -16,7 +16,7 @@ from transformers import TrainerState, TrainingArguments
 from ...corrections.change import ChangeEngine, Witness, report_failure
 from ...corrections.gradient import GradientEngine
 from ...corrections.merge import Merge
-from ...corrections.protocol import Correction, GradientTerm, RunPoint
+from ...corrections.protocol import Correction, GradientTerm, PassSeries, RunPoint, Term
 from ...corrections.schedule import final_due
 from ...decision import Edit, MergePlan, Readings
 from ...errors import ConfigError
@@ -70,7 +70,7 @@ class Session:
     share: RankShare | None = None
     reference: Mapping[str, float] | None = None
     unmerged: Mapping[str, str] = field(default_factory=dict)
-    corrections: Sequence[Correction | GradientTerm] = ()
+    corrections: Sequence[Correction | Term] = ()
     batch: MicroBatch | None = None
     data: RunData = field(default_factory=RunData)
     pending: Pending | None = None
@@ -83,8 +83,8 @@ class Session:
         self.engine = ChangeEngine(writer, self.start.optimizer, self.config.optimizer_state, self.log)
         self.marks = Marks(writer, self.config.measures and self.config.at_train_end)
         self.kept = kept_of(self.merge, self.corrections, self.data)
-        self.changes = [one for one in self.corrections if not isinstance(one, GradientTerm)]
-        terms = [one for one in self.corrections if isinstance(one, GradientTerm)]
+        self.changes = [one for one in self.corrections if isinstance(one, Correction)]
+        terms = [one for one in self.corrections if isinstance(one, GradientTerm | PassSeries)]
         self.gradients = GradientEngine(terms, self.batch, self.log)
 
     @property
