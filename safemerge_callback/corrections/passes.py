@@ -104,11 +104,11 @@ class _Sum:
         """The gradient of a pass, added up; or why there is none. The parameters are displaced for no longer."""
         name, device = self.term.name, self.batch.device
         with ExitStack() as stack:
-            loss = one if isinstance(one, Fault) else self._survived(lambda: self._loss(one, stack))
-            failed = isinstance(loss, Fault)
-            mean = mean_over_ranks(math.nan if failed else loss, device)
-            if not math.isfinite(mean):
-                return loss if failed else Fault(name, not_finite("loss", float(loss.detach())))
+            loss: Any = one if isinstance(one, Fault) else self._survived(lambda: self._loss(one, stack))
+            fault = loss if isinstance(loss, Fault) else None
+            mean = mean_over_ranks(math.nan if fault else loss, device)
+            if fault or not math.isfinite(mean):
+                return fault or Fault(name, not_finite("loss", float(loss.detach())))
             done = self._survived(lambda: self.batch.backward(loss))
             mine = self.trained.vector(self.trained.gradients())
         vector = self.trained.mean(mine * math.nan if isinstance(done, Fault) else mine)
