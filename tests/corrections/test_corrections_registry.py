@@ -20,14 +20,17 @@ def test_a_need_or_an_engine_that_there_is_not_is_refused():
 
 def test_the_page_adds_one_as_it_says(world, runs, tmp_path):
     page = (ROOT / "docs" / "corrections.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page.partition("## One of your own")[2], re.DOTALL)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page.partition("## One of your own")[2], re.DOTALL))
     before = dict(CORRECTIONS)
     try:
         exec(compile(code, "docs/corrections.md", "exec"), {"__name__": "page"})
         assert CORRECTIONS["decay"].cost == "no pass of the model"
-        guard = world.guard(gate="watch", safety_adapter=None, corrections=[{"decay": {"weight": 0.1}}])
+        guard = world.guard(
+            gate="watch", safety_adapter=None, corrections=[{"decay": {"weight": 0.1}}, {"flatness": {}}]
+        )
         world.trainer(tmp_path, guard, max_steps=2).train()
-        assert [e["weight"] for e in runs.entries(tmp_path, "gradient")] == [0.1, 0.1]
+        told = [(e["correction"], e["weight"]) for e in runs.entries(tmp_path, "gradient")]
+        assert told == [("decay", 0.1), ("flatness", 0.01)] * 2
     finally:
         CORRECTIONS.clear()
         CORRECTIONS.update(before)
