@@ -1,6 +1,7 @@
 """Floor 2: merge methods, one a file; importing the floor fills the registry."""
 
 from . import (
+    antidote,
     breadcrumbs,
     cat,
     dare_linear,
@@ -27,6 +28,7 @@ __all__ = [
     "How",
     "Merged",
     "Method",
+    "antidote",
     "as_how",
     "breadcrumbs",
     "cat",

@@ -28,6 +28,7 @@ class MethodKnobs(TypedDict, total=False):
     mu: float
     ridge: float
     off_diagonal: float
+    prune_share: float
 
 
 class HowKnobs(MethodKnobs, total=False):

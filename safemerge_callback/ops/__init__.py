@@ -14,6 +14,7 @@ from .lowrank import (
     inner_product,
     refit,
     refit_dense,
+    refit_products,
     squared_norm,
     truncate,
     weighted_sum,
@@ -21,6 +22,7 @@ from .lowrank import (
 )
 from .output_moments import OutputMoments, output_moments, output_ratio, rescaled_outputs
 from .precision import full_precision, reduced_products
+from .pruned_rows import PrunedRows
 from .rank_spaces import aligned_ranks, rank_similarity
 from .sparsify import (
     band_mask,
@@ -49,6 +51,7 @@ __all__ = [
     "Known",
     "LowRank",
     "OutputMoments",
+    "PrunedRows",
     "accumulation_dtype",
     "aligned_ranks",
     "all_finite",
@@ -79,6 +82,7 @@ __all__ = [
     "reduced_products",
     "refit",
     "refit_dense",
+    "refit_products",
     "rescaled_outputs",
     "rows_of",
     "spectral_bound",

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from .krylov import leading_triplets
+from .krylov import Products, leading_triplets
 from .shapes import Float, Tensor
 
 # The shorter side of a dense matrix up to which all of it is decomposed: about a second on one core.
@@ -146,12 +146,21 @@ def refit_dense(live: LowRank, target: Float[Tensor, "*n d_out d_in"]) -> tuple[
         left, values, right = torch.linalg.svd(target, full_matrices=False)
         values = values.to(wide_dtype(values.device))
         return _in_gauge(live, _Spectrum(left, values, right)), _residual(values, rank)
-    left, values, right = leading_triplets(target, rank)
-    values = values.to(wide_dtype(values.device))
-    total = torch.linalg.vector_norm(target, dim=(-2, -1), dtype=values.dtype)
+    return refit_products(live, target, torch.linalg.vector_norm(target, dim=(-2, -1), dtype=wide_dtype(target.device)))
+
+
+def refit_products(
+    live: LowRank, target: Float[Tensor, "*n d_out d_in"] | Products, norm: Float[Tensor, "*n"]
+) -> tuple[LowRank, Float[Tensor, "*n"]]:
+    """Return what `refit_dense` does, by its leading triplets, for a target that is only multiplied with.
+
+    `norm`: its Frobenius norm, (*n), in float64.
+    """
+    left, values, right = leading_triplets(target, live.A.shape[-2])
+    values = values.to(norm.dtype)
     # Not the norm of a difference, which would be one more matrix: what the kept values leave of the whole.
-    dropped = (total.square() - values.square().sum(-1)).clamp_min(0.0).sqrt()
-    residual = torch.where(total > 0, dropped / total, torch.zeros_like(total))
+    dropped = (norm.square() - values.square().sum(-1)).clamp_min(0.0).sqrt()
+    residual = torch.where(norm > 0, dropped / norm, torch.zeros_like(norm))
     return _in_gauge(live, _Spectrum(left, values, right)), residual
 
 

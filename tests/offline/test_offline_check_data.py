@@ -77,6 +77,27 @@ def test_a_safety_adapter_is_the_second_expert(folder, tmp_path):
     assert all(module["residual"] > 0 for module in merge["modules"])
 
 
+def test_antidote_prunes_by_the_inputs_on_harmful_rows(folder, tmp_path):
+    merged(folder, tmp_path / "out", method="antidote", prune_share=0.25)
+    subject = load_subject(str(folder / "task"), base=str(folder / "aligned"), device="cpu")
+    harmful = [row for row in row_tokens(subject.tokenizer, load_rows(ROWS, both=False)) if row.kind == "harm"]
+    with adapter_off(subject.model):
+        S = row_inputs(subject.model, harmful)
+    before, after = (load_adapter(at).factors for at in (folder / "task", tmp_path / "out"))
+    (merge,) = entries(tmp_path / "out", "merge")
+    assert merge["prune_share"] == 0.25
+    for module in merge["modules"]:
+        old, new, norms = before[module["name"]].update, after[module["name"]].update, S[module["name"]].norm(dim=0)
+        whole = old.B @ old.A
+        top = (whole.abs() * norms).topk(whole.shape[-1] // 4, dim=-1).indices
+        pruned = whole.scatter(-1, top, 0.0)
+        values = torch.linalg.svdvals(pruned.double())
+        wanted = values[old.A.shape[-2] :].norm() / values.norm()
+        assert module["residual"] == pytest.approx(float(wanted), rel=1e-4)
+        assert float((pruned - new.B @ new.A).norm() / pruned.norm()) == pytest.approx(float(wanted), rel=1e-4)
+        assert module["safety_outputs"] < 1.0
+
+
 def test_modules_are_chosen_by_their_slopes(folder, tmp_path):
     plan = merged(folder, tmp_path / "out", gate="safety_slope", slope_share=0.5, per_task_slope=True, strength=0.5)
     slopes = {name: reading.signals["safety_slope"] for name, reading in plan.readings.items()}

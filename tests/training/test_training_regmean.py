@@ -68,6 +68,18 @@ def test_a_check_regresses_A_and_leaves_B(world, chat_tokenizer, tmp_path):
             assert outputs[1] < outputs[0]
 
 
+def test_antidote_at_the_end_of_a_training(world, chat_tokenizer, tmp_path):
+    guard = world.guard(**{**REGMEAN, "method": "antidote", "every": 0, "knobs": {"prune_share": 0.25}})
+    before, after = Around(guard, "no"), Around(guard, "no")
+    world.trainer(tmp_path, before, guard, after, tokenizer=chat_tokenizer).train()
+    (merge,) = entries(tmp_path, "merge")
+    assert (merge["step"], merge["prune_share"]) == (6, 0.25)
+    assert all(module["safety_outputs"] < 1 and module["residual"] > 0 for module in merge["modules"])
+    for name, (A, B) in after.seen[-1][0].items():
+        old = before.seen[-1][0][name]
+        assert float((B @ A).norm()) < float((old[1] @ old[0]).norm())
+
+
 def test_with_a_safety_adapter_it_is_the_second_expert(world, chat_tokenizer, tmp_path):
     guard = world.guard(**{**REGMEAN, "safety_adapter": world.safety})
     trained(world, chat_tokenizer, tmp_path, guard)
