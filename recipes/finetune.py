@@ -76,6 +76,13 @@ class DataArguments:
         default=16, metadata={"help": "Harmful and harmless prompts, and task rows twice, of the validation split."}
     )
 
+    buffer_adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Adapter that is at work, frozen, while this one trains, and dropped (Buffer and Reinforce)."
+        },
+    )
+
     def __post_init__(self) -> None:
         self.chat_template_kwargs = template_settings(self.chat_template_kwargs) or None
         check_share("poisoned_share", self.poisoned_share)
@@ -192,6 +199,8 @@ def build_trainer(
     )
     guard = SafeMergeCallback(safemerge) if safemerge else None
     watching: list[TrainerCallback] = [guard] if guard else []
+    if data.buffer_adapter is not None:
+        watching.append(buffer_of(data.buffer_adapter, model_config))
     if data.probe_every:
         settings: Any = data.chat_template_kwargs
         sizes = {"every": data.probe_every, "n": data.probe_prompts}
@@ -209,6 +218,18 @@ def build_trainer(
     if guard:
         guard.attach(trainer)
     return trainer
+
+
+def buffer_of(source: str, model_config: ModelConfig) -> TrainerCallback:
+    """Return what adds a frozen adapter while a LoRA trains; ConfigError where all weights are trained."""
+    from recipes.buffer_adapter import BufferAdapter
+
+    if not model_config.use_peft:
+        raise ConfigError(
+            f"buffer_adapter is {source!r} and use_peft is false: it works beside a LoRA, set use_peft: true or leave "
+            "it out"
+        )
+    return BufferAdapter(source)
 
 
 def validation_probe(
