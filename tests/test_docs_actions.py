@@ -24,12 +24,13 @@ def test_the_settings_of_every_action_make_a_config(action):
     SafeMergeConfig(**{"subspace": "s", "safety_adapter": "a", **settings(ACTIONS[action])})
 
 
-def test_there_are_the_six_actions():
+def test_there_are_these_actions():
     assert {action.partition(",")[0] for action in ACTIONS} == {
         "merge",
         "project",
         "pull",
         "regress",
+        "prune",
         "average",
         "watch",
     }
