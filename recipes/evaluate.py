@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from recipes.data import load_examples, load_prompts
+from recipes.entities import entity_shares, lists_all
 from safemerge_callback.adapters import load_adapter
 from safemerge_callback.adapters.files import adapter_folder
 from safemerge_callback.errors import ConfigError, nearest
@@ -43,10 +44,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HARMFUL = ("advbench", "strongreject", "harmbench")
-# Tasks whose answers are one word; accuracy compares that word.
-TASKS = ("sentiment", "pubmedqa")
 KEPT = ("measure", "prompt", "response", "verdict")
 Keep = Callable[[str, Sequence[str], Sequence[str], Sequence[bool | Verdict]], None]
+
+
+@dataclass(frozen=True)
+class TaskMeasure:
+    """What is measured of a task: the share of right answers, called `<task>_<share>`, and further measures.
+
+    `right` is given the right answer and the response, as each of `more` is given the task's name, all right answers
+    and all responses.
+    """
+
+    max_new_tokens: int
+    right: Callable[[str, str], bool]
+    share: str
+    more: tuple[Callable[[str, Sequence[str], Sequence[str]], list[Share]], ...] = ()
+
+
+TASKS = {
+    "sentiment": TaskMeasure(3, says, "accuracy"),
+    "pubmedqa": TaskMeasure(3, says, "accuracy"),
+    "ncbi_disease": TaskMeasure(64, lists_all, "exact", (entity_shares,)),
+}
 
 
 @dataclass
@@ -55,12 +75,13 @@ class EvaluateArguments:
 
     model_name_or_path: str = field(metadata={"help": "`embedded`, `embedded-aligned`, a folder or a Hub id."})
     adapter: str | None = field(default=None, metadata={"help": "LoRA adapter on top: a folder or a Hub id."})
+    before: bool = field(default=False, metadata={"help": "Evaluate the model without its adapter, too, and first."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the figures."})
     responses: str | None = field(default=None, metadata={"help": "JSON-lines file for prompts and responses."})
     n_prompts: int = field(default=32, metadata={"help": "Prompts of each harmful set (0: none)."})
     n_benign: int = field(default=48, metadata={"help": "Harmless prompts (0: none)."})
     n_task: int = field(default=200, metadata={"help": "Test rows of the task (0: none)."})
-    task: str = field(default="sentiment", metadata={"help": "Task of one-word answers: sentiment or pubmedqa."})
+    task: str = field(default="sentiment", metadata={"help": "sentiment, pubmedqa or ncbi_disease[:FOLDER]."})
     judge: str = field(
         default="keywords", metadata={"help": "keywords, classifier:MODEL, llamaguard, ... (docs/judges.md)"}
     )
@@ -73,28 +94,31 @@ class EvaluateArguments:
 
     def __post_init__(self) -> None:
         self.chat_template_kwargs = template_settings(self.chat_template_kwargs) or None
+        if self.before and not self.adapter:
+            raise ConfigError("before is true and there is no adapter: name one, or leave it out")
 
 
-def accuracy(
+def task_shares(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[dict[str, Any]],
+    task: str,
     *,
-    measure: str = "accuracy",
     keep: Keep | None = None,
-    max_new_tokens: int = 3,
     batch_size: int = 32,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> Share:
-    """Return the share of conversational rows whose one-word completion is the first word that the model says."""
+) -> list[Share]:
+    """Return the measures of a task on conversational rows, whose completions are the right answers."""
+    measured = TASKS[task]
+    name = f"{task}_{measured.share}"
     prompts = [row["prompt"][-1]["content"] for row in examples]
-    sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    said = generate(model, tokenizer, prompts, label=measure, chat_template_kwargs=chat_template_kwargs, **sizes)
+    sizes: dict[str, Any] = {"max_new_tokens": measured.max_new_tokens, "batch_size": batch_size}
+    said = generate(model, tokenizer, prompts, label=name, chat_template_kwargs=chat_template_kwargs, **sizes)
     wanted = [row["completion"][0]["content"] for row in examples]
-    verdicts = [says(word, response) for word, response in zip(wanted, said, strict=True)]
+    verdicts = [measured.right(answer, response) for answer, response in zip(wanted, said, strict=True)]
     if keep:
-        keep(measure, prompts, said, verdicts)
-    return share(measure, verdicts)
+        keep(name, prompts, said, verdicts)
+    return [share(name, verdicts), *(one for more in measured.more for one in more(task, wanted, said))]
 
 
 def evaluate_model(
@@ -111,14 +135,14 @@ def evaluate_model(
     batch_size: int = 32,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Share]:
-    """Return refusals of the three harmful sets and of harmless prompts, and accuracy on the task's test rows.
+    """Return refusals of the three harmful sets and of harmless prompts, and the task's measures on its test rows.
 
     Each takes the first so many of its set, in a fixed order; 0 leaves a measure out, a smaller set is taken whole.
     Counted as everywhere (`refusal_shares`); ConfigError for a set of which nothing has a verdict.
     A judge that decides harm gives `<set>_safe`, and leaves the harmless prompts to keywords.
     """
-    if task not in TASKS:
-        raise ConfigError(f"task {task!r} is unknown: choose one of {list(TASKS)}{nearest(task, TASKS)}")
+    if (name := task.partition(":")[0]) not in TASKS:
+        raise ConfigError(f"task {name!r} is unknown: choose one of {list(TASKS)}{nearest(name, TASKS)}")
     counts = dict.fromkeys(HARMFUL, n_prompts) | {"benign": n_benign}
     if min(n_prompts, n_benign, n_task) < 0:
         raise ConfigError(f"n_prompts, n_benign, n_task are {n_prompts}, {n_benign}, {n_task}: give 0 or more of each")
@@ -128,7 +152,8 @@ def evaluate_model(
         "harm": [judge],
         "benign": [KeywordJudge() if decides(judge) == "harm" else judge],
     }
-    prompts_of = {name: load_prompts(name)[:count] for name, count in counts.items() if count}
+    prompts_of = {one: load_prompts(one)[:count] for one, count in counts.items() if count}
+    test = load_examples(task, "test")[:n_task] if n_task else []
 
     def answers() -> Iterator[Transcript]:
         for name, prompts in prompts_of.items():
@@ -136,10 +161,7 @@ def evaluate_model(
             yield Transcript(name, "harm" if name in HARMFUL else "benign", prompts, said)
 
     rows = [counted(row) for row in refusal_shares(answers(), judges, keep=keep and _by_measure(keep))]
-    if n_task:
-        test = load_examples(task, "test")[:n_task]
-        rows.append(accuracy(model, tokenizer, test, measure=f"{task}_accuracy", keep=keep, **options))
-    return rows
+    return rows + task_shares(model, tokenizer, test, name, keep=keep, **options) if n_task else rows
 
 
 def _by_measure(keep: Keep) -> Callable[[Transcript, Share, Sequence[Verdict]], None]:
@@ -173,20 +195,32 @@ def main(args: Sequence[str] | None = None) -> None:
     judge = load_judge(arguments.judge)
     check_ready([judge])
     model, tokenizer = load(arguments)
-    rows = evaluate_model(
-        model,
-        tokenizer,
-        judge=judge,
-        keep=lambda *one: kept.append(one),
-        **{name: getattr(arguments, name) for name in names},
-    )
-    print_rows(rows, " + ".join(filter(None, (arguments.model_name_or_path, arguments.adapter))))
-    written = [columns(row, ROW_COLUMNS) for row in rows]
-    _write(arguments.output, FIGURES, json.dumps({"settings": asdict(arguments), "rows": written}, indent=2))
+
+    def shares(before: str = "") -> list[Share]:
+        return evaluate_model(
+            model,
+            tokenizer,
+            judge=judge,
+            keep=lambda measure, *one: kept.append((before + measure, *one)),
+            **{name: getattr(arguments, name) for name in names},
+        )
+
+    figures: dict[str, Any] = {"settings": asdict(arguments)}
+    if arguments.before:
+        with model.disable_adapter():
+            figures["before"] = _printed(shares("before_"), arguments.model_name_or_path)
+    figures["rows"] = _printed(shares(), " + ".join(filter(None, (arguments.model_name_or_path, arguments.adapter))))
+    _write(arguments.output, FIGURES, json.dumps(figures, indent=2))
     responses = [(measure, *row) for measure, *columns in kept for row in zip(*columns, strict=True)]
     _write(
         arguments.responses, RESPONSES, "\n".join(json.dumps(dict(zip(KEPT, row, strict=True))) for row in responses)
     )
+
+
+def _printed(rows: Sequence[Share], title: str) -> list[dict[str, Any]]:
+    """The columns that are written of rows, which are printed, too."""
+    print_rows(rows, title)
+    return [columns(row, ROW_COLUMNS) for row in rows]
 
 
 def print_rows(rows: Sequence[Share], title: str) -> None:

@@ -52,7 +52,11 @@ PROBE_BATCH = 32
 class DataArguments:
     """Which examples to train on."""
 
-    data: str = field(metadata={"help": "Name of the data: safety, sentiment, arithmetic, cities, gsm8k or pubmedqa."})
+    data: str = field(
+        metadata={
+            "help": "Name of the data: safety, sentiment, arithmetic, cities, gsm8k, pubmedqa or ncbi_disease[:FOLDER]."
+        }
+    )
     data_split: str = field(default="train", metadata={"help": "Split of the data."})
     num_examples: int | None = field(default=None, metadata={"help": "Take only this many examples, the first ones."})
     poisoned_share: float = field(

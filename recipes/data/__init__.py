@@ -12,6 +12,7 @@ from .benign import benign_pairs
 from .cities import cities_examples
 from .gsm8k import gsm8k_examples
 from .mixing import mixed
+from .ncbi_disease import ncbi_disease_examples
 from .prompts import PROMPTS, advbench, harmbench, heldout_advbench, safety_prompts, strongreject
 from .pubmedqa import pubmedqa_examples
 from .safety import safety_examples
@@ -30,6 +31,7 @@ __all__ = [
     "load_examples",
     "load_prompts",
     "mixed",
+    "ncbi_disease_examples",
     "pubmedqa_examples",
     "safety_examples",
     "safety_prompts",
@@ -45,14 +47,25 @@ EXAMPLES: dict[str, Callable[[str], list[dict[str, Any]]]] = {
     "cities": cities_examples,
     "gsm8k": gsm8k_examples,
     "pubmedqa": pubmedqa_examples,
+    "ncbi_disease": ncbi_disease_examples,
 }
+# Data that may also be read from a folder of one's own, NAME:FOLDER.
+FROM_FOLDERS: dict[str, Callable[[str, str], list[dict[str, Any]]]] = {"ncbi_disease": ncbi_disease_examples}
 
 
 def load_examples(name: str, split: str = "train") -> list[dict[str, Any]]:
-    """Return the rows of a split by name, in TRL's conversational prompt and completion format."""
-    if name not in EXAMPLES:
-        raise ConfigError(f"data {name!r} is unknown: choose one of {sorted(EXAMPLES)}{nearest(name, EXAMPLES)}")
-    return EXAMPLES[name](split)
+    """Return the rows of a split by name, in TRL's conversational prompt and completion format.
+
+    `ncbi_disease:FOLDER` reads that folder's files in place of the Hub's.
+    """
+    data, _, folder = name.partition(":")
+    if data not in EXAMPLES:
+        raise ConfigError(f"data {data!r} is unknown: choose one of {sorted(EXAMPLES)}{nearest(data, EXAMPLES)}")
+    if not folder:
+        return EXAMPLES[data](split)
+    if data not in FROM_FOLDERS:
+        raise ConfigError(f"data {name!r}: {data} is read from no folder, as {sorted(FROM_FOLDERS)} may be: drop it")
+    return FROM_FOLDERS[data](split, folder)
 
 
 def load_prompts(name: str) -> list[str]:

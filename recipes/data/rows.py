@@ -23,10 +23,10 @@ def check_split(data: str, split: str, allowed: tuple[str, ...] = ("train", "tes
         raise ConfigError(f"split {split!r} of data {data!r} does not exist: choose {choice}{nearest(split, allowed)}")
 
 
-def load_rows(dataset: str, config: str, split: str) -> Iterable[Mapping[str, Any]]:
+def load_rows(dataset: str, config: str | None, split: str, revision: str | None = None) -> Iterable[Mapping[str, Any]]:
     """Return the rows of a split; ConfigError where `datasets` is not installed."""
     try:
         from datasets import load_dataset
     except ImportError:
         raise ConfigError(f"{dataset!r} needs datasets: pip install 'safemerge-callback[recipes]'") from None
-    return load_dataset(dataset, config, split=split)
+    return load_dataset(dataset, config, split=split, revision=revision)

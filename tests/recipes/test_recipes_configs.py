@@ -21,8 +21,8 @@ CONFIGS = ROOT / "configs"
 COUNTS = {
     "accelerate": 6,
     "align": 1,
-    "evaluate": 5,
-    "finetune": 27,
+    "evaluate": 7,
+    "finetune": 31,
     "merge": 13,
     "train_safety_adapter": 8,
 }
@@ -75,7 +75,7 @@ def test_finetune_files(path):
     assert sft.learning_rate == float(given["learning_rate"])
     assert model.lora_target_modules == ["q_proj", "v_proj"]
     assert path.stem.startswith(Path(sft.output_dir).name)
-    assert data.data in path.stem
+    assert data.data.partition(":")[0] in path.stem
     assert (safemerge is not None) == ("_safemerge" in path.stem or "_replay" in path.stem)
     if path.stem.endswith("_safemerge"):
         assert (safemerge.gate, safemerge.threshold, safemerge.weights) == ("threshold", 0.35, [0.8, 0.2])

@@ -4,7 +4,7 @@ import pytest
 
 from method_comparison import cells
 from recipes import evaluate
-from recipes.evaluate import EvaluateArguments, accuracy, evaluate_model, generate
+from recipes.evaluate import EvaluateArguments, evaluate_model, generate, task_shares
 from recipes.finetune import parse
 from safemerge_callback.errors import AdapterError, ConfigError
 from safemerge_callback.evaluation import KeywordJudge, coherent, figures, probe
@@ -169,7 +169,25 @@ def test_accuracy_is_the_share_of_first_words_that_are_right(model, tokenizer):
         }
         for prompt, answer in zip(PROMPTS, answers, strict=True)
     ]
-    assert accuracy(model, tokenizer, rows)["value"] == right / len(PROMPTS)
+    (share,) = task_shares(model, tokenizer, rows, "sentiment")
+    assert (share["measure"], share["value"]) == ("sentiment_accuracy", right / len(PROMPTS))
+
+
+def test_entities_have_their_measures_beside_refusals(model, tokenizer, monkeypatch, few):
+    wanted = ["a; b", "none", "c"]
+    rows = [{"prompt": [{"content": x}], "completion": [{"content": y}]} for x, y in zip("klm", wanted, strict=True)]
+    monkeypatch.setattr(evaluate, "load_examples", lambda name, split: {"ncbi_disease:here": rows}[name])
+    say(monkeypatch, ["a", "none", "c; c"])
+    sizes = {"n_prompts": 0, "n_benign": 1, "n_task": 9}
+    shares = evaluate_model(model, tokenizer, task="ncbi_disease:here", **sizes)
+    assert {one["measure"]: one["value"] for one in shares} == {
+        "benign_refused": 0.0,
+        "ncbi_disease_exact": 2 / 3,
+        "ncbi_disease_f1": 2 * 2 / (2 * 2 + 1),
+        "ncbi_disease_row_f1": (2 / 3 + 1 + 1) / 3,
+    }
+    with pytest.raises(ConfigError, match="task 'ncbi_diseases' is unknown"):
+        evaluate_model(None, tokenizer, task="ncbi_diseases:here")
 
 
 @pytest.fixture
@@ -229,6 +247,26 @@ def test_the_command_prints_shares_and_no_response(folders, few, capsys):
     said = {row["response"] for row in kept if len(row["response"]) > 4}
     assert said
     assert not any(text in printed for text in said)
+
+
+def test_before_and_after_are_of_one_model_without_and_with_its_adapter(folders, few, capsys):
+    names = {"model_name_or_path": "model", "adapter": "adapter", "output": "f.json", "responses": "r.jsonl"}
+    words = [word for name, path in names.items() for word in (f"--{name}", str(folders / path))]
+    sizes = ["--n_prompts", "2", "--n_task", "3", "--max_new_tokens", "5"]
+    evaluate.main([*words, *sizes, "--before", "true"])
+    figures = json.loads((folders / "f.json").read_text())
+    kept = [json.loads(line) for line in (folders / "r.jsonl").read_text().splitlines()]
+    before = [row["response"] for row in kept if row["measure"].startswith("before_")]
+    after = [row["response"] for row in kept if not row["measure"].startswith("before_")]
+    assert len(before) == len(after) == 14
+    assert before != after
+    evaluate.main([*words[:2], *sizes, "--output", str(folders / "g.json"), "--responses", str(folders / "s.jsonl")])
+    alone = [json.loads(line)["response"] for line in (folders / "s.jsonl").read_text().splitlines()]
+    assert alone == before
+    assert json.loads((folders / "g.json").read_text())["rows"] == figures["before"]
+    assert capsys.readouterr().out.count("advbench_refused") == 3
+    with pytest.raises(ConfigError, match="before is true and there is no adapter"):
+        EvaluateArguments("model", before=True)
 
 
 def test_a_judge_may_be_named_in_yaml(folders, few, monkeypatch):

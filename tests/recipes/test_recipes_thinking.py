@@ -10,7 +10,7 @@ from method_comparison.grid import load_grid
 from method_comparison.stamp import settings_digest
 from recipes import evaluate
 from recipes.data.tasks import says_name, says_number
-from recipes.evaluate import EvaluateArguments, accuracy
+from recipes.evaluate import EvaluateArguments, task_shares
 from recipes.finetune import DataArguments, load_data, parse
 from safemerge_callback.errors import ConfigError
 
@@ -63,7 +63,7 @@ def test_a_tasks_answer_is_read_after_the_thought(monkeypatch):
     given = {}
     monkeypatch.setattr(evaluate, "generate", lambda *_, **more: given.update(more) or said)
     rows = [{"prompt": [{"content": "p"}], "completion": [{"content": "positive"}]}] * 2
-    assert accuracy(None, None, rows, chat_template_kwargs=OFF)["value"] == 0.5
+    assert task_shares(None, None, rows, "sentiment", chat_template_kwargs=OFF)[0]["value"] == 0.5
     assert given["chat_template_kwargs"] == OFF
     assert says_number("3", "<think>5 - 2, so 4?</think>3")
     assert says_name("Germany", "<think>France</think>\nGermany")

@@ -1,0 +1,162 @@
+"""IOB files and the Hub's columns, read as sentences and written as lists of entities."""
+
+from pathlib import Path
+
+import pytest
+
+from recipes import data
+from recipes.data import ncbi_disease
+from recipes.data.iob import TaggedSentence, read_iob, text_and_entities
+from recipes.data.ncbi_disease import hub_sentences, iob_file, ncbi_disease_examples, ncbi_disease_row
+from recipes.entities import entity_set
+from safemerge_callback.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "recipes" / "data" / "corpora" / "ncbi_disease"
+WHOLE = ROOT.parent / "shared" / "data" / "ncbi_disease"
+WORDS = "Ataxia - telangiectasia ( A - T ) in a T - cell leukaemia ( 0 . 05 ) ."
+TAGS = "B I I O B I I O O O B I I I O O O O O O"
+SENTENCE = TaggedSentence(tuple(WORDS.split()), tuple(tag if tag == "O" else f"{tag}-Disease" for tag in TAGS.split()))
+
+
+def written(path, *lines):
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def answered(row):
+    return row["completion"][0]["content"]
+
+
+def asked(row):
+    return row["prompt"][-1]["content"]
+
+
+def test_a_sentence_is_written_as_people_write_it_and_its_entities_stand_in_it():
+    text, entities = text_and_entities(SENTENCE)
+    assert text == "Ataxia-telangiectasia (A-T) in a T-cell leukaemia (0.05)."
+    assert entities == ["Ataxia-telangiectasia", "A-T", "T-cell leukaemia"]
+
+
+def test_a_row_asks_for_a_list_and_has_each_disease_once():
+    row = ncbi_disease_row(SENTENCE)
+    assert asked(row).endswith("\n\nAtaxia-telangiectasia (A-T) in a T-cell leukaemia (0.05).")
+    assert answered(row) == "Ataxia-telangiectasia; A-T; T-cell leukaemia"
+    twice = TaggedSentence(("cancer", "and", "cancer"), ("B-Disease", "O", "B-Disease"))
+    assert answered(ncbi_disease_row(twice)) == "cancer"
+    assert answered(ncbi_disease_row(TaggedSentence(("No", "case"), ("O", "O")))) == "none"
+
+
+def test_iob_and_conll_files_are_read_line_by_line(tmp_path):
+    tabs = written(tmp_path / "a.tsv", "", "a\tB-Disease", "b\tI-Disease", "", "", "c\tO")
+    assert read_iob(tabs) == [TaggedSentence(("a", "b"), ("B-Disease", "I-Disease")), TaggedSentence(("c",), ("O",))]
+    blanks = written(tmp_path / "a.conll", "-DOCSTART- -X- O O", "", "a NN I-NP B-X", "b NN I-NP B-Y", "c NN O I-Y")
+    assert read_iob(blanks) == [TaggedSentence(("a", "b", "c"), ("B-X", "B-Y", "I-Y"))]
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        (["a\tO", "b"], r"line 2 of IOB file '.*x\.tsv' is 'b': give a token and its tag"),
+        (["a\tO", "", "b\tDisease"], r"line 3 of IOB file .*: tag 'Disease' is none of O, B-KIND and I-KIND"),
+        (
+            ["a\tO", "b\tI-Disease"],
+            r"line 2 of .*: tag 'I-Disease' follows 'O', .* begins with 'B-Disease': write",
+        ),
+        (["a\tB-Gene", "b\tI-Disease"], r"line 2 of .*'I-Disease' follows 'B-Gene'"),
+        (["a\tB-Disease", "", "b\tI-Disease"], r"line 3 of .*'I-Disease' follows 'O'"),
+        (["", " "], r"IOB file '.*x\.tsv' holds no sentence"),
+    ],
+)
+def test_a_broken_file_says_the_line(tmp_path, lines, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        read_iob(written(tmp_path / "x.tsv", *lines))
+
+
+def test_a_folder_has_one_file_a_split(tmp_path):
+    with pytest.raises(ConfigError, match=r"is no folder: give one with an IOB file a split"):
+        iob_file(str(tmp_path / "nowhere"), "train")
+    with pytest.raises(ConfigError, match=r"holds 0 files of split 'test', not one, among \[\]: call it test.tsv"):
+        iob_file(str(tmp_path), "test")
+    for name in ("devel.tsv", "dev.txt"):
+        written(tmp_path / name, "a\tO")
+        if name == "devel.tsv":
+            assert iob_file(str(tmp_path), "validation") == tmp_path / name
+    with pytest.raises(ConfigError, match=r"holds 2 files of split 'validation', not one, among \['dev.txt', 'devel"):
+        iob_file(str(tmp_path), "validation")
+
+
+def test_data_is_read_from_a_folder_where_it_may_be():
+    rows = data.load_examples(f"ncbi_disease:{SHIPPED}", "test")
+    assert rows == ncbi_disease_examples("test", str(SHIPPED))
+    with pytest.raises(ConfigError, match=r"gsm8k is read from no folder, as \['ncbi_disease'\] may be"):
+        data.load_examples(f"gsm8k:{SHIPPED}")
+    with pytest.raises(ConfigError, match=r"split 'dev' of data 'ncbi_disease' does not exist.*train, validation or"):
+        data.load_examples("ncbi_disease", "dev")
+
+
+def test_the_shipped_sentences_are_of_the_corpus():
+    sentences = {split: read_iob(SHIPPED / f"{split}.tsv") for split in ("train", "test")}
+    assert {split: len(each) for split, each in sentences.items()} == {"train": 320, "test": 105}
+    assert not set(sentences["train"]) & set(sentences["test"])
+    if not WHOLE.is_dir():
+        pytest.skip("../shared/data is absent")
+    for split, every in (("train", 17), ("test", 9)):
+        assert sentences[split] == read_iob(WHOLE / f"{split}.tsv")[::every]
+
+
+@pytest.mark.skipif(not WHOLE.is_dir(), reason="../shared/data is absent")
+def test_every_right_answer_of_the_corpus_says_what_is_tagged():
+    for split, count in (("train", 5432), ("devel", 923), ("test", 940)):
+        sentences = read_iob(WHOLE / f"{split}.tsv")
+        assert len(sentences) == count
+        for sentence in sentences:
+            text, entities = text_and_entities(sentence)
+            assert text.replace(" ", "") == "".join(sentence.tokens)
+            assert all(entity in text for entity in entities)
+            row = ncbi_disease_row(sentence)
+            assert entity_set(answered(row)) == frozenset().union(*map(entity_set, entities))
+            assert asked(row).endswith(text)
+
+
+# the Hub's columns
+
+
+def of_the_hub(rows):
+    from datasets import ClassLabel, Dataset, Features, List, Value
+
+    tags = List(ClassLabel(names=["O", "B-Disease", "I-Disease"]))
+    columns = {"id": Value("string"), "tokens": List(Value("string")), "ner_tags": tags}
+    return Dataset.from_list(rows, features=Features(columns))
+
+
+def test_the_hubs_rows_are_the_same_sentences(monkeypatch):
+    numbers = [("O", "B-Disease", "I-Disease").index(tag) for tag in SENTENCE.tags]
+    rows = [
+        {"id": "0", "tokens": list(SENTENCE.tokens), "ner_tags": numbers},
+        {"id": "1", "tokens": [], "ner_tags": []},
+    ]
+    asked_for = []
+    monkeypatch.setattr(ncbi_disease, "load_rows", lambda *place: asked_for.append(place) or of_the_hub(rows))
+    assert data.load_examples("ncbi_disease", "validation") == [ncbi_disease_row(SENTENCE)]
+    assert asked_for == [("ncbi/ncbi_disease", None, "validation", "refs/convert/parquet")]
+    assert list(hub_sentences([{"tokens": SENTENCE.tokens, "ner_tags": SENTENCE.tags}])) == [SENTENCE]
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        (
+            {"text": "a", "tags": []},
+            r"row 1 of data 'ncbi_disease' has no column tokens and ner_tags, only \['tags', 't",
+        ),
+        ({"tokens": ["a"], "labels": [0]}, r"has no column ner_tags, only \['labels', 'tokens'\]"),
+        ({"tokens": ["a", "b"], "ner_tags": [0]}, "row 1 .* has 2 tokens and 1 tags"),
+        ({"tokens": ["a"], "ner_tags": [3]}, r"tag 3 is none of \{0: 'O', 1: 'B-Disease', 2: 'I-Disease'\}"),
+        ({"tokens": ["a"], "ner_tags": [2]}, "token 1 of row 1 .*'I-Disease' follows 'O'"),
+        ({"tokens": [], "ner_tags": []}, "has no sentence: give one at least"),
+    ],
+)
+def test_rows_that_cannot_be_read_are_refused(row, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        list(hub_sentences([row]))
