@@ -20,9 +20,10 @@ from ..record.entries import gradient_entry
 from ..record.history import TermReading
 from ..record.log import Log
 from ..record.metrics import term_key
+from .batchwise import BatchEngine
 from .joining import Angles, TermGradient, join
 from .passes import Pass, as_in_training, not_finite, pass_sum, scalar
-from .protocol import Apart, GradientTerm, Observant, PassSeries, RunPoint, Tallied, Term
+from .protocol import Apart, Batchwise, GradientTerm, Observant, PassSeries, RunPoint, Tallied, Term
 
 
 def way_for(terms: Sequence[Term], model: nn.Module, optimizer: Any = None, trainer: Any = None) -> MicroBatch | None:
@@ -114,21 +115,31 @@ class Tally:
 class GradientEngine:
     """Adds the terms that are due to each step's gradient, and tells of them; it knows no term by name.
 
-    `batch`: how the training takes one more micro-batch; None where there is no term.
+    `batch`: how the training takes one more micro-batch; None where there is no term. `others` correct what the step's
+    own batches give.
     """
 
     terms: Sequence[Term]
     batch: MicroBatch | None
     log: Log
+    others: Sequence[Batchwise] = ()
     tallies: dict[str, Tally] = field(default_factory=dict)
     gradients: list[TermGradient] = field(default_factory=list)
     measured: bool = False
     angles: Angles | None = None
 
+    def __post_init__(self) -> None:
+        self.batchwise = BatchEngine(self.others, self.log)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no step's gradient is any of its business."""
+        return not self.terms and not self.others
+
     @property
     def untold(self) -> bool:
         """Whether there is anything to report."""
-        return any(tally.steps for tally in self.tallies.values())
+        return self.batchwise.untold or any(tally.steps for tally in self.tallies.values())
 
     def before_step(self, at: RunPoint, *, measured: bool = False) -> None:
         """Add what is due in the step that comes after `at`. Every rank calls it alike; weight 0 is absence.
@@ -141,6 +152,7 @@ class GradientEngine:
         due = [t for t in self.terms if t.weight and t.schedule.due(step, at.max_steps, last=step >= at.max_steps)]
         for term in sorted(due, key=lambda term: not isinstance(term, Apart)):
             self._add(term, at)
+        self.batchwise.enter(at)
 
     def _add(self, term: Term, at: RunPoint) -> None:
         batch, step = cast(MicroBatch, self.batch), at.step + 1
@@ -163,6 +175,7 @@ class GradientEngine:
 
     def before_update(self, step: int) -> None:
         """Let what was kept apart join the step's gradient, which is whole, averaged and clipped now."""
+        self.batchwise.leave(step)
         if not self.gradients:
             return
         trained = cast(TrainedParameters, cast(MicroBatch, self.batch).trained)
@@ -194,7 +207,7 @@ class GradientEngine:
         """
         angles = self.angles.readings(norm) if self.angles else {}
         self.angles = None
-        numbers: dict[str, float] = {}
+        numbers = self.batchwise.report(step)
         for term in self.terms:
             tally = self.tallies.get(term.name)
             if tally is not None and tally.steps:

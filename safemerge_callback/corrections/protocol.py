@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ..adapters import Adapter, LoraFactors
 from ..decision import Edit, MergePlan
 from ..live import Writer
+from ..live.faults import Fault
 from ..live.gradients import TrainedParameters
 from ..ops import Grams, LowRank
 from ..signals.check_data import CheckData
@@ -155,6 +157,27 @@ class PassSeries(Term, Protocol):
         passes, of rows of its own and the same in all passes of a step; each begins with the same random state, so that
         what is dropped out is the same, too. The loss of the first is what is told. A loss or a gradient that is not
         finite on any rank, and an error, cost the whole sum of this step; the parameters are put back whatever happens.
+        """
+
+
+@runtime_checkable
+class Batchwise(Protocol):
+    """Corrects what the trainer's own batches give to a step's gradient; a gradient term may do so besides."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in the journal and in YAML."""
+
+    @property
+    def schedule(self) -> Schedule:
+        """When: in which optimizer steps, the first being 1."""
+
+    def batches(self, at: RunPoint) -> AbstractContextManager[list[Fault]]:
+        """Return what is entered before the step's first batch and left before the optimizer's step.
+
+        Every rank enters it alike, after the passes of gradient terms; `at.step` steps are done. It yields what goes
+        wrong within, which must cost a batch its correction and nothing else. Where it has `figures`, those named
+        `loss` and `seconds` are its mean loss and what it took.
         """
 
 

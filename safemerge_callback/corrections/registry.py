@@ -12,7 +12,7 @@ from ..io.choices import one_of
 from ..live.engine import ENGINES
 from ..record.metrics import Metric
 from .merge import MERGE
-from .protocol import Correction, GradientTerm, PassSeries, Term
+from .protocol import Batchwise, Correction, GradientTerm, PassSeries, Term
 
 # What a run can open for a correction.
 NEEDS = frozenset({"subspace", "safety_adapter"})
@@ -24,14 +24,14 @@ Maker = TypeVar("Maker", bound=Callable[..., Any])
 class CorrectionKind:
     """A correction that a run may have: what makes one, of its settings, what it needs, and what it costs.
 
-    `make(settings)` gives a `Correction`, a `GradientTerm` or a `PassSeries`, a new one for each run. `settings`: a
-    dataclass that checks itself when made. `needs`: what must be there of `NEEDS`; `engines`: those of `ENGINES` that
-    it can serve; `cost`: in words, in forward and backward passes; `deed`: what it does to a run, in words that `in 60
-    steps` may follow; `figures`: what a gradient term tells of itself, by name.
+    `make(settings)` gives a `Correction`, a `GradientTerm`, a `PassSeries` or a `Batchwise`, a new one for each run.
+    `settings`: a dataclass that checks itself when made. `needs`: what must be there of `NEEDS`; `engines`: those of
+    `ENGINES` that it can serve; `cost`: in words, in forward and backward passes; `deed`: what it does to a run, in
+    words that `in 60 steps` may follow; `figures`: what one that is no change tells of itself, by name.
     """
 
     name: str
-    make: Callable[[Any], Correction | Term]
+    make: Callable[[Any], Correction | Term | Batchwise]
     settings: type
     needs: frozenset[str]
     engines: frozenset[str]
@@ -50,16 +50,17 @@ class ChosenCorrection(NamedTuple):
     kind: CorrectionKind
     settings: Any
 
-    def for_run(self, engine: str, max_steps: int) -> Correction | Term:
+    def for_run(self, engine: str, max_steps: int) -> Correction | Term | Batchwise:
         """Return a new one, for one run of `max_steps` by this engine, one of `ENGINES`.
 
         ConfigError where the engine cannot serve it, where it would never be due, and for what is no correction.
         """
         name, instance = self.kind.name, self.kind.make(self.settings)
-        if not isinstance(instance, Correction | GradientTerm | PassSeries):
+        if not isinstance(instance, Correction | GradientTerm | PassSeries | Batchwise):
             raise ConfigError(
                 f"correction {name!r} made a {type(instance).__name__}, which is neither a change nor a gradient term: "
-                "let it have a name, a schedule, and a method `change`, or a weight and a method `loss` or `passes`"
+                "let it have a name, a schedule, and a method `change` or `batches`, or a weight and a method `loss` "
+                "or `passes`"
             )
         if engine not in self.kind.engines:
             raise ConfigError(

@@ -117,7 +117,7 @@ class SafeMergeCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Add the gradients that are due: the parameters have none yet, and clipping is still to come."""
-        if self.session and self.session.gradients.terms:
+        if self.session and not self.session.gradients.idle:
             with self.session.clock.hook():
                 self.session.before_step()
 
@@ -125,7 +125,7 @@ class SafeMergeCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Let gradients that were kept apart join the step's, which are whole and clipped."""
-        if self.session and self.session.gradients.gradients:
+        if self.session and not self.session.gradients.idle:
             with self.session.clock.hook():
                 self.session.before_update()
 

@@ -10,6 +10,8 @@ from trl import SFTConfig, SFTTrainer
 
 from recipes import completion_trainer
 from recipes.completion_trainer import CompletionTrainer, agrees, beginning_once, draws_noise, labelled_places
+from safemerge_callback.corrections.token_weights import weighed_tokens
+from safemerge_callback.signals.token_gains import answer_tokens, headed
 from tests.support.world import with_lora
 
 BEGINNING = [1, *range(30, 42)]
@@ -81,6 +83,27 @@ def test_loss_gradients_and_metrics_are_those_of_trl(trainers, more):
     assert ours._metrics["train"].keys() == theirs._metrics["train"].keys()
     for name, values in theirs._metrics["train"].items():
         assert ours._metrics["train"][name] == pytest.approx(values, rel=1e-6), name
+
+
+def test_where_tokens_are_weighed_the_whole_batch_goes_through_the_model(trainers):
+    def weigh(gains, places):
+        return torch.where(places == 0, 0.25, 1.0).to(gains)
+
+    theirs, ours = trainers()
+    batch = next(iter(theirs.get_train_dataloader()))
+    seen = []
+    for trainer in (theirs, ours):
+        with weighed_tokens(trainer.model, headed(trainer.model), weigh):
+            seen.append(gradients(trainer, batch)[1])
+    model, labels = copy.deepcopy(ours.model), batch["labels"]
+    model.zero_grad()
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
+    tokens = answer_tokens(labels)
+    (weigh(losses, tokens.places) * losses[tokens.mask]).sum().div(9).backward()
+    for name, parameter in model.named_parameters():
+        for grads in seen if parameter.grad is not None else ():
+            assert torch.allclose(grads[name], parameter.grad, atol=1e-6), name
 
 
 def test_a_training_takes_the_same_way_and_tells_the_same(trainers):

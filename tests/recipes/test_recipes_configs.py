@@ -12,6 +12,7 @@ from recipes.finetune import PREFIX, SafeMergeArguments, parse, parse_finetune
 from recipes.models import PACKAGED
 from recipes.settings import read_settings
 from recipes.train_safety_adapter import parse_train
+from safemerge_callback.corrections.registry import CORRECTIONS
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.training import SafeMergeConfig
 from safemerge_callback.training.run.forecast import forecast, too_strong
@@ -22,7 +23,7 @@ COUNTS = {
     "accelerate": 6,
     "align": 1,
     "evaluate": 7,
-    "finetune": 31,
+    "finetune": 32,
     "merge": 13,
     "train_safety_adapter": 8,
 }
@@ -76,7 +77,7 @@ def test_finetune_files(path):
     assert model.lora_target_modules == ["q_proj", "v_proj"]
     assert path.stem.startswith(Path(sft.output_dir).name)
     assert data.data.partition(":")[0] in path.stem
-    assert (safemerge is not None) == ("_safemerge" in path.stem or "_replay" in path.stem)
+    assert (safemerge is not None) == any(f"_{name}" in path.stem for name in ("safemerge", *CORRECTIONS))
     if path.stem.endswith("_safemerge"):
         assert (safemerge.gate, safemerge.threshold, safemerge.weights) == ("threshold", 0.35, [0.8, 0.2])
         assert safemerge.every > 0

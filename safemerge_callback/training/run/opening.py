@@ -18,7 +18,17 @@ from ...corrections.average import Average, RunAverage
 from ...corrections.check_rows import RowSettings
 from ...corrections.gradient import way_for
 from ...corrections.merge import Merge
-from ...corrections.protocol import Correction, GradientTerm, Kept, PassSeries, Prepared, RunPoint, RunStart, Term
+from ...corrections.protocol import (
+    Batchwise,
+    Correction,
+    GradientTerm,
+    Kept,
+    PassSeries,
+    Prepared,
+    RunPoint,
+    RunStart,
+    Term,
+)
 from ...corrections.schedule import Schedule
 from ...decision import (
     check_safety_adapter,
@@ -239,7 +249,7 @@ def _unmerged(model: nn.Module, safety: Sequence[Adapter], modules: Collection[s
 
 def _corrections(
     config: SafeMergeConfig, model: nn.Module, at: RunPoint, trainer: Any
-) -> tuple[list[Correction | Term], MicroBatch | None]:
+) -> tuple[list[Correction | Term | Batchwise], MicroBatch | None]:
     """The corrections of the list, made anew, and how a gradient term's pass is made, if there is one.
 
     ConfigError for one that cannot be in this training.
@@ -251,7 +261,7 @@ def _corrections(
 
 
 def _prepare(
-    corrections: Sequence[Correction | Term], model: nn.Module, tokenizer: Any, *, bars: bool
+    corrections: Sequence[Correction | Term | Batchwise], model: nn.Module, tokenizer: Any, *, bars: bool
 ) -> tuple[list[str], dict[str, float]]:
     """Let the corrections ready themselves; return what they have to say, and the seconds of each by name."""
     lines: list[str] = []

@@ -16,7 +16,7 @@ from transformers import TrainerState, TrainingArguments
 from ...corrections.change import ChangeEngine, Witness, report_failure
 from ...corrections.gradient import GradientEngine
 from ...corrections.merge import Merge
-from ...corrections.protocol import Correction, GradientTerm, PassSeries, RunPoint, Term
+from ...corrections.protocol import Batchwise, Correction, GradientTerm, PassSeries, RunPoint, Term
 from ...corrections.schedule import final_due
 from ...decision import Edit, MergePlan, Readings
 from ...errors import ConfigError
@@ -70,7 +70,7 @@ class Session:
     share: RankShare | None = None
     reference: Mapping[str, float] | None = None
     unmerged: Mapping[str, str] = field(default_factory=dict)
-    corrections: Sequence[Correction | Term] = ()
+    corrections: Sequence[Correction | Term | Batchwise] = ()
     batch: MicroBatch | None = None
     data: RunData = field(default_factory=RunData)
     pending: Pending | None = None
@@ -85,7 +85,8 @@ class Session:
         self.kept = kept_of(self.merge, self.corrections, self.data)
         self.changes = [one for one in self.corrections if isinstance(one, Correction)]
         terms = [one for one in self.corrections if isinstance(one, GradientTerm | PassSeries)]
-        self.gradients = GradientEngine(terms, self.batch, self.log)
+        others = [one for one in self.corrections if isinstance(one, Batchwise)]
+        self.gradients = GradientEngine(terms, self.batch, self.log, others)
 
     @property
     def progress(self) -> Progress:

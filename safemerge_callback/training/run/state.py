@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from transformers import TrainerState, TrainingArguments
 
 from ...corrections.merge import Merge
-from ...corrections.protocol import Correction, Kept, Term
+from ...corrections.protocol import Kept
 from ...errors import AdapterError
 from ...live.initial import load_initial, save_initial
 from ...live.ranks import from_first
@@ -32,7 +32,7 @@ class Saved(NamedTuple):
     save: str
 
 
-def kept_of(merge: Merge, corrections: Sequence[Correction | Term], data: RunData) -> list[Kept]:
+def kept_of(merge: Merge, corrections: Sequence[object], data: RunData) -> list[Kept]:
     """Return what checkpoints hold of a run: the merge's average, corrections that have state, and the task's rows."""
     rows = data if data.follows else None
     return [one for one in (merge.average, *corrections, rows) if isinstance(one, Kept)]
