@@ -187,8 +187,12 @@ def build_trainer(
     model_config: ModelConfig,
     safemerge: SafeMergeConfig | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    trainer_class: Callable[..., SFTTrainer] | None = None,
 ) -> SFTTrainer:
-    """Return a trainer, ready to train: model, tokenizer, data, LoRA, and the safety callback if configured."""
+    """Return a trainer, ready to train: model, tokenizer, data, LoRA, and the safety callback if configured.
+
+    `trainer_class`: another than `CompletionTrainer`.
+    """
     from transformers import set_seed
     from trl import get_peft_config, get_quantization_config
 
@@ -211,7 +215,7 @@ def build_trainer(
         watching.append(validation_probe(data.data, **sizes, chat_template_kwargs=settings))
     # LoRA's A is drawn inside the trainer: two runs of one seed must start from the same A.
     set_seed(sft.seed)
-    trainer = CompletionTrainer(
+    trainer = (trainer_class or CompletionTrainer)(
         model=model,
         args=sft,
         train_dataset=load_data(data),

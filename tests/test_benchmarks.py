@@ -116,6 +116,17 @@ def test_a_line_is_that_of_least_squares():
     assert cost_by_size.line([(0, 1), (1, 3)]) is None
 
 
+def test_zeroth_order_takes_less_memory_than_gradients(run, monkeypatch):
+    monkeypatch.setattr("benchmarks.zeroth_order.VOCABULARY", 64)
+    results, printed = run("zeroth_order", "--hidden", "64", "--layers", "2", "--batch", "2", "--length", "16")
+    assert_names_the_machine(results, printed)
+    rows = {(row["trained"], row["method"]): row for row in results["rows"]}
+    assert len(rows) == 6
+    for trained in ("lora", "all"):
+        assert rows[trained, "adamw"]["bytes_share"] == 1
+        assert all(rows[trained, method]["bytes_share"] < 1 for method in ("mezo", "tezo"))
+
+
 def test_other_ways_to_compute_the_same(run):
     results, printed = run("variants", "--batches", "3x32x2", "2x16x4", "--repeats", "1", "--skip-compile")
     assert_names_the_machine(results, printed)

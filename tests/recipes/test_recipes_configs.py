@@ -24,6 +24,7 @@ COUNTS = {
     "align": 1,
     "evaluate": 7,
     "finetune": 32,
+    "finetune_zo": 2,
     "merge": 13,
     "train_safety_adapter": 8,
 }
