@@ -105,9 +105,9 @@ def main() -> None:
     for name, default in (("hidden", 576), ("layers", 30), ("batch", 8), ("length", 128)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--output", type=Path)
-    given = vars(parser.parse_args())
-    output = given.pop("output")
-    results = {"hardware": hardware(), **given, "rows": measure(**given)}
+    sizes = vars(parser.parse_args())
+    output = sizes.pop("output")
+    results = {"hardware": hardware(), **sizes, "rows": measure(**sizes)}
     report(results)
     if output:
         output.write_text(json.dumps(results, indent=1) + "\n")

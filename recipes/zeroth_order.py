@@ -111,7 +111,8 @@ class ZerothOrder(torch.optim.Optimizer):
         copies = [parameter.detach().clone() for _, parameter in self.named]
         try:
             for (name, parameter), copy in zip(self.named, copies, strict=True):
-                parameter.copy_(copy + reach * self._direction(name, parameter))
+                wide = torch.promote_types(copy.dtype, torch.float32)
+                parameter.copy_(copy + reach * self._direction(name, parameter).to(wide))
             yield
         finally:
             for (_, parameter), copy in zip(self.named, copies, strict=True):
@@ -189,16 +190,16 @@ class ZerothOrderSteps(Trainer):
 
     optimizer: Any
 
-    def __init__(self, *given: Any, zeroth_order: ZerothOrderSettings | None = None, **more: Any) -> None:
+    def __init__(self, *arguments: Any, zeroth_order: ZerothOrderSettings | None = None, **more: Any) -> None:
         self.zeroth_order = zeroth_order or ZerothOrderSettings()
-        super().__init__(*given, **more)
+        super().__init__(*arguments, **more)
         check_arguments(self.args, self.accelerator.distributed_type)
         self.args.max_grad_norm = 0.0
 
-    def train(self, *given: Any, **more: Any) -> Any:
+    def train(self, *arguments: Any, **more: Any) -> Any:
         """Train as the Trainer does; ConfigError for a callback that adds a gradient."""
         check_callbacks(self.callback_handler.callbacks)
-        return super().train(*given, **more)
+        return super().train(*arguments, **more)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Return the optimizer, of all parameters that are trained."""

@@ -14,6 +14,9 @@ from safemerge_callback.errors import ConfigError
 from tests.recipes.test_recipes_configs import CONFIGS, files, on_cpu
 from tests.support.trainer import entries, lora_weights, tokens
 
+# transformers 5.23 calls it activation_checkpointing; trl 1.x, and earlier transformers, know the old name alone
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+
 
 @pytest.mark.parametrize("method", ["mezo", "tezo"])
 def test_of_a_quadratic_the_mean_over_draws_is_the_gradient(method):
@@ -110,12 +113,19 @@ def trained(world, output, *callbacks, resume=None, model=None, method="mezo", *
 
 def test_accumulated_batches_are_one_batch(world, tmp_path):
     runs = [
-        trained(world, tmp_path, max_steps=2, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size)
+        trained(
+            world,
+            tmp_path,
+            learning_rate=1e-2,
+            max_steps=2,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=8 // size,
+        )
         for size in (8, 2)
     ]
     one, other = (lora_weights(run.model) for run in runs)
     start = lora_weights(world.model())
-    assert all(torch.allclose(one[name], other[name], rtol=0, atol=2e-5) for name in one)
+    assert all(torch.allclose(one[name], other[name], rtol=0, atol=3e-5) for name in one)
     assert max(float((one[name] - start[name]).abs().max()) for name in one) > 2e-3
     losses = [run.state.log_history[0]["loss"] for run in runs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
