@@ -90,7 +90,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self.named = list(named)
         self.directions = directions or Directions()
         self.epsilon = epsilon
-        self.at, self.slope, self.told = 0, 0.0, False
+        self.at, self.slope, self.skips = 0, 0.0, 0
         super().__init__([parameter for _, parameter in self.named], {"lr": lr})
 
     def probe(self, loss: Callable[[], Tensor], step: int) -> Tensor:
@@ -127,13 +127,13 @@ class ZerothOrder(torch.optim.Optimizer):
         """Go along the direction of the last probes; afterwards the slope is 0 again."""
         slope, self.slope = self.slope, 0.0
         if not math.isfinite(slope):
-            if not self.told:
-                self.told = True
+            if not self.skips:
                 warnings.warn(
                     f"the loss beside the parameters was not finite at step {self.at + 1}, which is left out, as later "
                     "ones will be: try a smaller learning_rate or zo_epsilon",
                     stacklevel=2,
                 )
+            self.skips += 1
             return
         rate = self.param_groups[0]["lr"]
         for name, parameter in self.named:
