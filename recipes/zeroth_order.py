@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from recipes.completion_trainer import CompletionTrainer
-from safemerge_callback.corrections.protocol import Term
+from safemerge_callback.corrections.protocol import Batchwise, Term
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.io.choices import one_of
 from safemerge_callback.ops import mask_seed
@@ -265,11 +265,11 @@ def check_arguments(args: TrainingArguments, distributed: DistributedType) -> No
 
 
 def check_callbacks(callbacks: Iterable[TrainerCallback]) -> None:
-    """Raise ConfigError for the first correction of a SafeMergeCallback that adds a gradient: nobody would use it."""
+    """Raise ConfigError for the first correction of a SafeMergeCallback that is one of gradients: there are none."""
     for guard in (one for one in callbacks if isinstance(one, SafeMergeCallback)):
         for chosen in guard.config.chosen_corrections:
-            if isinstance(chosen.kind.make(chosen.settings), Term):
+            if isinstance(chosen.kind.make(chosen.settings), Term | Batchwise):
                 raise ConfigError(
-                    f"correction {chosen.kind.name!r} adds a gradient, and zeroth order takes none: leave it out (a "
-                    "subspace and a merge work), or use recipes/finetune.py"
+                    f"correction {chosen.kind.name!r} is one of gradients, and zeroth order takes none: leave it out "
+                    "(a subspace and a merge work), or use recipes/finetune.py"
                 )

@@ -1,18 +1,22 @@
 """MeZO and TeZO: unbiased, back to the bit, alone with their random numbers; and the callback at work under them."""
 
+import copy
 import math
 
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from torch import nn
+from trl import SFTConfig, SFTTrainer
 
 from recipes.finetune_zo import parse_zo
-from recipes.zeroth_order import Directions, ZerothOrder, ZerothOrderSettings, ZerothOrderSteps
+from recipes.zeroth_order import Directions, ZerothOrder, ZerothOrderSettings, ZerothOrderSteps, ZerothOrderTrainer
 from safemerge_callback import SafeMergeCallback
 from safemerge_callback.errors import ConfigError
 from tests.recipes.test_recipes_configs import CONFIGS, files, on_cpu
-from tests.support.trainer import entries, lora_weights, tokens
+from tests.support.trainer import defaults, entries, lora_weights, tokens
+from tests.support.world import with_lora
 
 # transformers 5.23 calls it activation_checkpointing; trl 1.x, and earlier transformers, know the old name alone
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
@@ -178,9 +182,33 @@ def test_what_needs_a_gradient_is_refused_before_the_training(world, tmp_path, s
         trained(world, tmp_path, **settings)
 
 
-def test_a_correction_that_adds_a_gradient_is_refused_before_the_training(world, tmp_path):
-    with pytest.raises(ConfigError, match="correction 'replay' adds a gradient, and zeroth order takes none"):
-        trained(world, tmp_path, SafeMergeCallback())
+@pytest.mark.parametrize("name", ["replay", "constrained"])
+def test_a_correction_of_gradients_is_refused_before_the_training(world, tmp_path, name):
+    with pytest.raises(ConfigError, match=f"correction '{name}' is one of gradients, and zeroth order takes none"):
+        trained(world, tmp_path, SafeMergeCallback(corrections=[{name: {}}]))
+
+
+def test_the_recipes_trainer_counts_each_batch_once(tiny_llama, chat_tokenizer, tmp_path):
+    """Two passes a batch: TRL's count of tokens is that of a training by gradients, and so is the first loss."""
+    model, logs = with_lora(tiny_llama(), ["q_proj", "v_proj"]), []
+    rows = Dataset.from_list(
+        [{"input_ids": [1, *range(5, n), 2], "completion_mask": [0] * (n - 4) + [1]} for n in (9, 14, 20, 7)]
+    )
+    how = {
+        "per_device_train_batch_size": 2,
+        "completion_only_loss": True,
+        "gradient_checkpointing": False,
+        "bf16": False,
+    }
+    for kind in (SFTTrainer, ZerothOrderTrainer):
+        settings = SFTConfig(**{**defaults(tmp_path), **how, "max_steps": 2})
+        more = {"train_dataset": rows, "processing_class": chat_tokenizer}
+        trainer = kind(copy.deepcopy(model), settings, **more)
+        trainer.train()
+        logs.append(trainer.state.log_history[:2])
+    by_gradient, by_slope = logs
+    assert [log["num_tokens"] for log in by_slope] == [log["num_tokens"] for log in by_gradient]
+    assert by_slope[0]["loss"] == pytest.approx(by_gradient[0]["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize(
