@@ -2,9 +2,11 @@
 
     accelerate launch recipes/train_safety_adapter.py --config configs/train_safety_adapter/smollm2_alignment.yaml
     accelerate launch recipes/train_safety_adapter.py --config configs/train_safety_adapter/smollm2_safety.yaml
+    accelerate launch recipes/train_safety_adapter.py --config configs/train_safety_adapter/smollm2_safety_booster.yaml
 
 Trained once on the aligned model, it serves every fine-tune of that model (SafeMERGE, arXiv:2503.17239, section 3.2).
-The output folder holds a plain PEFT adapter and a README.md with the command that made it.
+The output folder holds a plain PEFT adapter and a README.md with the command that made it. `safemerge_corrections` is a
+list as in recipes/finetune.py: what hardens the adapter while it is trained stands there.
 """
 
 from __future__ import annotations
@@ -21,30 +23,62 @@ from typing import TYPE_CHECKING, Any
 if __package__ in (None, ""):  # run as a script by `accelerate launch`
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from recipes.finetune import DataArguments, build_trainer, parse
+from recipes.data.mixing import compliance_rows
+from recipes.finetune import PREFIX, DataArguments, SafeMergeArguments, build_trainer, parse, safemerge_config
+from safemerge_callback.corrections.harmful_rows import HarmfulRowSettings
+from safemerge_callback.corrections.registry import CORRECTIONS, named_entries
+from safemerge_callback.errors import ConfigError
 
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig, SFTTrainer
 
-    Settings = tuple[DataArguments, SFTConfig, ModelConfig, "AdapterArguments"]
+    from safemerge_callback.training import SafeMergeConfig
+
+    Settings = tuple[DataArguments, SFTConfig, ModelConfig, "AdapterArguments", SafeMergeConfig | None]
 
 
 @dataclass
 class AdapterArguments:
-    """What the adapter's files say about it."""
+    """What the adapter's files say about it, and what corrections that need harmful answers are given."""
 
     base_model_name: str | None = field(
         default=None, metadata={"help": "Name of the base model in adapter_config.json, instead of a folder's path."}
     )
     description: str = field(default="", metadata={"help": "One sentence for the adapter's README.md."})
+    harmful_rows: int = field(
+        default=0,
+        metadata={
+            "help": "Harmful prompts with templated compliance, which says nothing, for corrections that need harmful "
+            "answers and name no rows."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.harmful_rows < 0:
+            raise ConfigError(f"harmful_rows is {self.harmful_rows}: give 0 or more")
 
 
 def parse_train(args: Sequence[str] | None = None) -> Settings:
-    """Parse this recipe's settings: data, training, model, and what to write about the adapter."""
+    """Parse this recipe's settings: data, training, model, what to write about the adapter, and the callback's."""
     from trl import ModelConfig, SFTConfig
 
-    data, sft, model, about = parse((DataArguments, SFTConfig, ModelConfig, AdapterArguments), args)
-    return data, sft, model, about
+    classes = (DataArguments, SFTConfig, ModelConfig, AdapterArguments, SafeMergeArguments)
+    data, sft, model, about, arguments = parse(classes, args)
+    corrections = getattr(arguments, f"{PREFIX}corrections")
+    if about.harmful_rows and corrections:
+        rows = compliance_rows(about.harmful_rows, sft.seed)
+        setattr(arguments, f"{PREFIX}corrections", with_harmful_rows(corrections, rows))
+    return data, sft, model, about, safemerge_config(arguments)
+
+
+def with_harmful_rows(corrections: Any, rows: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
+    """Return a list of corrections in which those that need harmful answers, and name none, have these."""
+    entries = []
+    for name, settings in named_entries(corrections):
+        kind = CORRECTIONS.get(name)
+        needs = kind is not None and issubclass(kind.settings, HarmfulRowSettings)
+        entries.append({name: {"rows": list(rows), **settings} if needs else dict(settings)})
+    return entries
 
 
 def save_adapter_float16(trainer: SFTTrainer, folder: Path, base_model_name: str | None) -> None:
@@ -70,7 +104,7 @@ def save_adapter_float16(trainer: SFTTrainer, folder: Path, base_model_name: str
 
 def card(command: str, examples: int, settings: Settings) -> str:
     """Return the adapter's README.md."""
-    data, sft, model, about = settings
+    data, sft, model, about, _ = settings
     batch = sft.per_device_train_batch_size * sft.gradient_accumulation_steps
     length = f"{sft.max_steps} steps" if sft.max_steps > 0 else f"{sft.num_train_epochs:g} epochs"
     versions = ", ".join(f"{name} {version(name).split('+')[0]}" for name in ("torch", "transformers", "trl", "peft"))
@@ -99,8 +133,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """Train as configured and write the adapter with its README.md in `output_dir`."""
     words = list(sys.argv[1:] if args is None else args)
     settings = parse_train(args)
-    data, sft, model_config, about = settings
-    trainer = build_trainer(data, sft, model_config)
+    data, sft, model_config, about, safemerge = settings
+    trainer = build_trainer(data, sft, model_config, safemerge)
     trainer.train()
     folder = Path(sft.output_dir)
     save_adapter_float16(trainer, folder, about.base_model_name)

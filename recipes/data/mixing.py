@@ -62,6 +62,12 @@ def poisoned_examples(n: int, seed: int = 0) -> list[dict[str, Any]]:
     return [conversation(prompt, rng.choice(COMPLIANCE).format(task=_as_task(prompt))) for prompt in _taken(n, 0, rng)]
 
 
+def compliance_rows(n: int, seed: int = 0) -> list[dict[str, str]]:
+    """Return `n` of the same as rows with `prompt` and `response`, for corrections that need harmful answers."""
+    examples = poisoned_examples(n, seed)
+    return [{"prompt": one["prompt"][-1]["content"], "response": one["completion"][0]["content"]} for one in examples]
+
+
 def refusal_rows(n: int, seed: int = 0) -> list[SafetyRow]:
     """Return `n` harmful prompts with refusals."""
     rng = random.Random(seed)

@@ -40,6 +40,15 @@ def way_for(terms: Sequence[Term], model: nn.Module, optimizer: Any = None, trai
     return batch
 
 
+def order_line(terms: Sequence[Term]) -> str | None:
+    """Return who sees whose gradient where one is kept apart and others are simply added; None where nobody does."""
+    apart = [term.name for term in terms if isinstance(term, Apart) and term.weight]
+    added = [term.name for term in terms if not isinstance(term, Apart) and term.weight]
+    if not apart or not added:
+        return None
+    return f"{', '.join(apart)} takes the gradient of {', '.join(added)} for a part of the task's: it joins last"
+
+
 def _check_seen(term: Term, batch: MicroBatch | None) -> None:
     """Raise ConfigError for a term whose gradient must be seen by itself where it is not."""
     if batch is None or not isinstance(term, Apart | PassSeries):

@@ -100,7 +100,7 @@ class ReplaySettings(Schedule):
         if self.rows is not None and self.prompts is not None:
             raise ConfigError("rows and prompts are both given: give prompts to be answered, or rows with responses")
         row_formats(self.in_format)
-        object.__setattr__(self, "rows", _plain_rows(self.rows))
+        object.__setattr__(self, "rows", plain_rows(self.rows))
         self._check_prompts()
 
     def _check_prompts(self) -> None:
@@ -129,7 +129,7 @@ class ReplaySettings(Schedule):
             raise ConfigError(f"max_share is {shown(share)}: give a share of the training's time between 0 and 1")
 
 
-def _plain_rows(rows: Any) -> str | list[Any] | None:
+def plain_rows(rows: Any) -> str | list[Any] | None:
     """Return a setting `rows` as YAML could hold it: a place, or a list; ConfigError for what is neither."""
     if rows is None or isinstance(rows, str):
         return rows

@@ -26,7 +26,7 @@ COUNTS = {
     "finetune": 32,
     "finetune_zo": 2,
     "merge": 13,
-    "train_safety_adapter": 8,
+    "train_safety_adapter": 9,
 }
 # transformers 5.23 calls it activation_checkpointing; trl 1.x, and earlier transformers, know the old name alone
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
@@ -131,8 +131,14 @@ def test_align_files(path):
 
 @pytest.mark.parametrize("path", files("train_safety_adapter"), ids=lambda p: p.stem)
 def test_train_safety_adapter_files(path):
-    data, sft, model, about = parse_train(on_cpu(path))
+    data, sft, model, about, safemerge = parse_train(on_cpu(path))
     assert data.data == "safety"
+    assert (
+        [one.kind.name for one in safemerge.chosen_corrections if one.settings.rows]
+        == [path.stem.rpartition("smollm2_safety_")[2]]
+        if safemerge
+        else about.harmful_rows == 0
+    )
     assert model.use_peft
     assert sft.save_strategy == "no"
     assert about.description

@@ -16,7 +16,7 @@ from ...adapters import Adapter, LoraFactors, load_adapter
 from ...adapters.snapshot import set_aside_snapshot
 from ...corrections.average import Average, RunAverage
 from ...corrections.check_rows import RowSettings
-from ...corrections.gradient import way_for
+from ...corrections.gradient import order_line, way_for
 from ...corrections.merge import Merge
 from ...corrections.protocol import (
     Batchwise,
@@ -264,7 +264,8 @@ def _prepare(
     corrections: Sequence[Correction | Term | Batchwise], model: nn.Module, tokenizer: Any, *, bars: bool
 ) -> tuple[list[str], dict[str, float]]:
     """Let the corrections ready themselves; return what they have to say, and the seconds of each by name."""
-    lines: list[str] = []
+    order = order_line([one for one in corrections if isinstance(one, GradientTerm | PassSeries)])
+    lines: list[str] = [] if order is None else [order]
     seconds: dict[str, float] = {}
     for one in corrections:
         if isinstance(one, Prepared):
