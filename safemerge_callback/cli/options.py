@@ -19,8 +19,8 @@ Bar = Annotated[bool, typer.Option(help="Show progress on stderr.")]
 GateName = Annotated[
     str | None,
     typer.Option(
-        help="threshold, calibrated, reference, opposed, num_layers, quantile, gap, safety_slope, all or random. "
-        "[default: all, or the one whose knob is given]"
+        help="threshold, calibrated, reference, opposed, num_layers, quantile, gap, safety_slope, gradient_norm, all "
+        "or random. [default: all, or the one whose knob is given]"
     ),
 ]
 MethodName = Annotated[

@@ -6,7 +6,7 @@ update grows. With ΔW = s·B·A it is ⟨B, ∂L/∂B⟩: a gradient of B alone
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,18 @@ def module_slopes(data: CheckData, rows: Sequence[RowTokens], batch_size: int = 
     """
     factors = [module.B.tensor for module in data.modules.values()]
     total = torch.zeros(len(factors), dtype=torch.float64)
+    for gradients in row_gradients(data, rows, factors, batch_size):
+        total += torch.stack([_inner(*pair) for pair in zip(factors, gradients, strict=True)]).cpu()
+    return dict(zip(data.modules, total.tolist(), strict=True))
+
+
+def row_gradients(
+    data: CheckData, rows: Sequence[RowTokens], factors: Sequence[Tensor], batch_size: int
+) -> Iterator[Sequence[Tensor]]:
+    """Yield what each batch of the rows adds to the gradient of their mean loss by these factors.
+
+    One forward and backward pass a batch, within `preserve_state`: none is added to `.grad`.
+    """
     for places in alike_lengths([len(row.prompt) + len(row.response) for row in rows], batch_size):
         with preserve_state(data.model, gradients=True):
             for factor in factors:
@@ -37,8 +49,7 @@ def module_slopes(data: CheckData, rows: Sequence[RowTokens], batch_size: int = 
             batch = row_batch([rows[i] for i in places], factors[0].device)
             losses = mean_of_targets(target_losses(row_outputs(data.model, batch).logits, batch), batch)
             gradients = torch.autograd.grad(losses.sum() / len(rows), factors)
-            total += torch.stack([_inner(*pair) for pair in zip(factors, gradients, strict=True)]).cpu()
-    return dict(zip(data.modules, total.tolist(), strict=True))
+        yield gradients
 
 
 def _inner(factor: Tensor, gradient: Tensor) -> Tensor:

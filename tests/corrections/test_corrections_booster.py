@@ -16,7 +16,6 @@ from safemerge_callback.live.gradients import TrainedParameters
 from safemerge_callback.live.micro_batch import micro_batch
 from safemerge_callback.record.log import Log
 from tests.support.replay import replay_entry
-from tests.support.terminal import Terminal
 from tests.support.trainer import lora_weights
 
 # Compliance in the words of the tests' tokenizer.
@@ -100,7 +99,7 @@ def test_weight_0_is_absence_a_resume_goes_on_and_the_journal_has_its_figures(wo
     ]
     assert all(e["figures"]["reduction"] > 0 for e in told)
     (start, *_) = runs.entries(tmp_path / "1", "start")
-    assert start["config"]["corrections"][0]["booster"]["rows"] == 2
+    assert start["config"]["corrections"][0]["booster"]["rows"] == "2 rows"
 
 
 def same(one, other):
@@ -108,11 +107,11 @@ def same(one, other):
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_beside_surgery_it_is_a_part_of_the_task_and_that_is_said(world, chat_tokenizer, tmp_path):
+def test_beside_surgery_it_is_a_part_of_the_task_and_that_is_said(world, chat_tokenizer, tmp_path, capsys):
     listed = [{"booster": {"rows": HARMFUL}}, replay_entry(surgery=True)]
-    with Terminal() as terminal:
-        train(world, chat_tokenizer, tmp_path, SafeMergeCallback(corrections=listed), max_steps=2)
-    assert "replay takes the gradient of booster for a part of the task's: it joins last" in terminal.text
+    train(world, chat_tokenizer, tmp_path, SafeMergeCallback(corrections=listed), max_steps=2)
+    said = capsys.readouterr().out
+    assert "replay takes the gradient of booster for a part of the task's: it joins last" in said
 
 
 @pytest.mark.parametrize(

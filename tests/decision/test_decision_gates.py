@@ -73,7 +73,8 @@ def test_every_gate_gives_every_module_a_verdict_with_a_reason_and_spares_the_br
     if gate == "num_layers" and not len(readings):
         return
     knobs = {"num_layers": {"num_layers": 1}, "quantile": {"quantile": 0.5}}.get(gate, {})
-    readings = readings.with_signals({"safety_slope": dict.fromkeys(readings, 0.1)})
+    for signal in ("safety_slope", "gradient_norm"):
+        readings = readings.with_signals({signal: dict.fromkeys(readings, 0.1)})
     verdicts = Gate(gate, **{"threshold": 0.5, **knobs}).verdicts(readings)
     assert list(verdicts) == list(readings)
     for name, verdict in verdicts.items():
@@ -167,7 +168,7 @@ def test_each_gates_own_knobs_are_refused_by_value(knobs, message):
 
 def test_a_gate_says_whether_it_asks_for_cosines():
     asks = {name: Gate(name, **{name: 1} if name in ("num_layers", "quantile") else {}).asks_cosines for name in GATES}
-    assert {name for name, value in asks.items() if not value} == {"all", "safety_slope", "watch"}
+    assert {name for name, value in asks.items() if not value} == {"all", "safety_slope", "gradient_norm", "watch"}
     assert not Gate("random", num_layers=1).asks_cosines
 
 

@@ -4,7 +4,20 @@ Importing the folder fills the registry.
 """
 
 # In the order in which messages name them.
-from . import threshold, calibrated, reference, opposed, num_layers, quantile, gap, safety_slope, all, random, watch  # noqa: I001
+from . import (  # noqa: I001
+    threshold,
+    calibrated,
+    reference,
+    opposed,
+    num_layers,
+    quantile,
+    gap,
+    safety_slope,
+    gradient_norm,
+    all,
+    random,
+    watch,
+)
 from .common import Verdict, excluded
 from .registry import GATES, KNOB, Criterion, gate
 from .rule import DEFAULT_GATE, KNOBS, Gate, Knobs, as_gate, default_gate, gate_knobs, gate_of, undecided
@@ -24,6 +37,7 @@ __all__ = [
     "default_gate",
     "excluded",
     "gap",
+    "gradient_norm",
     "gate",
     "gate_knobs",
     "gate_of",
