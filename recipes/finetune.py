@@ -26,11 +26,13 @@ import yaml
 if __package__ in (None, ""):  # run as a script by `accelerate launch`
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from recipes.data.mixing import check_share
+from recipes.data.mixing import check_share, compliance_rows
 from recipes.data.splits import prompts_of, rows_of
 from recipes.data.tasks import TASKS, get_task
 from recipes.models import load_model
 from recipes.settings import read_settings
+from safemerge_callback.corrections.harmful_rows import HarmfulRowSettings
+from safemerge_callback.corrections.registry import CORRECTIONS, named_entries
 from safemerge_callback.errors import ConfigError, nearest
 from safemerge_callback.evaluation import Share, share
 from safemerge_callback.signals import generate
@@ -80,6 +82,13 @@ class DataArguments:
         default=16, metadata={"help": "Harmful and harmless prompts, and task rows twice, of the validation split."}
     )
 
+    harmful_rows: int = field(
+        default=0,
+        metadata={
+            "help": "Harmful prompts with templated compliance, which says nothing, for corrections that need harmful "
+            "answers and name no rows."
+        },
+    )
     buffer_adapter: str | None = field(
         default=None,
         metadata={
@@ -91,6 +100,8 @@ class DataArguments:
         self.chat_template_kwargs = template_settings(self.chat_template_kwargs) or None
         check_share("poisoned_share", self.poisoned_share)
         check_share("safety_share", self.safety_share)
+        if self.harmful_rows < 0:
+            raise ConfigError(f"harmful_rows is {self.harmful_rows}: give 0 or more")
         if self.probe_every < 0 or self.probe_prompts < 1:
             raise ConfigError(
                 f"probe_every is {self.probe_every}, probe_prompts {self.probe_prompts}: give 0 or more, and 1 or more"
@@ -112,12 +123,16 @@ def _prefixed() -> type:
 SafeMergeArguments = _prefixed()
 
 
-def safemerge_config(arguments: Any) -> SafeMergeConfig | None:
+def safemerge_config(arguments: Any, data: DataArguments | None = None) -> SafeMergeConfig | None:
     """Return the callback's settings out of SafeMergeArguments; None where neither subspace nor corrections are named.
 
-    Raises ConfigError for a value that SafeMergeConfig refuses, and for other knobs without either.
+    `data`: whose harmful rows corrections have that need some and name none. Raises ConfigError for a value that
+    SafeMergeConfig refuses, and for other knobs without either.
     """
     knobs = {knob.name: getattr(arguments, PREFIX + knob.name) for knob in fields(SafeMergeConfig)}
+    if data is not None and data.harmful_rows and knobs["corrections"]:
+        rows = compliance_rows(data.harmful_rows, data.mixing_seed)
+        knobs["corrections"] = with_harmful_rows(knobs["corrections"], rows)
     if knobs["subspace"] is not None or knobs["corrections"] is not None:
         return SafeMergeConfig(**knobs)
     idle = SafeMergeArguments()
@@ -127,6 +142,16 @@ def safemerge_config(arguments: Any) -> SafeMergeConfig | None:
             f"{useless} have no effect without {PREFIX}subspace: name that file, or {PREFIX}corrections, or drop them"
         )
     return None
+
+
+def with_harmful_rows(corrections: Any, rows: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
+    """Return a list of corrections in which those that need harmful answers, and name none, have these."""
+    entries = []
+    for name, settings in named_entries(corrections):
+        kind = CORRECTIONS.get(name)
+        needs = kind is not None and issubclass(kind.settings, HarmfulRowSettings)
+        entries.append({name: {"rows": list(rows), **settings} if needs else dict(settings)})
+    return entries
 
 
 def parse(classes: Sequence[type], args: Sequence[str] | None = None) -> tuple[Any, ...]:
@@ -165,7 +190,7 @@ def parse_finetune(args: Sequence[str] | None = None) -> Settings:
     from trl import ModelConfig, SFTConfig
 
     data, sft, model, arguments = parse((DataArguments, SFTConfig, ModelConfig, SafeMergeArguments), args)
-    return data, sft, model, safemerge_config(arguments)
+    return data, sft, model, safemerge_config(arguments, data)
 
 
 def load_data(data: DataArguments) -> Dataset:

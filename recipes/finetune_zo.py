@@ -46,7 +46,7 @@ def parse_zo(args: Sequence[str] | None = None) -> tuple[Any, ...]:
     classes = (DataArguments, SFTConfig, ModelConfig, SafeMergeArguments, ZerothOrderArguments)
     data, sft, model, guard, zo = parse(classes, args)
     settings = ZerothOrderSettings(zo.zo_method, zo.zo_epsilon, zo.zo_rank)
-    return data, sft, model, safemerge_config(guard), settings
+    return data, sft, model, safemerge_config(guard, data), settings
 
 
 def build(args: Sequence[str] | None = None) -> SFTTrainer:

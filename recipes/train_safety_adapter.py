@@ -23,11 +23,7 @@ from typing import TYPE_CHECKING, Any
 if __package__ in (None, ""):  # run as a script by `accelerate launch`
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from recipes.data.mixing import compliance_rows
-from recipes.finetune import PREFIX, DataArguments, SafeMergeArguments, build_trainer, parse, safemerge_config
-from safemerge_callback.corrections.harmful_rows import HarmfulRowSettings
-from safemerge_callback.corrections.registry import CORRECTIONS, named_entries
-from safemerge_callback.errors import ConfigError
+from recipes.finetune import DataArguments, SafeMergeArguments, build_trainer, parse, safemerge_config
 
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig, SFTTrainer
@@ -39,23 +35,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class AdapterArguments:
-    """What the adapter's files say about it, and what corrections that need harmful answers are given."""
+    """What the adapter's files say about it."""
 
     base_model_name: str | None = field(
         default=None, metadata={"help": "Name of the base model in adapter_config.json, instead of a folder's path."}
     )
     description: str = field(default="", metadata={"help": "One sentence for the adapter's README.md."})
-    harmful_rows: int = field(
-        default=0,
-        metadata={
-            "help": "Harmful prompts with templated compliance, which says nothing, for corrections that need harmful "
-            "answers and name no rows."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        if self.harmful_rows < 0:
-            raise ConfigError(f"harmful_rows is {self.harmful_rows}: give 0 or more")
 
 
 def parse_train(args: Sequence[str] | None = None) -> Settings:
@@ -64,21 +49,7 @@ def parse_train(args: Sequence[str] | None = None) -> Settings:
 
     classes = (DataArguments, SFTConfig, ModelConfig, AdapterArguments, SafeMergeArguments)
     data, sft, model, about, arguments = parse(classes, args)
-    corrections = getattr(arguments, f"{PREFIX}corrections")
-    if about.harmful_rows and corrections:
-        rows = compliance_rows(about.harmful_rows, sft.seed)
-        setattr(arguments, f"{PREFIX}corrections", with_harmful_rows(corrections, rows))
-    return data, sft, model, about, safemerge_config(arguments)
-
-
-def with_harmful_rows(corrections: Any, rows: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
-    """Return a list of corrections in which those that need harmful answers, and name none, have these."""
-    entries = []
-    for name, settings in named_entries(corrections):
-        kind = CORRECTIONS.get(name)
-        needs = kind is not None and issubclass(kind.settings, HarmfulRowSettings)
-        entries.append({name: {"rows": list(rows), **settings} if needs else dict(settings)})
-    return entries
+    return data, sft, model, about, safemerge_config(arguments, data)
 
 
 def save_adapter_float16(trainer: SFTTrainer, folder: Path, base_model_name: str | None) -> None:

@@ -16,19 +16,19 @@ from ..io.numbers import is_number
 from ..live.gradients import TrainedParameters
 
 
-def check_size(name: str, norm: Any, share: Any, default: float) -> float | None:
+def check_size(name: str, norm: Any, share: Any, default: float, *, of: str = "all that is trained") -> float | None:
     """Return the share in force, None where the norm `name` is; ConfigError for both, and for what is not above 0."""
     for setting, value in ((name, norm), ("share", share)):
         if value is not None and (not is_number(value) or value <= 0):
             raise ConfigError(f"{setting} is {shown(value)}: give a number above 0")
     if norm is None:
         if share is not None and share > 1:
-            raise ConfigError(f"share is {shown(share)}: give a share of the parameters' norm, above 0 and at most 1")
+            raise ConfigError(f"share is {shown(share)}: give a share of the norm of {of}, above 0 and at most 1")
         return default if share is None else float(share)
     if share is not None:
         raise ConfigError(
             f"{name} {shown(norm)} and share {shown(share)} are both given: give {name}, a norm, or share, of the norm "
-            "of all that is trained"
+            f"of {of}"
         )
     return None
 

@@ -23,7 +23,7 @@ COUNTS = {
     "accelerate": 6,
     "align": 1,
     "evaluate": 7,
-    "finetune": 33,
+    "finetune": 34,
     "finetune_zo": 2,
     "merge": 13,
     "train_safety_adapter": 9,
@@ -135,7 +135,7 @@ def test_train_safety_adapter_files(path):
     assert data.data == "safety"
     chosen = safemerge.chosen_corrections if safemerge else []
     assert [one.kind.name for one in chosen] == [name for name in ("booster",) if path.stem.endswith(f"_{name}")]
-    assert bool(about.harmful_rows) == any(getattr(one.settings, "rows", None) for one in chosen)
+    assert bool(data.harmful_rows) == any(getattr(one.settings, "rows", None) for one in chosen)
     assert model.use_peft
     assert sft.save_strategy == "no"
     assert about.description
