@@ -120,7 +120,7 @@ def test_beside_surgery_it_is_a_part_of_the_task_and_that_is_said(world, chat_to
         ({}, "correction 'booster': rows are missing: give harmful prompts with harmful answers"),
         ({"rows": HARMFUL, "weight": -1}, "weight is -1: give λ"),
         ({"rows": HARMFUL, "alpha": 0}, "alpha is 0: give a number above 0"),
-        ({"rows": HARMFUL, "share": 1.5}, "share is 1.5: give a share of the parameters' norm"),
+        ({"rows": HARMFUL, "share": 1.5}, "share is 1.5: give a share of the norm of all that is trained"),
         ({"rows": HARMFUL, "share": 0.1, "alpha": 0.1}, "alpha 0.1 and share 0.1 are both given"),
         ({"rows": HARMFUL, "batch_size": 0}, "batch_size is 0"),
         ({"rows": 3}, "rows are 3"),
