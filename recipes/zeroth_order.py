@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,10 +21,13 @@ from transformers import Trainer
 
 from recipes.completion_trainer import CompletionTrainer
 from safemerge_callback.corrections.protocol import Batchwise, Term
+from safemerge_callback.decision import needs_of
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.io.choices import one_of
 from safemerge_callback.ops import mask_seed
+from safemerge_callback.signals.check_data import GRAMS
 from safemerge_callback.signals.model_state import preserve_random_states
+from safemerge_callback.signals.module_signals import data_among
 from safemerge_callback.signals.task_rows import whole_batch
 from safemerge_callback.training import SafeMergeCallback
 
@@ -93,18 +97,22 @@ class ZerothOrder(torch.optim.Optimizer):
         self.at, self.slope, self.skips = 0, 0.0, 0
         super().__init__([parameter for _, parameter in self.named], {"lr": lr})
 
-    def probe(self, loss: Callable[[], Tensor], step: int) -> Tensor:
+    def probe(self, loss: Callable[[], Tensor], step: int, first: AbstractContextManager[Any] | None = None) -> Tensor:
         """Ask for a batch's loss on both sides, add its slope to that of optimizer step `step`, and return the mean.
 
-        Two forward passes; the parameters have their bits back.
+        Two forward passes, the first of them within `first`; the parameters have their bits back.
         """
         self.at = step
-        sides = []
-        for side in (1.0, -1.0):
-            with torch.no_grad(), self._displaced(side * self.epsilon):
-                sides.append(loss().detach().double())
-        self.slope += float(sides[0] - sides[1]) / (2 * self.epsilon)
-        return (sides[0] + sides[1]) / 2
+        with first or nullcontext():
+            higher = self._beside(loss, self.epsilon)
+        lower = self._beside(loss, -self.epsilon)
+        self.slope += float(higher - lower) / (2 * self.epsilon)
+        return (higher + lower) / 2
+
+    @torch.no_grad()
+    def _beside(self, loss: Callable[[], Tensor], reach: float) -> Tensor:
+        with self._displaced(reach):
+            return loss().detach().double()
 
     @contextmanager
     def _displaced(self, reach: float) -> Iterator[None]:
@@ -220,21 +228,20 @@ class ZerothOrderSteps(Trainer):
         model.train()
         inputs = self._prepare_inputs(inputs)
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        tokens, passes = getattr(self, "_total_train_tokens", None), 0
-
-        def loss() -> Tensor:
-            nonlocal passes
-            passes += 1
-            if passes == 2:
-                if tokens is not None:
-                    self._total_train_tokens = tokens
-                return self._loss_of(model, inputs, num_items_in_batch)
-            with preserve_random_states(model):
-                return self._loss_of(model, inputs, num_items_in_batch)
-
+        loss = partial(self._loss_of, model, inputs, num_items_in_batch)
         # Who keeps the rows of the task looks at passes with gradients alone.
         with torch.enable_grad(), whole_batch(self.model, inputs):
-            return optimizer.probe(loss, self.state.global_step).to(self.args.device, torch.float32)
+            mean = optimizer.probe(loss, self.state.global_step, self._uncounted(model))
+        return mean.to(self.args.device, torch.float32)
+
+    @contextmanager
+    def _uncounted(self, model: nn.Module) -> Iterator[None]:
+        """Within, no random number is used up, and TRL's count of tokens does not grow."""
+        tokens = getattr(self, "_total_train_tokens", None)
+        with preserve_random_states(model):
+            yield
+        if tokens is not None:
+            self._total_train_tokens = tokens
 
     def _loss_of(self, model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Tensor | int | None) -> Tensor:
         """The batch's share of the step's loss, by the Trainer's own rule for accumulation."""
@@ -265,9 +272,16 @@ def check_arguments(args: TrainingArguments, distributed: DistributedType) -> No
 
 
 def check_callbacks(callbacks: Iterable[TrainerCallback]) -> None:
-    """Raise ConfigError for the first correction of a SafeMergeCallback that is one of gradients: there are none."""
+    """Raise ConfigError for what a SafeMergeCallback gathers, or corrects, where gradients are: there are none."""
     for guard in (one for one in callbacks if isinstance(one, SafeMergeCallback)):
-        for chosen in guard.config.chosen_corrections:
+        config = guard.config
+        needs = data_among(needs_of(config.how, config.gate_at(), config.rules)) if config.measures else {}
+        if GRAMS in needs:
+            raise ConfigError(
+                f"{needs[GRAMS]} goes by the inputs of passes with gradients, and zeroth order makes none: choose "
+                "another, or merge after the training with `safemerge merge`"
+            )
+        for chosen in config.chosen_corrections:
             if isinstance(chosen.kind.make(chosen.settings), Term | Batchwise):
                 raise ConfigError(
                     f"correction {chosen.kind.name!r} is one of gradients, and zeroth order takes none: leave it out "

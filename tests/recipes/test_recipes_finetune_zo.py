@@ -14,6 +14,7 @@ from recipes.finetune_zo import parse_zo
 from recipes.zeroth_order import Directions, ZerothOrder, ZerothOrderSettings, ZerothOrderSteps, ZerothOrderTrainer
 from safemerge_callback import SafeMergeCallback
 from safemerge_callback.errors import ConfigError
+from safemerge_callback.signals.task_rows import TaskRows
 from tests.recipes.test_recipes_configs import CONFIGS, files, on_cpu
 from tests.support.trainer import defaults, entries, lora_weights, tokens
 from tests.support.world import with_lora
@@ -186,6 +187,19 @@ def test_what_needs_a_gradient_is_refused_before_the_training(world, tmp_path, s
 def test_a_correction_of_gradients_is_refused_before_the_training(world, tmp_path, name):
     with pytest.raises(ConfigError, match=f"correction '{name}' is one of gradients, and zeroth order takes none"):
         trained(world, tmp_path, SafeMergeCallback(corrections=[{name: {}}]))
+
+
+def test_a_method_by_grams_is_refused_before_the_training(world, tmp_path):
+    with pytest.raises(ConfigError, match="method 'antidote' goes by the inputs of passes with gradients"):
+        trained(world, tmp_path, world.guard(method="antidote", safety_adapter=None))
+
+
+def test_the_rows_of_the_task_are_seen_once_a_batch(world, tmp_path):
+    model, rows = world.model(), TaskRows(100)
+    rows.follow(model)
+    trained(world, tmp_path, model=model, max_steps=3)
+    assert len(rows.rows()) == 6
+    assert len(set(rows.rows())) == 6
 
 
 def test_the_recipes_trainer_counts_each_batch_once(tiny_llama, chat_tokenizer, tmp_path):
