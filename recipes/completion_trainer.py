@@ -14,7 +14,7 @@ from accelerate import DistributedType
 from torch import Tensor, nn
 from trl import SFTTrainer
 
-from safemerge_callback.corrections.token_weights import weighed
+from safemerge_callback.live.batch_hooks import hooked
 from safemerge_callback.signals.model_state import preserve_state
 from safemerge_callback.signals.task_rows import whole_batch
 
@@ -53,7 +53,7 @@ class CompletionTrainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the loss as SFTTrainer, of a batch with `labels` (batch, length)."""
-        if return_outputs or not self._labels_suffice or "shift_labels" in inputs or weighed(self.model):
+        if return_outputs or not self._labels_suffice or "shift_labels" in inputs or hooked(self.model):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with whole_batch(self.model, inputs):
             ends = beginning_once(model, inputs) if self._beginnings_suffice else inputs

@@ -4,6 +4,6 @@ A correction is a file; its name is its name in YAML. Importing the folder fills
 imported here.
 """
 
-from . import booster, constrained, merge, panacea, panacea_term, replay
+from . import booster, constrained, merge, panacea, panacea_term, replay, t_vaccine, vaccine
 
-__all__ = ["booster", "constrained", "merge", "panacea", "panacea_term", "replay"]
+__all__ = ["booster", "constrained", "merge", "panacea", "panacea_term", "replay", "t_vaccine", "vaccine"]

@@ -7,15 +7,15 @@ own loss stays as it is, with its reduction over micro-batches and ranks, fused 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..live.batch_hooks import batch_hooks
 from ..live.faults import Fault, attempt
 from ..live.stopwatch import Stopwatch
 from ..signals.token_gains import (
@@ -30,14 +30,6 @@ from ..signals.token_gains import (
 # Of gains (m,) and places (m,) the weights (m,); as `AnswerTokens` has the places.
 Weigh = Callable[[Tensor, Tensor], Tensor]
 
-# What takes the hooks of a model off again.
-_WEIGHED: WeakKeyDictionary[nn.Module, ExitStack] = WeakKeyDictionary()
-
-
-def weighed(model: nn.Module) -> bool:
-    """Return whether this model's batches are weighed now: such a one must be given them whole."""
-    return model in _WEIGHED
-
 
 @contextmanager
 def weighed_tokens(
@@ -49,20 +41,15 @@ def weighed_tokens(
     `watch` has the time that this takes. Yields what went wrong: such a batch goes unweighed. ConfigError from the
     forward pass where a batch has no labels.
     """
-    if before := _WEIGHED.pop(model, None):
-        # Of a training that an error ended within a step.
-        before.close()
     faults: list[Fault] = []
     passing = _Passing(model, parts, weigh, faults, watch or Stopwatch(next(model.parameters()).device))
-    with ExitStack() as hooks:
+    with batch_hooks(model, "token_weights") as hooks:
         for hook in (
             model.register_forward_pre_hook(passing.labelled, with_kwargs=True),
             parts.backbone.register_forward_pre_hook(passing.begins, with_kwargs=True),
             parts.backbone.register_forward_hook(passing.ends),
         ):
             hooks.callback(hook.remove)
-        hooks.callback(_WEIGHED.pop, model, None)
-        _WEIGHED[model] = hooks
         yield faults
 
 

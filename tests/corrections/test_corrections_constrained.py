@@ -13,8 +13,9 @@ from safemerge_callback.corrections.constrained import (
     constrained_losses,
     token_weights,
 )
-from safemerge_callback.corrections.token_weights import weighed, weighed_tokens
+from safemerge_callback.corrections.token_weights import weighed_tokens
 from safemerge_callback.errors import ConfigError
+from safemerge_callback.live.batch_hooks import hooked
 from safemerge_callback.signals.adapter_off import adapter_off
 from safemerge_callback.signals.token_gains import answer_tokens, headed
 from tests.support.trainer import defaults
@@ -137,10 +138,10 @@ def test_the_gradient_is_that_of_the_papers_loss(world, inputs):
     with weighed_tokens(model, headed(model), weigh):
         loss = cross_entropy(model, inputs)
         loss.backward()
-        assert weighed(model)
+        assert hooked(model)
     assert torch.equal(loss, plain), "what is logged is the task's own loss"
     assert near(gradients(model), want, 1e-10)
-    assert not weighed(model)
+    assert not hooked(model)
     assert not near(want, sft(model, inputs), 0.1)
 
 

@@ -26,7 +26,7 @@ COUNTS = {
     "finetune": 34,
     "finetune_zo": 2,
     "merge": 13,
-    "train_safety_adapter": 9,
+    "train_safety_adapter": 11,
 }
 # transformers 5.23 calls it activation_checkpointing; trl 1.x, and earlier transformers, know the old name alone
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
@@ -134,7 +134,8 @@ def test_train_safety_adapter_files(path):
     data, sft, model, about, safemerge = parse_train(on_cpu(path))
     assert data.data == "safety"
     chosen = safemerge.chosen_corrections if safemerge else []
-    assert [one.kind.name for one in chosen] == [name for name in ("booster",) if path.stem.endswith(f"_{name}")]
+    hardenings = ("booster", "vaccine", "t_vaccine")
+    assert [one.kind.name for one in chosen] == [name for name in hardenings if path.stem == f"smollm2_safety_{name}"]
     assert bool(data.harmful_rows) == any(getattr(one.settings, "rows", None) for one in chosen)
     assert model.use_peft
     assert sft.save_strategy == "no"

@@ -1,0 +1,212 @@
+"""`t_vaccine`: as `vaccine`, in a few layers at a time, drawn by how large the gradient of harmful answers is there."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import AdapterError, ConfigError, shown
+from ..io.numbers import is_whole
+from ..io.patterns import as_pattern
+from ..io.whole_file import whole_file
+from ..live.batch_hooks import batch_hooks
+from ..live.faults import Fault, attempt
+from ..record.metrics import Metric
+from ..signals.model_state import preserve_state
+from .harmful_rows import HarmfulRowSettings, harmful_rows, mean_loss
+from .perturbed_blocks import Blocks, output_gradients
+from .protocol import RunPoint, RunStart
+from .registry import correction
+from .vaccine import FIGURES, Vaccine, check_perturbation
+
+STATE_FILE = "safemerge_t_vaccine.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TVaccineSettings(HarmfulRowSettings):
+    """What `t_vaccine` reads of its entry in the list of corrections.
+
+    Every `measure_every` steps the gradient of `batch_size` harmful rows says how much each block matters; every
+    `draw_every` steps `num_blocks` are drawn with such odds. Their outputs are perturbed, as `share`, `rho` and
+    `blocks` of `vaccine` say, and of all layers theirs alone are trained.
+    """
+
+    batch_size: int = 8
+    num_blocks: int = 8
+    measure_every: int = 200
+    draw_every: int = 20
+    share: float | None = None
+    rho: float | None = None
+    blocks: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_blocks", "measure_every", "draw_every"):
+            if not is_whole(getattr(self, name), 1):
+                raise ConfigError(f"{name} is {shown(getattr(self, name))}: give a whole number of 1 or more")
+        object.__setattr__(self, "share", check_perturbation(self.rho, self.share))
+        if self.blocks is not None:
+            as_pattern(self.blocks, "blocks")
+
+
+def block_norms(model: nn.Module, blocks: Blocks, rows: Sequence[Any]) -> list[float]:
+    """Return the norm of the gradient of the rows' mean loss by each block's outputs, of all rows together.
+
+    One forward and backward pass in evaluation mode; the model is left as it was. ValueError where one is not finite,
+    and where all are 0.
+    """
+    with preserve_state(model, gradients=True), output_gradients(blocks) as gradients:
+        _, by_outputs = gradients(mean_loss(model, rows))
+        norms = torch.stack([gradient.float().norm() for gradient in by_outputs]).tolist()
+    if not all(map(math.isfinite, norms)) or not any(norms):
+        raise ValueError("the gradient of the harmful rows is not finite in every block, or 0 in all")
+    return norms
+
+
+def drawn(norms: Sequence[float], count: int, key: str) -> list[int]:
+    """Return `count` places in their order, drawn without replacement with odds by their norms; `key` decides.
+
+    One after the other, as from an urn: the largest of u^(1/norm), u uniform. What has a norm of 0 comes last.
+    """
+    source = random.Random(key)
+    ranks = [
+        (math.log(1.0 - source.random()) / norm if norm > 0 else -math.inf, -place) for place, norm in enumerate(norms)
+    ]
+    best = sorted(range(len(norms)), key=lambda place: ranks[place], reverse=True)
+    return sorted(best[:count])
+
+
+class TVaccine(Vaccine):
+    """The perturbation of one run's own batches, and which layers it is in."""
+
+    name = "t_vaccine"
+    noun = "choice of layers"
+
+    def __init__(self, settings: TVaccineSettings) -> None:
+        super().__init__(settings)
+        self.chooses = settings
+        self.norms: list[float] = []
+        self.chosen: list[int] = []
+        # The steps that were done when each was made.
+        self.measured = self.drew = -1
+
+    def prepare(self, start: RunStart) -> None:
+        """Read the rows and look for the blocks. Collective. Raises ConfigError as both, and for too few blocks."""
+        self.rows = harmful_rows(self.name, self.chooses, start)
+        super().prepare(start)
+        trained = [name for name, p in start.model.named_parameters() if p.requires_grad]
+        self.blocks = {
+            path: block for path, block in self.blocks.items() if any(name.startswith(_layer(path)) for name in trained)
+        }
+        if len(self.blocks) < self.chooses.num_blocks:
+            raise ConfigError(
+                f"num_blocks is {self.chooses.num_blocks}, and {len(self.blocks)} attention blocks are in layers that "
+                "are trained: give no more than those"
+            )
+
+    @contextmanager
+    def batches(self, at: RunPoint) -> Iterator[list[Fault]]:
+        """Perturb the batches that pass within, and train, in the layers that are drawn.
+
+        Source: T-Vaccine, arXiv:2410.09760. Differs: odds from a whole batch of harmful answers, where its released
+        code has one; layers are spared by `requires_grad`, which goes back, and no installed file is rewritten.
+        """
+        said = self._choose(at)
+        paths = list(self.blocks)
+        idle = [_layer(path) for place, path in enumerate(paths) if place not in self.chosen]
+        blocks = {paths[place]: self.blocks[paths[place]] for place in self.chosen}
+        with batch_hooks(self.model, "t_vaccine layers") as stack:
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad and any(name.startswith(layer) for layer in idle):
+                    parameter.requires_grad_(False)
+                    stack.callback(parameter.requires_grad_, True)
+            with self.perturbed(blocks, at) as faults:
+                faults += said
+                yield faults
+
+    def _choose(self, at: RunPoint) -> list[Fault]:
+        """Measure and draw where it is time to; what goes wrong in a measurement leaves the odds as they were."""
+        settings, faults = self.chooses, []
+        if self.measured < 0 or at.step - self.measured >= settings.measure_every:
+            self.measured = at.step
+            with self.watch.lap():
+                norms = attempt(self.name, lambda: block_norms(self.model, self.blocks, self.rows.batch(at)))
+            if isinstance(norms, Fault):
+                faults.append(norms)
+                norms = self.norms or [1.0] * len(self.blocks)
+            self.norms = norms
+        if self.drew < 0 or at.step - self.drew >= settings.draw_every:
+            self.drew = at.step
+            self.chosen = drawn(self.norms, settings.num_blocks, f"{settings.seed} {at.step}")
+        return faults
+
+    def figures(self) -> Mapping[str, float]:
+        """Return those of `vaccine`, and the odds of the first draw's likeliest block. Collective."""
+        odds = {"odds_max": max(self.norms) / sum(self.norms)} if self.norms else {}
+        return {**super().figures(), **odds}
+
+    def after_step(self, at: RunPoint) -> None:
+        """Nothing follows a step: what is kept moves when layers are drawn."""
+
+    def save(self, folder: Path, save: str) -> None:
+        """Write the odds and the layers in force. Raises OSError."""
+        state = {"save": save, **{name: getattr(self, name) for name in ("norms", "chosen", "measured", "drew")}}
+        with whole_file(folder / STATE_FILE) as place:
+            place.write_text(json.dumps(state) + "\n", encoding="utf-8")
+
+    def load(self, folders: Sequence[Path], save: str | None) -> bool:
+        """Go on from there; as `Kept.load`."""
+        for path in (folder / STATE_FILE for folder in folders):
+            if not path.is_file():
+                continue
+            try:
+                state = json.loads(path.read_text(encoding="utf-8"))
+                if save is None or state["save"] == save:
+                    self._take_up(state)
+                    return True
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise AdapterError(
+                    f"{str(path)!r} cannot be read ({error}), so it is not known which layers are trained: take "
+                    "another checkpoint"
+                ) from error
+        return False
+
+    def _take_up(self, state: Mapping[str, Any]) -> None:
+        """Take the state over; ValueError for one of another model or other settings."""
+        norms, chosen = [float(norm) for norm in state["norms"]], [int(place) for place in state["chosen"]]
+        if len(norms) not in (0, len(self.blocks)) or any(not 0 <= place < len(self.blocks) for place in chosen):
+            raise ValueError(f"it has {len(norms)} blocks and the model {len(self.blocks)}")
+        self.norms, self.chosen = norms, chosen
+        self.measured, self.drew = int(state["measured"]), int(state["drew"])
+
+    def rewind(self, folders: Sequence[Path], save: str | None) -> None:
+        """The weights are an earlier step's again; the layers go on from where they are."""
+
+
+def _layer(path: str) -> str:
+    """How the names of the parameters of a block's layer begin."""
+    return path.rpartition(".")[0] + "."
+
+
+@correction(
+    TVaccineSettings,
+    cost="as vaccine, backward through the drawn layers alone; a pass over harmful rows every measure_every steps",
+    deed="a few layers were trained, their outputs perturbed",
+    figures={
+        **FIGURES,
+        "odds_max": Metric("share", "last", "Odds of the block with the largest gradient of harmful answers."),
+    },
+    engines=("one process",),
+)
+def t_vaccine(settings: TVaccineSettings) -> TVaccine:
+    """Return the correction of one run."""
+    return TVaccine(settings)
