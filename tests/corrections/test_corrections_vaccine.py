@@ -42,7 +42,9 @@ def test_the_loss_rises_by_the_gradients_it_was_taken_of(model):
         rises[h] = float(after - before)
     square = sum(float(x.square().sum()) for x in taken[0])
     assert len(taken[0]) == 2
-    assert (rises[1e-3] - rises[-1e-3]) / 2e-3 == pytest.approx(square, rel=1e-5)
+    assert (rises[1e-3] - rises[-1e-3]) / 2e-3 == pytest.approx(
+        square, rel=3e-4
+    )  # transformers takes the loss in float32
     assert all(p.grad is None for p in model.parameters())
     assert not hooked(model)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
