@@ -16,7 +16,6 @@ from torch import nn
 
 from ..errors import AdapterError, ConfigError, shown
 from ..io.numbers import is_whole
-from ..io.patterns import as_pattern
 from ..io.whole_file import whole_file
 from ..live.batch_hooks import batch_hooks
 from ..live.faults import Fault, attempt
@@ -26,13 +25,13 @@ from .harmful_rows import HarmfulRowSettings, harmful_rows, mean_loss
 from .perturbed_blocks import Blocks, output_gradients
 from .protocol import RunPoint, RunStart
 from .registry import correction
-from .vaccine import FIGURES, Vaccine, check_perturbation
+from .vaccine import FIGURES, Vaccine, VaccineSettings
 
 STATE_FILE = "safemerge_t_vaccine.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TVaccineSettings(HarmfulRowSettings):
+class TVaccineSettings(HarmfulRowSettings, VaccineSettings):
     """What `t_vaccine` reads of its entry in the list of corrections.
 
     Every `measure_every` steps the gradient of `batch_size` harmful rows says how much each block matters; every
@@ -44,18 +43,12 @@ class TVaccineSettings(HarmfulRowSettings):
     num_blocks: int = 8
     measure_every: int = 200
     draw_every: int = 20
-    share: float | None = None
-    rho: float | None = None
-    blocks: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("num_blocks", "measure_every", "draw_every"):
             if not is_whole(getattr(self, name), 1):
                 raise ConfigError(f"{name} is {shown(getattr(self, name))}: give a whole number of 1 or more")
-        object.__setattr__(self, "share", check_perturbation(self.rho, self.share))
-        if self.blocks is not None:
-            as_pattern(self.blocks, "blocks")
 
 
 def block_norms(model: nn.Module, blocks: Blocks, rows: Sequence[Any]) -> list[float]:
