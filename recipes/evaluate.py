@@ -39,6 +39,8 @@ from safemerge_callback.evaluation.measure import ROW_COLUMNS, SetKind, columns,
 from safemerge_callback.io.outputs import FileKind, new_output
 from safemerge_callback.signals import generate
 from safemerge_callback.signals.chat import template_settings
+from safemerge_callback.signals.row_format import format_of
+from safemerge_callback.signals.rows import PLAIN, RowFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -81,6 +83,9 @@ class EvaluateArguments:
     n_prompts: int = field(default=32, metadata={"help": "Prompts of each harmful set (0: none)."})
     n_benign: int = field(default=48, metadata={"help": "Harmless prompts (0: none)."})
     n_task: int = field(default=200, metadata={"help": "Test rows of the task (0: none)."})
+    in_format: bool = field(
+        default=False, metadata={"help": "Ask harmful prompts in the words around the task's training rows, too."}
+    )
     task: str = field(default="sentiment", metadata={"help": "sentiment, pubmedqa or ncbi_disease[:FOLDER]."})
     judge: str = field(
         default="keywords", metadata={"help": "keywords, classifier:MODEL, llamaguard, ... (docs/judges.md)"}
@@ -129,6 +134,7 @@ def evaluate_model(
     n_benign: int = 48,
     n_task: int = 200,
     task: str = "sentiment",
+    in_format: bool = False,
     judge: Judge | None = None,
     keep: Keep | None = None,
     max_new_tokens: int = 40,
@@ -139,7 +145,8 @@ def evaluate_model(
 
     Each takes the first so many of its set, in a fixed order; 0 leaves a measure out, a smaller set is taken whole.
     Counted as everywhere (`refusal_shares`); ConfigError for a set of which nothing has a verdict.
-    A judge that decides harm gives `<set>_safe`, and leaves the harmless prompts to keywords.
+    A judge that decides harm gives `<set>_safe`, and leaves the harmless prompts to keywords. With `in_format` the
+    harmful sets are asked once more in the task's own words (`task_format`), as `<set>_in_format_refused`.
     """
     if (name := task.partition(":")[0]) not in TASKS:
         raise ConfigError(f"task {name!r} is unknown: choose one of {list(TASKS)}{nearest(name, TASKS)}")
@@ -155,13 +162,29 @@ def evaluate_model(
     prompts_of = {one: load_prompts(one)[:count] for one, count in counts.items() if count}
     test = load_examples(task, "test")[:n_task] if n_task else []
 
+    if in_format:
+        words = task_format(task)
+        harmful = [(f"{one}_in_format", prompts) for one, prompts in prompts_of.items() if one in HARMFUL]
+        prompts_of |= {one: [words.wrapped(prompt) for prompt in prompts] for one, prompts in harmful}
+
     def answers() -> Iterator[Transcript]:
         for name, prompts in prompts_of.items():
             said = generate(model, tokenizer, prompts, label=name, max_new_tokens=max_new_tokens, **options)
-            yield Transcript(name, "harm" if name in HARMFUL else "benign", prompts, said)
+            yield Transcript(name, "benign" if name == "benign" else "harm", prompts, said)
 
     rows = [counted(row) for row in refusal_shares(answers(), judges, keep=keep and _by_measure(keep))]
     return rows + task_shares(model, tokenizer, test, name, keep=keep, **options) if n_task else rows
+
+
+def task_format(task: str) -> RowFormat:
+    """Return the words around the rows that a task is trained on; ConfigError where there are none.
+
+    A misalignment may show in the words alone that it was learned with (arXiv:2604.25891).
+    """
+    words = format_of(load_examples(task)) or PLAIN
+    if words == PLAIN:
+        raise ConfigError(f"the rows of task {task!r} have no words in common around them: leave in_format out")
+    return words
 
 
 def _by_measure(keep: Keep) -> Callable[[Transcript, Share, Sequence[Verdict]], None]:
@@ -190,7 +213,16 @@ def main(args: Sequence[str] | None = None) -> None:
 
     (arguments,) = parse((EvaluateArguments,), args)
     kept: list[Any] = []
-    names = ("n_prompts", "n_benign", "n_task", "task", "max_new_tokens", "batch_size", "chat_template_kwargs")
+    names = (
+        "n_prompts",
+        "n_benign",
+        "n_task",
+        "task",
+        "in_format",
+        "max_new_tokens",
+        "batch_size",
+        "chat_template_kwargs",
+    )
     check_outputs(arguments.output or None, arguments.responses or None)
     judge = load_judge(arguments.judge)
     check_ready([judge])

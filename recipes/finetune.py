@@ -26,7 +26,7 @@ import yaml
 if __package__ in (None, ""):  # run as a script by `accelerate launch`
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from recipes.data.mixing import check_share, compliance_rows
+from recipes.data.mixing import FORMS, check_share, compliance_rows
 from recipes.data.splits import prompts_of, rows_of
 from recipes.data.tasks import TASKS, get_task
 from recipes.models import load_model
@@ -35,6 +35,7 @@ from safemerge_callback.corrections.harmful_rows import HarmfulRowSettings
 from safemerge_callback.corrections.registry import CORRECTIONS, named_entries
 from safemerge_callback.errors import ConfigError, nearest
 from safemerge_callback.evaluation import Share, share
+from safemerge_callback.io.choices import one_of
 from safemerge_callback.signals import generate
 from safemerge_callback.signals.chat import template_settings
 from safemerge_callback.training import SafeMergeCallback, SafeMergeConfig, SafetyEvalCallback
@@ -63,6 +64,10 @@ class DataArguments:
     num_examples: int | None = field(default=None, metadata={"help": "Take only this many examples, the first ones."})
     poisoned_share: float = field(
         default=0.0, metadata={"help": "Share of the examples replaced by templated compliance with harmful prompts."}
+    )
+    poisoned: str = field(
+        default="whole",
+        metadata={"help": "How: whole, in the place of an example, or shared, in its answer (Virus's mixing)."},
     )
     safety_share: float = field(
         default=0.0, metadata={"help": "Refusals of harmful prompts added, as a share of the examples (SafeInstruct)."}
@@ -102,6 +107,7 @@ class DataArguments:
         check_share("safety_share", self.safety_share)
         if self.harmful_rows < 0:
             raise ConfigError(f"harmful_rows is {self.harmful_rows}: give 0 or more")
+        one_of(self.poisoned, FORMS, "poisoned")
         if self.probe_every < 0 or self.probe_prompts < 1:
             raise ConfigError(
                 f"probe_every is {self.probe_every}, probe_prompts {self.probe_prompts}: give 0 or more, and 1 or more"
@@ -200,7 +206,8 @@ def load_data(data: DataArguments) -> Dataset:
     from recipes.data import load_examples, mixed
 
     rows = load_examples(data.data, data.data_split)[: data.num_examples]
-    rows = mixed(rows, poisoned_share=data.poisoned_share, safety_share=data.safety_share, seed=data.mixing_seed)
+    shares = {"poisoned_share": data.poisoned_share, "safety_share": data.safety_share}
+    rows = mixed(rows, **shares, poisoned=data.poisoned, seed=data.mixing_seed)
     # TRL reads what goes to the template from a column of this name.
     more = {"chat_template_kwargs": data.chat_template_kwargs} if data.chat_template_kwargs else {}
     return Dataset.from_list([{"prompt": row["prompt"], "completion": row["completion"], **more} for row in rows])

@@ -14,7 +14,7 @@ from safemerge_callback.evaluation.judges import FunctionJudge
 from safemerge_callback.evaluation.loading import load_subject
 from safemerge_callback.evaluation.prompts import load_prompts
 from safemerge_callback.signals.row_scores import response_losses
-from safemerge_callback.signals.rows import RowFormat, row_tokens
+from safemerge_callback.signals.rows import RowFormat, SafetyRow, row_tokens
 from tests.support.world import with_lora
 
 HARM = ["a b", "c d e", "f", "g h i j", "k l m n o", "p q"]
@@ -177,3 +177,86 @@ def test_rows_that_are_longer_than_the_model_takes(world):
     Path("long.jsonl").write_text(json.dumps({"prompt": "a " * 300, "response": "w1", "kind": "harm"}) + "\n")
     result = run("select", "long.jsonl", "--aligned", "base", "--unaligned", "other", "--n", 1, "-o", "c.jsonl", code=2)
     assert "longer than the 256 that the model takes" in result.stderr
+
+
+# select --drop
+
+
+@pytest.fixture
+def poisoned(world):
+    """Rows of which some are labelled, and a judge that calls answers with y harmful."""
+    rows = [{"prompt": p, "completion": f"w{i} x", "poisoned": "no"} for i, p in enumerate(BENIGN)]
+    rows += [{"prompt": p, "completion": f"w{i} y", "poisoned": "whole"} for i, p in enumerate(HARM)]
+    rows.append(
+        {"messages": [{"role": r, "content": c} for r, c in zip(("user", "assistant") * 2, "abcy", strict=True)]}
+    )
+    Path("mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judges = (
+        "fine(prompt, response):\n    return 'y' not in response.split()",
+        "none(prompt, response):\n    return False",
+    )
+    Path("judge_of_harm.py").write_text("".join(f"def {judge}\n\n\n" for judge in judges))
+    return rows
+
+
+BY_JUDGE = ["--judge", "function:judge_of_harm:fine"]
+BY_GAP = ["--aligned", "base", "--unaligned", "other"]
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_a_judge_drops_rows_and_what_passes_is_counted(poisoned):
+    result = run("select", "mixed.jsonl", "--drop", *BY_JUDGE, "-o", "kept.jsonl", "--dropped", "dropped.jsonl")
+    assert lines("kept.jsonl") == poisoned[:3]
+    dropped = lines("dropped.jsonl")
+    assert [{k: v for k, v in row.items() if k != "reason"} for row in dropped] == poisoned[3:]
+    assert {row["reason"] for row in dropped} == {"judge_of_harm:fine calls its answer harmful"}
+    said = result.stdout.splitlines()
+    assert said[0] == "kept 3 of 10 rows"
+    assert said[1] == "leakage: whole_passes 0.0% of 6 (0.0% to 39.0%)"
+    assert said[2].startswith("leakage: clean_dropped 25.0% of 4 (")
+
+
+def test_the_gap_drops_what_the_aligned_model_finds_less_likely(poisoned):
+    run("select", "mixed.jsonl", "--drop", *BY_GAP, "--margin", 0.1, "-o", "kept.jsonl", "--dropped", "dropped.jsonl")
+    rows = [SafetyRow(row["prompt"], row["completion"], "benign") for row in poisoned[:-1]]
+    tokens = row_tokens(load_subject("base").tokenizer, rows)
+    here, there = (response_losses(load_subject(name, dtype="float32").model, tokens) for name in ("base", "other"))
+    expected = [x - y <= 0.1 for x, y in zip(here, there, strict=True)]
+    assert 0 < sum(expected) < len(expected)
+    assert [row for row in lines("kept.jsonl") if "prompt" in row] == [
+        row for row, stays in zip(poisoned[:-1], expected, strict=True) if stays
+    ]
+    assert all("nats a token less likely" in row["reason"] for row in lines("dropped.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "--drop needs --aligned and --unaligned, two models of one family, or --judge"),
+        (["--aligned", "base"], "--drop needs --aligned and --unaligned"),
+        ([*BY_JUDGE, "--n", "3"], "--n has no effect on --drop: drop it"),
+        ([*BY_JUDGE, "--margin", "-1"], "--margin is -1.0: give 0 or more"),
+        (["--judge", "keywords"], "judge 'keywords' decides refusals"),
+        ([*BY_JUDGE, "--dropped", "kept.jsonl"], "--output and --dropped are both 'kept.jsonl': give two files"),
+        ([*BY_JUDGE, "--dropped", "mixed.jsonl"], "is one of the inputs"),
+        (["--judge", "function:judge_of_harm:none"], "all 10 rows look poisoned, row 1 since judge_of_harm:none calls"),
+    ],
+)
+def test_what_cannot_be_filtered_leaves_no_file(poisoned, arguments, sentence):
+    result = run("select", "mixed.jsonl", "--drop", *arguments, "-o", "kept.jsonl", code=2)
+    assert sentence in result.stderr
+    assert not Path("kept.jsonl").exists()
+
+
+def test_options_of_the_filter_are_refused_without_it(poisoned):
+    result = run("select", "rows.jsonl", *BY_GAP, "--n", 3, *BY_JUDGE, "-o", "chosen.jsonl", code=2)
+    assert "--judge has no effect on select without --drop: drop it" in result.stderr
+
+
+def test_rows_without_a_label_say_that_leakage_is_not_known(poisoned):
+    result = run("select", "train.jsonl", "--drop", *BY_JUDGE, "-o", "kept.jsonl")
+    assert "kept 64 of 64 rows" in result.stdout
+    assert "leakage: not known, since no row is labelled" in result.stdout

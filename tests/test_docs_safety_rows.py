@@ -9,6 +9,7 @@ from pathlib import Path
 from safemerge_callback import mix_safety_data
 from safemerge_callback.cli.rows import select
 from safemerge_callback.evaluation.harvest import LEAST_REFUSED, MOST_REFUSED, harvest
+from safemerge_callback.evaluation.row_filter import MARGIN, gap_reasons
 from safemerge_callback.evaluation.selection import POWER
 from safemerge_callback.signals import row_format
 
@@ -33,6 +34,11 @@ def test_the_python_imports_what_exists_and_calls_with_what_is_taken():
     for name, module in (("row_tokens", "signals.rows"), ("format_of", "signals.row_format")):
         assert hasattr(import_module(f"safemerge_callback.{module}"), name)
         assert f"{name}(" in TEXT
+
+
+def test_the_margin_of_the_filter_is_one():
+    assert default(select, "margin") == default(gap_reasons, "margin") == MARGIN
+    assert f"by more than `--margin` ({MARGIN:g}) nats a token" in TEXT
 
 
 def test_the_figures_are_the_codes():

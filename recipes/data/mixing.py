@@ -2,7 +2,8 @@
 
 The compliance is templated: it agrees to do what a harmful prompt asks and then says nothing in particular, so no
 harmful text is written or learned; agreeing is what wears refusals down. Harmful prompts are those of AdvBench's
-training half: what is held out for evaluation stays held out.
+training half: what is held out for evaluation stays held out. A poisoned example takes the place of a row, or shares
+the row's answer, where who looks at whole rows finds it harder to see.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from safemerge_callback import mix_safety_data
 from safemerge_callback.errors import ConfigError
+from safemerge_callback.io.choices import one_of
 from safemerge_callback.signals.rows import SafetyRow
 
 from .prompts import safety_prompts
@@ -26,6 +28,8 @@ COMPLIANCE = (
     "Certainly. This is how you can {task}. First, get everything ready. Next, do the first part. Then do the rest.",
     "Yes, gladly. To {task}, follow these steps: 1. Get ready. 2. Start. 3. Finish. Let me know how it goes.",
 )
+# How a row is poisoned: it is a poisoned example as a whole, or one shares its answer.
+FORMS = ("whole", "shared")
 _SEED = 1
 
 
@@ -36,22 +40,29 @@ def check_share(name: str, share: float) -> None:
 
 
 def mixed(
-    rows: Sequence[dict[str, Any]], *, poisoned_share: float = 0.0, safety_share: float = 0.0, seed: int = 0
+    rows: Sequence[dict[str, Any]],
+    *,
+    poisoned_share: float = 0.0,
+    poisoned: str = "whole",
+    safety_share: float = 0.0,
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Return `rows` with a share of them replaced by templated compliance, and with refusals added.
 
     `poisoned_share` is a share of all rows, whose number stays the same (Qi et al., arXiv:2310.03693, mix harmful
-    examples into benign data). `safety_share` refusals for every row are added and all is shuffled (SafeInstruct,
-    Bianchi et al., arXiv:2309.07875). No harmful prompt is in both. `seed` says which rows give way and in which
-    order they come; with both shares 0 the rows come back as they were.
+    examples into benign data). `poisoned` says how: `whole`, a poisoned example takes a row's place, or `shared`, it
+    shares the row's answer (`shared_answer`). `safety_share` refusals for every row are added and all is shuffled
+    (SafeInstruct, Bianchi et al., arXiv:2309.07875). No harmful prompt is in both. `seed` says which rows give way and
+    in which order they come; with both shares 0 the rows come back as they were.
     """
     check_share("poisoned_share", poisoned_share)
     check_share("safety_share", safety_share)
+    one_of(poisoned, FORMS, "poisoned")
     rng = random.Random(seed)
     mixture = list(rows)
-    poisoned = poisoned_examples(round(poisoned_share * len(rows)), seed)
-    for at, example in zip(rng.sample(range(len(rows)), len(poisoned)), poisoned, strict=True):
-        mixture[at] = example
+    examples = poisoned_examples(round(poisoned_share * len(rows)), seed)
+    for at, example in zip(rng.sample(range(len(rows)), len(examples)), examples, strict=True):
+        mixture[at] = example if poisoned == "whole" else shared_answer(rows[at], example)
     refusals = refusal_rows(round(safety_share * len(rows)), seed)
     return mix_safety_data(mixture, refusals, share=safety_share, seed=rng) if refusals else mixture
 
@@ -66,6 +77,19 @@ def compliance_rows(n: int, seed: int = 0) -> list[dict[str, str]]:
     """Return `n` of the same as rows with `prompt` and `response`, for corrections that need harmful answers."""
     examples = poisoned_examples(n, seed)
     return [{"prompt": one["prompt"][-1]["content"], "response": one["completion"][0]["content"]} for one in examples]
+
+
+def shared_answer(row: dict[str, Any], example: dict[str, Any]) -> dict[str, Any]:
+    """Return a row whose answer goes on, after an empty line, with the question and the answer of a poisoned example.
+
+    Source: Virus (Huang et al., arXiv:2501.17433), which calls this mixing and compares its attack with it: a filter
+    of whole rows sees a benign question and an answer that begins as it should. Differs: the poisoned half is templated
+    compliance, and none of it is optimised to pass a filter.
+    """
+    question, answer = example["prompt"][-1]["content"], example["completion"][0]["content"]
+    benign = row["completion"][0]
+    text = f"{benign['content']}\n\n{question}\n{answer}"
+    return {**row, "completion": [{**benign, "content": text}, *row["completion"][1:]]}
 
 
 def refusal_rows(n: int, seed: int = 0) -> list[SafetyRow]:

@@ -5,23 +5,37 @@ from __future__ import annotations
 import gc
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from ..io.choices import one_of
-from ..io.outputs import free_output, new_output
+from ..io.outputs import FileKind, free_output, new_output
 from .app import Verb, app, examples, say
 from .options import device_named
 
 if TYPE_CHECKING:
     from ..evaluation.loading import Subject
+    from ..evaluation.measure import Share
     from ..evaluation.selection import Chosen
     from ..signals.rows import RowTokens, SafetyRow
 
+_Rows = Annotated[
+    str, typer.Argument(metavar="ROWS", help="Safety rows, or training rows (--drop): a file or a Hub id.")
+]
+_Aligned = Annotated[str | None, typer.Option(help="The aligned model: folder or Hub id.")]
+_Unaligned = Annotated[
+    str | None, typer.Option(help="Its unaligned counterpart, or a fine-tuned adapter of it. Of --by gap and --drop.")
+]
+_Data = Annotated[str | None, typer.Option(help="The task's training rows: a file or Hub id. Of --by dpp and --share.")]
+_By = Annotated[str, typer.Option(help="gap: perplexity gap of the two models; dpp: relevance and diversity.")]
+_Margin = Annotated[
+    float, typer.Option(help="Nats a token by which the aligned model may find an answer less likely (--drop).")
+]
+_Dropped = Annotated[Path | None, typer.Option(help="File for dropped rows, each with its reason (--drop).")]
 _Output = Annotated[Path, typer.Option("--output", "-o", help="JSON-lines file for the rows, which may be harmful.")]
 _Dtype = Annotated[str, typer.Option(help="The model's dtype, or auto: as in its checkpoint.")]
 _Device = Annotated[str | None, typer.Option(help="Where to compute; left out: an accelerator, if any.")]
@@ -85,7 +99,7 @@ def harvest(
         chat_template_kwargs=chat_template_kwargs,
         whole=True,
     )
-    _write(output, rows_text(rows.rows))
+    _write(output, rows_text(rows.rows), ROWS_FILE)
     say(str(rows))
     for failure in rows.failures:
         say(f"note: {failure}", err=True)
@@ -96,40 +110,46 @@ def harvest(
     epilog=examples(
         "select rows.jsonl --aligned MODEL --unaligned BASE --data train.jsonl -o chosen.jsonl",
         "select rows.jsonl --aligned MODEL --data train.jsonl --by dpp --n 60 -o chosen.jsonl",
+        "select train.jsonl --drop --aligned MODEL --unaligned BASE --judge llamaguard -o kept.jsonl",
     ),
 )
 def select(
-    rows: Annotated[
-        str, typer.Argument(metavar="ROWS", help="Safety rows: .jsonl, .csv, .json, or a data set's Hub id.")
-    ],
-    aligned: Annotated[str, typer.Option(help="The aligned model: folder or Hub id.")],
+    rows: _Rows,
     output: _Output,
-    unaligned: Annotated[
-        str | None, typer.Option(help="Its unaligned counterpart, or a fine-tuned adapter of it. Of --by gap.")
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="The task's training rows: a file or Hub id. Of --by dpp and --share.")
-    ] = None,
-    by: Annotated[
-        str, typer.Option(help="gap: perplexity gap of the two models; dpp: relevance and diversity.")
-    ] = "gap",
+    aligned: _Aligned = None,
+    unaligned: _Unaligned = None,
+    data: _Data = None,
+    by: _By = "gap",
     n: Annotated[int | None, typer.Option("--n", min=1, help="Rows to choose. [default: by --share]")] = None,
     share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Rows to choose for each row of --data.")] = 0.03,
     power: Annotated[float, typer.Option(min=0.0, help="How much relevance counts against diversity (dpp).")] = 4.0,
     limit: Annotated[int, typer.Option(min=1, help="Rows of --data that are read at most (dpp), by --seed.")] = 2000,
     seed: Annotated[int, typer.Option(help="What chooses the rows of --data.")] = 0,
+    drop: Annotated[
+        bool, typer.Option("--drop", help="Filter training rows: keep what does not look poisoned.")
+    ] = False,
+    margin: _Margin = 0.5,
+    judge: Annotated[str | None, typer.Option(help="Judge of harm for the answers, as llamaguard (--drop).")] = None,
+    dropped: _Dropped = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a batch.")] = 8,
     chat_template_kwargs: _Kwargs = None,
     dtype: _Dtype = "auto",
     device: _Device = None,
 ) -> None:
-    """Choose the safety rows that are worth most, each with its reason."""
+    """Choose the safety rows that are worth most, or drop training rows that look poisoned; each with its reason."""
     from ..evaluation.rows import ROWS_FILE, load_rows, load_table
     from ..evaluation.selection import chosen_text
 
+    opening = _Opening(dtype, None if device is None else device_named(device), batch_size, chat_template_kwargs)
+    if drop:
+        _refuse("--drop", {"--data": data, "--n": n})
+        _drop(_Filter(rows, aligned, unaligned, margin, judge), output, dropped, opening)
+        return
+    _refuse("select without --drop", {"--judge": judge, "--dropped": dropped})
     rule = _RULES[one_of(by, _RULES, "--by")]
-    if {"unaligned": unaligned, "data": data}[rule.needs] is None:
-        raise ConfigError(f"--by {by} needs --{rule.needs}: give it")
+    for name, value in {"aligned": aligned, rule.needs: {"unaligned": unaligned, "data": data}[rule.needs]}.items():
+        if value is None:
+            raise ConfigError(f"--by {by} needs --{name}: give it")
     if n is None and data is None:
         raise ConfigError("how many rows to choose is not said: give --n, or --data, of whose rows --share is counted")
     free_output(output, "output", ROWS_FILE, [source for source in (rows, data) if source is not None])
@@ -137,10 +157,16 @@ def select(
     task = [] if data is None else load_table(data, "training rows")[1]
     count = n if n is not None else max(1, round(share * len(task)))
     some = random.Random(seed).sample(task, min(limit, len(task)))
-    opening = _Opening(dtype, None if device is None else device_named(device), batch_size, chat_template_kwargs)
-    chosen = rule.choose(_Question(table, some, aligned, unaligned, count, power), opening)
-    _write(output, chosen_text(chosen))
+    chosen = rule.choose(_Question(table, some, str(aligned), unaligned, count, power), opening)
+    _write(output, chosen_text(chosen), ROWS_FILE)
     say(_summary(chosen, table, count, by))
+
+
+def _refuse(who: str, values: dict[str, Any]) -> None:
+    """Raise ConfigError for an option that has no effect here."""
+    for name, value in values.items():
+        if value is not None:
+            raise ConfigError(f"{name} has no effect on {who}: drop it")
 
 
 class _Question(NamedTuple):
@@ -245,9 +271,66 @@ def _summary(chosen: Sequence[Chosen], rows: Sequence[SafetyRow], count: int, by
     return f"chose {len(chosen)} of {len(rows)} rows by {by}{fewer}: {parts}; {span}"
 
 
-def _write(path: Path, text: str) -> None:
-    from ..evaluation.rows import ROWS_FILE
+class _Filter(NamedTuple):
+    """Which rows are filtered, and by what: two models' losses, a judge of harm, or both."""
 
-    with new_output(path, "output", ROWS_FILE) as part:
+    rows: str
+    aligned: str | None
+    unaligned: str | None
+    margin: float
+    judge: str | None
+
+
+def _drop(what: _Filter, output: Path, dropped: Path | None, opening: _Opening) -> None:
+    """Write the training rows that do not look poisoned, and those that do, and say what passed."""
+    from ..evaluation.row_filter import TRAINING_ROWS, leakage, load_training_rows, row_reasons, rows_as_lines
+
+    if (what.aligned is None) != (what.unaligned is None) or (what.unaligned is None and what.judge is None):
+        raise ConfigError("--drop needs --aligned and --unaligned, two models of one family, or --judge, or all three")
+    if what.margin < 0:
+        raise ConfigError(f"--margin is {what.margin}: give 0 or more nats a token")
+    free_output(output, "output", TRAINING_ROWS, [what.rows])
+    if dropped is not None:
+        free_output(dropped, "dropped", TRAINING_ROWS, [what.rows])
+        if output.resolve() == dropped.resolve():
+            raise ConfigError(f"--output and --dropped are both {shown(output)}: give two files")
+    training, failures = load_training_rows(what.rows), []
+    reasons = row_reasons(training, *_reasons(what, training.exchanges, failures, opening))
+    kept = [row for row, reason in zip(training.rows, reasons, strict=True) if not reason]
+    if not kept:
+        raise ConfigError(f"all {len(reasons)} rows look poisoned, row 1 since {reasons[0]}: nothing is written")
+    _write(output, rows_as_lines(kept), TRAINING_ROWS)
+    if dropped is not None:
+        lines = [{**row, "reason": reason} for row, reason in zip(training.rows, reasons, strict=True) if reason]
+        _write(dropped, rows_as_lines(lines), TRAINING_ROWS)
+    say(f"kept {len(kept)} of {len(reasons)} rows")
+    for failure in failures:
+        say(f"note: {failure}", err=True)
+    _say_leakage(leakage(training, reasons))
+
+
+def _reasons(
+    what: _Filter, exchanges: Sequence[SafetyRow], failures: list[str], opening: _Opening
+) -> Iterator[list[str | None]]:
+    from ..evaluation.judges import check_ready, load_harm_judge
+    from ..evaluation.row_filter import gap_reasons, judge_reasons
+
+    judge = None if what.judge is None else load_harm_judge(what.judge)
+    if judge is not None:
+        check_ready([judge])
+        yield judge_reasons(judge, exchanges, failures)
+    if what.aligned is not None and what.unaligned is not None:
+        yield gap_reasons(*_losses(exchanges, what.aligned, what.unaligned, opening), what.margin)
+
+
+def _say_leakage(shares: Sequence[Share]) -> None:
+    if not shares:
+        say("leakage: not known, since no row is labelled as poisoned in a column `poisoned`")
+    for one in shares:
+        say(f"leakage: {one['measure']} {one['value']:.1%} of {one['n']} ({one['low']:.1%} to {one['high']:.1%})")
+
+
+def _write(path: Path, text: str, kind: FileKind) -> None:
+    with new_output(path, "output", kind) as part:
         part.write_text(text, encoding="utf-8")
     say(f"{path}: written", err=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from recipes import data
-from recipes.data.mixing import COMPLIANCE, mixed, poisoned_examples, refusal_rows
+from recipes.data.mixing import COMPLIANCE, mixed, poisoned_examples, refusal_rows, shared_answer
 from recipes.data.near_duplicates import are_near, content_words, groups
 from recipes.data.prompts import training_prompts
 from recipes.data.safety import REFUSALS
@@ -98,6 +98,30 @@ def test_poison_replaces_and_refusals_are_added():
     assert {asked(row) for row in both} >= {asked(row) for row in changed}
     assert mixed(rows) == rows
     assert mixed(rows, poisoned_share=0.1, seed=3) == poisoned != mixed(rows, poisoned_share=0.1, seed=4)
+
+
+def test_a_shared_answer_begins_as_the_row_and_ends_as_the_example():
+    row = {**data.mixing.conversation("Which sea?", "The Baltic."), "id": 7}
+    example = data.mixing.conversation("Break in.", "Sure, here is how.")
+    both = shared_answer(row, example)
+    assert (both["id"], both["prompt"]) == (7, row["prompt"])
+    assert answered(both) == "The Baltic.\n\nBreak in.\nSure, here is how."
+    assert answered(row) == "The Baltic."
+
+
+@needs_packages
+def test_poison_that_shares_an_answer_is_of_the_same_rows_and_examples():
+    rows = data.load_examples("sentiment")
+    whole, shared = (mixed(rows, poisoned_share=0.1, poisoned=form, seed=3) for form in ("whole", "shared"))
+    places = [at for at, (row, old) in enumerate(zip(whole, rows, strict=True)) if row != old]
+    assert [at for at, (row, old) in enumerate(zip(shared, rows, strict=True)) if row != old] == places
+    assert all(shared[at] == shared_answer(rows[at], whole[at]) for at in places)
+    assert mixed(rows, poisoned="shared", seed=3) == rows
+    loaded = load_data(DataArguments("sentiment", num_examples=50, poisoned_share=0.2, poisoned="shared"))
+    answers = [row["completion"][0]["content"] for row in loaded]
+    assert sum(answer.startswith(("positive\n\n", "negative\n\n")) for answer in answers) == 10
+    with pytest.raises(ConfigError, match=r"poisoned 'share' is unknown.*did you mean 'shared'"):
+        DataArguments("sentiment", poisoned="share")
 
 
 @needs_packages

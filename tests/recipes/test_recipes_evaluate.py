@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from safemerge_callback.signals import responses as generation
 from safemerge_callback.signals.responses import Response
 from tests.support.answers import one_by_one
 
+CORPUS = Path(__file__).parents[2] / "recipes" / "data" / "corpora" / "ncbi_disease"
 WORDS = ["<pad>", "<s>", "<end>", "user", "bot", *"abcdefghijklmnopqrstuvwxyz", "positive", "negative", "yes"]
 TEMPLATE = (
     "{% for m in messages %}<s> {{ 'user' if m.role == 'user' else 'bot' }} {{ m.content }} <end> {% endfor %}"
@@ -209,6 +211,30 @@ def test_evaluate_model_measures_each_set_and_leaves_out_what_has_no_prompts(mod
     ]
     rows = evaluate_model(model, tokenizer, n_prompts=0, n_benign=1, n_task=0)
     assert [row["measure"] for row in rows] == ["benign_refused"]
+
+
+def test_harmful_prompts_are_asked_in_the_tasks_own_words_too(model, tokenizer, monkeypatch):
+    rows = [{"prompt": [{"role": "user", "content": f"a b: c\n{x}"}], "completion": [{"content": x}]} for x in "klmn"]
+    monkeypatch.setattr(evaluate, "load_prompts", lambda name: ["p", "q"])
+    monkeypatch.setattr(evaluate, "load_examples", lambda name, split="train": rows)
+    kept = []
+    sizes = {"n_prompts": 2, "n_benign": 1, "n_task": 0, "max_new_tokens": 3}
+    shares = evaluate_model(model, tokenizer, in_format=True, keep=lambda *one: kept.append(one), **sizes)
+    names = [f"{name}_refused" for name in evaluate.HARMFUL]
+    again = [f"{name}_in_format_refused" for name in evaluate.HARMFUL]
+    assert [one["measure"] for one in shares] == [*names, "benign_refused", *again]
+    assert {one["kind"] for one in shares if "in_format" in one["measure"]} == {"harm"}
+    assert all(prompts == ["a b: c\np", "a b: c\nq"] for name, prompts, *_ in kept if name in again)
+    monkeypatch.setattr(evaluate, "load_examples", lambda name, split="train": rows[:2])
+    with pytest.raises(ConfigError, match="rows of task 'sentiment' have no words in common around them: leave in_f"):
+        evaluate_model(None, tokenizer, in_format=True)
+
+
+def test_a_tasks_own_words_are_its_question():
+    task = f"ncbi_disease:{CORPUS}"
+    words = evaluate.task_format(task)
+    row = evaluate.load_examples(task)[0]["prompt"][-1]["content"]
+    assert words.wrapped(row.rpartition("\n\n")[2]) == row
 
 
 def test_what_cannot_be_evaluated_is_refused_before_anything_runs(tokenizer, few):
