@@ -294,7 +294,8 @@ def _drop(what: _Filter, output: Path, dropped: Path | None, opening: _Opening) 
         free_output(dropped, "dropped", TRAINING_ROWS, [what.rows])
         if output.resolve() == dropped.resolve():
             raise ConfigError(f"--output and --dropped are both {shown(output)}: give two files")
-    training, failures = load_training_rows(what.rows), []
+    training = load_training_rows(what.rows)
+    failures: list[str] = []
     reasons = row_reasons(training, *_reasons(what, training.exchanges, failures, opening))
     kept = [row for row, reason in zip(training.rows, reasons, strict=True) if not reason]
     if not kept:

@@ -61,7 +61,7 @@ def test_an_answer_is_dropped_where_alignment_made_it_unlikely():
 
 def test_a_judge_drops_harm_and_leaves_what_it_cannot_tell():
     exchanges = load_training_rows(ROWS).exchanges
-    failures: list[str] = []
+    failures = []
 
     def free_of_harm(prompt, response):
         if response == "f":
