@@ -75,7 +75,7 @@ def test_paths_links_and_commands_of_the_page_are_there(page):
         assert place.exists(), link
         assert not anchor or anchor in anchors(place), (link, anchor)
     verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
-    assert set(re.findall(r"`safemerge (\w+)", text)) <= verbs
+    assert {name.replace("-", "_") for name in re.findall(r"`safemerge ([\w-]+)", text)} <= verbs
 
 
 def test_every_row_of_the_index_says_what_runs_it():
