@@ -50,8 +50,11 @@ def test_every_entry_of_a_registry_with_a_paper_is_in_the_index():
 
 def test_what_is_forgotten_is_named():
     text = INDEX.read_text(encoding="utf-8")
-    assert forgotten(text.replace("`pcb`", "pcb")) == ["methods: pcb (2410.02396)"]
-    assert "losses: sbr (2605.05995)" in forgotten(text.replace("arXiv:2605.05995", ""))
+    for changed, entry in (
+        (text.replace("`pcb`", "pcb"), "methods: pcb (2410.02396)"),
+        (text.replace("arXiv:2605.05995", ""), "losses: sbr (2605.05995)"),
+    ):
+        assert set(forgotten(changed)) - set(forgotten(text)) == {entry}
 
 
 def test_every_paper_of_the_registries_is_in_the_index():
