@@ -2,11 +2,7 @@
 
 import csv
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -25,6 +21,7 @@ from method_comparison.results import LINES, TABLE
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.evaluation.prompts import package_files
 from tests.support import world as support
+from tests.support.ranks import started
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -360,25 +357,25 @@ def test_a_cell_that_fails_is_recorded_the_rest_go_on_and_it_is_tried_again(raw,
     assert [r["error"] for r in results(raw)] == [None] * 5
 
 
+def run_the_grid(config):
+    """What a process runs that is killed."""
+    compare.main(["--config", config, "--workers", "0"])
+
+
 def test_a_killed_run_loses_one_cell(raw, tmp_path):
     config = written({**raw, "arms": {name: raw["arms"][name] for name in ("plain", "every_2")}}, tmp_path)
-    command = [sys.executable, "-m", "method_comparison.compare", "--config", str(config)]
     made = yaml.safe_load(config.read_text())
     # Long enough to be killed in.
     made["arms"]["every_2"]["settings"]["max_steps"] = 100_000
     config.write_text(yaml.safe_dump(made, sort_keys=False))
-    run = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
     home = Path(raw["output_dir"]) / "cells" / "cities" / "poisoned-0.1"
     first, second = home / "plain" / "seed-1" / RESULT, home / "every_2" / "seed-1"
-    try:
+    with started(1, run_the_grid, config) as (run,):
         deadline = time.monotonic() + 240
         while not (second / "cell.yaml").exists():
             assert time.monotonic() < deadline
-            assert run.poll() is None
+            assert run.process.is_alive(), run.said()
             time.sleep(0.01)
-    finally:
-        run.send_signal(signal.SIGKILL)
-        run.wait()
     kept = first.stat().st_mtime_ns
     assert not (second / RESULT).exists()
     made["arms"]["every_2"]["settings"]["max_steps"] = 4

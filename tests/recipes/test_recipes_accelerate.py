@@ -7,12 +7,11 @@ callback that looks:
     test_recipes_accelerate.py OUT RECIPE_ARGUMENT...
 """
 
+import contextlib
 import gc
 import importlib.util
 import json
-import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import yaml
 from transformers import TrainerCallback
 
 from safemerge_callback import load_adapter, writer_for
-from tests.support.ranks import leave
+from tests.support.ranks import finish, leave, started
 from tests.support.world import make_world
 from tests.trajectory.engines.cpu_fsdp import allow_fsdp_on_cpu
 
@@ -36,6 +35,8 @@ EXPECTED = {
     "zero2": ("DEEPSPEED", "fragment"),
     "zero3": ("DEEPSPEED", "partition"),
 }
+# Launched as on two machines in every test run, and as on one in the slow tests: the file and the engine are the same.
+ON_TWO_MACHINES = ("fsdp2", "zero3")
 
 
 def mark(parameter):
@@ -132,22 +133,21 @@ def launch(world, out, name, *more, machines=1, processes=2):
         options += ["--num_machines", str(machines), "--main_process_ip", "127.0.0.1"]
         options += ["--deepspeed_multinode_launcher", "standard"] if name.startswith("zero") else []
     arguments = [__file__, str(out), *recipe(world, out), *more]
-    started = [start([*options, "--machine_rank", str(rank), *arguments]) for rank in range(machines)]
-    for process in started:
-        said, _ = process.communicate(timeout=540)
-        assert process.returncode == 0, said[-6000:]
+    with contextlib.ExitStack() as stack:
+        hosts = [
+            stack.enter_context(started(1, accelerate_launch, *options, "--machine_rank", rank, *arguments))
+            for rank in range(machines)
+        ]
+        finish([launcher for (launcher,) in hosts])
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(processes)]
 
 
-def start(words):
-    return subprocess.Popen(
-        [sys.executable, "-m", "accelerate.commands.launch", *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-    )
+def accelerate_launch(*words):
+    """The command of that name, which starts new processes: only its own imports are not paid anew."""
+    from accelerate.commands import launch as command
+
+    sys.argv = ["accelerate launch", *words]
+    command.main()
 
 
 def free_port():
@@ -168,13 +168,15 @@ def check(found, out, name, processes=2):
     check_merged_and_saved(out, processes)
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ON_TWO_MACHINES else ()) for name in EXPECTED]
+)
 def test_two_processes_train_and_merge_in_the_engine_that_the_file_names(world, tmp_path, name):
     needs_its_engine(name)
     check(launch(world, tmp_path / name, name), tmp_path / name, name)
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("name", ON_TWO_MACHINES)
 def test_two_machines_of_one_process_each(world, tmp_path, name):
     """The options that docs/launch.md gives for several machines."""
     needs_its_engine(name)

@@ -2,9 +2,12 @@
 
 import json
 import os
+import random
 import shutil
+import signal
 import subprocess
-import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,46 +18,9 @@ from safemerge_callback.subspace import build_subspace, compress_subspace
 from safemerge_callback.subspace.digests import digest_of
 from safemerge_callback.subspace.resume import sole_writer
 from safemerge_callback.subspace.stream import SafetensorsStream
+from tests.support.ranks import run_on, started
 
 MODULES = 12
-
-# Children are forked before torch has started a thread, so that a kill costs no second import.
-KILL_UNTIL_DONE = r"""
-import os, random, signal, sys, time
-from safemerge_callback.subspace import build_subspace
-import torch
-torch.set_num_threads(1)
-folder, seed, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-draw, kills = random.Random(seed), 0
-while True:
-    child = os.fork()
-    if child == 0:
-        build_subspace(f"{folder}/v", aligned=f"{folder}/aligned", unaligned=f"{folder}/unaligned", device="cpu",
-            progress=False)
-        os._exit(0)
-    if kills < 8:
-        time.sleep(draw.uniform(0, seconds))
-        os.kill(child, signal.SIGKILL)
-    status = os.waitpid(child, 0)[1]
-    if status == 0:
-        break
-    assert os.WTERMSIG(status) == signal.SIGKILL and not os.path.exists(f"{folder}/v"), status
-    kills += 1
-print(kills)
-"""
-
-BUILD_WITH_LIMIT = r"""
-import resource, sys
-from safemerge_callback.errors import SubspaceError
-from safemerge_callback.subspace import build_subspace
-if int(sys.argv[2]):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
-try:
-    build_subspace(sys.argv[3], aligned=f"{sys.argv[1]}/aligned", unaligned=f"{sys.argv[1]}/unaligned", device="cpu",
-        progress=False)
-except SubspaceError as error:
-    sys.exit(str(error))
-"""
 
 
 @pytest.fixture
@@ -95,13 +61,29 @@ def interrupted(folder, after):
             build(folder)
 
 
+def kill_until_done(folder, seed):
+    """What a process runs in which torch has started no thread: builds in forks, each killed after a while."""
+    folder, draw, kills = Path(folder), random.Random(int(seed)), 0
+    while True:
+        child = os.fork()
+        if child == 0:
+            build(folder)
+            os._exit(0)
+        if kills < 8:
+            time.sleep(draw.uniform(0, 0.25))
+            os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        if status == 0:
+            break
+        assert os.WTERMSIG(status) == signal.SIGKILL and not (folder / "v").exists(), status
+        kills += 1
+    assert kills > 0
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 def test_killed_at_random_points_the_file_is_that_of_an_unbroken_build(folder, seed):
-    torch.set_num_threads(1)
     build(folder, "unbroken")
-    call = [sys.executable, "-c", KILL_UNTIL_DONE, str(folder), str(seed), "0.25"]
-    done = subprocess.run(call, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert int(done.stdout) > 0
+    run_on(1, kill_until_done, folder, seed)
     assert (folder / "v").read_bytes() == (folder / "unbroken").read_bytes()
     assert hidden(folder) == []
 
@@ -179,32 +161,34 @@ def test_a_second_writer_is_refused_and_the_first_goes_on(folder):
     assert hidden(folder) == []
 
 
+def hold(path):
+    """What a process runs that is killed while it writes."""
+    with sole_writer(Path(path)):
+        print("writing", flush=True)
+        time.sleep(60)
+
+
 def test_the_lock_of_a_killed_writer_is_void(folder):
-    code = "import sys, time, pathlib; from safemerge_callback.subspace.resume import sole_writer as s\n"
-    code += "with s(pathlib.Path(sys.argv[1])): print(flush=True); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", code, str(folder / "v")], stdout=subprocess.PIPE)
-    process.stdout.readline()
-    with pytest.raises(SubspaceError, match="another process"):
-        build(folder)
-    process.kill()
-    process.wait()
-    process.stdout.close()
+    with started(1, hold, folder / "v") as (writer,):
+        while not writer.said():
+            assert writer.process.is_alive()
+            time.sleep(0.01)
+        with pytest.raises(SubspaceError, match="another process"):
+            build(folder)
     assert hidden(folder) == [".v.lock"]
     build(folder)
     assert hidden(folder) == []
 
 
 @pytest.mark.parametrize("limit", [100, 40_000, 700_000])
-def test_a_full_disk_leaves_the_old_file_and_the_next_build_goes_on(folder, limit):
-    """RLIMIT_FSIZE makes a write fail as a full disk does: by an OSError, after a part of it was written."""
+def test_a_full_disk_leaves_the_old_file_and_the_next_build_goes_on(folder, full_disk, limit):
     build(folder, "unbroken")
     (folder / "v").write_text("old safemerge.subspace")
-    call = [sys.executable, "-c", BUILD_WITH_LIMIT, str(folder), str(limit), str(folder / "v")]
-    done = subprocess.run(call, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert f"cannot write {str(folder / 'v')!r}: File too large." in done.stderr
     kept = limit > 300_000
-    assert ("finished steps are kept" if kept else "Nothing was left there") in done.stderr
+    with full_disk(limit), pytest.raises(SubspaceError) as refused:
+        build(folder)
+    assert f"cannot write {str(folder / 'v')!r}: File too large." in str(refused.value)
+    assert ("finished steps are kept" if kept else "Nothing was left there") in str(refused.value)
     assert hidden(folder) == ([".v.partial", ".v.partial.steps"] if kept else [])
     assert (folder / "v").read_text() == "old safemerge.subspace"
     build(folder)

@@ -119,12 +119,13 @@ def check_survival(out, engine, dtype):
 
 def check_the_callback_does_as_the_verbs(out, engine, dtype):
     """To the bit, with one journal, written by rank 0; and its policy for moments reaches the engine's own."""
-    guard, merge = (read(out, engine, dtype, kind)["steps"] for kind in ("guard", "merge"))
-    assert same_bits(guard, merge)
+    guard, merge = (read(out, engine, dtype, kind) for kind in ("guard", "merge"))
+    check_the_same_until_it_stops(guard, merge)
+    guard = guard["steps"]
     entries = journal(out, engine, dtype, "guard")
-    assert [e["kind"] for e in entries] == ["start", *["check", "merge"] * 3, "end"]
+    assert [e["kind"] for e in entries] == ["start", *["check", "merge"] * 2, "end"]
     selected = {e["step"]: [m["name"] for m in e["modules"]] for e in entries if e["kind"] == "merge"}
-    assert selected == merged(read(out, engine, dtype, "merge"))
+    assert selected == {step: merged(merge)[step] for step in (4, 8)}
     if "reset" not in kinds(engine):
         return
     reset = read(out, engine, dtype, "reset")["steps"]
@@ -132,6 +133,13 @@ def check_the_callback_does_as_the_verbs(out, engine, dtype):
     moved = [n for n in reset[5] if not all(torch.equal(x, y) for x, y in zip(reset[5][n], guard[5][n], strict=True))]
     assert set(moved) == set(selected[4])
     assert not [e for e in journal(out, engine, dtype, "reset") if e["kind"] == "error"]
+
+
+def check_the_same_until_it_stops(guard, merge):
+    """To the bit, through two merges and the steps between: the loop's own verbs go on to a third."""
+    last = engine_runs.STOPS["guard"]
+    assert max(guard["steps"]) == last
+    assert same_bits(guard["steps"], {step: factors for step, factors in merge["steps"].items() if step <= last})
 
 
 def journal(out, engine, dtype, kind):
@@ -189,7 +197,7 @@ def test_pissa_merges_as_in_one_process(world, tmp_path, engine):
     guard, merge = (read(tmp_path, engine, "fp32", f"{kind}+pissa") for kind in ("guard", "merge"))
     check_the_edits_are_exact(world, merge)
     assert len(merge["initial"]) == 4
-    assert same_bits(guard["steps"], merge["steps"])
+    check_the_same_until_it_stops(guard, merge)
 
 
 ORDERS = range(3, 13)

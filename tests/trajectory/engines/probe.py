@@ -2,7 +2,7 @@
 
     main(WORLD, TOKENIZER, OUT, JOB...)      where a JOB is engine:dtype:what
 
-`what` is `plain`, `probed` (every step), `guarded` (merges at 2 and 4, moments rescaled), `both` (the two) or `undone`
+`what` is `plain`, `guarded` (merges at 2 and 4, moments rescaled), `both` (the same, probed in every step) or `undone`
 (the merges taken back). Each process writes OUT/<engine>-<dtype>-<what>-rank<n>.pt.
 """
 
@@ -54,7 +54,7 @@ def callbacks(world, what, tokenizer):
     found = []
     if what in ("guarded", "both", "undone"):
         found.append(world.guard(every=2, at_train_end=False, optimizer_state="rescale"))
-    if what in ("probed", "both"):
+    if what == "both":
         found.append(probe(tokenizer, every=1))
     if what == "undone":
         found.append(probe(tokenizer, every=0, task=Falls(), rollback=Rollback(task=0.05)))
@@ -70,7 +70,7 @@ def run(world, job, out, tokenizer):
     engine, dtype, what = job.split(":")
     steps = Steps()
     transformers.set_seed(3)
-    changed = {"max_steps": 5, "average_tokens_across_devices": False, **settings(engine, dtype)}
+    changed = {"max_steps": 4, "average_tokens_across_devices": False, **settings(engine, dtype)}
     model = world.model(lora_dropout=0.3)
     trainer = world.trainer(out / job, *callbacks(world, what, tokenizer), steps, model=model, **changed)
     trainer.train()

@@ -3,9 +3,9 @@
     main(WORLD, OUT, JOB...)      where a JOB is engine:dtype:what, or engine:dtype:what:order
 
 `what` is `plain` (12 steps), `merge` (12 steps, merges after 4, 8 and 12, by a loop's own verbs), `guard` (the same by
-SafeMergeCallback), `reset` (the same, moments reset) or `survive` (3 steps: a merge that fails on one rank after the
-first, an edit after the second), of a LoRA, or with `+pissa` behind it of a PiSSA. `order` is the seed of the data's
-order, 3 if not given.
+SafeMergeCallback, stopped after 8), `reset` (the same, moments reset, stopped after 5) or `survive` (3 steps: a merge
+that fails on one rank after the first, an edit after the second), of a LoRA, or with `+pissa` behind it of a PiSSA.
+`order` is the seed of the data's order, 3 if not given.
 Each process writes OUT/<job, with dashes>-rank<n>.pt.
 """
 
@@ -51,6 +51,7 @@ MARKS = {
 EVERY = 4
 KNOBS = {"gate": "num_layers", "num_layers": 2, "weights": [0.7, 0.3], "every": EVERY}
 STATES = {"guard": "keep", "reset": "reset"}
+STOPS = {"guard": 2 * EVERY, "reset": EVERY + 1}
 RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
 
 
@@ -62,6 +63,16 @@ def settings(engine, dtype):
         config = zero_config(int(engine[-1]), dtype == "bf16", **more) | dict.fromkeys(automatic, "auto")
         return {**changed, "deepspeed": config}
     return {**changed, **ENGINES[engine]}
+
+
+class Stop(transformers.TrainerCallback):
+    """Ends a training whose schedule is a longer one's."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step == self.step
 
 
 class Verbs(transformers.TrainerCallback):
@@ -159,7 +170,7 @@ def run(world, job, out):
     steps = 3 if what == "survive" else 12
     rate = {"learning_rate": 1e-3} if what == "survive" else {}
     verbs = Verbs(world, what)
-    guards = [world.guard(**KNOBS, optimizer_state=STATES[what])] if what in STATES else []
+    guards = [Stop(STOPS[what]), world.guard(**KNOBS, optimizer_state=STATES[what])] if what in STATES else []
     transformers.set_seed(3)
     changed = {"max_steps": steps, "average_tokens_across_devices": False, **rate, **settings(engine, dtype)}
     changed |= {"model": world.model(init_lora_weights=start or True), "seed": int(order[0]) if order else 3}
