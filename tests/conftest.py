@@ -29,6 +29,18 @@ install_import_hook("safemerge_callback.ops", "beartype.beartype")
 import torch  # noqa: E402 - after the hook, which only sees what is imported later
 
 
+# Seconds of a test that is not marked slow; the summary names what takes more, and fails nothing: machines differ.
+LONG = 60
+
+
+def pytest_terminal_summary(terminalreporter):
+    for report in terminalreporter.getreports("passed"):
+        if report.when == "call" and report.duration > LONG and "slow" not in report.keywords:
+            terminalreporter.write_line(
+                f"{report.nodeid} took {report.duration:.0f} s: make it smaller, or mark it slow"
+            )
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

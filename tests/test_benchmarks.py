@@ -2,14 +2,16 @@
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import cost_by_size, hardware, model_shapes, training_share
+from benchmarks import cost_by_size, hardware, model_shapes, sweep, training_share
 from safemerge_callback.decision import measure
+from tests.support.ranks import finish, started
 
 ROOT = Path(__file__).parents[1]
 
@@ -210,8 +212,23 @@ def test_what_a_check_costs_in_a_tracker(run):
     assert cost["total"] * 1000 >= 2 * cost["median"] + 3 * min(cost["heat_map"], cost["median"])
 
 
+def report_in(folder, script):
+    """What a fork runs in place of a new process."""
+    os.chdir(folder)
+    exec(script, {})
+
+
 @pytest.mark.parametrize(("name", "runs"), [("sweep", 2), ("merge_files", 4)])
-def test_verbs_on_files_at_a_models_size(run, tmp_path, name, runs):
+def test_verbs_on_files_at_a_models_size(run, tmp_path, monkeypatch, name, runs):
+    """The sweep in new processes, as both benchmarks run; the merges in forks, which need not import torch again."""
+
+    def in_a_fork(script, folder):
+        with started(1, report_in, folder, sweep.PEAK + script) as ranks:
+            finish(ranks)
+            return json.loads(ranks[0].said().splitlines()[-1])
+
+    if name == "merge_files":
+        monkeypatch.setattr(sweep, "in_new_process", in_a_fork)
     small = ("--modules", "3", "--size", "48", "--rank", "2", "--folder", str(tmp_path / "world"))
     results, printed = run(name, *small)
     assert_names_the_machine(results, printed)

@@ -70,7 +70,12 @@ class Zero:
 
         if hasattr(parameter, "ds_id"):
             moments = [safe_get_local_optimizer_state(parameter, key) for key in KEYS]
-            return [own(t) for t in (safe_get_local_fp32_param(parameter), *moments)]
+            value, *moments = (own(t) for t in (safe_get_local_fp32_param(parameter), *moments))
+            # The last rank's part of an odd size is filled up with memory as it was, NaN at times.
+            filling = dist.get_world_size() * value.numel() - parameter.ds_numel
+            if filling and dist.get_rank() == dist.get_world_size() - 1:
+                value[-filling:] = 0.0
+            return [value, *moments]
         if hasattr(parameter, "_hp_mapping"):
             mapping = parameter._hp_mapping
             return mapping and [own(t) for t in (mapping.hp_fragment, *map(mapping.optim_fragment.get, KEYS))]
