@@ -28,7 +28,6 @@ install_import_hook("safemerge_callback.ops", "beartype.beartype")
 
 import torch  # noqa: E402 - after the hook, which only sees what is imported later
 
-
 # Seconds of a test that is not marked slow; the summary names what takes more, and fails nothing: machines differ.
 LONG = 60
 
