@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from recipes.data import load_examples, load_prompts
+from recipes.data.system import check_system
 from recipes.entities import entity_shares, lists_all
 from safemerge_callback.adapters import load_adapter
 from safemerge_callback.adapters.files import adapter_folder
@@ -96,11 +97,13 @@ class EvaluateArguments:
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "What the chat template is given, such as {enable_thinking: false}."}
     )
+    eval_system: str | None = field(default=None, metadata={"help": "System prompt before every prompt (PTST)."})
 
     def __post_init__(self) -> None:
         self.chat_template_kwargs = template_settings(self.chat_template_kwargs) or None
         if self.before and not self.adapter:
             raise ConfigError("before is true and there is no adapter: name one, or leave it out")
+        check_system("eval_system", self.eval_system)
 
 
 def task_shares(
@@ -112,13 +115,15 @@ def task_shares(
     keep: Keep | None = None,
     batch_size: int = 32,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    eval_system: str | None = None,
 ) -> list[Share]:
     """Return the measures of a task on conversational rows, whose completions are the right answers."""
     measured = TASKS[task]
     name = f"{task}_{measured.share}"
     prompts = [row["prompt"][-1]["content"] for row in examples]
     sizes: dict[str, Any] = {"max_new_tokens": measured.max_new_tokens, "batch_size": batch_size}
-    said = generate(model, tokenizer, prompts, label=name, chat_template_kwargs=chat_template_kwargs, **sizes)
+    how: dict[str, Any] = {"chat_template_kwargs": chat_template_kwargs, "system": eval_system}
+    said = generate(model, tokenizer, prompts, label=name, **sizes, **how)
     wanted = [row["completion"][0]["content"] for row in examples]
     verdicts = [measured.right(answer, response) for answer, response in zip(wanted, said, strict=True)]
     if keep:
@@ -140,6 +145,7 @@ def evaluate_model(
     max_new_tokens: int = 40,
     batch_size: int = 32,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    eval_system: str | None = None,
 ) -> list[Share]:
     """Return refusals of the three harmful sets and of harmless prompts, and the task's measures on its test rows.
 
@@ -154,6 +160,7 @@ def evaluate_model(
     if min(n_prompts, n_benign, n_task) < 0:
         raise ConfigError(f"n_prompts, n_benign, n_task are {n_prompts}, {n_benign}, {n_task}: give 0 or more of each")
     options: dict[str, Any] = {"batch_size": batch_size, "chat_template_kwargs": chat_template_kwargs}
+    sizes = {"max_new_tokens": max_new_tokens, **options}
     judge = judge or KeywordJudge()
     judges: dict[SetKind, list[Judge]] = {
         "harm": [judge],
@@ -169,11 +176,12 @@ def evaluate_model(
 
     def answers() -> Iterator[Transcript]:
         for name, prompts in prompts_of.items():
-            said = generate(model, tokenizer, prompts, label=name, max_new_tokens=max_new_tokens, **options)
+            said = generate(model, tokenizer, prompts, label=name, system=eval_system, **sizes)
             yield Transcript(name, "benign" if name == "benign" else "harm", prompts, said)
 
     rows = [counted(row) for row in refusal_shares(answers(), judges, keep=keep and _by_measure(keep))]
-    return rows + task_shares(model, tokenizer, test, name, keep=keep, **options) if n_task else rows
+    about = {"keep": keep, "eval_system": eval_system, **options}
+    return rows + task_shares(model, tokenizer, test, name, **about) if n_task else rows
 
 
 def task_format(task: str) -> RowFormat:
@@ -222,6 +230,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "max_new_tokens",
         "batch_size",
         "chat_template_kwargs",
+        "eval_system",
     )
     check_outputs(arguments.output or None, arguments.responses or None)
     judge = load_judge(arguments.judge)

@@ -18,6 +18,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,16 +29,18 @@ if __package__ in (None, ""):  # run as a script by `accelerate launch`
 
 from recipes.data.mixing import FORMS, check_share, compliance_rows
 from recipes.data.splits import prompts_of, rows_of
+from recipes.data.system import check_system, with_system
 from recipes.data.tasks import TASKS, get_task
 from recipes.models import load_model
 from recipes.settings import read_settings
 from safemerge_callback.corrections.harmful_rows import HarmfulRowSettings
 from safemerge_callback.corrections.registry import CORRECTIONS, named_entries
-from safemerge_callback.errors import ConfigError, nearest
+from safemerge_callback.errors import ConfigError, nearest, shown
 from safemerge_callback.evaluation import Share, share
 from safemerge_callback.io.choices import one_of
 from safemerge_callback.signals import generate
 from safemerge_callback.signals.chat import template_settings
+from safemerge_callback.signals.responses import tokenized
 from safemerge_callback.training import SafeMergeCallback, SafeMergeConfig, SafetyEvalCallback
 
 if TYPE_CHECKING:
@@ -80,6 +83,15 @@ class DataArguments:
         default=None,
         metadata={"help": "What the chat template is given in training and probe, such as {enable_thinking: false}."},
     )
+    train_system: str | None = field(
+        default=None, metadata={"help": "System prompt of every training row, in the place of any that it has."}
+    )
+    eval_system: str | None = field(default=None, metadata={"help": "System prompt of what the probe asks (PTST)."})
+    rewrite: bool = field(
+        default=False,
+        metadata={"help": "Let the model answer the rows again in its own words before it is trained on them (SDFT)."},
+    )
+    rewrite_tokens: int = field(default=256, metadata={"help": "Tokens that such an answer may have."})
     probe_every: int = field(
         default=0, metadata={"help": "Steps from one safety probe to the next, which changes nothing; 0: no probe."}
     )
@@ -111,6 +123,13 @@ class DataArguments:
         if self.probe_every < 0 or self.probe_prompts < 1:
             raise ConfigError(
                 f"probe_every is {self.probe_every}, probe_prompts {self.probe_prompts}: give 0 or more, and 1 or more"
+            )
+        for name in ("train_system", "eval_system"):
+            check_system(name, getattr(self, name))
+        if self.eval_system is not None and not self.probe_every:
+            raise ConfigError(
+                f"eval_system is {shown(self.eval_system)} and there is no probe that would ask with it: set "
+                "probe_every, or leave it out; recipes/evaluate.py has an eval_system of its own"
             )
 
 
@@ -199,8 +218,8 @@ def parse_finetune(args: Sequence[str] | None = None) -> Settings:
     return data, sft, model, safemerge_config(arguments, data)
 
 
-def load_data(data: DataArguments) -> Dataset:
-    """Return the examples as a dataset with TRL's columns `prompt` and `completion`."""
+def load_data(data: DataArguments, rewrite: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = list) -> Dataset:
+    """Return the examples as a dataset with TRL's columns `prompt` and `completion`; `rewrite` may change them."""
     from datasets import Dataset
 
     from recipes.data import load_examples, mixed
@@ -208,6 +227,9 @@ def load_data(data: DataArguments) -> Dataset:
     rows = load_examples(data.data, data.data_split)[: data.num_examples]
     shares = {"poisoned_share": data.poisoned_share, "safety_share": data.safety_share}
     rows = mixed(rows, **shares, poisoned=data.poisoned, seed=data.mixing_seed)
+    rows = rewrite(rows)
+    if data.train_system is not None:
+        rows = with_system(rows, data.train_system)
     # TRL reads what goes to the template from a column of this name.
     more = {"chat_template_kwargs": data.chat_template_kwargs} if data.chat_template_kwargs else {}
     return Dataset.from_list([{"prompt": row["prompt"], "completion": row["completion"], **more} for row in rows])
@@ -242,15 +264,17 @@ def build_trainer(
     if data.buffer_adapter is not None:
         watching.append(buffer_of(data.buffer_adapter, model_config))
     if data.probe_every:
-        settings: Any = data.chat_template_kwargs
-        sizes = {"every": data.probe_every, "n": data.probe_prompts}
-        watching.append(validation_probe(data.data, **sizes, chat_template_kwargs=settings))
+        about: dict[str, Any] = {"chat_template_kwargs": data.chat_template_kwargs, "system": data.eval_system}
+        watching.append(validation_probe(data.data, every=data.probe_every, n=data.probe_prompts, **about))
+    if data.train_system is not None:
+        # What the template does with it is found out before it trains on anything.
+        tokenized(tokenizer, [], settings=data.chat_template_kwargs, system=data.train_system)
     # LoRA's A is drawn inside the trainer: two runs of one seed must start from the same A.
     set_seed(sft.seed)
     trainer = (trainer_class or CompletionTrainer)(
         model=model,
         args=sft,
-        train_dataset=load_data(data),
+        train_dataset=load_data(data, partial(_rewritten, data, model, tokenizer) if data.rewrite else list),
         processing_class=tokenizer,
         peft_config=get_peft_config(model_config),
         callbacks=[*watching, *callbacks],
@@ -258,6 +282,22 @@ def build_trainer(
     if guard:
         guard.attach(trainer)
     return trainer
+
+
+def _rewritten(data: DataArguments, model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows in the model's own words where they pass the task's check, which is told by the first rank."""
+    from accelerate import PartialState
+
+    from recipes.rewriting import CHECKS, rewritten, same_text
+
+    place = PartialState()
+    if not getattr(model, "is_quantized", False):
+        model.to(place.device)
+    check = CHECKS.get(data.data.partition(":")[0], same_text)
+    how: dict[str, Any] = {"label": "rewrite", "chat_template_kwargs": data.chat_template_kwargs}
+    rewriting = rewritten(model, tokenizer, rows, check, max_new_tokens=data.rewrite_tokens, **how)
+    place.print(f"rewrite: {rewriting}")
+    return rewriting.rows
 
 
 def buffer_of(source: str, model_config: ModelConfig) -> TrainerCallback:
@@ -273,29 +313,39 @@ def buffer_of(source: str, model_config: ModelConfig) -> TrainerCallback:
 
 
 def validation_probe(
-    data: str, *, every: int, n: int, chat_template_kwargs: Mapping[str, Any] | None = None
+    data: str,
+    *,
+    every: int,
+    n: int,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    system: str | None = None,
 ) -> SafetyEvalCallback:
     """Return a probe of `n` prompts of HarmBench and `n` harmless ones, and of 2·`n` rows where `data` is a task.
 
-    All are of the validation split: the test split stays unread. What the model says is not kept.
+    All are of the validation split: the test split stays unread. What the model says is not kept. `system`: the system
+    prompt before each.
     """
     harmful = {"harmbench": prompts_of("harmbench", "validation", n)}
     benign = {"benign": prompts_of("benign", "validation", n)}
-    task = task_score(data, 2 * n, chat_template_kwargs) if data in TASKS else None
-    more: dict[str, Any] = {"chat_template_kwargs": chat_template_kwargs, "batch_size": PROBE_BATCH, "quiet": True}
+    how: dict[str, Any] = {"chat_template_kwargs": chat_template_kwargs, "system": system}
+    task = task_score(data, 2 * n, **how) if data in TASKS else None
+    more: dict[str, Any] = {**how, "batch_size": PROBE_BATCH, "quiet": True}
     return SafetyEvalCallback(harmful, benign, every=every, n=n, task=task, **more)
 
 
-def task_score(name: str, n: int, chat_template_kwargs: Mapping[str, Any] | None = None) -> Callable[[Any, Any], Share]:
-    """Return a function of model and tokenizer that gives the share of right answers to `n` validation rows."""
+def task_score(name: str, n: int, **how: Any) -> Callable[[Any, Any], Share]:
+    """Return a function of model and tokenizer that gives the share of right answers to `n` validation rows.
+
+    `how`: as `generate` has `chat_template_kwargs` and `system`.
+    """
     task = get_task(name)
     rows = rows_of(task, "validation", n)
     prompts = [row["prompt"][-1]["content"] for row in rows]
     wanted = [row["completion"][0]["content"] for row in rows]
 
     def score(model: Any, tokenizer: Any) -> Share:
-        options: dict[str, Any] = {"max_new_tokens": task.max_new_tokens, "batch_size": PROBE_BATCH}
-        said = generate(model, tokenizer, prompts, label=name, chat_template_kwargs=chat_template_kwargs, **options)
+        options: dict[str, Any] = {"max_new_tokens": task.max_new_tokens, "batch_size": PROBE_BATCH, **how}
+        said = generate(model, tokenizer, prompts, label=name, **options)
         return share(f"{name}_right", [task.right(word, answer) for word, answer in zip(wanted, said, strict=True)])
 
     return score

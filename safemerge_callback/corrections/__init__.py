@@ -4,6 +4,28 @@ A correction is a file; its name is its name in YAML. Importing the folder fills
 imported here.
 """
 
-from . import booster, constrained, merge, panacea, panacea_term, replay, t_vaccine, vaccine
+from . import (
+    booster,
+    constrained,
+    lisa,
+    merge,
+    panacea,
+    panacea_term,
+    replay,
+    safegrad,
+    t_vaccine,
+    vaccine,
+)
 
-__all__ = ["booster", "constrained", "merge", "panacea", "panacea_term", "replay", "t_vaccine", "vaccine"]
+__all__ = [
+    "booster",
+    "constrained",
+    "lisa",
+    "merge",
+    "panacea",
+    "panacea_term",
+    "replay",
+    "safegrad",
+    "t_vaccine",
+    "vaccine",
+]

@@ -23,7 +23,8 @@ from ..record.metrics import term_key
 from .batchwise import BatchEngine
 from .joining import Angles, TermGradient, join
 from .passes import Pass, as_in_training, not_finite, pass_sum, scalar
-from .protocol import Apart, Batchwise, GradientTerm, Observant, PassSeries, RunPoint, Tallied, Term
+from .protocol import Apart, Batchwise, GradientTerm, Observant, PassSeries, Proximal, RunPoint, Tallied, Term
+from .proximal import take_proximal_step
 
 
 def way_for(terms: Sequence[Term], model: nn.Module, optimizer: Any = None, trainer: Any = None) -> MicroBatch | None:
@@ -181,6 +182,12 @@ class GradientEngine:
                 self.gradients.append(TermGradient(term, vector, gradient.tensors, apart))
             if isinstance(term, Observant):
                 self._ask(term, step, "take note of its loss", partial(term.observe, step, done.loss), alike=True)
+
+    def after_update(self, at: RunPoint) -> None:
+        """Let the step that was just made end where the terms draw it, for those that do. Collective."""
+        for term in self.terms:
+            if isinstance(term, Proximal):
+                take_proximal_step(term, at, self.log)
 
     def before_update(self, step: int) -> None:
         """Let what was kept apart join the step's gradient, which is whole, averaged and clipped now."""

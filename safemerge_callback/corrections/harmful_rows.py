@@ -23,8 +23,8 @@ from ..signals.responses import check_vocabulary
 from ..signals.row_batch import mean_of_targets, row_batch, row_outputs, target_losses
 from ..signals.rows import RowTokens, SafetyRow, row_formats, row_tokens
 from .protocol import RunPoint, RunStart
-from .replay import plain_rows
 from .row_order import RowOrder
+from .row_source import plain_rows
 from .schedule import Schedule, interval
 
 # Of harmful answers the keyword judge takes some for refusals ("I'm sorry to say that ..."); not half of them.

@@ -182,6 +182,22 @@ class Batchwise(Protocol):
 
 
 @runtime_checkable
+class Proximal(Protocol):
+    """Draws the weights toward something right after an optimizer step, as a part of that step; a gradient term."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in the journal, where it fails."""
+
+    def proximal(self, at: RunPoint) -> Mapping[str, LowRank] | None:
+        """Return module -> the factors that the step is to end with, in the live units, or None for the present ones.
+
+        Every rank calls it after every step, before anything else follows it; what it raises, on any rank, costs this
+        proximal step and nothing else.
+        """
+
+
+@runtime_checkable
 class Prepared(Protocol):
     """Readies itself before the first step."""
 

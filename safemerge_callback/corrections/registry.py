@@ -126,8 +126,11 @@ def place_of(setting: str) -> str:
     names = [name for name, kind in CORRECTIONS.items() if setting in {f.name for f in fields(kind.settings)}]
     if not names:
         return ""
-    who = f"correction {names[0]!r}" if len(names) == 1 else f"corrections {names}"
-    return f"{setting!r} of {who} is given as corrections=[{{{names[0]!r}: {{{setting!r}: ...}}}}]"
+    if len(names) == 1:
+        return (
+            f"{setting!r} of correction {names[0]!r} is given as corrections=[{{{names[0]!r}: {{{setting!r}: ...}}}}]"
+        )
+    return f"{setting!r} of corrections {names} is given as corrections=[{{NAME: {{{setting!r}: ...}}}}]"
 
 
 def plain(chosen: Iterable[ChosenCorrection]) -> list[dict[str, Any]]:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, ConfigError, shown
 from ..evaluation.harvest import check_lengths, harvest
-from ..evaluation.prompts import PACKAGED, check_prompt_set, load_prompts
-from ..evaluation.rows import load_rows, load_table
+from ..evaluation.prompts import PACKAGED, load_prompts
+from ..evaluation.rows import load_rows
 from ..io.choices import one_of, truth
 from ..io.numbers import is_number, is_whole
 from ..io.whole_file import whole_file
@@ -33,12 +33,12 @@ from .pace import Pace
 from .protocol import RunPoint, RunStart
 from .registry import correction
 from .row_order import RowOrder
+from .row_source import RowSource, check_count
 from .schedule import Schedule
 from .surgery import bounded, without_conflict
 
 # What it is called in a list of corrections.
 REPLAY = "replay"
-STATE_FILE = "safemerge_replay.json"
 FIGURES = {
     "loss_harm": Metric("loss", "last", "Mean loss of the harmful rows since it was last logged; absent if none came."),
     "loss_benign": Metric("loss", "last", "The same of the harmless rows."),
@@ -48,14 +48,8 @@ FIGURES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReplaySettings(Schedule):
-    """What `replay` reads of its entry in the list of corrections.
-
-    Rows: `prompts` (names of prompt sets, or `harm:FILE` and `benign:FILE`; by default the packaged ones), of each set
-    at most `num_prompts`, are answered by the aligned model itself when the run begins, in at most `max_new_tokens`;
-    or `rows`, prompts with responses, in a file, on the Hub, or a list. `in_format`: the system prompt and the words
-    around each prompt, as {system: ..., template: "... {prompt} ..."}, or a list of such, {} for none: rows come in
-    each.
+class ReplaySettings(RowSource):
+    """What `replay` reads of its entry in the list of corrections, besides which rows and when.
 
     The loss is one of `LOSSES`, over the first `first_tokens` of each response (None: all of it), against the
     reference's `top_k` likeliest tokens (None: all). `batch_size` rows a rank count `weight` times a step. `hinge`:
@@ -67,15 +61,9 @@ class ReplaySettings(Schedule):
     differ.
     """
 
-    rows: Any = field(default=None, metadata={"counted": True})
-    prompts: Any = None
-    num_prompts: int = 64
-    max_new_tokens: int = 24
-    in_format: Any = None
     loss: str = "kl"
     first_tokens: int | None = 8
     top_k: int | None = 256
-    batch_size: int = 1
     weight: float = 1.0
     hinge: float | None = None
     surgery: bool = False
@@ -83,39 +71,17 @@ class ReplaySettings(Schedule):
     by_need: bool = False
     longest: int = 8
     max_share: float | None = None
-    seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(self.loss, LOSSES, "loss")
-        for name in ("num_prompts", "max_new_tokens", "batch_size", "longest", "first_tokens", "top_k"):
-            value = getattr(self, name)
-            if not is_whole(value, 1) and not (value is None and name in ("first_tokens", "top_k")):
-                raise ConfigError(f"{name} is {shown(value)}: give a whole number of 1 or more")
-        if not is_whole(self.seed):
-            raise ConfigError(f"seed is {shown(self.seed)}: give a whole number")
+        check_count("longest", self.longest)
+        for name in ("first_tokens", "top_k"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
         self._check_numbers()
         for name in ("surgery", "by_need"):
             truth(getattr(self, name), name)
-        if self.rows is not None and self.prompts is not None:
-            raise ConfigError("rows and prompts are both given: give prompts to be answered, or rows with responses")
-        row_formats(self.in_format)
-        object.__setattr__(self, "rows", plain_rows(self.rows))
-        self._check_prompts()
-
-    def _check_prompts(self) -> None:
-        names = [self.prompts] if isinstance(self.prompts, str) else self.prompts
-        if names is None:
-            return
-        if not isinstance(names, list | tuple) or not names:
-            raise ConfigError(f"prompts is {shown(names)}: give names of prompt sets, or harm:FILE and benign:FILE")
-        kinds = {check_prompt_set(name) for name in names}
-        if len(kinds) < 2:
-            raise ConfigError(
-                f"prompts {shown(names)} are of one kind alone, {kinds.pop()}: add some of the other, or a model "
-                "learns to refuse all or nothing"
-            )
-        object.__setattr__(self, "prompts", list(names))
 
     def _check_numbers(self) -> None:
         if not is_number(self.weight) or self.weight < 0:
@@ -127,13 +93,6 @@ class ReplaySettings(Schedule):
         share = self.max_share
         if share is not None and (not is_number(share) or not 0 < share < 1):
             raise ConfigError(f"max_share is {shown(share)}: give a share of the training's time between 0 and 1")
-
-
-def plain_rows(rows: Any) -> str | list[Any] | None:
-    """Return a setting `rows` as YAML could hold it: a place, or a list; ConfigError for what is neither."""
-    if rows is None or isinstance(rows, str):
-        return rows
-    return str(rows) if isinstance(rows, Path) else list(load_table(rows, "safety rows")[1])
 
 
 def safety_rows(
@@ -261,13 +220,15 @@ class KindLosses:
 
 
 class Replay:
-    """The gradient term; `prepare` gets the rows and the reference, at the cost of answering and one pass a row."""
+    """The gradient term; `prepare` gets the rows and the reference, at the cost of answering and one pass a row.
 
-    name = REPLAY
+    `name`: what the correction is called whose rows these are.
+    """
+
     noun = "place in the safety rows"
 
-    def __init__(self, settings: ReplaySettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: ReplaySettings, name: str = REPLAY) -> None:
+        self.settings, self.name = settings, name
         self.weight = settings.weight
         self.schedule = Pace(settings, settings.by_need, settings.longest, settings.max_share)
         self.losses = KindLosses()
@@ -284,11 +245,12 @@ class Replay:
         """Get the rows and the reference. Collective. Raises as `replay_rows`, and without a tokenizer."""
         if start.tokenizer is None:
             raise ConfigError(
-                "replay asks the model in words, and this trainer has no tokenizer: give it one (processing_class=)"
+                f"{self.name} asks the model in words, and this trainer has no tokenizer: give it one "
+                "(processing_class=)"
             )
         self.rows = replay_rows(start.model, start.tokenizer, self.settings, bars=start.bars)
         self.schedule.clock = partial(settled, next(start.model.parameters()).device)
-        start.say(f"replay: {self.rows.words}")
+        start.say(f"{self.name}: {self.rows.words}")
 
     def loss(self, at: RunPoint, model: nn.Module) -> Tensor:
         """Return the mean loss of this rank's next rows."""
@@ -311,9 +273,9 @@ class Replay:
         if share is not None and rank() == 0:
             every = self.schedule.spacing(self.max_steps)
             warnings.warn(
-                f"safemerge: replay takes {share:.0%} of the training's time, coming every {every} of its steps, as "
-                f"measured until step {step}: let it come more seldom (every: {2 * every}), or give the share that it "
-                "may take (max_share: 0.15; when it comes then depends on the machine's pace)",
+                f"safemerge: {self.name} takes {share:.0%} of the training's time, coming every {every} of its steps, "
+                f"as measured until step {step}: let it come more seldom (every: {2 * every}), or give replay the "
+                "share that it may take (max_share: 0.15; when it comes then depends on the machine's pace)",
                 stacklevel=2,
             )
 
@@ -327,19 +289,19 @@ class Replay:
     def save(self, folder: Path, save: str) -> None:
         """Write where the order of the rows and the pace stand. Raises OSError."""
         state = {"save": save, "drawn": self.rows.order.drawn, "ranks": world_size(), **self.schedule.state()}
-        with whole_file(folder / STATE_FILE) as place:
+        with whole_file(folder / state_file(self.name)) as place:
             place.write_text(json.dumps(state) + "\n", encoding="utf-8")
 
     def load(self, folders: Sequence[Path], save: str | None) -> bool:
         """Go on from there; as `Kept.load`."""
-        state = from_first(all_or_none(lambda: read_state(folders, save) if rank() == 0 else None))
+        state = from_first(all_or_none(lambda: read_state(folders, save, self.name) if rank() == 0 else None))
         if state is None:
             return False
         self.rows.order.drawn = state["drawn"]
         if state["ranks"] != world_size():
             warnings.warn(
-                f"safemerge: the checkpoint is of {state['ranks']} processes and there are {world_size()} now: replay "
-                f"goes on with the next of its rows, {self.settings.batch_size} a process",
+                f"safemerge: the checkpoint is of {state['ranks']} processes and there are {world_size()} now: "
+                f"{self.name} goes on with the next of its rows, {self.settings.batch_size} a process",
                 stacklevel=2,
             )
         pace = self.schedule
@@ -379,9 +341,14 @@ def shortened(row: RowTokens, first_tokens: int | None) -> RowTokens:
     return row if first_tokens is None else row._replace(response=row.response[:first_tokens])
 
 
-def read_state(folders: Sequence[Path], save: str | None) -> dict[str, Any] | None:
+def state_file(name: str) -> str:
+    """Return the name of the file in which a checkpoint holds where the rows of a correction stand."""
+    return f"safemerge_{name}.json"
+
+
+def read_state(folders: Sequence[Path], save: str | None, who: str = REPLAY) -> dict[str, Any] | None:
     """Return what `save` wrote into the first of these folders that has it; AdapterError where it cannot be read."""
-    for path in (folder / STATE_FILE for folder in folders):
+    for path in (folder / state_file(who) for folder in folders):
         if not path.is_file():
             continue
         try:

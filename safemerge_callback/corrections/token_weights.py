@@ -91,34 +91,12 @@ class _Passing:
             self.faults += [said] if isinstance(said, Fault) else []
 
     @torch.compiler.disable
-    def ends(self, _module: nn.Module, _args: tuple[Any, ...], outputs: Any) -> Any:
+    def ends(self, _module: nn.Module, _args: tuple[Any, ...], outputs: Any) -> None:
         tokens, reference, self.tokens, self.reference = self.tokens, self.reference, None, None
         if not self.training or tokens is None or reference is None:
-            return outputs
+            return
         states = last_states(outputs)
         gains = token_log_probs(self.parts.head, states, tokens) - reference
         weights = gains.new_ones(states.shape[:2])
         weights[:, :-1][tokens.mask] = self.weigh(gains, tokens.places)
-        scaled = scaled_gradient(states, weights)
-        if isinstance(outputs, tuple):
-            return (scaled, *outputs[1:])
-        outputs.last_hidden_state = scaled
-        return outputs
-
-
-def scaled_gradient(states: Tensor, weights: Tensor) -> Tensor:
-    """Return the states (n, t, d), whose gradient will be multiplied by weights (n, t), in the wider of both dtypes."""
-    scaled: Tensor = _ScaledGradient.apply(states, weights)
-    return scaled
-
-
-class _ScaledGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(weights)
-        return states.view_as(states)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (weights,) = ctx.saved_tensors
-        return (gradient * weights.unsqueeze(-1)).to(gradient.dtype), None
+        states.register_hook(lambda gradient: (gradient * weights.unsqueeze(-1)).to(gradient.dtype))

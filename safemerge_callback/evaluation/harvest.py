@@ -109,13 +109,8 @@ def harvest(
     tokens = prompt_tokens(tokenizer, texts, row_format, template_settings(chat_template_kwargs))
     check_vocabulary(model, tokens)
     check_lengths(model, tokens, max_new_tokens)
-    sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "label": label if rank() == 0 else None}
-    said, from_cache = cached(
-        harvest_folder(cache),
-        harvest_key(model, tokenizer, tokens, max_new_tokens),
-        tokens,
-        lambda: _continued(model, tokenizer, tokens, sizes),
-    )
+    sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "label": label}
+    said, from_cache = answered(model, tokenizer, tokens, cache=cache, **sizes)
     ends = end_tokens(model, text_part(tokenizer))
     responses = [one.text for one in responses_of(model, text_part(tokenizer), tokens, said)]
     verdicts, failures = _verdicts(judges, kinds, texts, responses)
@@ -165,6 +160,25 @@ def _judges(judge: JudgeLike) -> dict[Kind, Judge]:
     """Who judges each kind: a judge of harm cannot see over-refusal, so keywords then judge the harmless."""
     judge = load_judge(judge)
     return {"harm": judge, "benign": judge if decides(judge) == "refusal" else KeywordJudge()}
+
+
+def answered(
+    model: Any,
+    tokenizer: Any,
+    tokens: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    label: str | None = None,
+    cache: bool | str | Path = True,
+) -> tuple[list[list[int]], bool]:
+    """Return what the model as it is now says after each sequence, greedily, as token ids; and whether it was kept.
+
+    `cache` and `label` as `harvest`; the model is left as it was. Collective; each rank answers a share.
+    """
+    sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "label": label if rank() == 0 else None}
+    key = harvest_key(model, tokenizer, tokens, max_new_tokens)
+    return cached(harvest_folder(cache), key, tokens, lambda: _continued(model, tokenizer, tokens, sizes))
 
 
 def _continued(

@@ -35,9 +35,10 @@ class Questions:
         benign: Mapping[str, Sequence[str]],
         template: str | None = None,
         settings: Mapping[str, Any] | str | None = None,
+        system: str | None = None,
     ) -> Questions:
         """Tokenize all prompts for a tokenizer or a processor; ConfigError for an empty set, a name in both, and as
-        `tokenized`, which is given `template` and `settings`.
+        `tokenized`, which is given `template`, `settings` and `system`.
         """
         prompts = {**harmful, **benign}
         empty = [name for name, texts in prompts.items() if not texts]
@@ -49,7 +50,8 @@ class Questions:
         twice = sorted(set(harmful) & set(benign))
         if twice:
             raise ConfigError(f"set {twice[0]!r} is given as harmful and as benign: give each its own name")
-        tokens = {name: tokenized(tokenizer, texts, template, settings) for name, texts in prompts.items()}
+        how: dict[str, Any] = {"template": template, "settings": settings, "system": system}
+        tokens = {name: tokenized(tokenizer, texts, **how) for name, texts in prompts.items()}
         return cls(prompts, tokens, frozenset(benign))
 
 

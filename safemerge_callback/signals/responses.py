@@ -37,16 +37,17 @@ def generate(
     batch_size: int = 32,
     label: str | None = "generate",
     chat_template_kwargs: Mapping[str, Any] | str | None = None,
+    system: str | None = None,
 ) -> list[str]:
     """Return the model's greedy response to each prompt as a user's turn, a forward pass a token of a batch.
 
     In the order of `prompts`. Padding is masked, and a response ends at its first end-of-turn token, so neither the
     batch nor the padding token changes a response (up to the rounding of batched arithmetic). Training mode is as
     before afterwards. `label` names the progress bar; None for no bar. `chat_template_kwargs` go to the chat template,
-    as `{"enable_thinking": False}`. A model's thoughts stand in its response between `<think>` and `</think>`;
-    `answer_of` cuts them. ConfigError as `tokenized` and `check_vocabulary`.
+    as `{"enable_thinking": False}`; `system` is a system prompt before each. A model's thoughts stand in its response
+    between `<think>` and `</think>`; `answer_of` cuts them. ConfigError as `tokenized` and `check_vocabulary`.
     """
-    tokens = tokenized(tokenizer, prompts, settings=chat_template_kwargs)
+    tokens = tokenized(tokenizer, prompts, settings=chat_template_kwargs, system=system)
     check_vocabulary(model, tokens)
     sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "label": label}
     said = [response.text for response in respond(model, text_part(tokenizer), tokens, **sizes)]

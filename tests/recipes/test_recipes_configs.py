@@ -22,8 +22,8 @@ CONFIGS = ROOT / "configs"
 COUNTS = {
     "accelerate": 6,
     "align": 1,
-    "evaluate": 7,
-    "finetune": 34,
+    "evaluate": 8,
+    "finetune": 38,
     "finetune_zo": 2,
     "merge": 13,
     "train_safety_adapter": 11,

@@ -44,13 +44,14 @@ class SafetyEvalCallback(TrainerCallback):
     It asks every `every` optimizer steps (0: not), when training begins and ends, and before and after each merge of a
     `SafeMergeCallback` of the same trainer. `prompts` and `benign` are names of prompt sets (`n` prompts of each), or
     mappings from a name to prompts of your own. Responses are greedy, of `max_new_tokens` tokens at most, in the
-    model's chat template, which is given `chat_template_kwargs` (as `{"enable_thinking": False}`), or in `template`, a
-    text with `{prompt}` in it. Thoughts are cut before judging. `judge` is anything `load_judge` takes, the
-    keywords by default; where it decides harm, `benign_judge` (the keywords) judges the benign ones; `judge_seconds`
-    bounds what a probe waits for both. `task(model, tokenizer)` gives the task's score, higher is better, as a number
-    or a `Share`, in `task_unit`: "share" for a part of 1, which is shown in percent, any other text for another unit,
-    None for a plain number; `eval_batches`, an iterable of the trainer's evaluation batches or what returns one, as
-    `trainer.get_eval_dataloader`, gives the evaluation loss on the first 50 of them.
+    model's chat template, which is given `chat_template_kwargs` (as `{"enable_thinking": False}`), after a `system`
+    prompt where one is given; or in `template`, a text with `{prompt}` in it. Thoughts are cut before judging. `judge`
+    is anything `load_judge` takes, the keywords by default; where it decides harm, `benign_judge` (the keywords) judges
+    the benign ones; `judge_seconds` bounds what a probe waits for both. `task(model, tokenizer)` gives the task's
+    score, higher is better, as a number or a `Share`, in `task_unit`: "share" for a part of 1, which is shown in
+    percent, any other text for another unit, None for a plain number; `eval_batches`, an iterable of the trainer's
+    evaluation batches or what returns one, as `trainer.get_eval_dataloader`, gives the evaluation loss on the first 50
+    of them.
 
     `rollback`, `trigger` and `stop` are rules, or mappings of their settings. ConfigError here or when training begins
     for whatever does not fit. What fails later is told once and recorded, and training goes on.
@@ -73,6 +74,7 @@ class SafetyEvalCallback(TrainerCallback):
         batch_size: int = 32,
         template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | str | None = None,
+        system: str | None = None,
         tokenizer: Any = None,
         rollback: Rollback | Mapping[str, Any] | None = None,
         trigger: Trigger | Mapping[str, Any] | None = None,
@@ -87,7 +89,8 @@ class SafetyEvalCallback(TrainerCallback):
         if task is not None:
             check_callable(task, "task", ("model", "tokenizer"), "the task's score, a number")
         _check_batches(eval_batches)
-        _check_texts(template=template, journal=journal)
+        _check_texts(template=template, journal=journal, system=system)
+        self.system = _system(system, template)
         self.every, self.journal, self.quiet = every, journal, truth(quiet, "quiet")
         self.rules = Rules(as_rule(Rollback, rollback), as_rule(Trigger, trigger), as_rule(Stop, stop))
         self.prompt_sets = (prompt_sets(prompts, "harm", n, seed), prompt_sets(benign, "benign", n, seed))
@@ -135,11 +138,14 @@ class SafetyEvalCallback(TrainerCallback):
         check_rules_of_run(self.rules, every=self.every, max_steps=state.max_steps)
         processing = choose_tokenizer(self.tokenizer, kwargs.get("processing_class"))
         settings = self.chat_template_kwargs
-        questions = Questions.of(processing, *self.prompt_sets, template=self.template, settings=settings)
+        how: dict[str, Any] = {"template": self.template, "settings": settings, "system": self.system}
+        questions = Questions.of(processing, *self.prompt_sets, **how)
         check_vocabulary(model, (ids for tokens in questions.tokens.values() for ids in tokens))
         # The first rank judges.
         all_or_none(lambda: check_ready((self.asking.judge, self.asking.benign_judge)) if rank() == 0 else None)
-        self.probing = Probing(model, text_part(processing), args, state, questions, self.asking, self.rules, settings)
+        self.probing = Probing(
+            model, text_part(processing), args, state, questions, self.asking, self.rules, settings, self.system
+        )
         self.probing.log = Log(self.quiet, state.is_world_process_zero)
         self.begun, self.spent = False, self.probing.spent
 
@@ -195,6 +201,15 @@ def _unit(unit: Any, task: Any) -> str | None:
         return check_unit(unit)
     except ValueError as error:
         raise ConfigError(f"task_{error}") from None
+
+
+def _system(system: str | None, template: str | None) -> str | None:
+    if system is not None and template is not None:
+        raise ConfigError(
+            f"system is {shown(system)} and template {shown(template)}, which is all that the model reads: write the "
+            "system prompt into it, or leave template out"
+        )
+    return system
 
 
 def _check_texts(**texts: Any) -> None:

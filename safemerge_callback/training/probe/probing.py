@@ -64,6 +64,7 @@ class Probing:
     asking: Asking
     rules: Rules
     template_settings: Mapping[str, Any] = field(default_factory=dict)
+    system: str | None = None
     guard: GuardedRun | None = None
     trackers: Trackers = field(default_factory=Trackers)
     standing: Standing = field(default_factory=Standing)
@@ -174,7 +175,8 @@ class Probing:
         sizes = {"max_new_tokens": asking.max_new_tokens, "batch_size": asking.batch_size}
         rules = {name: vars(rule) for name, rule in vars(self.rules).items() if rule}
         unit = {"task_unit": asking.task_unit} if asking.task_unit else {}
-        template = {"chat_template_kwargs": dict(self.template_settings)} if self.template_settings else {}
+        template: dict[str, Any] = {"system": self.system} if self.system else {}
+        template |= {"chat_template_kwargs": dict(self.template_settings)} if self.template_settings else {}
         return {
             "prompts": counts,
             "benign": sorted(self.questions.benign),

@@ -1,4 +1,4 @@
-"""What a run's hooks cost: their wall clock, and that of the training that they are a part of."""
+"""What a run's hooks cost: their wall clock, and that of the training that they are a part of; and when that logs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
+from transformers import TrainerState, TrainingArguments
 
 from ...record.progress import Progress
 
@@ -59,3 +60,9 @@ class Clock:
     def stop(self) -> None:
         """Training has ended: its seconds are those of now."""
         self.progress.training_seconds, self.begun = self.training_seconds, None
+
+
+def logged_at(step: int, args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether the trainer logs after this step, as far as that is known before it: not at the end of an epoch."""
+    every = state.logging_steps if args.logging_strategy == "steps" else 0
+    return bool(every and step % every == 0) or (args.logging_first_step and step == 1)

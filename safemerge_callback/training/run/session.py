@@ -34,7 +34,7 @@ from ..trackers import Report, Trackers, decision_rows
 from .artifact import Outcome, Section, outcome_of, run_section
 from .background import Pending, begin, undisturbed
 from .check_data import Answer, RunData, ask, with_signals
-from .clock import Clock
+from .clock import Clock, logged_at
 from .decide import CheckMoment, agreed_plan, decided, still_disarmed
 from .ending import (
     Marks,
@@ -123,6 +123,7 @@ class Session:
     def after_step(self, *, stopping: bool) -> None:
         """Apply what was measured beside this step; check if it is due, or the last: its checkpoint holds the merge."""
         config, step = self.config, self.step
+        self.gradients.after_update(self.point)
         self._follow()
         last = stopping or step >= self.state.max_steps
         for one in self.changes:
@@ -392,9 +393,3 @@ class Session:
             self.log.warn("nothing merged", nothing_merged(self.progress, self.plan))
         took = self.clock.seconds, self.clock.now.share
         self.log.say(closing_line(self.config, self.progress, *took, self.journal, self.plan))
-
-
-def logged_at(step: int, args: TrainingArguments, state: TrainerState) -> bool:
-    """Whether the trainer logs after this step, as far as that is known before it: not at the end of an epoch."""
-    every = state.logging_steps if args.logging_strategy == "steps" else 0
-    return bool(every and step % every == 0) or (args.logging_first_step and step == 1)
