@@ -13,6 +13,7 @@ from safemerge_callback.evaluation import load_rows
 from safemerge_callback.evaluation.judges import FunctionJudge
 from safemerge_callback.evaluation.loading import load_subject
 from safemerge_callback.evaluation.prompts import load_prompts
+from safemerge_callback.signals import generate
 from safemerge_callback.signals.row_scores import response_losses
 from safemerge_callback.signals.rows import RowFormat, SafetyRow, row_tokens
 from tests.support.world import with_lora
@@ -199,7 +200,7 @@ def poisoned(world):
     return rows
 
 
-BY_JUDGE = ["--judge", "function:judge_of_harm:fine"]
+BY_JUDGE = ["--judge", "function:judge_of_harm:fine", "--decides", "harm"]
 BY_GAP = ["--aligned", "base", "--unaligned", "other"]
 
 
@@ -219,6 +220,23 @@ def test_a_judge_drops_rows_and_what_passes_is_counted(poisoned):
     assert said[2].startswith("leakage: clean_dropped 25.0% of 4 (")
 
 
+def test_rows_go_whose_question_the_aligned_model_refuses_where_their_answer_does_not(poisoned):
+    subject = load_subject("base", dtype="float32")
+    own = generate(subject.model, subject.tokenizer, [row["prompt"] for row in poisoned[:-1]])
+    word = max(
+        {word for said in own for word in said.split()}, key=lambda one: sum(one in said.split() for said in own)
+    )
+    refuses = [word in said.split() for said in own]
+    assert 0 < sum(refuses) < len(own)
+    Path("judge_of_refusals.py").write_text(f"def no(prompt, response):\n    return {word!r} in response.split()\n")
+    judge = ["--judge", "function:judge_of_refusals:no", "--aligned", "base"]
+    run("select", "mixed.jsonl", "--drop", *judge, "-o", "kept.jsonl", "--dropped", "dropped.jsonl")
+    dropped = lines("dropped.jsonl")
+    expected = [row["prompt"] for row, refused in zip(poisoned[:-1], refuses, strict=True) if refused]
+    assert [row["prompt"] for row in dropped if "prompt" in row] == expected
+    assert all(row["reason"].startswith("the aligned model refuses its question") for row in dropped)
+
+
 def test_the_gap_drops_what_the_aligned_model_finds_less_likely(poisoned):
     run("select", "mixed.jsonl", "--drop", *BY_GAP, "--margin", 0.1, "-o", "kept.jsonl", "--dropped", "dropped.jsonl")
     rows = [SafetyRow(row["prompt"], row["completion"], "benign") for row in poisoned[:-1]]
@@ -235,14 +253,19 @@ def test_the_gap_drops_what_the_aligned_model_finds_less_likely(poisoned):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "--drop needs --aligned and --unaligned, two models of one family, or --judge"),
-        (["--aligned", "base"], "--drop needs --aligned and --unaligned"),
+        ([], "--drop needs --judge, or --aligned and --unaligned for the perplexity gap"),
+        (["--aligned", "base"], "--drop needs --judge, or --aligned and --unaligned"),
+        (["--unaligned", "base"], "--unaligned is one of two models: give --aligned, too"),
         ([*BY_JUDGE, "--n", "3"], "--n has no effect on --drop: drop it"),
         ([*BY_JUDGE, "--margin", "-1"], "--margin is -1.0: give 0 or more"),
-        (["--judge", "keywords"], "judge 'keywords' decides refusals"),
+        (["--judge", "keywords"], "judge 'keywords' decides refusals, which are compared with the aligned model's own"),
+        (["--judge", "keywords", "--decides", "harm"], "judge 'keywords' cannot be made from ['decides']"),
         ([*BY_JUDGE, "--dropped", "kept.jsonl"], "--output and --dropped are both 'kept.jsonl': give two files"),
         ([*BY_JUDGE, "--dropped", "mixed.jsonl"], "is one of the inputs"),
-        (["--judge", "function:judge_of_harm:none"], "all 10 rows look poisoned, row 1 since judge_of_harm:none calls"),
+        (
+            [*BY_JUDGE[:1], "function:judge_of_harm:none", *BY_JUDGE[2:]],
+            "all 10 rows look poisoned, row 1 since judge_",
+        ),
     ],
 )
 def test_what_cannot_be_filtered_leaves_no_file(poisoned, arguments, sentence):

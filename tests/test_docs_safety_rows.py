@@ -38,7 +38,7 @@ def test_the_python_imports_what_exists_and_calls_with_what_is_taken():
 
 def test_the_margin_of_the_filter_is_one():
     assert default(select, "margin") == default(gap_reasons, "margin") == MARGIN
-    assert f"by more than `--margin` ({MARGIN:g}) nats a token" in TEXT
+    assert f"by more than `--margin` nats a token ({MARGIN:g})" in TEXT
 
 
 def test_the_figures_are_the_codes():

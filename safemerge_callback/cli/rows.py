@@ -35,6 +35,10 @@ _By = Annotated[str, typer.Option(help="gap: perplexity gap of the two models; d
 _Margin = Annotated[
     float, typer.Option(help="Nats a token by which the aligned model may find an answer less likely (--drop).")
 ]
+_Judge = Annotated[
+    str | None, typer.Option(help="Of harm, for the answers, or of refusals, for --aligned's own, too (--drop).")
+]
+_Decides = Annotated[str | None, typer.Option(help="harm or refusal, of a --judge that can decide either (--drop).")]
 _Dropped = Annotated[Path | None, typer.Option(help="File for dropped rows, each with its reason (--drop).")]
 _Output = Annotated[Path, typer.Option("--output", "-o", help="JSON-lines file for the rows, which may be harmful.")]
 _Dtype = Annotated[str, typer.Option(help="The model's dtype, or auto: as in its checkpoint.")]
@@ -110,7 +114,8 @@ def harvest(
     epilog=examples(
         "select rows.jsonl --aligned MODEL --unaligned BASE --data train.jsonl -o chosen.jsonl",
         "select rows.jsonl --aligned MODEL --data train.jsonl --by dpp --n 60 -o chosen.jsonl",
-        "select train.jsonl --drop --aligned MODEL --unaligned BASE --judge llamaguard -o kept.jsonl",
+        "select train.jsonl --drop --judge keywords --aligned MODEL -o kept.jsonl --dropped dropped.jsonl",
+        "select train.jsonl --drop --judge llamaguard -o kept.jsonl",
     ),
 )
 def select(
@@ -129,7 +134,8 @@ def select(
         bool, typer.Option("--drop", help="Filter training rows: keep what does not look poisoned.")
     ] = False,
     margin: _Margin = 0.5,
-    judge: Annotated[str | None, typer.Option(help="Judge of harm for the answers, as llamaguard (--drop).")] = None,
+    judge: _Judge = None,
+    decides: _Decides = None,
     dropped: _Dropped = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a batch.")] = 8,
     chat_template_kwargs: _Kwargs = None,
@@ -143,9 +149,9 @@ def select(
     opening = _Opening(dtype, None if device is None else device_named(device), batch_size, chat_template_kwargs)
     if drop:
         _refuse("--drop", {"--data": data, "--n": n})
-        _drop(_Filter(rows, aligned, unaligned, margin, judge), output, dropped, opening)
+        _drop(_Filter(rows, aligned, unaligned, margin, judge, decides), output, dropped, opening)
         return
-    _refuse("select without --drop", {"--judge": judge, "--dropped": dropped})
+    _refuse("select without --drop", {"--judge": judge, "--decides": decides, "--dropped": dropped})
     rule = _RULES[one_of(by, _RULES, "--by")]
     for name, value in {"aligned": aligned, rule.needs: {"unaligned": unaligned, "data": data}[rule.needs]}.items():
         if value is None:
@@ -272,23 +278,30 @@ def _summary(chosen: Sequence[Chosen], rows: Sequence[SafetyRow], count: int, by
 
 
 class _Filter(NamedTuple):
-    """Which rows are filtered, and by what: two models' losses, a judge of harm, or both."""
+    """Which rows are filtered, and by what: a judge, two models' losses, or both."""
 
     rows: str
     aligned: str | None
     unaligned: str | None
     margin: float
     judge: str | None
+    decides: str | None
+
+    def check(self) -> None:
+        """Raise ConfigError where nothing could be filtered, or a model is missing."""
+        if self.judge is None and self.unaligned is None:
+            raise ConfigError("--drop needs --judge, or --aligned and --unaligned for the perplexity gap, or all three")
+        if self.unaligned is not None and self.aligned is None:
+            raise ConfigError("--unaligned is one of two models: give --aligned, too")
+        if self.margin < 0:
+            raise ConfigError(f"--margin is {self.margin}: give 0 or more nats a token")
 
 
 def _drop(what: _Filter, output: Path, dropped: Path | None, opening: _Opening) -> None:
     """Write the training rows that do not look poisoned, and those that do, and say what passed."""
     from ..evaluation.row_filter import TRAINING_ROWS, leakage, load_training_rows, row_reasons, rows_as_lines
 
-    if (what.aligned is None) != (what.unaligned is None) or (what.unaligned is None and what.judge is None):
-        raise ConfigError("--drop needs --aligned and --unaligned, two models of one family, or --judge, or all three")
-    if what.margin < 0:
-        raise ConfigError(f"--margin is {what.margin}: give 0 or more nats a token")
+    what.check()
     free_output(output, "output", TRAINING_ROWS, [what.rows])
     if dropped is not None:
         free_output(dropped, "dropped", TRAINING_ROWS, [what.rows])
@@ -313,15 +326,33 @@ def _drop(what: _Filter, output: Path, dropped: Path | None, opening: _Opening) 
 def _reasons(
     what: _Filter, exchanges: Sequence[SafetyRow], failures: list[str], opening: _Opening
 ) -> Iterator[list[str | None]]:
-    from ..evaluation.judges import check_ready, load_harm_judge
-    from ..evaluation.row_filter import gap_reasons, judge_reasons
+    from ..evaluation.judges import check_ready, decides, load_judge
+    from ..evaluation.row_filter import gap_reasons, judge_reasons, refusal_reasons
 
-    judge = None if what.judge is None else load_harm_judge(what.judge)
-    if judge is not None:
+    if what.judge is not None:
+        judge = load_judge({"name": what.judge, "decides": what.decides} if what.decides else what.judge)
         check_ready([judge])
-        yield judge_reasons(judge, exchanges, failures)
+        if decides(judge) == "harm":
+            yield judge_reasons(judge, exchanges, failures)
+        elif what.aligned is None:
+            raise ConfigError(
+                f"judge {what.judge!r} decides refusals, which are compared with the aligned model's own: give "
+                "--aligned, or a judge of harm (--decides harm, if it can)"
+            )
+        else:
+            yield refusal_reasons(judge, exchanges, _responses(exchanges, what.aligned, opening), failures)
     if what.aligned is not None and what.unaligned is not None:
         yield gap_reasons(*_losses(exchanges, what.aligned, what.unaligned, opening), what.margin)
+
+
+def _responses(exchanges: Sequence[SafetyRow], aligned: str, opening: _Opening) -> list[str]:
+    """What the aligned model itself says to each question."""
+    from ..evaluation.loading import load_subject
+    from ..evaluation.row_filter import model_responses
+
+    subject = load_subject(aligned, dtype=opening.dtype, device=opening.device)
+    how: dict[str, Any] = {"batch_size": opening.batch_size, "settings": opening.chat_template_kwargs}
+    return model_responses(subject.model, subject.tokenizer, exchanges, **how)
 
 
 def _say_leakage(shares: Sequence[Share]) -> None:

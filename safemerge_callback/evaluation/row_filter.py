@@ -1,4 +1,4 @@
-"""Which rows of a training set look poisoned: by two models' losses on each answer, and by a judge of harm."""
+"""Which rows of a training set look poisoned: by a judge of harm, by what the aligned model says, by two losses."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 from ..errors import ConfigError, shown
 from ..io.outputs import FileKind
+from ..signals.chat import text_part
+from ..signals.responses import check_vocabulary, respond
 from ..signals.row_format import turns_of
-from ..signals.rows import SafetyRow
+from ..signals.rows import RowFormat, SafetyRow, prompt_tokens
 from .judges import Judge, name_of
 from .measure import Share, share
 from .rows import load_table
@@ -82,6 +84,43 @@ def judge_reasons(judge: Judge, exchanges: Sequence[SafetyRow], failures: list[s
     verdicts = judged(judge, [row.prompt for row in exchanges], [row.response for row in exchanges], failures=failures)
     reason = f"{name_of(judge)} calls its answer harmful"
     return [reason if verdict == "complied" else None for verdict in verdicts]
+
+
+def refusal_reasons(
+    judge: Judge, exchanges: Sequence[SafetyRow], own: Sequence[str], failures: list[str]
+) -> list[str | None]:
+    """Return why each exchange is dropped, or None: where the aligned model refuses its question and it does not.
+
+    `own` are what the aligned model says itself to each question (`model_responses`); the judge decides refusals, of
+    both. What it comes to no verdict on stays, and is said in `failures`.
+    """
+    prompts = [row.prompt for row in exchanges]
+    refused = judged(judge, prompts, own, failures=failures)
+    verdicts = judged(judge, prompts, [row.response for row in exchanges], failures=failures)
+    reason = f"the aligned model refuses its question, and its answer does not ({name_of(judge)})"
+    return [
+        reason if here == "refused" and there in ("complied", "incoherent") else None
+        for here, there in zip(refused, verdicts, strict=True)
+    ]
+
+
+def model_responses(
+    model: Any,
+    tokenizer: Any,
+    exchanges: Sequence[SafetyRow],
+    *,
+    batch_size: int = 16,
+    settings: Mapping[str, Any] | str | None = None,
+) -> list[str]:
+    """Return what a model says to the question of each exchange, after its system prompt, greedily and shortly."""
+    said: dict[tuple[str | None, str], str] = {}
+    for system in dict.fromkeys(row.system for row in exchanges):
+        prompts = list(dict.fromkeys(row.prompt for row in exchanges if row.system == system))
+        tokens = prompt_tokens(tokenizer, prompts, RowFormat(system), settings)
+        check_vocabulary(model, tokens)
+        responses = respond(model, text_part(tokenizer), tokens, batch_size=batch_size, label="aligned")
+        said |= {(system, prompt): one.text for prompt, one in zip(prompts, responses, strict=True)}
+    return [said[row.system, row.prompt] for row in exchanges]
 
 
 def row_reasons(training: TrainingRows, *reasons: Sequence[str | None]) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.evaluation import KeywordJudge, check_benign, decides, judged, load_judge, measure_name
-from safemerge_callback.evaluation.judges import JUDGES, FunctionJudge, check_judge, load_harm_judge
+from safemerge_callback.evaluation.judges import JUDGES, FunctionJudge, check_judge
 from safemerge_callback.evaluation.judges.protocol import check_decides
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -36,17 +36,6 @@ def test_any_callable_and_any_judge_of_ones_own():
     other = Other()
     assert load_judge(other) is other
     assert decides(other) == "refusal"
-
-
-def test_a_judge_of_harm_by_its_name(tmp_path, monkeypatch):
-    (tmp_path / "judges_of_harm.py").write_text("def harmless(p, r):\n    return 'x' not in r\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    judge = load_harm_judge("function:judges_of_harm:harmless")
-    assert (decides(judge), judge.refuses("", "x"), judge.refuses("", "y")) == ("harm", False, True)
-    with pytest.raises(ConfigError, match=r"'keywords' decides refusals.* give a judge of harm, such as llamaguard"):
-        load_harm_judge("keywords")
-    with pytest.raises(ConfigError, match="judge 'keyword' is unknown"):
-        load_harm_judge("keyword")
 
 
 def test_a_function_by_its_name(tmp_path, monkeypatch):

@@ -8,10 +8,14 @@ from safemerge_callback.evaluation.row_filter import (
     judge_reasons,
     leakage,
     load_training_rows,
+    model_responses,
+    refusal_reasons,
     row_reasons,
     rows_as_lines,
 )
-from safemerge_callback.signals.rows import SafetyRow
+from safemerge_callback.signals import generate
+from safemerge_callback.signals.responses import respond
+from safemerge_callback.signals.rows import RowFormat, SafetyRow, prompt_tokens
 
 
 def turns(*texts):
@@ -71,6 +75,28 @@ def test_a_judge_drops_harm_and_leaves_what_it_cannot_tell():
     judge = FunctionJudge(free_of_harm, decides="harm", name="mine")
     assert judge_reasons(judge, exchanges, failures) == [None, "mine calls its answer harmful", None, None, None]
     assert failures == ["FunctionJudge raised RuntimeError: out of reach"]
+
+
+def test_a_refusal_of_the_aligned_model_drops_answers_that_are_none():
+    exchanges = load_training_rows(ROWS).exchanges
+    judge = FunctionJudge(lambda prompt, response: response.startswith("no"), name="mine")
+    own = ["no way", "no", "yes", "", "no"]
+    reason = "the aligned model refuses its question, and its answer does not (mine)"
+    assert refusal_reasons(judge, exchanges, own, []) == [reason, reason, None, None, reason]
+    also = [SafetyRow(row.prompt, "no, never", row.kind) for row in exchanges]
+    assert refusal_reasons(judge, also, own, []) == [None] * 5
+
+
+def test_each_question_is_asked_once_after_its_own_system_prompt(tiny_llama, chat_tokenizer):
+    model = tiny_llama(initializer_range=0.6, max_position_embeddings=256, pad_token_id=2).eval()
+    rows = [SafetyRow(p, "x", "benign", s) for p, s in (("a b", None), ("c", "y z"), ("a b", None), ("a b", "y z"))]
+    said = model_responses(model, chat_tokenizer, rows, batch_size=2)
+    plain, other = (
+        generate(model, chat_tokenizer, ["a b"]),
+        respond(model, chat_tokenizer, prompt_tokens(chat_tokenizer, ["c", "a b"], RowFormat("y z"))),
+    )
+    assert said == [plain[0], other[0].text, plain[0], other[1].text]
+    assert len(set(said)) > 1
 
 
 def test_a_row_has_all_its_reasons_once():

@@ -69,23 +69,6 @@ def load_judge(which: str | Mapping[str, Any] | Judge | Callable[[str, str], boo
     return FunctionJudge(which)
 
 
-def load_harm_judge(which: str) -> Judge:
-    """Return the judge of a name, told to decide harm; ConfigError as `load_judge`, and for one that decides refusals.
-
-    Whether an answer that complies is harmful, a judge of refusals cannot tell.
-    """
-    name = _spelled(which)[0]
-    if "decides" in inspect.signature(JUDGES[name]).parameters:
-        return load_judge({"name": which, "decides": "harm"})
-    judge = load_judge(which)
-    if decides(judge) != "harm":
-        raise ConfigError(
-            f"judge {which!r} decides refusals, and an answer that complies need not be harmful: give a judge of harm, "
-            "such as llamaguard, wildguard or shieldgemma"
-        )
-    return judge
-
-
 def _spelled(spec: str) -> tuple[str, str]:
     """The name and its argument."""
     name, colon, argument = spec.partition(":")
