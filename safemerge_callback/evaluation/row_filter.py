@@ -87,15 +87,15 @@ def judge_reasons(judge: Judge, exchanges: Sequence[SafetyRow], failures: list[s
 
 
 def refusal_reasons(
-    judge: Judge, exchanges: Sequence[SafetyRow], own: Sequence[str], failures: list[str]
+    judge: Judge, exchanges: Sequence[SafetyRow], said: Sequence[str], failures: list[str]
 ) -> list[str | None]:
     """Return why each exchange is dropped, or None: where the aligned model refuses its question and it does not.
 
-    `own` are what the aligned model says itself to each question (`model_responses`); the judge decides refusals, of
+    `said` is what the aligned model says itself to each question (`model_responses`); the judge decides refusals, of
     both. What it comes to no verdict on stays, and is said in `failures`.
     """
     prompts = [row.prompt for row in exchanges]
-    refused = judged(judge, prompts, own, failures=failures)
+    refused = judged(judge, prompts, said, failures=failures)
     verdicts = judged(judge, prompts, [row.response for row in exchanges], failures=failures)
     reason = f"the aligned model refuses its question, and its answer does not ({name_of(judge)})"
     return [
