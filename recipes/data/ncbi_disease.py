@@ -40,7 +40,8 @@ def ncbi_disease_examples(split: str = "train", folder: str | None = None) -> li
     """
     check_split("ncbi_disease", split, SPLITS)
     if folder is None:
-        return [ncbi_disease_row(sentence) for sentence in hub_sentences(load_rows(_HUB, None, split, _REVISION))]
+        rows = load_rows(_HUB, None, split, _REVISION, otherwise=", or give a folder of IOB files: ncbi_disease:FOLDER")
+        return [ncbi_disease_row(sentence) for sentence in hub_sentences(rows)]
     return [ncbi_disease_row(sentence) for sentence in read_iob(iob_file(folder, split))]
 
 

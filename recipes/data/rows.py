@@ -23,10 +23,23 @@ def check_split(data: str, split: str, allowed: tuple[str, ...] = ("train", "tes
         raise ConfigError(f"split {split!r} of data {data!r} does not exist: choose {choice}{nearest(split, allowed)}")
 
 
-def load_rows(dataset: str, config: str | None, split: str, revision: str | None = None) -> Iterable[Mapping[str, Any]]:
-    """Return the rows of a split; ConfigError where `datasets` is not installed."""
+def load_rows(
+    dataset: str, config: str | None, split: str, revision: str | None = None, *, otherwise: str = ""
+) -> Iterable[Mapping[str, Any]]:
+    """Return the rows of a split; ConfigError where `datasets` is not installed, or the Hub does not give them.
+
+    `otherwise` ends the sentence: what else would do.
+    """
     try:
         from datasets import load_dataset
     except ImportError:
         raise ConfigError(f"{dataset!r} needs datasets: pip install 'safemerge-callback[recipes]'") from None
-    return load_dataset(dataset, config, split=split, revision=revision)
+    # Whatever the library raises: its errors have no common kind.
+    try:
+        return load_dataset(dataset, config, split=split, revision=revision)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ConfigError(
+            f"split {split!r} of {dataset!r} cannot be had from the Hub ({type(error).__name__}: {reason}): go online "
+            f"once{otherwise}"
+        ) from error

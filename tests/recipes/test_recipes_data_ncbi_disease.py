@@ -1,7 +1,9 @@
 """IOB files and the Hub's columns, read as sentences and written as lists of entities."""
 
+import re
 from pathlib import Path
 
+import datasets
 import pytest
 
 from recipes import data
@@ -123,24 +125,43 @@ def test_every_right_answer_of_the_corpus_says_what_is_tagged():
 
 
 def of_the_hub(rows):
-    from datasets import ClassLabel, Dataset, Features, List, Value
+    tags = datasets.List(datasets.ClassLabel(names=["O", "B-Disease", "I-Disease"]))
+    text = datasets.Value("string")
+    columns = {"id": text, "tokens": datasets.List(text), "ner_tags": tags}
+    return datasets.Dataset.from_list(rows, features=datasets.Features(columns))
 
-    tags = List(ClassLabel(names=["O", "B-Disease", "I-Disease"]))
-    columns = {"id": Value("string"), "tokens": List(Value("string")), "ner_tags": tags}
-    return Dataset.from_list(rows, features=Features(columns))
 
-
-def test_the_hubs_rows_are_the_same_sentences(monkeypatch):
+def test_the_hubs_rows_are_the_same_sentences(monkeypatch, tmp_path):
+    """Read by `datasets` itself, from parquet files that lie as in the Hub's own conversion."""
     numbers = [("O", "B-Disease", "I-Disease").index(tag) for tag in SENTENCE.tags]
-    rows = [
-        {"id": "0", "tokens": list(SENTENCE.tokens), "ner_tags": numbers},
-        {"id": "1", "tokens": [], "ner_tags": []},
-    ]
-    asked_for = []
-    monkeypatch.setattr(ncbi_disease, "load_rows", lambda *place: asked_for.append(place) or of_the_hub(rows))
+    rows = [{"id": "0", "tokens": list(SENTENCE.tokens), "ner_tags": numbers}]
+    rows.append({"id": "1", "tokens": [], "ner_tags": []})
+    for split in ("train", "validation", "test"):
+        (tmp_path / "hub" / "ncbi_disease" / split).mkdir(parents=True)
+        of_the_hub(rows).to_parquet(tmp_path / "hub" / "ncbi_disease" / split / "0000.parquet")
+    monkeypatch.setattr(ncbi_disease, "_HUB", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     assert data.load_examples("ncbi_disease", "validation") == [ncbi_disease_row(SENTENCE)]
-    assert asked_for == [("ncbi/ncbi_disease", None, "validation", "refs/convert/parquet")]
     assert list(hub_sentences([{"tokens": SENTENCE.tokens, "ner_tags": SENTENCE.tags}])) == [SENTENCE]
+
+
+def test_a_hub_that_is_out_of_reach_says_what_else_would_do(monkeypatch):
+    places = []
+
+    def out_of_reach(*place, **more):
+        places.append((*place, more))
+        raise ConnectionError("no network\nat all")
+
+    monkeypatch.setattr(datasets, "load_dataset", out_of_reach)
+    sentence = (
+        "split 'test' of 'ncbi/ncbi_disease' cannot be had from the Hub (ConnectionError: no network): go online once, "
+        "or give a folder of IOB files: ncbi_disease:FOLDER"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(sentence)}$"):
+        data.load_examples("ncbi_disease", "test")
+    assert places == [("ncbi/ncbi_disease", None, {"split": "test", "revision": "refs/convert/parquet"})]
+    with pytest.raises(ConfigError, match=r"'openai/gsm8k' cannot .* go online once$"):
+        data.load_examples("gsm8k")
 
 
 @pytest.mark.parametrize(
