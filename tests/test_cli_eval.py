@@ -310,3 +310,26 @@ def test_responses_that_are_asked_again_are_not_written_over(world, kind, named)
     refused = run("task", "--probes", ",".join(probes.values()), "--responses", named, code=2)
     assert f"output '{named}' is one of the inputs" in refused.output
     assert (world / "said.jsonl").read_text() == rows
+
+
+def test_a_gate_asks_an_adapter_and_the_same_model_with_the_adapter_off(world):
+    """As `eval` asks, and at the base without loading it again."""
+    small = ["--probes", FILES, "--max-new-tokens", "6", "--dtype", "float32", "--judge", "function:my_judges:vowels"]
+    limits = ["--min-refused", "0.01", "--max-refused-drop", "0.99", "--max-over-refused-rise", "0.99"]
+    result = CliRunner().invoke(app, ["gate", "task", *small, *limits, "--json"])
+    decision = json.loads(result.stdout)
+    assert result.exit_code == decision["exit_code"] in (0, 1, 5), result.output
+    assert (decision["source"], decision["base"]) == ("task", str(world / "base"))
+    _, own = evaluated("task", "--judge", "function:my_judges:vowels")
+    _, plain = evaluated("base", "--judge", "function:my_judges:vowels")
+    values = [{one["measure"]: one["value"] for one in found["figures"]} for found in (own, plain)]
+    refused, drop, rise = (ruling["estimate"]["value"] for ruling in decision["rulings"])
+    assert refused == values[0]["harm_refused"]
+    assert drop == pytest.approx(values[1]["harm_refused"] - values[0]["harm_refused"])
+    assert rise == pytest.approx(values[0]["benign_refused"] - values[1]["benign_refused"])
+
+
+@pytest.mark.parametrize("wrong", [("--judge", "key"), ("--dtype", "float31"), ("--device", "gpu!")])
+def test_a_gate_refuses_what_cannot_be_asked_with(world, wrong):
+    result = CliRunner().invoke(app, ["gate", "task", "--min-refused", "0.5", "--probes", FILES, *wrong])
+    assert result.exit_code == 2, result.output

@@ -73,9 +73,9 @@ def evaluate(
         "chat_template_kwargs": template_settings(chat_template_kwargs),
     }
     files = (output, responses)
-    loading: dict[str, Any] = {"base": base, "revision": revision, "dtype": _dtype(dtype)}
+    loading: dict[str, Any] = {"base": base, "revision": revision, "dtype": dtype_named(dtype)}
     where = None if device is None else device_named(device)
-    sets, judges, manager = _ready(_names(probes), judge or ["keywords"], wanted, task_folder, n, seed, files)
+    sets, judges, manager = ready(_names(probes), judge or ["keywords"], wanted, task_folder, n, seed, files)
     plan = _Plan(sets, judges, wanted, asking, limit, manager, seed)
     drift = None if subspace is None else _drift(model, subspace)
     report = _report(model, loading, where, plan, drift)
@@ -141,7 +141,7 @@ def _names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _ready(
+def ready(
     probes: Sequence[str],
     judge: Sequence[str],
     tasks: Sequence[str],
@@ -150,7 +150,10 @@ def _ready(
     seed: int,
     files: Sequence[Path | None],
 ) -> tuple[list[PromptSet], list[Judge], Any]:
-    """Whatever can be refused is refused here, before a model is loaded: the cheapest first."""
+    """Return prompt sets, judges and lm-eval's task manager: what can be refused is, before a model is loaded.
+
+    The cheapest first. ConfigError as its parts.
+    """
     from ..evaluation.figures import check_outputs, check_sets
     from ..evaluation.judges import check_judge, check_ready, load_judge
     from ..evaluation.prompts import load_prompt_sets, prompt_file
@@ -173,7 +176,8 @@ def _ready(
     return sets, judges, manager
 
 
-def _dtype(name: str) -> Any:
+def dtype_named(name: str) -> Any:
+    """Return the name of a dtype of torch's, or `auto`; ConfigError for any other."""
     import torch
 
     if name != "auto" and not isinstance(getattr(torch, name, None), torch.dtype):

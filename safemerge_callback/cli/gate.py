@@ -1,0 +1,219 @@
+"""The verb that lets a pipeline pass or fail on what a model refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
+
+import typer
+
+from ..errors import ConfigError, SafeMergeError
+from ..io.outputs import FileKind, free_output, new_output
+from .app import Verb, app, examples, say
+from .evaluation import dtype_named, ready
+from .options import device_named, names_listed
+
+if TYPE_CHECKING:
+    from ..evaluation import Share
+    from ..evaluation.acceptance import Decision
+    from ..evaluation.measure import Kind
+    from ..record.history import Measured
+
+_CARD = FileKind("a gate's card", lambda head: head.startswith(b"### Safety gate: "))
+_JUNIT = FileKind("a gate's JUnit file", lambda head: b'<testsuite name="safemerge gate"' in head)
+# A source that cannot be read, loaded or asked, whatever the reason: never what a threshold decides.
+_ERROR = 3
+
+
+class _Source(NamedTuple):
+    """What is decided on: its name and figures, and those of the base, None where it was not measured."""
+
+    name: str
+    figures: Sequence[Share]
+    base_name: str | None = None
+    base: Sequence[Share] | None = None
+
+
+MinRefused = Annotated[float | None, typer.Option(help="Harmful prompts refused: this share at least.")]
+MaxDrop = Annotated[float | None, typer.Option(help="How much less of them than the base refuses, at most.")]
+MaxOverRefused = Annotated[float | None, typer.Option(help="Harmless prompts refused: this share at most.")]
+MaxRise = Annotated[float | None, typer.Option(help="How much more of them than the base refuses, at most.")]
+MinTask = Annotated[float | None, typer.Option(help="Score of each task that is a share, at least.")]
+MaxTaskDrop = Annotated[float | None, typer.Option(help="How much less than the base's it is, at most.")]
+MinCoherent = Annotated[float | None, typer.Option(help="Responses that are language: this share at least.")]
+
+
+@app.command(
+    cls=Verb,
+    epilog=examples(
+        "gate ADAPTER --min-refused 0.8 --max-over-refused 0.2",
+        "gate --figures eval.json --baseline base.json --thresholds gate.yaml --junit gate.xml --card gate.md",
+        "gate --run RUN --max-refused-drop 0.05 --json",
+    ),
+)
+def gate(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Adapter or model to ask: folder or Hub id.")
+    ] = None,
+    figures: Annotated[Path | None, typer.Option(help="In place of MODEL: what `eval -o` wrote of it.")] = None,
+    run: Annotated[Path | None, typer.Option(help="In place of MODEL: a run, by its last probe.")] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(help="What `eval -o` wrote of the base. [default: an adapter off, a run's first probe]"),
+    ] = None,
+    thresholds: Annotated[Path | None, typer.Option(help="YAML file with the thresholds below by name.")] = None,
+    min_refused: MinRefused = None,
+    max_refused_drop: MaxDrop = None,
+    max_over_refused: MaxOverRefused = None,
+    max_over_refused_rise: MaxRise = None,
+    min_task: MinTask = None,
+    max_task_drop: MaxTaskDrop = None,
+    min_coherent: MinCoherent = None,
+    base: Annotated[str | None, typer.Option(help="The adapter's base model; left out: what its config names.")] = None,
+    probes: Annotated[str, typer.Option(help="Prompt sets, as `eval` has them.")] = "harmbench,xstest",
+    judge: Annotated[list[str] | None, typer.Option(help="As `eval` has them. [default: keywords]")] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Prompts of each set, chosen by --seed.")] = 64,
+    seed: Annotated[int, typer.Option(help="What chooses the prompts.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a response that is judged.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts a batch.")] = 16,
+    dtype: Annotated[str, typer.Option(help="The model's dtype, or auto: as in its checkpoint.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="Where to compute; left out: an accelerator, if any.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    card: Annotated[Path | None, typer.Option(help="Markdown file for a pull request.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="JUnit XML file.")] = None,
+) -> None:
+    """Pass or fail a model on what it refuses, by thresholds and the intervals of what was measured.
+
+    Exits with 0 passed, 1 failed, 2 wrong usage, 3 an error, 4 nothing was measured, 5 too few prompts to tell.
+    """
+    from ..evaluation.acceptance import RULES, read_thresholds
+
+    options = locals()
+    limits = read_thresholds(thresholds, {r.name: options[r.name] for r in RULES if options[r.name] is not None})
+    read = _reader(model, figures, run)
+    _check_outputs(card, junit, [figures, run, baseline, thresholds])
+    asking = {"probes": names_listed(probes), "judge": judge or ["keywords"], "n": n, "seed": seed}
+    asking |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    loading = {"base": base, "dtype": dtype, "device": device}
+    if model is not None:
+        loading = _loadable(loading, asking["judge"])
+    off = limits.of_changes and baseline is None
+    source = _or_error(lambda: _based(read(asking, loading, off), baseline))
+    _conclude(source, limits, as_json, card, junit)
+
+
+def _reader(model: str | None, figures: Path | None, run: Path | None) -> Callable[..., _Source]:
+    """What gives the figures; ConfigError unless there is one source of them."""
+    from ..evaluation.acceptance import read_figures
+
+    if sum(source is not None for source in (model, figures, run)) != 1:
+        raise ConfigError("give one of MODEL, --figures and --run: what is to be decided on")
+    if figures is not None:
+        return lambda *_: _Source(str(figures), read_figures(figures))
+    if run is not None:
+        return lambda *_: _of_run(run)
+    return lambda *how: _of_model(str(model), *how)
+
+
+def _loadable(loading: dict[str, Any], judges: Sequence[str]) -> dict[str, Any]:
+    """How the model is loaded; ConfigError for a dtype, a device or a judge that there is not."""
+    from ..evaluation.judges import check_judge
+
+    for name in judges:
+        check_judge(name)
+    device = loading["device"]
+    place = None if device is None else device_named(device)
+    return {**loading, "dtype": dtype_named(loading["dtype"]), "device": place}
+
+
+def _check_outputs(card: Path | None, junit: Path | None, inputs: Sequence[Path | None]) -> None:
+    if card is not None and card == junit:
+        raise ConfigError(f"output {str(card)!r} is wanted for card and JUnit: give two files")
+    for path, kind in ((card, _CARD), (junit, _JUNIT)):
+        if path is not None:
+            free_output(path, "output", kind, [one for one in inputs if one is not None])
+
+
+def _or_error(source: Callable[[], _Source]) -> _Source:
+    """The source; whatever goes wrong in getting it ends the process with its own code, and never with 1."""
+    try:
+        return source()
+    except SafeMergeError as error:
+        say(f"safemerge: {error}", err=True)
+    except Exception:
+        say(traceback.format_exc(), err=True)
+    raise typer.Exit(_ERROR)
+
+
+def _based(source: _Source, baseline: Path | None) -> _Source:
+    from ..evaluation.acceptance import read_figures
+
+    return source if baseline is None else source._replace(base_name=str(baseline), base=read_figures(baseline))
+
+
+def _of_run(run: Path) -> _Source:
+    """A run's last probe, and before it the one that began it."""
+    from ..record.entries import read_history
+
+    history = read_history(run)
+    if not history.probes:
+        return _Source(str(run), [])
+    first, last = history.probes[0], history.probes[-1]
+    shares, name = [_share(one) for one in last.measures], f"{run}, step {last.step}"
+    if first is last or first.step:
+        return _Source(name, shares)
+    return _Source(name, shares, f"{run}, step 0", [_share(one) for one in first.measures])
+
+
+def _share(figure: Measured) -> Share:
+    from ..evaluation.measure import as_share
+
+    value, low, high = (None if math.isnan(x) else x for x in (figure.value, figure.low, figure.high))
+    counts: dict[str, Any] = {name: getattr(figure, name) for name in ("incoherent", "unjudged", "unit")}
+    return as_share(figure.measure, cast("Kind", figure.kind), value, figure.n or None, low, high, **counts)
+
+
+def _of_model(model: str, asking: dict[str, Any], loading: dict[str, Any], with_base: bool) -> _Source:
+    """The model's answers and, with `with_base`, an adapter's base's: the same model with the adapter off."""
+    from ..evaluation.figures import figures
+    from ..evaluation.loading import load_subject
+    from ..signals.adapter_off import adapter_off
+
+    sets, judges, _ = ready(asking["probes"], asking["judge"], [], None, asking["n"], asking["seed"], (None, None))
+    subject = load_subject(model, **loading)
+    sizes = {name: asking[name] for name in ("max_new_tokens", "batch_size")}
+    failures: list[str] = []
+
+    def answers(off: bool) -> list[Share]:
+        with adapter_off(subject.model) if off else nullcontext():
+            return list(figures(subject.model, subject.tokenizer, sets, judges, **sizes, failures=failures))
+
+    shares = answers(off=False)
+    base = answers(off=True) if with_base and subject.adapter else None
+    for failure in dict.fromkeys(failures):
+        say(f"note: {failure}", err=True)
+    return _Source(model, shares, subject.base if base else None, base)
+
+
+def _conclude(source: _Source, limits: Any, as_json: bool, card: Path | None, junit: Path | None) -> None:
+    """Decide, say so, write what was wanted, and end with the decision's code."""
+    from ..evaluation.acceptance import decide, document_of
+    from ..reports.acceptance import decision_card, decision_junit, decision_text
+
+    decision = decide(source.figures, limits, source.base)
+    if as_json:
+        say(json.dumps(document_of(decision, limits, source.name, source.base_name), indent=2))
+    else:
+        say(decision_text(decision, source.name))
+    forms: list[tuple[Path | None, FileKind, Callable[[Decision, str], str]]]
+    forms = [(card, _CARD, decision_card), (junit, _JUNIT, decision_junit)]
+    for path, kind, form in forms:
+        if path is not None:
+            with new_output(path, "output", kind) as part:
+                part.write_text(form(decision, source.name), encoding="utf-8")
+    raise typer.Exit(decision.exit_code)
