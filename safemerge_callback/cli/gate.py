@@ -97,7 +97,7 @@ def gate(
     limits = read_thresholds(thresholds, {r.name: options[r.name] for r in RULES if options[r.name] is not None})
     read = _reader(model, figures, run)
     _check_outputs(card, junit, [figures, run, baseline, thresholds])
-    asking = {"probes": names_listed(probes), "judge": judge or ["keywords"], "n": n, "seed": seed}
+    asking: dict[str, Any] = {"probes": names_listed(probes), "judge": judge or ["keywords"], "n": n, "seed": seed}
     asking |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     loading = {"base": base, "dtype": dtype, "device": device}
     if model is not None:

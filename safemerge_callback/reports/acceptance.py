@@ -37,11 +37,12 @@ def decision_junit(decision: Decision, source: str) -> str:
     cases = decision.rulings
     errors = [one for one in cases if one.outcome == "not_measured"]
     failures = [one for one in cases if one.outcome in ("failed", "undecided")]
-    counts = {"tests": str(len(cases)), "failures": str(len(failures)), "errors": str(len(errors))}
-    suite = ElementTree.Element("testsuite", name="safemerge gate", **counts)
+    suite = ElementTree.Element("testsuite", name="safemerge gate")
+    for name, counted in (("tests", cases), ("failures", failures), ("errors", errors)):
+        suite.set(name, str(len(counted)))
     for ruling in cases:
-        name = f"{ruling.rule} {ruling.measure or ''}".strip()
-        case = ElementTree.SubElement(suite, "testcase", classname=printable(source), name=printable(name))
+        label = printable(f"{ruling.rule} {ruling.measure or ''}".strip())
+        case = ElementTree.SubElement(suite, "testcase", classname=printable(source), name=label)
         if ruling in errors or ruling in failures:
             tag = "error" if ruling in errors else "failure"
             fault = ElementTree.SubElement(case, tag, type=ruling.outcome, message=printable(ruling.reason))
