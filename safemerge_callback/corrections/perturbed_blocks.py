@@ -179,23 +179,37 @@ def moved_along(
 ) -> list[Tensor]:
     """Return what moves the outputs (n, t, d) of L blocks along their gradients; nothing waits for the device.
 
-    With `rho` the norm over all blocks and rows is that. With `share` each row's is that share of the norm of its own
-    outputs, whatever rows are beside it. 0 where a gradient is 0 or not finite.
+    With `rho` the norm over all blocks and rows is that. With `share` each row's is that share of `typical_norms`,
+    whatever rows are beside it. 0 where a gradient is 0 or not finite.
     """
     lengths = _norms(gradients, per_row=rho is None)
-    wanted = lengths.new_tensor(rho) if rho is not None else (share or 0.0) * _norms(outputs, per_row=True)
-    factor = torch.where((lengths > 0) & lengths.isfinite(), wanted / lengths, 0.0)
-    return [
-        torch.where(factor.view(-1, *[1] * (g.ndim - 1)) > 0, factor.view(-1, *[1] * (g.ndim - 1)) * g, 0.0)
-        for g in gradients
-    ]
+    wanted = lengths.new_tensor(rho) if rho is not None else (share or 0.0) * typical_norms(outputs, gradients)
+    factor = torch.where((lengths > 0) & lengths.isfinite(), wanted / lengths, 0.0).view(-1, 1, 1)
+    return [torch.where(factor > 0, factor * gradient, 0.0) for gradient in gradients]
+
+
+def typical_norms(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """Return of each row the norm (n,) that its outputs would have if all positions were as the median one.
+
+    A few positions, the first among them, have outputs some hundred times as large as all others, which say nothing of
+    how far the others may be moved. Positions without a gradient, such as padding, do not count.
+    """
+    squares = []
+    for output, gradient in zip(outputs, gradients, strict=True):
+        counts = (gradient != 0).any(-1)
+        sizes = torch.where(counts, _wide(output, outputs[0]).norm(dim=-1), torch.nan)
+        squares.append(sizes.nanmedian(1).values.nan_to_num(0.0).square() * counts.sum(1))
+    return torch.stack(squares).sum(0).sqrt()
 
 
 def _norms(tensors: Sequence[Tensor], *, per_row: bool) -> Tensor:
     """The norm of all of them together, (1,), or of each row's, (n,); at least in float32."""
-    wide = torch.promote_types(tensors[0].dtype, torch.float32)
-    squares = torch.stack([t.to(tensors[0].device, wide).flatten(1).square().sum(1) for t in tensors]).sum(0)
+    squares = torch.stack([_wide(tensor, tensors[0]).flatten(1).square().sum(1) for tensor in tensors]).sum(0)
     return squares.sqrt() if per_row else squares.sum(0, keepdim=True).sqrt()
+
+
+def _wide(tensor: Tensor, first: Tensor) -> Tensor:
+    return tensor.to(first.device, torch.promote_types(first.dtype, torch.float32))
 
 
 def _states(output: Any) -> Tensor:

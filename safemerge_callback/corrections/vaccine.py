@@ -38,7 +38,7 @@ def check_perturbation(rho: Any, share: Any) -> float | None:
     if rho is not None and share is not None:
         raise ConfigError(
             f"rho {shown(rho)} and share {shown(share)} are both given: give rho, the norm over a batch, or share, of "
-            "the norm of each row's outputs"
+            "what each row's outputs are"
         )
     return float(share if share is not None else SHARE) if rho is None else None
 
@@ -47,9 +47,9 @@ def check_perturbation(rho: Any, share: Any) -> float | None:
 class VaccineSettings(Schedule):
     """What `vaccine` reads of its entry in the list of corrections.
 
-    Each row's perturbation has the norm `share` times that of its blocks' outputs (0.02 if neither is given); or that
-    of a whole batch the norm `rho`, in the paper's own unit. 0 is absence. `blocks`: a pattern of the paths of modules
-    to perturb (None: the attention blocks).
+    Each row's perturbation has the norm `share` times the `typical_norms` of its blocks' outputs (`SHARE` if neither is
+    given); or that of a whole batch the norm `rho`, in the paper's own unit. 0 is absence. `blocks`: a pattern of the
+    paths of modules to perturb (None: the attention blocks).
     """
 
     share: float | None = None

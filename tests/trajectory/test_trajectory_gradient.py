@@ -10,7 +10,7 @@ import torch
 from safemerge_callback import live_factors
 from tests.support.ranks import finish, run_on, started
 from tests.trajectory.engines import gradient as engine_runs
-from tests.trajectory.engines.gradient import BAD, CLIP, RATE, STEPS, WEIGHT, inner, row_batch
+from tests.trajectory.engines.gradient import AWAY, BAD, CLIP, RATE, STEPS, WEIGHT, inner, row_batch
 from tests.trajectory.test_trajectory_engines import DEEPSPEED, TORCH, same_bits, skip_without_its_package
 
 FP32 = 1e-5
@@ -25,8 +25,8 @@ class Reference:
             if type(module).__name__ == "LlamaRMSNorm":
                 module.forward = functools.partial(rms_norm, module)
 
-    def at(self, factors, batches):
-        """The gradient of the mean loss over these batches, one flat vector."""
+    def at(self, factors, batches, further=None):
+        """The gradient of the mean loss over these batches, one flat vector; of factors that have so much more."""
         parameters = []
         with torch.no_grad():
             for name, (A, B) in factors.items():
@@ -34,6 +34,9 @@ class Reference:
                 live.A.copy_(A)
                 live.B.copy_(B)
                 parameters += [live.A, live.B]
+            if further is not None:
+                now = torch.nn.utils.parameters_to_vector(parameters)
+                torch.nn.utils.vector_to_parameters(now + further, parameters)
         self.model.zero_grad()
         torch.stack([loss(self.model, ids) for ids in batches]).mean().backward()
         return torch.cat([p.grad.flatten() for p in parameters])
@@ -81,6 +84,8 @@ class Steps:
         rows = [row_batch(rank, step)["input_ids"] for rank in range(self.ranks)]
         before = self.steps[step - 1]
         task, term = self.reference.at(before, batches), WEIGHT * self.reference.at(before, rows)
+        if self.what == "series":
+            term = term - WEIGHT * self.reference.at(before, rows, -AWAY * term / term.norm())
         # At stage 0 DeepSpeed 0.19 divides by the accumulation once more a loss that it is given as the model gave it.
         return (task / self.each if self.job.startswith("zero0") else task), term
 
@@ -143,6 +148,7 @@ REFUSED = {
     "callback in a variable, say guard, and add the line guard.attach(trainer) before trainer.train(); or leave it out",
     "zero2:fp32:1:unmanaged": "'rows' adds a gradient, and DeepSpeed's managed_gradient_accumulation is false",
     "zero2:fp32:1:apart": "'rows_apart' keeps its gradient apart from the task's, and DeepSpeed shows neither",
+    "zero2:fp32:1:series": "'rows_in_series' makes its gradient of several passes, and DeepSpeed shows none of them",
 }
 
 
@@ -150,7 +156,7 @@ def test_an_engine_adds_the_mean_over_the_ranks(world, tmp_path):
     """And drops it on both ranks where the loss is NaN on one, without any trace in the steps after."""
     deepspeed = importlib.util.find_spec("deepspeed") is not None
     dropped = ["ddp:fp32:4:nan", "fsdp2:fp32:4:nan", *(["zero2:fp32:1:nan", "zero3:fp32:4:nan"] if deepspeed else [])]
-    exact = [*dropped, "ddp:fp32:1:apart", "fsdp2:fp32:1:apart", "ddp:fp32:4:clipped"]
+    exact = [*dropped, "ddp:fp32:1:apart", "fsdp2:fp32:1:apart", "fsdp2:fp32:4:series", "ddp:fp32:4:clipped"]
     refused = REFUSED if deepspeed else {}
     # FSDP2 looks at what is trained once, and in mixed precision no gradient comes where it saw nothing.
     referred = "fsdp2:bf16:1:referred"
@@ -176,7 +182,7 @@ ACCUMULATIONS = (1, 4)
 
 
 def jobs_of(engine, dtype):
-    kinds = (*WHOLE[dtype], *(["apart"] if dtype == "fp32" and engine not in DEEPSPEED else []))
+    kinds = (*WHOLE[dtype], *(["apart", "series"] if dtype == "fp32" and engine not in DEEPSPEED else []))
     return [f"{engine}:{dtype}:{each}:{kind}" for each in ACCUMULATIONS for kind in kinds]
 
 

@@ -3,13 +3,14 @@
     main(WORLD, OUT, JOB...)      where a JOB is engine:dtype:accumulation:what
 
 `what` is `added` (rows of this rank's own in every step), `clipped` (the same, and the gradient's norm bounded), `nan`
-(the loss is NaN on the last rank at step 3), `apart` (the gradient joins by a rule of its own), `referred` (the model
-is first asked with its adapter off), `zero` (weight 0) or `none` (no term), these two with dropout, or `bare` (no term,
-no dropout). With `+attached` behind it the trainer is handed over, as it always is under DeepSpeed. Each process writes
-OUT/<job, with dashes>-rank<n>.pt: the factors before the first step and after each, and the batches that it was given.
+(the loss is NaN on the last rank at step 3), `apart` (the gradient joins by a rule of its own), `series` (it is made of
+two passes, the second at another point), `referred` (the model is first asked with its adapter off), `zero` (weight 0)
+or `none` (no term), these two with dropout, or `bare` (no term, no dropout). With `+attached` behind it the trainer is
+handed over, as it always is under DeepSpeed. Each process writes OUT/<job, with dashes>-rank<n>.pt: the factors before
+the first step and after each, and the batches that it was given.
 
-What is refused before the first step, `unattached` (no trainer), `unmanaged` (DeepSpeed's accumulation is its caller's)
-or `apart` under DeepSpeed, writes the words.
+What is refused before the first step, `unattached` (no trainer), `unmanaged` (DeepSpeed's accumulation is its
+caller's), `apart` or `series` under DeepSpeed, writes the words.
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from safemerge_callback.corrections.protocol import TermPass
 from safemerge_callback.corrections.registry import correction
 from safemerge_callback.corrections.schedule import Schedule
 from safemerge_callback.errors import ConfigError
@@ -27,6 +29,8 @@ from safemerge_callback.signals.model_state import preserve_state
 from tests.trajectory.engines.run import RANK, WORLD_SIZE, check_marks, copies, each_of, forget, settings
 
 STEPS, RATE, WEIGHT, CLIP, BAD = 8, 0.5, 0.75, 0.25, 3
+# How far the second pass of `series` is from the first.
+AWAY = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +79,22 @@ class RowsApart(Rows):
         return [2 * o + t - share * o for t, o in zip(task, own, strict=True)]
 
 
+class RowsInSeries:
+    """The gradient of those rows, less the one that they have further down it."""
+
+    name = "rows_in_series"
+
+    def __init__(self, settings):
+        self.schedule, self.weight = settings, settings.weight
+
+    def passes(self, at, model, trained):
+        def loss(model):
+            return model(**row_batch(RANK, at.step + 1)).loss
+
+        gradient = yield TermPass(1.0, loss)
+        yield TermPass(-1.0, loss, gradient * (-AWAY / trained.norm(gradient)))
+
+
 def inner(left, right):
     return sum((x * y).sum() for x, y in zip(left, right, strict=True))
 
@@ -100,11 +120,17 @@ def rows_referred(settings):
     return RowsReferred(settings)
 
 
+@correction(RowSettings, cost="two passes each way")
+def rows_in_series(settings):
+    return RowsInSeries(settings)
+
+
 LISTED = {
     "added": [{"rows": {}}],
     "clipped": [{"rows": {}}],
     "nan": [{"rows": {"bad": True}}],
     "apart": [{"rows_apart": {}}],
+    "series": [{"rows_in_series": {}}],
     "referred": [{"rows_referred": {}}],
     "zero": [{"rows": {"weight": 0}}],
     "none": None,
