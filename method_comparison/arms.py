@@ -8,8 +8,10 @@ from typing import Any, Literal, get_args
 
 from safemerge_callback.errors import ConfigError, nearest
 
-Kind = Literal["model", "train", "posthoc"]
+Kind = Literal["model", "train", "posthoc", "search"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+# Those that merge the adapter of another arm.
+MERGES: tuple[Kind, ...] = ("posthoc", "search")
 
 
 @dataclass(frozen=True)
@@ -17,8 +19,9 @@ class Arm:
     """One arm of the grid.
 
     kind: `train` is a run of recipes/finetune.py, `settings` what differs from the grid's own; `posthoc` merges the
-        adapter of the arm `parent`, `settings` are those of `safemerge_callback.offline.merge_adapters`; `model`
-        evaluates the grid's model as it is, or the one that `settings` names as `model`.
+        adapter of the arm `parent`, `settings` are those of `safemerge_callback.offline.merge_adapters`; `search` does
+        it with coefficients that rows choose, by `search_merge` and its `SearchSettings`; `model` evaluates the grid's
+        model as it is, or the one that `settings` names as `model`.
     family: the front that this is a point of, its own name where nothing is said: several strengths of one method are
         one arm in the comparison.
     total_weight_of: a `train` arm; its total task weight over all merges becomes this arm's one merge's.
@@ -81,8 +84,10 @@ def _check_parent(arm: Arm, arms: Mapping[str, Arm]) -> None:
     for key, other in (("parent", arm.parent), ("total_weight_of", arm.total_weight_of)):
         if other is None:
             continue
-        if arm.kind != "posthoc":
-            raise ConfigError(f"arm {arm.name!r}: {key} is for kind posthoc, and this is kind {arm.kind}: drop it")
+        if arm.kind not in MERGES:
+            raise ConfigError(
+                f"arm {arm.name!r}: {key} is for kind {' and '.join(MERGES)}, and this is kind {arm.kind}: drop it"
+            )
         if other not in arms:
             raise ConfigError(
                 f"arm {arm.name!r}: {key} {other!r} is no arm"
@@ -90,8 +95,10 @@ def _check_parent(arm: Arm, arms: Mapping[str, Arm]) -> None:
             )
         if arms[other].kind != "train":
             raise ConfigError(f"arm {arm.name!r}: {key} {other!r} is kind {arms[other].kind}: name one that trains")
-    if arm.kind == "posthoc" and arm.parent is None:
-        raise ConfigError(f"arm {arm.name!r} is kind posthoc and names no parent: give the arm whose adapter it merges")
+    if arm.kind in MERGES and arm.parent is None:
+        raise ConfigError(
+            f"arm {arm.name!r} is kind {arm.kind} and names no parent: give the arm whose adapter it merges"
+        )
 
 
 def chosen(arms: Mapping[str, Arm], only: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,16 +20,21 @@ import yaml
 
 from recipes.data.splits import SETS, Split, prompts_of, rows_of
 from recipes.data.tasks import get_task
+from recipes.models import checkpoint
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.evaluation import Judge, Share, Transcript, load_judge, refusal_shares
 from safemerge_callback.evaluation.measure import SetKind, coherence, columns, share_of
 from safemerge_callback.io.whole_file import whole_file
 from safemerge_callback.offline import merge_adapters
+from safemerge_callback.offline.search import Opening, search_merge
 from safemerge_callback.record import JOURNAL_FILE, read_journal
 from safemerge_callback.signals import generate
+from safemerge_callback.signals.coefficients import SearchSettings
 
+from .arms import MERGES
 from .grid import Grid, GridCell
-from .resolve import adapter_of, folder_of, resolved
+from .resolve import SEARCH, adapter_of, folder_of, resolved
+from .rows import write_rows
 from .stamp import ROOT, settings_digest
 
 if TYPE_CHECKING:
@@ -37,6 +43,8 @@ RESULT, SETTINGS, MARK, LOG = "result.json", "cell.yaml", "made.json", "train.lo
 # Never published: what models answer to harmful prompts.
 RESPONSES = "responses.json"
 _LAST_LINES = 15
+# What a merge is made of, which its functions take first.
+_PARTS = ("finetuned", "safety", "subspace", "output")
 # What a cell's result holds of each.
 COLUMNS = ("measure", "n", "value", "low", "high", "outcomes")
 # Takes what a set's prompts were answered, in the order of the set.
@@ -113,8 +121,9 @@ def _make_adapter(grid: Grid, cell: GridCell, settings: Mapping[str, Any]) -> fl
     if cell.arm.kind == "train":
         shutil.rmtree(folder / "adapter", ignore_errors=True)
         _train(grid, file, folder / LOG)
-    elif cell.arm.kind == "posthoc":
-        merge_after(settings)
+    elif cell.arm.kind in MERGES:
+        write_rows(grid, cell, settings)
+        (merge_after if cell.arm.kind == "posthoc" else search_after)(settings)
     seconds = time.perf_counter() - began
     write_json(mark, {"seconds": seconds})
     return seconds
@@ -142,15 +151,36 @@ def merge_after(settings: Mapping[str, Any]) -> None:
 
     ConfigError where the parent's adapter is absent: its own cell failed.
     """
+    knobs = {key: value for key, value in settings.items() if key not in _PARTS}
+    if "base" in knobs:
+        knobs["base"] = checkpoint(knobs["base"])
+    with _merging(settings) as parts:
+        merge_adapters(*parts, **knobs)
+
+
+def search_after(settings: Mapping[str, Any]) -> None:
+    """Merge by `search_merge`, likewise; where no coefficient is better the adapter stays as it is, which is a result.
+
+    The settings are its own (`task_rows`, `safety_rows`, `rows`, `method`), `base`, and those of `SearchSettings`.
+    """
+    knobs = {key: value for key, value in settings.items() if key not in _PARTS}
+    opening = Opening(checkpoint(knobs.pop("base")))
+    search = {name: knobs.pop(name) for name in SEARCH if name in knobs}
+    with _merging(settings) as parts:
+        search_merge(*parts, settings=SearchSettings(**search), opening=opening, **knobs)
+
+
+@contextmanager
+def _merging(settings: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+    """The parts of a merge, its output removed; ConfigError where the parent's adapter is absent."""
     finetuned, output = Path(settings["finetuned"]), Path(settings["output"])
     if not (finetuned / "adapter_model.safetensors").is_file():
         raise ConfigError(f"there is no adapter to merge in {str(finetuned)!r}: look at why its own cell failed")
     shutil.rmtree(output, ignore_errors=True)
-    knobs = {key: value for key, value in settings.items() if key not in ("finetuned", "safety", "subspace", "output")}
     with warnings.catch_warnings():
         # The grid says that they are of one model; a copy of it may be called anything.
         warnings.filterwarnings("ignore", message="safemerge: base models have different names")
-        merge_adapters(finetuned, settings["safety"], settings["subspace"], output, **knobs)
+        yield finetuned, settings["safety"], settings["subspace"], output
 
 
 def evaluate_cell(

@@ -16,6 +16,7 @@ from safemerge_callback.decision import Band, Gate, Readings, measure
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.subspace import Subspace
 
+from .arms import MERGES
 from .figures import HARMFUL
 from .grid import Grid, GridCell
 from .resolve import PREFIX, adapter_of
@@ -104,7 +105,7 @@ def _drift(cell: GridCell, readings: Readings, control: Readings, result: Result
         cell.poisoned_share,
         cell.seed,
         result["date"],
-        cell.arm.kind == "posthoc" or any(key.startswith(PREFIX) for key in cell.arm.settings),
+        cell.arm.kind in MERGES or any(key.startswith(PREFIX) for key in cell.arm.settings),
         _merges_adapter(cell.arm.settings),
         float(np.mean([reading.cosine for reading in readings.values()])),
         float(np.mean(signed)),

@@ -14,7 +14,7 @@ from recipes.settings import read_settings
 from safemerge_callback.errors import ConfigError, nearest
 from safemerge_callback.signals.chat import template_settings
 
-from .arms import Arm, chosen, read_arms
+from .arms import MERGES, Arm, chosen, read_arms
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def cells_of(
     has none.
     """
     names = chosen(grid.arms, only)
-    order = sorted((grid.arms[name] for name in names), key=lambda arm: arm.kind == "posthoc")
+    order = sorted((grid.arms[name] for name in names), key=lambda arm: arm.kind in MERGES)
     cells = list(dict.fromkeys(_cells(grid, order)))
     wanted = {"seed": seeds, "task": tasks, "poisoned_share": poisoned_shares}
     for key, choice in wanted.items():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,21 @@ from recipes.finetune import PREFIX, parse_finetune
 from recipes.models import placed
 from safemerge_callback.adapters import load_adapter
 from safemerge_callback.corrections.schedule import merge_events
-from safemerge_callback.decision import KNOBS, as_gate, needs_of
+from safemerge_callback.decision import KNOBS, Choices, as_gate, needs_of
 from safemerge_callback.errors import ConfigError, SafeMergeError, nearest
 from safemerge_callback.evaluation import load_judge
 from safemerge_callback.evaluation.judges import check_ready
+from safemerge_callback.io.choices import one_of
 from safemerge_callback.methods import as_how
+from safemerge_callback.methods.how import how_knobs
+from safemerge_callback.offline.check_data import ModelRows, check_rows
+from safemerge_callback.offline.search import METHODS
+from safemerge_callback.signals.coefficients import SearchSettings
 from safemerge_callback.training.config.settings import SafeMergeConfig
 
-from .arms import Arm
+from .arms import MERGES, Arm
 from .grid import Grid, GridCell, parent_of
+from .rows import row_files
 
 # Settings of `merge_adapters` besides the knobs of its gate, and what they are where an arm does not say. The study's
 # own, whatever the defaults become and whatever knobs are added: published cells are known by the digest of these.
@@ -39,6 +46,9 @@ MERGE: dict[str, Any] = {
     "density": None,
     "majority_sign_method": "total",
 }
+# What a merge asks a model about, and the settings of a search.
+_ASKS = ("task_rows", "safety_rows", "base")
+SEARCH = tuple(knob.name for knob in fields(SearchSettings))
 # What a training cell owns: an arm that gave these would not be the cell that its name says.
 _MODEL = ("model", "model_name_or_path")
 _CELL_KEYS = ("output_dir", "data", "poisoned_share", "seed", "mixing_seed")
@@ -61,7 +71,7 @@ def resolved(grid: Grid, cell: GridCell) -> dict[str, Any]:
     """Return all that the cell runs with, JSON-able: a file for recipes/finetune.py, or the arguments of the merge."""
     if cell.arm.kind == "model":
         return {"model": cell.arm.settings.get("model", grid.model)}
-    if cell.arm.kind == "posthoc":
+    if cell.arm.kind in MERGES:
         return _merge_settings(grid, cell)
     of_the_cell = {
         "output_dir": str(adapter_of(grid, cell)),
@@ -88,11 +98,17 @@ def _on_cpu() -> bool:
 def _merge_settings(grid: Grid, cell: GridCell) -> dict[str, Any]:
     parent = parent_of(grid, cell)
     assert parent is not None, "checked when the arms were read"
-    knobs = {"subspace": "{subspace}", **MERGE, **cell.arm.settings}
+    knobs = {"subspace": "{subspace}", **_unsaid(grid, cell.arm), **cell.arm.settings}
     if cell.arm.total_weight_of:
         knobs["weights"] = total_weights(_train_settings(grid, grid.arms[cell.arm.total_weight_of], cell))
     files = {"finetuned": str(adapter_of(grid, parent)), "output": str(adapter_of(grid, cell))}
     return {**files, **{key: _placed(grid, cell, value) for key, value in knobs.items()}}
+
+
+def _unsaid(grid: Grid, arm: Arm) -> dict[str, Any]:
+    """What a merge is made with where its arm does not say; one that asks a model asks the grid's."""
+    asks = {"base": grid.model} if "task_rows" in arm.settings or "safety_rows" in arm.settings else {}
+    return {**(MERGE if arm.kind == "posthoc" else {"safety": None}), **asks}
 
 
 def _placed(grid: Grid, cell: GridCell, value: Any) -> Any:
@@ -105,8 +121,9 @@ def _placed(grid: Grid, cell: GridCell, value: Any) -> Any:
         return value
     if value == "{seed}":
         return cell.seed
-    for name in ("subspace", "random_subspace", "foreign_rows"):
-        value = value.replace("{" + name + "}", str(getattr(grid, name)))
+    files = {name: getattr(grid, name) for name in ("subspace", "random_subspace", "foreign_rows")}
+    for name, path in {**files, **row_files(grid, cell)}.items():
+        value = value.replace("{" + name + "}", str(path))
     return value
 
 
@@ -148,6 +165,8 @@ def _check(grid: Grid, cell: GridCell, file: Path) -> None:
         parse_finetune(["--config", str(file)])
     elif cell.arm.kind == "posthoc":
         _check_merge(settings)
+    elif cell.arm.kind == "search":
+        _check_search(settings)
     elif unknown := sorted(set(cell.arm.settings) - {"model"}):
         raise ConfigError(f"settings {unknown} mean nothing to kind model: give none, or model")
 
@@ -186,16 +205,31 @@ def _read_adapter(name: str) -> None:
 
 def _check_merge(settings: Mapping[str, Any]) -> None:
     knobs = {key: value for key, value in settings.items() if key in KNOBS}
-    allowed = {*MERGE, *KNOBS, "finetuned", "output", "subspace"}
+    _check_keys(settings, {*MERGE, *KNOBS, *how_knobs(), *_ASKS})
+    gate = as_gate(settings["gate"], knobs)
+    of_the_method = {name: settings[name] for name in how_knobs() if settings.get(name) is not None}
+    how = as_how(settings["method"], of_the_method)
+    if not gate.merges:
+        raise ConfigError(f"gate {gate.name!r} merges nothing: it is the parent's cell; choose another gate")
+    if "safety_adapter" in needs_of(how, gate) and settings["safety"] is None:
+        raise ConfigError("safety is missing: give the folder or Hub id of the safety adapter")
+    check_rows(Choices(gate, how), ModelRows(settings.get("task_rows"), settings.get("safety_rows")))
+
+
+def _check_search(settings: Mapping[str, Any]) -> None:
+    _check_keys(settings, {*SEARCH, *_ASKS, "safety", "method", "rows"})
+    if missing := [name for name in ("task_rows", "safety_rows") if name not in settings]:
+        raise ConfigError(
+            f"{missing[0]} is missing: a search reads rows of both kinds; give a file, or {{{missing[0]}}}"
+        )
+    SearchSettings(**{name: settings[name] for name in SEARCH if name in settings})
+    one_of(settings.get("method", METHODS[0]), METHODS, "method")
+
+
+def _check_keys(settings: Mapping[str, Any], allowed: Iterable[str]) -> None:
+    allowed = {*allowed, "finetuned", "output", "subspace"}
     for key in settings:
         if key not in allowed:
             raise ConfigError(
                 f"setting {key!r} is unknown{nearest(key, allowed, then=f'choose among {sorted(allowed)}')}"
             )
-    gate = as_gate(settings["gate"], knobs)
-    of_the_method = {name: settings[name] for name in ("space", "density", "majority_sign_method")}
-    how = as_how(settings["method"], {**of_the_method, "weights": settings["weights"] or _WEIGHTS})
-    if not gate.merges:
-        raise ConfigError(f"gate {gate.name!r} merges nothing: it is the parent's cell; choose another gate")
-    if "safety_adapter" in needs_of(how, gate) and settings["safety"] is None:
-        raise ConfigError("safety is missing: give the folder or Hub id of the safety adapter")

@@ -33,7 +33,7 @@ CODE = (
     "safemerge_callback/evaluation/prompts/*.jsonl",
     "recipes/data/*.py",
     *(f"recipes/{name}.py" for name in ("completion_trainer", "finetune", "evaluate", "models", "settings")),
-    *(f"method_comparison/{name}.py" for name in ("cells", "random_subspace", "resolve")),
+    *(f"method_comparison/{name}.py" for name in ("cells", "random_subspace", "resolve", "rows")),
 )
 # A result that differs in one of these is another's; `commit`, `host`, `threads` and `pace` are told and not compared:
 # what a cell runs in is its settings', whatever is the quicker here.
