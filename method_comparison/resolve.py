@@ -15,7 +15,8 @@ from recipes.finetune import PREFIX, parse_finetune
 from recipes.models import placed
 from safemerge_callback.adapters import load_adapter
 from safemerge_callback.corrections.schedule import merge_events
-from safemerge_callback.decision import KNOBS, Choices, as_gate, needs_of
+from safemerge_callback.decision import Choices, as_gate, needs_of
+from safemerge_callback.decision.gates.rule import gate_knobs
 from safemerge_callback.errors import ConfigError, SafeMergeError, nearest
 from safemerge_callback.evaluation import load_judge
 from safemerge_callback.evaluation.judges import check_ready
@@ -204,8 +205,8 @@ def _read_adapter(name: str) -> None:
 
 
 def _check_merge(settings: Mapping[str, Any]) -> None:
-    knobs = {key: value for key, value in settings.items() if key in KNOBS}
-    _check_keys(settings, {*MERGE, *KNOBS, *how_knobs(), *_ASKS})
+    knobs = {key: value for key, value in settings.items() if key in gate_knobs()}
+    _check_keys(settings, {*MERGE, *gate_knobs(), *how_knobs(), *_ASKS})
     gate = as_gate(settings["gate"], knobs)
     of_the_method = {name: settings[name] for name in how_knobs() if settings.get(name) is not None}
     how = as_how(settings["method"], of_the_method)

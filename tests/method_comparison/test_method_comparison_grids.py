@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is depr
 
 
 def test_every_file_among_the_grids_is_one():
-    assert len(FILES) == 7
+    assert len(FILES) == 8
     assert sorted((ROOT / "method_comparison" / "grids").rglob("*.*")) == FILES
 
 
