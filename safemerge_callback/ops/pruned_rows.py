@@ -9,8 +9,8 @@ import torch
 from .lowrank import LowRank, accumulation_dtype, wide_dtype
 from .shapes import Float, Tensor
 
-# Entries of the update that are formed at once, of all modules of a batch together: 16 MB in float32.
-_BLOCK_ENTRIES = 1 << 22
+# Entries of the update that are formed at once, of all modules of a batch together: 4 MB in float32.
+_BLOCK_ENTRIES = 1 << 20
 
 
 class PrunedRows:
