@@ -3,10 +3,11 @@
     python -m recipes.fuse_experts --experts helpful=A harmless=B honest=C \
         --rows helpful=helpful.jsonl harmless=harmless.jsonl honest=honest.jsonl -o FUSED
 
-Each expert is a LoRA of the same base and modules (`recipes/train_safety_adapter.py` trains one of any data), and each
-has rows of its type, prompts with responses to keep. A weight an expert and module is learned on them
-(`signals/expert_weights.py`), and the fused adapter is written, with the weights in its README.md. Source: H3Fusion,
-arXiv:2411.17792; what one plain LoRA loses against its router stands there.
+Each expert is a LoRA of the same base and modules (`recipes/train_safety_adapter.py` trains one of any data; its
+configs smollm2_helpful, smollm2_harmless and smollm2_honest train these three on the embedded model), and each has rows
+of its type, prompts with responses to keep: a file, or the name of a data set of the recipes. A weight an expert and
+module is learned on them (`signals/expert_weights.py`), and the fused adapter is written, with the weights in its
+README.md. Source: H3Fusion, arXiv:2411.17792; what one plain LoRA loses against its router stands there.
 """
 
 from __future__ import annotations
@@ -15,16 +16,20 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from recipes.data import EXAMPLES, load_examples
+from recipes.models import checkpoint
 from safemerge_callback.adapters import load_adapter
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.evaluation import load_rows
 from safemerge_callback.evaluation.loading import load_subject
 from safemerge_callback.offline.fuse import fuse_adapters
 from safemerge_callback.signals.expert_weights import ExpertSettings, ExpertWeights, learn_expert_weights
-from safemerge_callback.signals.rows import row_tokens
+from safemerge_callback.signals.rows import SafetyRow, row_tokens
 
 # Tokens of a response that a weight is learned from.
 FIRST_TOKENS = 32
+# Rows of a named data set.
+NUM_ROWS = 64
 
 
 def named(pairs: Sequence[str], what: str) -> dict[str, str]:
@@ -50,15 +55,22 @@ def fuse(
     if list(experts) != list(rows):
         raise ConfigError(f"experts are {list(experts)} and rows are of {list(rows)}: name both alike, in one order")
     first, *others = experts.values()
-    subject = load_subject(first, base=base, device=device)
+    subject = load_subject(first, base=base and checkpoint(base), device=device)
     updates = [_updates(other, subject.model) for other in others]
     tokens = {
-        name: row_tokens(subject.tokenizer, load_rows(file, both=False), first_tokens=FIRST_TOKENS)
-        for name, file in rows.items()
+        name: row_tokens(subject.tokenizer, typed_rows(file), first_tokens=FIRST_TOKENS) for name, file in rows.items()
     }
     learned = learn_expert_weights(subject.model, updates, tokens, settings)
     fuse_adapters(list(experts.values()), learned.weights, output, method=method)
     return learned
+
+
+def typed_rows(source: str) -> Sequence[SafetyRow]:
+    """Return the rows of a file, or of a data set of the recipes by name, at most `NUM_ROWS`."""
+    if source not in EXAMPLES:
+        return load_rows(source, both=False)
+    rows = load_examples(source)[:NUM_ROWS]
+    return [SafetyRow(row["prompt"][-1]["content"], row["completion"][0]["content"], "benign") for row in rows]
 
 
 def _updates(adapter: str, model: Any) -> dict[str, Any]:
@@ -73,7 +85,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Fuse as the command line says, and print what each expert weighs."""
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--experts", nargs="+", required=True, help="NAME=ADAPTER, the first one's heads are kept")
-    words.add_argument("--rows", nargs="+", required=True, help="NAME=FILE of rows, in the same order")
+    words.add_argument("--rows", nargs="+", required=True, help="NAME=FILE of rows, or NAME=DATA, in the same order")
     words.add_argument("-o", "--output", required=True, help="folder of the fused adapter")
     words.add_argument("--base", help="the experts' base model; left out: what the first one names")
     words.add_argument("--method", default="cat", help="cat: ranks add up; linear: cut to the first one's rank")

@@ -17,6 +17,7 @@ from .prompts import PROMPTS, advbench, harmbench, heldout_advbench, safety_prom
 from .pubmedqa import pubmedqa_examples
 from .safety import safety_examples
 from .sentiment import sentiment, sentiment_examples
+from .typed import harmless_examples, helpful_examples, honest_examples
 
 __all__ = [
     "EXAMPLES",
@@ -27,7 +28,10 @@ __all__ = [
     "cities_examples",
     "gsm8k_examples",
     "harmbench",
+    "harmless_examples",
     "heldout_advbench",
+    "helpful_examples",
+    "honest_examples",
     "load_examples",
     "load_prompts",
     "mixed",
@@ -47,6 +51,9 @@ EXAMPLES: dict[str, Callable[[str], list[dict[str, Any]]]] = {
     "cities": cities_examples,
     "gsm8k": gsm8k_examples,
     "pubmedqa": pubmedqa_examples,
+    "helpful": helpful_examples,
+    "harmless": harmless_examples,
+    "honest": honest_examples,
     "ncbi_disease": ncbi_disease_examples,
 }
 # Data that may also be read from a folder of one's own, NAME:FOLDER.

@@ -26,7 +26,7 @@ COUNTS = {
     "finetune": 38,
     "finetune_zo": 2,
     "merge": 13,
-    "train_safety_adapter": 11,
+    "train_safety_adapter": 14,
 }
 # transformers 5.23 calls it activation_checkpointing; trl 1.x, and earlier transformers, know the old name alone
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
@@ -132,7 +132,7 @@ def test_align_files(path):
 @pytest.mark.parametrize("path", files("train_safety_adapter"), ids=lambda p: p.stem)
 def test_train_safety_adapter_files(path):
     data, sft, model, about, safemerge = parse_train(on_cpu(path))
-    assert data.data == "safety"
+    assert data.data == next((one for one in ("helpful", "harmless", "honest") if one in path.stem), "safety")
     chosen = safemerge.chosen_corrections if safemerge else []
     hardenings = ("booster", "vaccine", "t_vaccine")
     assert [one.kind.name for one in chosen] == [name for name in hardenings if path.stem == f"smollm2_safety_{name}"]

