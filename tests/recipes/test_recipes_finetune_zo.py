@@ -67,6 +67,22 @@ def test_tezo_goes_through_one_family_and_keeps_a_moment_a_part():
     assert not ZerothOrder([("w", weight)], 0.1).state
 
 
+@pytest.mark.parametrize(("method", "rate"), [("mezo", 0.02), ("tezo", 0.02)])
+def test_it_goes_down(method, rate):
+    """To the minimum of a quadratic by `mezo`; by `tezo` to what one family of directions reaches of it."""
+    target = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    weight = nn.Parameter(torch.zeros(6, 5))
+    optimizer = ZerothOrder([("w", weight)], rate, directions=Directions(method, 8, 1))
+    for step in range(300):
+        optimizer.probe(lambda: (weight - target).square().sum() / 2, step)
+        optimizer.step()
+    basis = torch.stack([optimizer.directions.along("w", weight, one) for one in torch.eye(8)]).flatten(1).T
+    reach = basis @ torch.linalg.lstsq(basis, target.flatten()[:, None]).solution if method == "tezo" else target
+    least = float((reach.flatten() - target.flatten()).square().sum())
+    left, start = float((weight.detach() - target).square().sum()), float(target.square().sum())
+    assert left - least < 0.05 * (start - least)
+
+
 @pytest.mark.parametrize("method", ["mezo", "tezo"])
 def test_bf16_parameters_come_back_to_the_bit_and_no_other_random_number_is_drawn(method):
     weight = nn.Parameter(torch.randn(40, 30, dtype=torch.bfloat16))
