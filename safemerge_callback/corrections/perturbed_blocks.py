@@ -179,27 +179,19 @@ def moved_along(
 ) -> list[Tensor]:
     """Return what moves the outputs (n, t, d) of L blocks along their gradients; nothing waits for the device.
 
-    With `rho` the norm over all blocks and rows is that. With `share` each row's is that share of `typical_norms`,
+    With `rho` the norm over all blocks and rows is that. With `share` each row's is that share of `counted_norms`,
     whatever rows are beside it. 0 where a gradient is 0 or not finite.
     """
     lengths = _norms(gradients, per_row=rho is None)
-    wanted = lengths.new_tensor(rho) if rho is not None else (share or 0.0) * typical_norms(outputs, gradients)
+    wanted = lengths.new_tensor(rho) if rho is not None else (share or 0.0) * counted_norms(outputs, gradients)
     factor = torch.where((lengths > 0) & lengths.isfinite(), wanted / lengths, 0.0).view(-1, 1, 1)
     return [torch.where(factor > 0, factor * gradient, 0.0) for gradient in gradients]
 
 
-def typical_norms(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """Return of each row the norm (n,) that its outputs would have if all positions were as the median one.
-
-    A few positions, the first among them, have outputs some hundred times as large as all others, which say nothing of
-    how far the others may be moved. Positions without a gradient, such as padding, do not count.
-    """
-    squares = []
-    for output, gradient in zip(outputs, gradients, strict=True):
-        counts = (gradient != 0).any(-1)
-        sizes = torch.where(counts, _wide(output, outputs[0]).norm(dim=-1), torch.nan)
-        squares.append(sizes.nanmedian(1).values.nan_to_num(0.0).square() * counts.sum(1))
-    return torch.stack(squares).sum(0).sqrt()
+def counted_norms(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """Return of each row the norm (n,) of its outputs at positions that have a gradient: padding has none."""
+    counted = [torch.where((g != 0).any(-1, keepdim=True), x, 0.0) for x, g in zip(outputs, gradients, strict=True)]
+    return _norms(counted, per_row=True)
 
 
 def _norms(tensors: Sequence[Tensor], *, per_row: bool) -> Tensor:

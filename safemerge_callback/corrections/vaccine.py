@@ -23,8 +23,8 @@ from .protocol import RunPoint, RunStart
 from .registry import correction
 from .schedule import Schedule
 
-# Of the outputs' norm; not tuned.
-SHARE = 0.02
+# Of the outputs' norm. Along a gradient little is needed; not tuned.
+SHARE = 1e-4
 FIGURES = {
     "rise": Metric("nats a token", "last", "What the perturbation adds to the training's loss; mean since then."),
 }
@@ -47,9 +47,9 @@ def check_perturbation(rho: Any, share: Any) -> float | None:
 class VaccineSettings(Schedule):
     """What `vaccine` reads of its entry in the list of corrections.
 
-    Each row's perturbation has the norm `share` times the `typical_norms` of its blocks' outputs (`SHARE` if neither is
-    given); or that of a whole batch the norm `rho`, in the paper's own unit. 0 is absence. `blocks`: a pattern of the
-    paths of modules to perturb (None: the attention blocks).
+    Each row's perturbation has the norm `share` times that of its blocks' outputs (0.0001 if neither is given); or that
+    of a whole batch the norm `rho`, in the paper's own unit. 0 is absence. `blocks`: a pattern of the paths of modules
+    to perturb (None: the attention blocks).
     """
 
     share: float | None = None
