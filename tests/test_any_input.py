@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from safemerge_callback import SafeMergeConfig, SafeMergeError, load_adapter
 from safemerge_callback.adapters import save_adapter
 from safemerge_callback.decision import Gate, MergePlan, Readings
+from safemerge_callback.evaluation.acceptance import RULES, Thresholds, decide, read_figures, read_thresholds
 from safemerge_callback.evaluation.harness import check_tasks
 from safemerge_callback.evaluation.judges import load_judge
 from safemerge_callback.evaluation.loading import is_adapter
@@ -102,6 +103,8 @@ TAKERS = {
     "search": lambda path: search_merge(path, path, path, "o", task_rows=path, safety_rows=path),
     "search to": lambda path: search_merge("circle", "pipe", "circle", path, task_rows=ROWS, safety_rows=ROWS),
     "loop": lambda path: LoopLog(path, enabled=False),
+    "thresholds": read_thresholds,
+    "figures": read_figures,
 }
 
 
@@ -131,6 +134,26 @@ def test_any_value_as_any_setting(name, value):
 def test_any_value_as_any_knob_of_a_gate(name, value):
     with suppress(SafeMergeError):
         str(Gate(**{name: value}))
+
+
+@settings(max_examples=200)
+@given(name=st.sampled_from([rule.name for rule in RULES]), value=VALUES)
+def test_any_value_as_any_threshold(name, value):
+    with suppress(SafeMergeError):
+        Thresholds(**{name: value}).named()
+
+
+FIGURE = {"measure": "a_refused", "kind": "harm", "n": 9, "value": 0.5, "low": 0.2, "high": 0.8, "unit": "share"}
+
+
+@settings(max_examples=200)
+@given(key=st.sampled_from([*FIGURE, "incoherent", "judge"]), value=VALUES)
+def test_any_value_in_any_place_of_figures(alone, key, value):
+    (alone / "eval.json").write_text(json.dumps({"figures": [FIGURE | {key: value}]}))
+    limits = Thresholds(**{rule.name: 0.5 for rule in RULES})
+    with suppress(SafeMergeError):
+        figures = read_figures("eval.json")
+        assert decide(figures, limits, figures).exit_code in (0, 1, 4, 5)
 
 
 HOW = ("method", "space", "weights", "module_weights", "strength", "operator", "operator_rank", "density", "focal")

@@ -14,7 +14,7 @@ from ..io.documents import read_json, read_yaml
 from ..io.numbers import is_number, is_whole
 from .intervals import wilson
 from .measure import Kind, Share, as_share
-from .units import SHARE, amount, unit_of
+from .units import SHARE, amount, unit_of, within_share
 
 Outcome = Literal["passed", "failed", "not_measured", "undecided"]
 # What a process ends with; 2 is a call that cannot be, 3 a source that cannot be read, loaded or asked.
@@ -158,7 +158,8 @@ def decide(figures: Sequence[Share], thresholds: Thresholds, base: Sequence[Shar
 
 
 def _counts(share: Share, rule: Rule) -> bool:
-    return share["kind"] in rule.kinds and share["unit"] == SHARE and bool(share["n"]) and share["value"] is not None
+    fits = share["kind"] in rule.kinds and share["unit"] == SHARE and bool(share["n"]) and share["value"] is not None
+    return fits and within_share(share["value"], share["low"], share["high"])
 
 
 def _unmeasured(rule: Rule, limit: float) -> Ruling:
@@ -195,7 +196,7 @@ def _measured(share: Share) -> Estimate:
 
 def _coherent(share: Share) -> Estimate:
     n = int(share["n"] or 0)
-    language = n - share["incoherent"]
+    language = max(0, n - share["incoherent"])
     return Estimate(language / n, *wilson(language, n), n)
 
 
