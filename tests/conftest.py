@@ -161,6 +161,12 @@ def replayed(world, chat_tokenizer, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def mlflow_store(tmp_path_factory):
+    """The address of MLflow's tables, which take it many seconds to make; each test has an experiment of its own."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+
+
 @pytest.fixture
 def full_disk():
     """A context: no file can grow beyond so many bytes, which is what a full disk looks like to who writes."""

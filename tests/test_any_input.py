@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from safemerge_callback import SafeMergeConfig, SafeMergeError, load_adapter
 from safemerge_callback.adapters import save_adapter
 from safemerge_callback.decision import Gate, MergePlan, Readings
-from safemerge_callback.evaluation.acceptance import RULES, Thresholds, decide, read_figures, read_thresholds
+from safemerge_callback.evaluation.acceptance import Thresholds, decide, read_figures, read_thresholds
 from safemerge_callback.evaluation.harness import check_tasks
 from safemerge_callback.evaluation.judges import load_judge
 from safemerge_callback.evaluation.loading import is_adapter
@@ -137,7 +137,7 @@ def test_any_value_as_any_knob_of_a_gate(name, value):
 
 
 @settings(max_examples=200)
-@given(name=st.sampled_from([rule.name for rule in RULES]), value=VALUES)
+@given(name=st.sampled_from([field.name for field in fields(Thresholds)]), value=VALUES)
 def test_any_value_as_any_threshold(name, value):
     with suppress(SafeMergeError):
         Thresholds(**{name: value}).named()
@@ -150,7 +150,7 @@ FIGURE = {"measure": "a_refused", "kind": "harm", "n": 9, "value": 0.5, "low": 0
 @given(key=st.sampled_from([*FIGURE, "incoherent", "judge"]), value=VALUES)
 def test_any_value_in_any_place_of_figures(alone, key, value):
     (alone / "eval.json").write_text(json.dumps({"figures": [FIGURE | {key: value}]}))
-    limits = Thresholds(**{rule.name: 0.5 for rule in RULES})
+    limits = Thresholds(**{field.name: 0.5 for field in fields(Thresholds)})
     with suppress(SafeMergeError):
         figures = read_figures("eval.json")
         assert decide(figures, limits, figures).exit_code in (0, 1, 4, 5)

@@ -39,12 +39,13 @@ def test_a_loop_without_a_trainer_writes_tensorboard_and_the_journal(world, tmp_
     assert found == [("check", 10), ("merge", 10), ("check", 20), ("merge", 20)]
 
 
-def test_a_loop_hands_its_files_to_mlflow(world, tmp_path, monkeypatch):
+def test_a_loop_hands_its_files_to_mlflow(world, tmp_path, monkeypatch, mlflow_store):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         mlflow = pytest.importorskip("mlflow")
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
         monkeypatch.chdir(tmp_path)
+        mlflow.set_experiment(tmp_path.name)
         with mlflow.start_run() as run, LoopLog(tmp_path / "out", "mlflow") as log:
             model = checked(world, log)
             log.finish(model)

@@ -104,12 +104,13 @@ def test_without_a_login_the_trainer_itself_refuses_before_the_first_step(world,
     assert trainer.state.global_step == 0
 
 
-def test_an_mlflow_run_that_is_deleted_in_the_middle(world, runs, tmp_path, monkeypatch):
+def test_an_mlflow_run_that_is_deleted_in_the_middle(world, runs, tmp_path, monkeypatch, mlflow_store):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         mlflow = pytest.importorskip("mlflow")
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
         monkeypatch.chdir(tmp_path)
+        mlflow.set_experiment(tmp_path.name)
         run = mlflow.start_run()
     delete = At(3, lambda: mlflow.MlflowClient().delete_run(run.info.run_id))
     trainer = world.trainer(tmp_path / "out", world.guard(every=2), delete, report_to=["mlflow"])

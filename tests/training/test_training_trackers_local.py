@@ -112,16 +112,10 @@ def test_trackio_run_read_back(world, tmp_path, quiet):
     assert [title for title, _ in alerts] == ["safemerge: a module fell below the gate"]
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory):
-    """One for all tests of this file: to make its tables takes MLflow many seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
-
-
 @pytest.fixture
-def mlflow(monkeypatch, tmp_path, database, quiet):
+def mlflow(monkeypatch, tmp_path, mlflow_store, quiet):
     found = pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", tmp_path.name)
     monkeypatch.chdir(tmp_path)
     yield found
