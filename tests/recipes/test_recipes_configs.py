@@ -26,7 +26,7 @@ COUNTS = {
     "finetune": 38,
     "finetune_zo": 2,
     "merge": 13,
-    "train_safety_adapter": 14,
+    "train_safety_adapter": 15,
 }
 # transformers 5.23 calls it activation_checkpointing; trl 1.x, and earlier transformers, know the old name alone
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
@@ -141,7 +141,9 @@ def test_train_safety_adapter_files(path):
     assert sft.save_strategy == "no"
     assert about.description
     if model.model_name_or_path in PACKAGED:
-        assert about.base_model_name == "HuggingFaceTB/SmolLM2-135M-Instruct"
+        names = {"gemma": "google/gemma-3-270m"}
+        smollm2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+        assert about.base_model_name == names.get(model.model_name_or_path, smollm2)
 
 
 def test_every_safety_adapter_that_a_run_needs_has_a_file_that_makes_it():

@@ -111,7 +111,7 @@ def test_absent_and_broken_archives_say_what_to_do(tmp_path, monkeypatch):
 
 
 def test_requirements_pin_every_package_by_version_and_hash():
-    for name in ("data", "sentiment", "compare"):
+    for name in ("data", "sentiment", "compare", "gemma"):
         lines = (ROOT / "requirements" / f"{name}.txt").read_text().replace("\\\n", " ").splitlines()
         pinned = [line for line in lines if line and not line.startswith("#")]
         assert pinned

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from recipes import models
-from recipes.models import GGUF, PACKAGED, _written_once, checkpoint, gguf_file, load_model
+from recipes.models import GGUF, PACKAGED, checkpoint, gguf_file, load_model, written_once
 from safemerge_callback.errors import ConfigError
 
 
@@ -54,7 +54,7 @@ def test_requirements_pin_the_wheel_by_version_and_hash():
     assert "--hash=sha256:" in text
 
 
-def test_a_cached_folder_is_written_once_and_whole_or_not_at_all(tmp_path):
+def test_a_cached_folder_iswritten_once_and_whole_or_not_at_all(tmp_path):
     target, calls = tmp_path / "cache" / "model", []
 
     def fails(folder):
@@ -68,9 +68,9 @@ def test_a_cached_folder_is_written_once_and_whole_or_not_at_all(tmp_path):
         calls.append(folder)
 
     with pytest.raises(OSError, match="disk full"):
-        _written_once(target, fails)
+        written_once(target, fails)
     assert list(target.parent.iterdir()) == []
-    assert _written_once(target, works) == target == _written_once(target, works)
+    assert written_once(target, works) == target == written_once(target, works)
     assert len(calls) == 1
     assert [path.name for path in target.parent.iterdir()] == ["model"]
 
@@ -83,12 +83,12 @@ def test_losing_the_race_keeps_the_winner(tmp_path):
         target.mkdir()
         (target / "winner").touch()
 
-    assert _written_once(target, overtaken) == target
+    assert written_once(target, overtaken) == target
     assert [path.name for path in target.iterdir()] == ["winner"]
 
 
 def test_other_names_are_left_to_the_hub_and_folders():
-    assert set(PACKAGED) == {"embedded", "embedded-aligned"}
+    assert set(PACKAGED) == {"embedded", "embedded-aligned", "gemma", "gemma-aligned"}
     assert checkpoint("Qwen/Qwen2-7B-Instruct") == "Qwen/Qwen2-7B-Instruct"
 
 
