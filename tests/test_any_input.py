@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from recipes.data import ncbi_disease_examples
 from safemerge_callback import SafeMergeConfig, SafeMergeError, load_adapter
 from safemerge_callback.adapters import save_adapter
 from safemerge_callback.decision import Gate, MergePlan, Readings
@@ -23,6 +24,7 @@ from safemerge_callback.evaluation.judges import load_judge
 from safemerge_callback.evaluation.loading import is_adapter
 from safemerge_callback.evaluation.prompts import load_prompts
 from safemerge_callback.evaluation.questions import load_questions
+from safemerge_callback.evaluation.row_filter import load_training_rows
 from safemerge_callback.evaluation.rows import load_rows
 from safemerge_callback.offline import merge_adapters, undo_merge
 from safemerge_callback.offline.merge_yaml import read_recipe
@@ -99,6 +101,8 @@ TAKERS = {
     "merge to": lambda path: merge_adapters("circle", "circle", "circle", path),
     "bake": lambda path: merge_adapters("circle", "circle", "circle", "o", bake=path),
     "questions": lambda path: load_questions(path, "rows"),
+    "training rows": load_training_rows,
+    "corpus": lambda path: ncbi_disease_examples("test", path),
     "trace": read_trace,
     "search": lambda path: search_merge(path, path, path, "o", task_rows=path, safety_rows=path),
     "search to": lambda path: search_merge("circle", "pipe", "circle", path, task_rows=ROWS, safety_rows=ROWS),
@@ -116,6 +120,13 @@ def test_any_text_as_any_path(alone, monkeypatch, who, path):
     # A file that is no journal may look like one that was cut short, which is told.
     with warnings.catch_warnings(action="ignore"), suppress(SafeMergeError):
         TAKERS[who](path)
+
+
+@settings(max_examples=100)
+@given(rows=st.lists(st.one_of(VALUES, st.dictionaries(st.sampled_from(["messages", "prompt", "completion"]), VALUES))))
+def test_any_value_as_a_training_row(rows):
+    with suppress(SafeMergeError):
+        load_training_rows(rows)
 
 
 @settings(max_examples=400)

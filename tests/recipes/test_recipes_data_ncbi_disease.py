@@ -1,10 +1,14 @@
 """IOB files and the Hub's columns, read as sentences and written as lists of entities."""
 
 import re
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from recipes import data
 from recipes.data import ncbi_disease
@@ -73,6 +77,18 @@ def test_iob_and_conll_files_are_read_line_by_line(tmp_path):
 def test_a_broken_file_says_the_line(tmp_path, lines, sentence):
     with pytest.raises(ConfigError, match=sentence):
         read_iob(written(tmp_path / "x.tsv", *lines))
+
+
+@settings(deadline=None, max_examples=100)
+@given(text=st.text(alphabet="ab BIO-\t\n\r\u2028", max_size=40))
+def test_any_text_is_sentences_or_an_error_of_ours(text):
+    with tempfile.TemporaryDirectory() as folder, suppress(ConfigError):
+        path = Path(folder) / "x.tsv"
+        path.write_text(text, encoding="utf-8", newline="")
+        for sentence in read_iob(path):
+            whole, entities = text_and_entities(sentence)
+            assert whole
+            assert len(entities) == sum(tag.startswith("B") for tag in sentence.tags)
 
 
 def test_a_folder_has_one_file_a_split(tmp_path):
