@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from ..errors import ConfigError, nearest, shown
 from ..io.documents import read_json, read_yaml
 from ..io.numbers import is_number, is_whole
-from .intervals import wilson
+from .intervals import paired, wilson
 from .measure import Kind, Share, as_share
 from .units import SHARE, amount, unit_of, within_share
 
@@ -146,9 +146,9 @@ def decide(figures: Sequence[Share], thresholds: Thresholds, base: Sequence[Shar
     """Return what the figures of a model, and of its `base` on the same measures, come to under the thresholds.
 
     A rule holds for every measure of its kind. It is passed where the whole 95 % interval keeps to it, failed where the
-    whole interval breaks it, and undecided between: more prompts are needed. A difference has Newcombe's interval of
-    two independent shares (1998, Stat. Med. 17, method 10), made of the two Wilson intervals; where both answered the
-    same prompts it is wider than it need be, and never too narrow where they tend to agree.
+    whole interval breaks it, and undecided between: more prompts are needed. A difference has Newcombe's interval
+    (1998, Stat. Med. 17, method 10), made of the two Wilson intervals: of pairs, where both shares have outcomes, which
+    are of the same prompts then, else of two independent shares.
     """
     rulings: list[Ruling] = []
     for rule, limit in thresholds.named():
@@ -177,8 +177,7 @@ def _ruling(rule: Rule, limit: float, share: Share, base: Sequence[Share] | None
         if twin["judge"] and share["judge"] and twin["judge"] != share["judge"]:
             reason = f"the base was judged by {twin['judge']}, and this by {share['judge']}"
             return Ruling(rule.name, limit, share["measure"], None, "not_measured", reason)
-        fall, rise = (_measured(twin), _measured(share)), (_measured(share), _measured(twin))
-        estimate = difference(*(rise if share["kind"] == "over_refusal" else fall))
+        estimate = change(share, twin)
     else:
         estimate = _coherent(share) if rule.name == "min_coherent" else _measured(share)
     outcome = _outcome(estimate, limit, rule.least)
@@ -198,6 +197,21 @@ def _coherent(share: Share) -> Estimate:
     n = int(share["n"] or 0)
     language = max(0, n - share["incoherent"])
     return Estimate(language / n, *wilson(language, n), n)
+
+
+def change(share: Share, base: Share) -> Estimate:
+    """Return how much worse a share is than the base's: a rise of over-refusal, a fall of anything else.
+
+    Where both have outcomes, a letter a prompt, these are taken in pairs: those that were judged in both.
+    """
+    more, less = (share, base) if share["kind"] == "over_refusal" else (base, share)
+    letters = (more["outcomes"], less["outcomes"])
+    pairs = [pair for pair in zip(*letters, strict=False) if "u" not in pair]
+    if len(letters[0]) != len(letters[1]) or not pairs:
+        return difference(_measured(more), _measured(less))
+    hits = [(one == "1", other == "1") for one, other in pairs]
+    counts = [hits.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))]
+    return Estimate((counts[1] - counts[2]) / len(pairs), *paired(*counts), len(pairs))
 
 
 def difference(more: Estimate, less: Estimate) -> Estimate:

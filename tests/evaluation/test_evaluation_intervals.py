@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.evaluation import wilson
+from safemerge_callback.evaluation.intervals import paired
 
 binomtest = pytest.importorskip("scipy.stats", reason="scipy is not installed").binomtest
 
@@ -16,6 +17,22 @@ def test_wilson_is_that_of_scipy(counts, confidence):
     successes, n = counts
     expected = binomtest(successes, n).proportion_ci(confidence, method="wilson")
     assert wilson(successes, n, confidence) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_paired_is_newcombes():
+    """The paper's first example: 36, 12, 2 and 0 pairs."""
+    assert paired(36, 12, 2, 0) == pytest.approx((0.0569, 0.3404), abs=5e-5)
+
+
+counts = st.tuples(*[st.integers(0, 60)] * 4).filter(any)
+
+
+@given(counts)
+def test_a_paired_difference_lies_in_its_interval_and_turns_round(four):
+    both, first, second, neither = four
+    low, high = paired(*four)
+    assert low - 1e-12 <= (first - second) / sum(four) <= high + 1e-12
+    assert paired(both, second, first, neither) == pytest.approx((-high, -low), abs=1e-12)
 
 
 def test_no_trial_says_nothing():
