@@ -205,10 +205,12 @@ def change(share: Share, base: Share) -> Estimate:
     Where both have outcomes, a letter a prompt, these are taken in pairs: those that were judged in both.
     """
     more, less = (share, base) if share["kind"] == "over_refusal" else (base, share)
-    letters = (more["outcomes"], less["outcomes"])
-    pairs = [pair for pair in zip(*letters, strict=False) if "u" not in pair]
-    if len(letters[0]) != len(letters[1]) or not pairs:
-        return difference(_measured(more), _measured(less))
+    unpaired = difference(_measured(more), _measured(less))
+    if len(more["outcomes"]) != len(less["outcomes"]):
+        return unpaired
+    pairs = [pair for pair in zip(more["outcomes"], less["outcomes"], strict=True) if "u" not in pair]
+    if not pairs:
+        return unpaired
     hits = [(one == "1", other == "1") for one, other in pairs]
     counts = [hits.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))]
     return Estimate((counts[1] - counts[2]) / len(pairs), *paired(*counts), len(pairs))
