@@ -10,29 +10,37 @@ import pytest
 
 import safemerge_callback
 from safemerge_callback import SafeMergeCallback, SafeMergeConfig
-from safemerge_callback.record.metrics import METRICS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def table(heading):
-    """First cell -> last cell of the rows below a table's header."""
-    body = README.split(heading, 1)[1].split("\n\n", 1)[0]
+def test_it_is_read_in_three_minutes():
+    assert len(README.split()) <= 700
+
+
+def test_every_setting_is_on_its_page():
+    text = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    body = text.split("| setting | default | what it is |", 1)[1].split("\n\n", 1)[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in body.splitlines() if "`" in line]
-    return {cells[0].strip("`"): cells[-1] for cells in rows}
+    shown = {cells[0].strip("`"): cells[-1] for cells in rows}
+    assert shown == {f.name: f.metadata["help"] for f in dataclasses.fields(SafeMergeConfig)}
 
 
-def test_the_keys_in_the_metrics_table_are_logged_and_mean_that():
-    # All of them are on docs/metrics.md, which tests/record/test_record_metrics.py holds to the code.
-    shown = table("| key | meaning |")
-    assert shown.items() <= METRICS.items()
-    assert len(shown) >= 5
+def test_the_settings_that_matter_are_settings():
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| ", README, re.MULTILINE)
+    names = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert len(rows) == 6
+    assert set(names) <= {f.name for f in dataclasses.fields(SafeMergeConfig)}
 
 
-def test_every_setting_is_in_the_settings_table():
-    settings = {f.name: f.metadata["help"] for f in dataclasses.fields(SafeMergeConfig)}
-    assert table("| setting | default | what it is |") == settings
+def test_every_page_is_on_a_shelf():
+    shelves = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    pages = [page for folder in ("docs", "docs/integrations", "docs/wandb") for page in (ROOT / folder).glob("*.md")]
+    paths = {page.relative_to(ROOT / "docs").as_posix() for page in pages} - {"README.md"}
+    linked = set(re.findall(r"\]\(([^)]+\.md)\)", shelves))
+    assert paths <= linked
+    assert [link for link in linked if not (ROOT / "docs" / link).exists()] == []
 
 
 def made_by(code):
