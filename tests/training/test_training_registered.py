@@ -202,7 +202,8 @@ def test_the_command_line_takes_them(world, tmp_path):
 def test_help_has_every_knob_that_the_package_declares_or_says_how_it_is_given():
     options = set(re.findall(r"--([a-z-]+)", run_verb("merge", "--help")))
     declared = {*gate_knobs(), *how_knobs(), *weights_knobs()} - {"step", "rearm", "parity", "boost", "halving"}
-    by_knob = {"module_weights", "focal", "learned", "mu", "ridge", "off_diagonal", "slope_share", "per_task_slope"}
+    by_knob = {"module_weights", "focal", "learned", "mu", "ridge", "off_diagonal", "prune_share"}
+    by_knob |= {"slope_share", "per_task_slope", "gradient_share"}
     assert {name for name in declared if name.replace("_", "-") not in options} == by_knob
     assert "such as module_weights" in " ".join(run_verb("merge", "--help").split())
 
