@@ -329,6 +329,27 @@ def test_a_gate_asks_an_adapter_and_the_same_model_with_the_adapter_off(world):
     assert rise == pytest.approx(values[0]["benign_refused"] - values[1]["benign_refused"])
 
 
+def test_a_gate_asks_an_adapter_as_it_is_once_merged(world, monkeypatch):
+    from peft import PeftModel
+
+    merged = []
+    whole = PeftModel.__getattr__
+    monkeypatch.setattr(PeftModel, "__getattr__", lambda self, name: (merged.append(name), whole(self, name))[1])
+    small = ["--probes", FILES, "--max-new-tokens", "6", "--dtype", "float32", "--judge", "function:my_judges:vowels"]
+    limits = ["--min-refused", "0.01", "--max-refused-drop", "0.99", "--json"]
+    found = [
+        json.loads(CliRunner().invoke(app, ["gate", "task", *small, *limits, *more]).stdout)
+        for more in ([], ["--after-merge"])
+    ]
+    assert merged.count("merge_and_unload") == 1
+    assert [one["source"] for one in found] == ["task", "task, merged"]
+    # In float32 the sums say the same.
+    assert found[0]["rulings"] == found[1]["rulings"]
+    plain = CliRunner().invoke(app, ["gate", "base", *small, *limits, "--after-merge"])
+    assert plain.exit_code == 3
+    assert "is no adapter" in plain.stderr
+
+
 @pytest.mark.parametrize("wrong", [("--judge", "key"), ("--dtype", "float31"), ("--device", "gpu!")])
 def test_a_gate_refuses_what_cannot_be_asked_with(world, wrong):
     result = CliRunner().invoke(app, ["gate", "task", "--min-refused", "0.5", "--probes", FILES, *wrong])

@@ -55,6 +55,7 @@ def test_the_exit_code_is_the_decision(limits, code):
 def test_one_source_is_given():
     assert "give one of MODEL, --figures and --run" in gate("--min-refused", 0.8, code=2).stderr
     gate("model", *EVAL, "--min-refused", 0.8, code=2)
+    assert "give MODEL in place of" in gate(*EVAL, "--min-refused", 0.8, "--after-merge", code=2).stderr
 
 
 def test_a_source_that_cannot_be_read_is_an_error_and_no_failure(folder):

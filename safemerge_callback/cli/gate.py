@@ -6,7 +6,6 @@ import json
 import math
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
 
@@ -75,6 +74,9 @@ def gate(
     max_task_drop: MaxTaskDrop = None,
     min_coherent: MinCoherent = None,
     base: Annotated[str | None, typer.Option(help="The adapter's base model; left out: what its config names.")] = None,
+    after_merge: Annotated[
+        bool, typer.Option("--after-merge", help="Ask the adapter as it is once added into its base's weights.")
+    ] = False,
     probes: Annotated[str, typer.Option(help="Prompt sets, as `eval` has them.")] = "harmbench,xstest",
     judge: Annotated[list[str] | None, typer.Option(help="As `eval` has them. [default: keywords]")] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Prompts of each set, chosen by --seed.")] = 64,
@@ -98,10 +100,8 @@ def gate(
     read = _reader(model, figures, run)
     _check_outputs(card, junit, [figures, run, baseline, thresholds])
     asking: dict[str, Any] = {"probes": names_listed(probes), "judge": judge or ["keywords"], "n": n, "seed": seed}
-    asking |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    loading = {"base": base, "dtype": dtype, "device": device}
-    if model is not None:
-        loading = _loadable(loading, asking["judge"])
+    asking |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "merged": after_merge}
+    loading = _loadable(model, asking, {"base": base, "dtype": dtype, "device": device})
     off = limits.of_changes and baseline is None
     source = _or_error(lambda: _based(read(asking, loading, off), baseline))
     _conclude(source, limits, as_json, card, junit)
@@ -120,11 +120,15 @@ def _reader(model: str | None, figures: Path | None, run: Path | None) -> Callab
     return lambda *how: _of_model(str(model), *how)
 
 
-def _loadable(loading: dict[str, Any], judges: Sequence[str]) -> dict[str, Any]:
-    """How the model is loaded; ConfigError for a dtype, a device or a judge that there is not."""
+def _loadable(model: str | None, asking: dict[str, Any], loading: dict[str, Any]) -> dict[str, Any]:
+    """How the model is loaded; ConfigError for a judge, a dtype or a device that there is not."""
     from ..evaluation.judges import check_judge
 
-    for name in judges:
+    if model is None:
+        if asking["merged"]:
+            raise ConfigError("--after-merge asks a model: give MODEL in place of --figures or --run")
+        return loading
+    for name in asking["judge"]:
         check_judge(name)
     device = loading["device"]
     place = None if device is None else device_named(device)
@@ -189,15 +193,21 @@ def _of_model(model: str, asking: dict[str, Any], loading: dict[str, Any], with_
     sizes = {name: asking[name] for name in ("max_new_tokens", "batch_size")}
     failures: list[str] = []
 
-    def answers(off: bool) -> list[Share]:
-        with adapter_off(subject.model) if off else nullcontext():
-            return list(figures(subject.model, subject.tokenizer, sets, judges, **sizes, failures=failures))
+    def answers(live: Any) -> list[Share]:
+        return list(figures(live, subject.tokenizer, sets, judges, **sizes, failures=failures))
 
-    shares = answers(off=False)
-    base = answers(off=True) if with_base and subject.adapter else None
+    if asking["merged"] and not subject.adapter:
+        raise ConfigError(f"model {model!r} is no adapter, so there is nothing to add into a base: no --after-merge")
+    base = None
+    if with_base and subject.adapter:
+        with adapter_off(subject.model):
+            base = answers(subject.model)
+    # Last: what is added into the weights cannot be put off any more.
+    shares = answers(subject.model.merge_and_unload() if asking["merged"] else subject.model)
     for failure in dict.fromkeys(failures):
         say(f"note: {failure}", err=True)
-    return _Source(model, shares, subject.base if base else None, base)
+    name = f"{model}, merged" if asking["merged"] else model
+    return _Source(name, shares, subject.base if base else None, base)
 
 
 def _conclude(source: _Source, limits: Any, as_json: bool, card: Path | None, junit: Path | None) -> None:
