@@ -31,7 +31,7 @@ HOW = {
     "project": {"operator": "orthogonal", "operator_rank": 2},
 }
 # What the stored run has none of, since only some settings write it.
-RARE = {"probe": {"settings.chat_template_kwargs"}, "start": {"prepared"}}
+RARE = {"probe": {"settings.chat_template_kwargs", "settings.system"}, "start": {"prepared"}}
 
 
 def documented(section):

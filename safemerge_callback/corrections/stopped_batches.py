@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..live.batch_hooks import batch_hooks
 from ..live.faults import Fault
 
 
@@ -19,11 +20,9 @@ def stopped_batches(model: nn.Module) -> Iterator[list[Fault]]:
 
     Every pass is computed as ever, forward and backward: an engine that counts on a gradient of each parameter gets it.
     """
-    hook = model.register_forward_hook(_stop)
-    try:
+    with batch_hooks(model, "stopped_batches") as hooks:
+        hooks.callback(model.register_forward_hook(_stop).remove)
         yield []
-    finally:
-        hook.remove()
 
 
 @torch.compiler.disable
