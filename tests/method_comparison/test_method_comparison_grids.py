@@ -1,8 +1,9 @@
 """Every grid of the repository is read by the command that it names, and counted; the old names of commands work."""
 
 import re
-import subprocess
+import runpy
 import sys
+import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from method_comparison.resolve import check_cells
 from recipes.finetune import PREFIX
 from recipes.settings import read_settings
 from recipes.train_safety_adapter import parse_train
+from tests.support.ranks import started
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -73,15 +75,18 @@ def test_every_grid_can_run(path, monkeypatch):
         }
 
 
+def run_by_its_old_name(name, *words):
+    """What a process runs: `python -m recipes.NAME WORD...`, with every warning shown."""
+    warnings.simplefilter("default")
+    sys.argv = [name, *words]
+    runpy.run_module(f"recipes.{name}", run_name="__main__", alter_sys=True)
+
+
 @pytest.mark.parametrize("name", ["compare", "drift", "label_responses", "judge_accuracy"])
 def test_the_old_name_of_a_command_runs_the_new_one_and_warns(name):
-    command = [sys.executable, "-W", "default", "-m", f"recipes.{name}", "--config", "configs/compare/absent.yaml"]
-    done = subprocess.run(
-        [*command, "--sheet", "absent.csv"][: None if name == "label_responses" else -2],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert f"recipes.{name} is now method_comparison.{name}: call that" in done.stderr
-    ran = "71.0%" if name == "judge_accuracy" else "'method_comparison/grids/absent.yaml'"
-    assert ran in done.stdout + done.stderr
+    words = ["--config", "configs/compare/absent.yaml", "--sheet", "absent.csv"]
+    with started(1, run_by_its_old_name, name, *words[: None if name == "label_responses" else 2]) as (run,):
+        run.wait(120)
+        said = run.said()
+    assert f"recipes.{name} is now method_comparison.{name}: call that" in said
+    assert ("71.0%" if name == "judge_accuracy" else "'method_comparison/grids/absent.yaml'") in said

@@ -1,13 +1,16 @@
 """A tracker that fails costs its own numbers, once told of, and nothing else."""
 
 import json
-import subprocess
-import sys
+import resource
 import tempfile
 import warnings
+from pathlib import Path
 
 import pytest
 from transformers import TrainerCallback
+
+from safemerge_callback.training import LoopLog
+from tests.support.ranks import run_on
 
 
 class At(TrainerCallback):
@@ -160,24 +163,19 @@ def test_no_room_for_the_files_costs_the_files(world, runs, tmp_path, wandb, mon
     assert error.startswith("no more files")
 
 
-FULL_DISK = """
-import json, resource, sys, warnings
-from safemerge_callback.training import LoopLog
-
-folder = sys.argv[1]
-with warnings.catch_warnings(record=True) as caught, LoopLog(folder, ["tensorboard"]) as log:
-    warnings.simplefilter("always")
-    # From here on no file may grow beyond 4 KiB, which is how a full disk or quota looks to a process.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-    for step in range(200):
-        log.numbers(step, {"safemerge/probe/refused": 1.0})
-print(json.dumps([str(w.message) for w in caught]))
-"""
+def fill(folder):
+    """What a process runs that may write no file beyond 4 KiB, which is how a full disk or quota looks to it."""
+    with warnings.catch_warnings(record=True) as caught, LoopLog(folder, ["tensorboard"]) as log:
+        warnings.simplefilter("always")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        for step in range(200):
+            log.numbers(step, {"safemerge/probe/refused": 1.0})
+    Path(folder, "warnings.json").write_text(json.dumps([str(w.message) for w in caught]))
 
 
 def test_a_full_disk_is_told_once_and_the_loop_goes_on(runs, tmp_path):
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=True)
-    (words,) = [w for w in json.loads(done.stdout.splitlines()[-1]) if w.startswith("safemerge")]
+    run_on(1, fill, tmp_path)
+    (words,) = [w for w in json.loads((tmp_path / "warnings.json").read_text()) if w.startswith("safemerge")]
     assert "tracker 'tensorboard' failed" in words
     assert "File too large" in words
     assert [e["where"] for e in runs.entries(tmp_path, "error")] == ["tracker tensorboard"]
