@@ -79,18 +79,20 @@ CHECKS: dict[str, Check] = {
 
 @dataclass(frozen=True)
 class Rewriting:
-    """Rows of which some have another answer, and the numbers of all, of those, and of what was wrong with the rest."""
+    """Rows of which some have another answer, how many those are, and of the rest how many stayed for which reason."""
 
     rows: list[dict[str, Any]]
     kept: int
+    same: int
     wrong: int
     giveaways: int
     unended: int
     from_cache: bool
 
     def __str__(self) -> str:
-        """Such as `12 of 40 rows are in the model's own words; of the others 20 say something else, ...`."""
+        """Such as `12 of 40 rows are in the model's own words; of the others 9 are said in the same words, ...`."""
         parts = [
+            f"{self.same} are said in the same words",
             f"{self.wrong} say something else",
             f"{self.giveaways} give away that they were rewritten",
             f"{self.unended} had not ended",
@@ -126,7 +128,7 @@ def rewritten(
     questions = [ASKS.format(question=_question(row), answer=_answer(row)) for row in rows]
     tokens = prompt_tokens(tokenizer, questions, settings=chat_template_kwargs)
     if not tokens:
-        return Rewriting([], 0, 0, 0, 0, from_cache=False)
+        return Rewriting([], 0, 0, 0, 0, 0, from_cache=False)
     check_vocabulary(model, tokens)
     check_lengths(model, tokens, max_new_tokens)
     sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "label": label}
@@ -141,13 +143,15 @@ def rewritten(
         _with_answer(row, answer) if verdict == "kept" else row
         for row, answer, verdict in zip(rows, answers, verdicts, strict=True)
     ]
-    counts = {name: verdicts.count(name) for name in ("kept", "wrong", "giveaways", "unended")}
+    counts = {name: verdicts.count(name) for name in ("kept", "same", "wrong", "giveaways", "unended")}
     return Rewriting(new, **counts, from_cache=from_cache)
 
 
 def _verdict(answer: str, rewriting: str, check: Check, *, ended: bool) -> str:
     if not ended:
         return "unended"
+    if same_text(answer, rewriting):
+        return "same"
     if not check(answer, rewriting):
         return "wrong"
     return "giveaways" if any(words in rewriting.casefold() for words in GIVE_AWAYS) else "kept"

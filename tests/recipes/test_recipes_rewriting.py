@@ -39,7 +39,7 @@ def test_what_fails_the_check_everywhere_leaves_the_data_as_they_were(model, cha
     new = rewritten(model, chat_tokenizer, rows, nothing, max_new_tokens=12, cache=tmp_path)
     assert new.rows == ROWS
     assert all(one is row for one, row in zip(new.rows, rows, strict=True))
-    assert (new.kept, new.wrong + new.unended) == (0, 3)
+    assert (new.kept, new.wrong + new.same + new.unended) == (0, 3)
     assert str(new).startswith("0 of 3 rows are in the model's own words; of the others")
 
 
@@ -47,7 +47,7 @@ def test_what_passes_is_the_models_own_and_the_model_is_asked_once(model, chat_t
     settings = {"max_new_tokens": 50, "cache": tmp_path}
     first = rewritten(model, chat_tokenizer, ROWS, anything, **settings)
     assert not first.from_cache
-    assert first.kept + first.unended == 3
+    assert first.kept + first.same + first.unended == 3
     changed = [new is not row for new, row in zip(first.rows, ROWS, strict=True)]
     assert sum(changed) == first.kept > 0
     for new, row in zip(first.rows, ROWS, strict=True):
@@ -66,7 +66,7 @@ def test_what_passes_is_the_models_own_and_the_model_is_asked_once(model, chat_t
 
 def test_an_answer_that_had_not_ended_is_not_kept(model, chat_tokenizer, tmp_path):
     new = rewritten(model, chat_tokenizer, ROWS, anything, max_new_tokens=1, cache=tmp_path)
-    assert new.unended + new.kept == 3
+    assert new.unended + new.kept + new.same == 3
     assert new.unended > 0
 
 
