@@ -205,9 +205,9 @@ def test_the_whole_way_freezes_at_the_anchor(world, chat_tokenizer, tmp_path, ru
 
 def test_a_resumed_run_is_the_unbroken_one(world, chat_tokenizer, tmp_path):
     listed = lisa_of(rho=20.0, strength=None, proximal_from=2)
-    steps = {"max_steps": 9, "save_strategy": "steps", "save_steps": 1}
+    steps = {"max_steps": 7, "save_strategy": "steps", "save_steps": 1}
     whole, _ = train(world, chat_tokenizer, tmp_path, listed, **steps)
-    for step in (1, 4, 7):
+    for step in (1, 4):
         again, _ = train(world, chat_tokenizer, tmp_path, listed, str(tmp_path / f"checkpoint-{step}"), **steps)
         assert same(lora_weights(whole.model), lora_weights(again.model)), step
     (tmp_path / "checkpoint-4" / ANCHOR_FILE).write_bytes(b"{")
