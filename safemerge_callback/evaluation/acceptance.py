@@ -152,36 +152,44 @@ def decide(figures: Sequence[Share], thresholds: Thresholds, base: Sequence[Shar
     """
     rulings: list[Ruling] = []
     for rule, limit in thresholds.named():
-        shares = [one for one in figures if _counts(one, rule)]
-        rulings += [_ruling(rule, limit, one, base) for one in shares] or [_unmeasured(rule, limit)]
+        shares = [one for one in figures if one["kind"] in rule.kinds and one["unit"] == SHARE]
+        rulings += [_ruling(rule, limit, one, base) for one in shares] or [_none_of_its_kind(rule, limit)]
     return Decision(tuple(rulings))
 
 
-def _counts(share: Share, rule: Rule) -> bool:
-    fits = share["kind"] in rule.kinds and share["unit"] == SHARE and bool(share["n"]) and share["value"] is not None
-    return fits and within_share(share["value"], share["low"], share["high"])
+def _counts(share: Share) -> bool:
+    known = bool(share["n"]) and share["value"] is not None
+    return known and within_share(share["value"], share["low"], share["high"])
 
 
-def _unmeasured(rule: Rule, limit: float) -> Ruling:
+def _none_of_its_kind(rule: Rule, limit: float) -> Ruling:
     kinds = " or ".join(kind.replace("_", "-") for kind in rule.kinds)
     return Ruling(rule.name, limit, None, None, "not_measured", f"no share of {kinds} was measured")
 
 
 def _ruling(rule: Rule, limit: float, share: Share, base: Sequence[Share] | None) -> Ruling:
-    estimate: Estimate | None
-    if rule.change:
-        twin = next((one for one in base or () if one["measure"] == share["measure"] and _counts(one, rule)), None)
-        if twin is None:
-            reason = "the base was not measured on it"
-            return Ruling(rule.name, limit, share["measure"], None, "not_measured", reason)
-        if twin["judge"] and share["judge"] and twin["judge"] != share["judge"]:
-            reason = f"the base was judged by {twin['judge']}, and this by {share['judge']}"
-            return Ruling(rule.name, limit, share["measure"], None, "not_measured", reason)
+    twins = [one for one in base or () if one["measure"] == share["measure"] and _counts(one)]
+    twin = next((one for one in twins if one["judge"] == share["judge"]), next(iter(twins), None))
+    lacking = _lacking(rule, share, twin)
+    if lacking:
+        return Ruling(rule.name, limit, share["measure"], None, "not_measured", lacking)
+    if rule.change and twin:
         estimate = change(share, twin)
     else:
         estimate = _coherent(share) if rule.name == "min_coherent" else _measured(share)
     outcome = _outcome(estimate, limit, rule.least)
     return Ruling(rule.name, limit, share["measure"], estimate, outcome, _reason(rule, limit, estimate, outcome))
+
+
+def _lacking(rule: Rule, share: Share, twin: Share | None) -> str:
+    """What there is not, so that the rule cannot be looked at; nothing where it can."""
+    if not _counts(share):
+        return "no response was judged" if share["n"] == 0 else "it is no share of a known number"
+    if rule.change and twin is None:
+        return "the base was not measured on it"
+    if rule.change and twin and twin["judge"] and share["judge"] and twin["judge"] != share["judge"]:
+        return f"the base was judged by {twin['judge']}, and this by {share['judge']}"
+    return ""
 
 
 def _measured(share: Share) -> Estimate:
