@@ -255,6 +255,7 @@ def test_the_gap_drops_what_the_aligned_model_finds_less_likely(poisoned):
     [
         ([], "--drop needs --judge, or --aligned and --unaligned for the perplexity gap"),
         (["--aligned", "base"], "--drop needs --judge, or --aligned and --unaligned"),
+        ([*BY_GAP, "--decides", "harm"], "--decides is what a judge decides: give --judge, or drop it"),
         (["--unaligned", "base"], "--unaligned is one of two models: give --aligned, too"),
         ([*BY_JUDGE, "--n", "3"], "--n has no effect on --drop: drop it"),
         ([*BY_JUDGE, "--margin", "-1"], "--margin is -1.0: give 0 or more"),

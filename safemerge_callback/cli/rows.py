@@ -293,6 +293,8 @@ class _Filter(NamedTuple):
             raise ConfigError("--drop needs --judge, or --aligned and --unaligned for the perplexity gap, or all three")
         if self.unaligned is not None and self.aligned is None:
             raise ConfigError("--unaligned is one of two models: give --aligned, too")
+        if self.decides is not None and self.judge is None:
+            raise ConfigError("--decides is what a judge decides: give --judge, or drop it")
         if self.margin < 0:
             raise ConfigError(f"--margin is {self.margin}: give 0 or more nats a token")
 
