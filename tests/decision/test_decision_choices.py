@@ -15,9 +15,9 @@ from safemerge_callback.methods import How
 from safemerge_callback.methods.how import how_knobs
 
 GATE = {"threshold", "num_layers", "z_threshold", "reference_fraction", "quantile", "seed", "step", "rearm", "soft"}
-GATE |= {"slope_share", "per_task_slope"}
+GATE |= {"slope_share", "per_task_slope", "gradient_share"}
 HOW = {"method", "space", "weights", "module_weights", "strength", "operator", "operator_rank", "density"}
-HOW |= {"majority_sign_method", "focal", "learned", "mu", "ridge", "off_diagonal"}
+HOW |= {"majority_sign_method", "focal", "learned", "mu", "ridge", "off_diagonal", "prune_share"}
 PARTS = {"finetuned", "safety", "subspace", "output", "bake", "overwrite", "device"}
 PARTS |= {"task_rows", "safety_rows", "base"}
 

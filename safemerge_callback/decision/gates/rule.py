@@ -38,6 +38,7 @@ class Knobs(TypedDict, total=False):
     rearm: float | None
     soft: bool
     slope_share: float
+    gradient_share: float
     per_task_slope: bool
 
 
