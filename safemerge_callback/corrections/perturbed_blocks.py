@@ -21,6 +21,7 @@ from ..live.batch_hooks import batch_hooks
 from ..live.faults import Fault, attempt
 from ..live.stopwatch import Stopwatch
 from ..signals.model_state import preserve_random_states
+from ..signals.task_rows import UNCOUNTED
 
 Blocks = Mapping[str, nn.Module]
 # Of the blocks' outputs, the same of their gradients, what is to be added to each.
@@ -111,7 +112,7 @@ def perturbed_batches(
 
 @dataclass
 class PerturbedBatches:
-    """The batches of a step: the losses of both passes, (before, after), on the device, and what went wrong."""
+    """The batches of a step: both passes' mean losses a token, (before, after), on the device, and what went wrong."""
 
     model: nn.Module
     name: str
@@ -123,6 +124,8 @@ class PerturbedBatches:
     faults: list[Fault] = field(default_factory=list)
     before: Tensor | None = None
     moved: list[Tensor] | None = None
+    # What makes the mean over its tokens of a batch's loss.
+    scale: Tensor | float = 1.0
 
     @torch.compiler.disable
     def begins(self, _module: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
@@ -143,7 +146,7 @@ class PerturbedBatches:
             outputs, by_outputs = gradients(loss if self.scaler is None else self.scaler.scale(loss))
         if len(outputs) != len(self.blocks):
             raise ValueError(f"{len(self.blocks)} attention blocks gave {len(outputs)} outputs in one pass")
-        self.before, self.moved = loss.detach(), self.rule(outputs, by_outputs)
+        self.before, self.moved, self.scale = loss.detach(), self.rule(outputs, by_outputs), _per_token(inputs)
 
     @torch.compiler.disable
     def moves(self, place: int, _module: nn.Module, _args: Any, output: Any) -> Any:
@@ -157,12 +160,21 @@ class PerturbedBatches:
     def ends(self, _module: nn.Module, _args: Any, outputs: Any) -> None:
         """Take note of the loss of the second pass."""
         if self.before is not None and self._trains:
-            self.losses.append((self.before, loss_of(outputs).detach()))
+            self.losses.append((self.before * self.scale, loss_of(outputs).detach() * self.scale))
             self.before = None
 
     @property
     def _trains(self) -> bool:
         return self.model.training and torch.is_grad_enabled()
+
+
+def _per_token(inputs: Mapping[str, Any]) -> Tensor | float:
+    """What a batch's loss is multiplied by to be its mean: trainers divide it by the tokens of all a step's batches."""
+    items = inputs.get("num_items_in_batch")
+    if items is None:
+        return 1.0
+    scale: Tensor = items / (inputs["labels"][..., 1:] != UNCOUNTED).sum().clamp(min=1)
+    return scale
 
 
 def loss_of(outputs: Any) -> Tensor:

@@ -17,11 +17,17 @@ def hooked(model: nn.Module) -> bool:
     return bool(_ON.get(model))
 
 
+def unhook(model: nn.Module) -> None:
+    """Take off what an error left on a model when it ended a training within a step, whoever put it there."""
+    for stack in list(_ON.get(model, {}).values()):
+        stack.close()
+
+
 @contextmanager
 def batch_hooks(model: nn.Module, name: str) -> Iterator[ExitStack]:
     """Yield what takes off, afterwards, what is put on it within: `stack.callback(hook.remove)`.
 
-    Those of the same name that an error left on, when it ended a training within a step, are taken off before.
+    Those of the same name that an error left on are taken off before, as all are by `unhook`.
     """
     stacks = _ON.setdefault(model, {})
     if before := stacks.pop(name, None):

@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..errors import ConfigError, shown
 from ..io.text_table import html_table
+from ..live.batch_hooks import unhook
 from ..record.progress import Progress
 from .checkpoints import at_each_save, no_more_saves
 from .config.keywords import Settings
@@ -94,6 +95,18 @@ class SafeMergeCallback(TrainerCallback):
     def share(self) -> float:
         """Share of the training time, from 0 to 1, that this callback took."""
         return self.session.clock.now.share if self.session else self.progress.share
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Take off what an error in an earlier training left on the model, before an optimizer takes its parameters."""
+        if model is not None:
+            unhook(model)
 
     def on_train_begin(
         self,

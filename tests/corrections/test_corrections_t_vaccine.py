@@ -6,8 +6,9 @@ import torch
 from safemerge_callback import SafeMergeCallback, SafeMergeConfig
 from safemerge_callback.corrections.harmful_rows import mean_loss
 from safemerge_callback.corrections.perturbed_blocks import attention_blocks
-from safemerge_callback.corrections.t_vaccine import STATE_FILE, block_norms, drawn
+from safemerge_callback.corrections.t_vaccine import STATE_FILE, TVaccine, block_norms, drawn
 from safemerge_callback.errors import AdapterError, ConfigError
+from safemerge_callback.live.batch_hooks import hooked
 from tests.support.rows import rows_of_kinds
 from tests.support.trainer import lora_weights
 
@@ -82,6 +83,31 @@ def test_a_resume_goes_on_with_the_same_layers(world, chat_tokenizer, tmp_path):
     broken = world.trainer(tmp_path, vaccinated(), tokenizer=chat_tokenizer, **saving)
     with pytest.raises(AdapterError, match="it is not known which layers are trained"):
         broken.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+@pytest.mark.parametrize("another", [False, True], ids=["same trainer", "another"])
+def test_after_an_error_all_layers_are_trained_again(world, chat_tokenizer, tmp_path, monkeypatch, another):
+    """Whichever training is next: with the same callback, or a merge's alone, of another trainer on the same model."""
+    trainer = world.trainer(tmp_path / "broken", vaccinated(draw_every=100), tokenizer=chat_tokenizer)
+    compute_loss = trainer.compute_loss
+    trainer.compute_loss = lambda *batch, **more: [compute_loss(*batch, **more)][1]
+    with pytest.raises(IndexError):
+        trainer.train()
+    model, before = trainer.model, lora_weights(trainer.model)
+    trainer.compute_loss = compute_loss
+    if another:
+        trainer = world.trainer(tmp_path / "next", world.guard(every=2), model=model, max_steps=2)
+    else:
+        corrections = []
+        enter = TVaccine.batches
+        monkeypatch.setattr(TVaccine, "batches", lambda self, at: corrections.append(self) or enter(self, at))
+    trainer.train()
+    if another:
+        after = lora_weights(model)
+        assert all(not torch.equal(before[name], after[name]) for name in after if "lora_B" in name)
+    else:
+        assert len(corrections[-1].blocks) == 2
+    assert not hooked(model)
 
 
 def test_what_it_refuses(world, chat_tokenizer, tmp_path):

@@ -126,12 +126,14 @@ def test_0_is_absence_to_the_bit_and_the_journal_has_its_figures(world, tmp_path
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing.*. is deprecated:FutureWarning")
-def test_accumulation_and_checkpointing_change_nothing(world, tmp_path):
+def test_accumulation_and_checkpointing_change_nothing(world, tmp_path, runs):
     settings = {"optim": "sgd", "learning_rate": 1.0}
     listed = [{"vaccine": {"share": 0.1}}]
     eight = train(world, tmp_path / "8", listed, per_device_train_batch_size=8, **settings)
     two = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     assert torch.allclose(eight, train(world, tmp_path / "2", listed, **two, **settings), atol=1e-5)
+    told = [[(e["loss"], e["figures"]["rise"]) for e in runs.entries(tmp_path / n, "gradient")] for n in ("8", "2")]
+    assert [pytest.approx(pair, rel=1e-3) for pair in told[0]] == told[1]
     plain = train(world, tmp_path / "plain", None, per_device_train_batch_size=8, **settings)
     assert float((eight - plain).norm()) > 1e-3
     checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}

@@ -40,6 +40,7 @@ from ...errors import ConfigError, JournalError
 from ...io.addresses import source_name
 from ...io.paths import as_path
 from ...live import Writer, base_moved, base_weights, writer_for
+from ...live.batch_hooks import unhook
 from ...live.engine import engine_of
 from ...live.micro_batch import MicroBatch
 from ...live.optimizer import check_optimizer
@@ -114,6 +115,7 @@ def open_session(
     if model is None:
         raise ConfigError("the trainer gave no model to the callback: pass the callback to a Trainer that has a model")
     began = time.perf_counter()
+    unhook(model)
     if config.changes:
         check_optimizer(optimizer, config.optimizer_state)
     idle = check_schedule_of_run(config, state.max_steps)
