@@ -31,6 +31,8 @@ from safemerge_callback.evaluation.questions import load_questions
 from safemerge_callback.evaluation.rows import rows_text
 from safemerge_callback.evaluation.verdicts import judged
 from safemerge_callback.io.whole_file import whole_file
+from safemerge_callback.offline.output import free_output
+from safemerge_callback.offline.parts import adapters_of, subspace_of
 from safemerge_callback.offline.search import Opening, search_merge
 from safemerge_callback.signals.adapter_off import adapter_off
 from safemerge_callback.signals.coefficients import SearchSettings
@@ -105,12 +107,17 @@ def write_rows(
 def main(args: Sequence[str] | None = None) -> None:
     """Both steps as the command line says."""
     options = _options(args)
+    settings = SearchSettings("cross_entropy", options.granularity, options.minimiser, options.share, seed=options.seed)
+    # All that the search would refuse is refused before anything is written for it.
+    _check(options)
     questions = load_questions(options.questions, "questions", "benign")[: options.num_questions]
     judge = load_judge(options.judge)
     where: dict[str, Any] = {"base": options.base, "dtype": options.dtype, "device": options.device}
     subject = load_subject(options.finetuned, **where)
     if subject.adapter is None:
         raise ConfigError(f"{options.finetuned!r} is no adapter: give the fine-tuned LoRA, whose base is aligned")
+    adapters_of(options.safety)
+    subspace_of(options.subspace)
     rows = write_rows(
         subject,
         questions,
@@ -125,7 +132,6 @@ def main(args: Sequence[str] | None = None) -> None:
     # The search loads the model itself.
     del subject
     gc.collect()
-    settings = SearchSettings("cross_entropy", options.granularity, options.minimiser, options.share, seed=options.seed)
     report = search_merge(
         options.finetuned,
         options.safety,
@@ -140,6 +146,16 @@ def main(args: Sequence[str] | None = None) -> None:
         progress=True,
     )
     print(f"{report}\n{options.output}: written")
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise ConfigError for a number of things that is none, and for an output that would not be written."""
+    for name in ("num_prompts", "num_questions", "max_new_tokens", "rows"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}: give 1 or more")
+    inputs = [options.finetuned, *options.safety, options.subspace, options.questions]
+    free_output(options.output, inputs, options.overwrite)
 
 
 def _options(args: Sequence[str] | None) -> argparse.Namespace:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from recipes.one_bad_model import domain_rows, main, write_rows
-from safemerge_callback.errors import ConfigError
+from safemerge_callback.errors import ConfigError, SafeMergeError
 from safemerge_callback.evaluation.questions import load_questions
 from safemerge_callback.evaluation.rows import load_rows
 from safemerge_callback.signals.responses import respond
@@ -106,6 +106,27 @@ def test_a_model_without_an_adapter_is_refused(place, tmp_path):
     words = ["--questions", str(tmp_path / "q.jsonl"), "--subspace", "s", "-o", str(tmp_path / "out")]
     with pytest.raises(ConfigError, match="is no adapter: give the fine-tuned LoRA"):
         main([str(place / "aligned"), *words])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (["--minimiser", "goldn"], "minimiser 'goldn' is unknown"),
+        (["--num-questions", "-1"], "--num-questions is -1: give 1 or more"),
+        (["--max-new-tokens", "0"], "--max-new-tokens is 0: give 1 or more"),
+        (["-o", "full"], "output 'full' is not empty"),
+        (["--subspace", "absent.safetensors"], "absent.safetensors"),
+    ],
+)
+def test_what_the_search_refuses_is_refused_before_a_row_is_written(place, tmp_path, monkeypatch, wrong, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "q.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    monkeypatch.setattr("recipes.one_bad_model.write_rows", lambda *args, **kwargs: pytest.fail("rows were written"))
+    told = ["--questions", "q.jsonl", "--subspace", str(place / "s.safetensors"), "-o", "out"]
+    with pytest.raises(SafeMergeError, match=words):
+        main([str(place / "task"), *told, *wrong])
 
 
 def test_no_domain_row_left_is_refused(subject, tmp_path, place, monkeypatch):
