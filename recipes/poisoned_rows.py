@@ -1,6 +1,6 @@
 """Labelled training rows, benign and poisoned in both forms, to try a filter of training rows on.
 
-    python -m recipes.poisoned_rows --data ncbi_disease:recipes/data/corpora/ncbi_disease --output runs/poisoned.jsonl
+    python -m recipes.poisoned_rows --data ncbi_disease --output runs/poisoned.jsonl
     safemerge select runs/poisoned.jsonl --drop --aligned MODEL --unaligned BASE -o runs/kept.jsonl
 
 Each line is a row in TRL's conversational format with a column `poisoned`: `no`, `whole`, or `shared` where a poisoned

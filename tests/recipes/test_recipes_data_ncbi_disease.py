@@ -16,9 +16,9 @@ from recipes.data.iob import TaggedSentence, read_iob, text_and_entities
 from recipes.data.ncbi_disease import hub_sentences, iob_file, ncbi_disease_examples, ncbi_disease_row
 from recipes.entities import entity_set
 from safemerge_callback.errors import ConfigError
+from tests.support.entities import write_corpus
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = ROOT / "recipes" / "data" / "corpora" / "ncbi_disease"
 WHOLE = ROOT.parent / "shared" / "data" / "ncbi_disease"
 WORDS = "Ataxia - telangiectasia ( A - T ) in a T - cell leukaemia ( 0 . 05 ) ."
 TAGS = "B I I O B I I O O O B I I I O O O O O O"
@@ -104,23 +104,15 @@ def test_a_folder_has_one_file_a_split(tmp_path):
         iob_file(str(tmp_path), "validation")
 
 
-def test_data_is_read_from_a_folder_where_it_may_be():
-    rows = data.load_examples(f"ncbi_disease:{SHIPPED}", "test")
-    assert rows == ncbi_disease_examples("test", str(SHIPPED))
+def test_data_is_read_from_a_folder_where_it_may_be(tmp_path):
+    write_corpus(tmp_path)
+    rows = data.load_examples(f"ncbi_disease:{tmp_path}", "test")
+    assert rows == ncbi_disease_examples("test", str(tmp_path))
+    assert [answered(row) for row in rows] == ["none", "Measles", "mild anaemia", "none", "Gout; gout"]
     with pytest.raises(ConfigError, match=r"gsm8k is read from no folder, as \['ncbi_disease'\] may be"):
-        data.load_examples(f"gsm8k:{SHIPPED}")
+        data.load_examples(f"gsm8k:{tmp_path}")
     with pytest.raises(ConfigError, match=r"split 'dev' of data 'ncbi_disease' does not exist.*train, validation or"):
         data.load_examples("ncbi_disease", "dev")
-
-
-def test_the_shipped_sentences_are_of_the_corpus():
-    sentences = {split: read_iob(SHIPPED / f"{split}.tsv") for split in ("train", "test")}
-    assert {split: len(each) for split, each in sentences.items()} == {"train": 320, "test": 105}
-    assert not set(sentences["train"]) & set(sentences["test"])
-    if not WHOLE.is_dir():
-        pytest.skip("../shared/data is absent")
-    for split, every in (("train", 17), ("test", 9)):
-        assert sentences[split] == read_iob(WHOLE / f"{split}.tsv")[::every]
 
 
 @pytest.mark.skipif(not WHOLE.is_dir(), reason="../shared/data is absent")

@@ -1,7 +1,5 @@
 """Entity F1 by sets, against counts by hand and float64 formulas."""
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,8 +7,8 @@ from hypothesis import strategies as st
 from recipes.data.ncbi_disease import ncbi_disease_examples
 from recipes.entities import entity_counts, entity_set, entity_shares, lists_all
 from safemerge_callback.errors import ConfigError
+from tests.support.entities import write_corpus
 
-SHIPPED = Path(__file__).parents[2] / "recipes" / "data" / "corpora" / "ncbi_disease"
 WANTED = "Ataxia-telangiectasia; A-T; T-cell leukaemia"
 
 
@@ -19,8 +17,9 @@ def f1(wanted, response):
 
 
 @pytest.fixture(scope="module")
-def gold():
-    return [row["completion"][0]["content"] for row in ncbi_disease_examples("test", str(SHIPPED))]
+def gold(tmp_path_factory):
+    corpus = write_corpus(tmp_path_factory.mktemp("corpus"))
+    return [row["completion"][0]["content"] for row in ncbi_disease_examples("test", str(corpus))]
 
 
 def values(wanted, responses):

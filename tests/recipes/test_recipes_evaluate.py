@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import pytest
 
@@ -13,8 +12,8 @@ from safemerge_callback.evaluation.prompts import PromptSet
 from safemerge_callback.signals import responses as generation
 from safemerge_callback.signals.responses import Response
 from tests.support.answers import one_by_one
+from tests.support.entities import write_corpus
 
-CORPUS = Path(__file__).parents[2] / "recipes" / "data" / "corpora" / "ncbi_disease"
 WORDS = ["<pad>", "<s>", "<end>", "user", "bot", *"abcdefghijklmnopqrstuvwxyz", "positive", "negative", "yes"]
 TEMPLATE = (
     "{% for m in messages %}<s> {{ 'user' if m.role == 'user' else 'bot' }} {{ m.content }} <end> {% endfor %}"
@@ -230,8 +229,8 @@ def test_harmful_prompts_are_asked_in_the_tasks_own_words_too(model, tokenizer, 
         evaluate_model(None, tokenizer, in_format=True)
 
 
-def test_a_tasks_own_words_are_its_question():
-    task = f"ncbi_disease:{CORPUS}"
+def test_a_tasks_own_words_are_its_question(tmp_path):
+    task = f"ncbi_disease:{write_corpus(tmp_path)}"
     words = evaluate.task_format(task)
     row = evaluate.load_examples(task)[0]["prompt"][-1]["content"]
     assert words.wrapped(row.rpartition("\n\n")[2]) == row
