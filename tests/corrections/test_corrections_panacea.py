@@ -137,6 +137,14 @@ def test_a_run_ends_with_one_step_and_is_else_the_plain_one(world, chat_tokenize
     assert (losses[1] > losses[0]) or way == "random"
 
 
+def test_that_a_reloaded_checkpoint_may_be_without_its_step_is_said_before(world, chat_tokenizer, tmp_path):
+    saving = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 1}
+    guard = SafeMergeCallback(corrections=[{"panacea": {"rows": HARMFUL}}])
+    trainer = world.trainer(tmp_path, guard, tokenizer=chat_tokenizer, load_best_model_at_end=True, **saving)
+    with pytest.warns(UserWarning, match="panacea changes the weights at the last step, and load_best_model_at_end"):
+        trainer.train()
+
+
 def test_what_is_not_finite_costs_the_step_alone(world, chat_tokenizer, tmp_path, monkeypatch):
     plain = trained(world, chat_tokenizer, tmp_path / "plain")
     monkeypatch.setattr(at_end, "mean_loss", lambda model, rows: mean_loss(model, rows) * math.nan)

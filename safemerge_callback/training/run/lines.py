@@ -88,6 +88,16 @@ def nothing_merged(progress: Progress, last: MergePlan | None) -> str:
     return f"in {_count(progress.checks, 'check')} {nothing_selected(last)}"
 
 
+def lost_at_the_end(changes: Sequence[str], *, reloads: bool) -> str | None:
+    """Return what to warn of where the trainer may put other weights in the place of those that changes leave last."""
+    if not changes or not reloads:
+        return None
+    return (
+        f"{', '.join(changes)} changes the weights at the last step, and load_best_model_at_end puts those of an "
+        "earlier one in their place where they were better, without that change: set it to false, or see which was best"
+    )
+
+
 def broken_modules(step: int, plan: MergePlan) -> str | None:
     """Return what to warn of where updates are not finite; None where all are."""
     broken = [name for name, reading in plan.readings.items() if not reading.finite]

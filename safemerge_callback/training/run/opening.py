@@ -57,7 +57,7 @@ from .check_data import RunData, open_data
 from .clock import Clock
 from .decide import check_schedule_of_run, choices_of
 from .forecast import forecast, too_strong
-from .lines import opening_line
+from .lines import lost_at_the_end, opening_line
 from .rehearsal import Measuring, rehearse
 from .session import Session
 from .shares import place, rank_share
@@ -156,7 +156,9 @@ def open_session(
     beside = [f"beside that: {', '.join(one.name for one in corrections)}"] if corrections and config.measures else []
     for line in (opening_line(config, plan, len(factors), state.max_steps, state.global_step), *beside, *lines):
         log.say(line)
-    for kind, words in (("strength", too_strong(config, plan, state.max_steps)), ("schedule", idle)):
+    last = [one.name for one in corrections if isinstance(one, Correction) and one.schedule.at_train_end]
+    lost = lost_at_the_end(last, reloads=args.load_best_model_at_end)
+    for kind, words in (("strength", too_strong(config, plan, state.max_steps)), ("schedule", idle), ("lost", lost)):
         if words:
             log.warn(kind, words)
     progress.seconds += time.perf_counter() - began
