@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,23 +26,34 @@ if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
 
+# What takes away the one that is at work in a model, also where an error ended that training.
+_AT_WORK: WeakKeyDictionary[nn.Module, Callable[[], None]] = WeakKeyDictionary()
+
+
 class BufferAdapter(TrainerCallback):
     """Adds an adapter of a folder or of the Hub while a trainer trains; AdapterError where there is none."""
 
     def __init__(self, source: str) -> None:
         self.adapter = load_adapter(source)
-        self.remove: Callable[[], None] = lambda: None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_more: Any
     ) -> None:
         """Add it, before any pass; ConfigError where it does not fit the live adapter."""
-        self.remove()
-        self.remove = add_in_training(model, self.adapter)
+        _take_away(model)
+        _AT_WORK[model] = add_in_training(model, self.adapter)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_more: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_more: Any
+    ) -> None:
         """Take it away again."""
-        self.remove()
+        _take_away(model)
+
+
+def _take_away(model: nn.Module) -> None:
+    remove = _AT_WORK.pop(model, None)
+    if remove is not None:
+        remove()
 
 
 def add_in_training(model: nn.Module, adapter: Adapter) -> Callable[[], None]:

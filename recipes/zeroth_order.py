@@ -22,8 +22,9 @@ from transformers import Trainer
 from recipes.completion_trainer import CompletionTrainer
 from safemerge_callback.corrections.protocol import Batchwise, Term
 from safemerge_callback.decision import needs_of
-from safemerge_callback.errors import ConfigError
+from safemerge_callback.errors import ConfigError, shown
 from safemerge_callback.io.choices import one_of
+from safemerge_callback.io.numbers import is_number, is_whole
 from safemerge_callback.ops import mask_seed
 from safemerge_callback.signals.check_data import GRAMS
 from safemerge_callback.signals.model_state import preserve_random_states
@@ -183,10 +184,12 @@ class ZerothOrderSettings:
 
     def __post_init__(self) -> None:
         one_of(self.method, METHODS, "zo_method")
-        if not 0 < self.epsilon < math.inf:
-            raise ConfigError(f"zo_epsilon is {self.epsilon}: give how far a probe goes, above 0, such as 0.001")
-        if self.rank < 1:
-            raise ConfigError(f"zo_rank is {self.rank}: give of how many parts a direction of tezo is made, 1 or more")
+        if not is_number(self.epsilon) or self.epsilon <= 0:
+            raise ConfigError(f"zo_epsilon is {shown(self.epsilon)}: give how far a probe goes, above 0, such as 0.001")
+        if not is_whole(self.rank, 1):
+            raise ConfigError(
+                f"zo_rank is {shown(self.rank)}: give of how many parts a direction of tezo is made, 1 or more"
+            )
 
 
 class ZerothOrderSteps(Trainer):

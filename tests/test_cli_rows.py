@@ -259,6 +259,7 @@ def test_the_gap_drops_what_the_aligned_model_finds_less_likely(poisoned):
         (["--unaligned", "base"], "--unaligned is one of two models: give --aligned, too"),
         ([*BY_JUDGE, "--n", "3"], "--n has no effect on --drop: drop it"),
         ([*BY_JUDGE, "--margin", "-1"], "--margin is -1.0: give 0 or more"),
+        ([*BY_JUDGE, "--margin", "nan"], "--margin is nan: give 0 or more"),
         (["--judge", "keywords"], "judge 'keywords' decides refusals, which are compared with the aligned model's own"),
         (["--judge", "keywords", "--decides", "harm"], "judge 'keywords' cannot be made from ['decides']"),
         ([*BY_JUDGE, "--dropped", "kept.jsonl"], "--output and --dropped are both 'kept.jsonl': give two files"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -295,7 +296,7 @@ class _Filter(NamedTuple):
             raise ConfigError("--unaligned is one of two models: give --aligned, too")
         if self.decides is not None and self.judge is None:
             raise ConfigError("--decides is what a judge decides: give --judge, or drop it")
-        if self.margin < 0:
+        if not 0 <= self.margin < math.inf:
             raise ConfigError(f"--margin is {self.margin}: give 0 or more nats a token")
 
 

@@ -31,10 +31,12 @@ FIGURES = {
 
 
 def check_perturbation(rho: Any, share: Any) -> float | None:
-    """Return the share in force, None where `rho` is; 0 is absence. ConfigError for both, and for what is below 0."""
+    """Return the share in force, None where `rho` is; 0 is absence. ConfigError for what cannot be, and for both."""
     for name, value in (("rho", rho), ("share", share)):
         if value is not None and (not is_number(value) or value < 0):
             raise ConfigError(f"{name} is {shown(value)}: give a number of 0 (off) or more")
+    if share is not None and share > 1:
+        raise ConfigError(f"share is {shown(share)}: give a share of what a row's outputs are, from 0 to 1")
     if rho is not None and share is not None:
         raise ConfigError(
             f"rho {shown(rho)} and share {shown(share)} are both given: give rho, the norm over a batch, or share, of "

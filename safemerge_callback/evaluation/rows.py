@@ -34,7 +34,7 @@ def load_rows(source: Any, *, split: str = "train", both: bool = True) -> tuple[
     """
     where, table = load_table(source, "safety rows", split)
     if not table:
-        raise ConfigError(f"{where} has no rows: give at least one refusal and one answer")
+        raise ConfigError(f"{where} has no rows: give {'at least one refusal and one answer' if both else 'some'}")
     judge = KeywordJudge()
     rows = tuple(_row(row, judge, f"row {at} of {where}") for at, row in enumerate(table, 1))
     if both:

@@ -118,6 +118,8 @@ class SafeMergeCallback(TrainerCallback):
     ) -> None:
         """Load and check everything; on a resume, go on from the checkpoint's state."""
         alone(self, model, state)
+        if model is not None:
+            unhook(model)
         self.session, self.progress, self.section = None, Progress(), None
         # It may have been attached to one trainer, and given to another.
         trainer = self.trainer if self.trainer is not None and self.trainer.state is state else None

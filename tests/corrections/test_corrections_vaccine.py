@@ -180,6 +180,7 @@ def test_a_first_pass_that_fails_costs_that_batch_its_perturbation(model):
     [
         ({"rho": -1}, "rho is -1: give a number of 0"),
         ({"rho": 1, "share": 0.1}, "rho 1 and share 0.1 are both given"),
+        ({"share": 50}, "share is 50: give a share of what a row's outputs are, from 0 to 1"),
         ({"blocks": "("}, "blocks '.' is no regular expression"),
     ],
 )

@@ -117,3 +117,5 @@ def test_files_that_cannot_be_read(tmp_path):
 
 def test_rows_of_one_kind_where_that_is_wanted():
     assert load_rows(TABLE[:1], both=False) == ROWS[:1]
+    with pytest.raises(ConfigError, match=r"has no rows: give some$"):
+        load_rows([], both=False)

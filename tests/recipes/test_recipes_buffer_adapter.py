@@ -101,6 +101,24 @@ def test_a_buffer_of_0_is_absence_to_the_bit(world, tmp_path):
     assert all(torch.equal(weight, runs[0][name]) for name, weight in runs[1].items())
 
 
+def test_one_that_an_error_left_is_not_at_work_beside_the_next(world, buffer, tmp_path):
+    trainer = world.trainer(tmp_path, BufferAdapter(buffer), max_steps=1)
+    compute_loss = trainer.compute_loss
+    trainer.compute_loss = lambda *args, **kwargs: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    hooks = []
+
+    def counted(model, *args, **kwargs):
+        hooks.extend(len(module._forward_hooks) for module in model.modules() if hasattr(module, "lora_A"))
+        return compute_loss(model, *args, **kwargs)
+
+    again = world.trainer(tmp_path, BufferAdapter(buffer), model=trainer.model, max_steps=1)
+    again.compute_loss = counted
+    again.train()
+    assert hooks == [1] * 4
+
+
 def test_a_buffer_that_does_not_fit_is_refused_before_the_first_step(world, buffer, tmp_path):
     trainer = world.trainer(tmp_path, BufferAdapter(buffer), model=world.model(targets=["q_proj"]))
     with pytest.raises(

@@ -261,3 +261,19 @@ def test_the_files_are_those_of_the_recipe(path):
     assert (safemerge.every, sft.max_steps) == (500, 2000)
     assert yaml.safe_load(path.read_text())["base"] == "../finetune/smollm2_sentiment.yaml"
     assert (CONFIGS / "finetune_zo" / path.name).is_file()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"epsilon": None}, "zo_epsilon is None: give how far a probe goes"),
+        ({"epsilon": True}, "zo_epsilon is True: give how far a probe goes"),
+        ({"epsilon": math.nan}, "zo_epsilon is nan: give how far a probe goes"),
+        ({"rank": 2.5}, r"zo_rank is 2\.5: give of how many parts"),
+        ({"rank": True}, "zo_rank is True: give of how many parts"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, says):
+    """A file gives values as they are, whatever the type that is wanted."""
+    with pytest.raises(ConfigError, match=says):
+        ZerothOrderSettings(**settings)

@@ -40,7 +40,6 @@ from ...errors import ConfigError, JournalError
 from ...io.addresses import source_name
 from ...io.paths import as_path
 from ...live import Writer, base_moved, base_weights, writer_for
-from ...live.batch_hooks import unhook
 from ...live.engine import engine_of
 from ...live.micro_batch import MicroBatch
 from ...live.optimizer import check_optimizer
@@ -115,7 +114,6 @@ def open_session(
     if model is None:
         raise ConfigError("the trainer gave no model to the callback: pass the callback to a Trainer that has a model")
     began = time.perf_counter()
-    unhook(model)
     if config.changes:
         check_optimizer(optimizer, config.optimizer_state)
     idle = check_schedule_of_run(config, state.max_steps)
@@ -156,8 +154,7 @@ def open_session(
     beside = [f"beside that: {', '.join(one.name for one in corrections)}"] if corrections and config.measures else []
     for line in (opening_line(config, plan, len(factors), state.max_steps, state.global_step), *beside, *lines):
         log.say(line)
-    last = [one.name for one in corrections if isinstance(one, Correction) and one.schedule.at_train_end]
-    lost = lost_at_the_end(last, reloads=args.load_best_model_at_end)
+    lost = _lost(corrections, args)
     for kind, words in (("strength", too_strong(config, plan, state.max_steps)), ("schedule", idle), ("lost", lost)):
         if words:
             log.warn(kind, words)
@@ -277,6 +274,12 @@ def _prepare(
             one.prepare(RunStart(model, tokenizer, lines.append, bars))
             seconds[one.name] = time.perf_counter() - began
     return lines, seconds
+
+
+def _lost(corrections: Sequence[object], args: TrainingArguments) -> str | None:
+    """What to warn of where the trainer may reload weights without what is changed at the end."""
+    last = [one.name for one in corrections if isinstance(one, Correction) and one.schedule.at_train_end]
+    return lost_at_the_end(last, reloads=args.load_best_model_at_end)
 
 
 def _data(
