@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
 from ..errors import ConfigError, nearest, shown
@@ -275,7 +276,7 @@ def _figure(row: Any, who: str) -> Share:
     fits = isinstance(row, Mapping) and isinstance(row.get("measure"), str) and row.get("kind") in get_args(Kind)
     fits = fits and all(row.get(key) is None or is_number(row[key]) for key in ("value", "low", "high"))
     fits = fits and (row.get("n") is None or is_whole(row["n"], 0)) and is_whole(row.get("incoherent", 0), 0)
-    if not fits:
+    if not fits or not _in_order(row):
         raise ConfigError(
             f"{who} is {shown(row)}: it needs measure, kind, n, value, low and high as `eval` writes them"
         )
@@ -283,6 +284,12 @@ def _figure(row: Any, who: str) -> Share:
     counted = {"incoherent": row.get("incoherent", 0), "judge": judge if isinstance(judge, str) else None}
     values = (row.get(key) for key in ("value", "n", "low", "high"))
     return as_share(name, kind, *values, unit=unit_of(name, kind, row.get("unit")), **counted)
+
+
+def _in_order(row: Mapping[str, Any]) -> bool:
+    """Whether the value lies in its interval, but for rounding, as far as they are known."""
+    ends = [row[key] for key in ("low", "value", "high") if row.get(key) is not None]
+    return all(one <= other + 1e-6 for one, other in pairwise(ends))
 
 
 def document_of(decision: Decision, thresholds: Thresholds, source: str, base: str | None) -> dict[str, Any]:

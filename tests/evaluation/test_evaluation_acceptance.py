@@ -192,7 +192,11 @@ def test_thresholds_that_cannot_be_are_refused(tmp_path, text, words):
 
 @pytest.mark.parametrize(
     "text",
-    ["[]", "{}", '{"figures": {}}', '{"figures": [1]}', '{"figures": [{"measure": "a", "kind": "odd"}]}', "{"],
+    [
+        *("[]", "{}", "{"),
+        *('{"figures": {}}', '{"figures": [1]}', '{"figures": [{"measure": "a", "kind": "odd"}]}'),
+        '{"figures": [{"measure": "bad", "kind": "harm", "n": 10, "value": 1.0, "low": 0.9, "high": 0.8}]}',
+    ],
 )
 def test_figures_that_are_none_of_ours_are_refused(tmp_path, text):
     file = tmp_path / "eval.json"
