@@ -5,6 +5,7 @@ Apart from `cells`: writing them takes data, and for safety rows the model.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -32,11 +33,18 @@ def row_files(grid: Grid, cell: GridCell) -> dict[str, Path]:
     harmful prompts of words drawn at random, the control of what is taken from those prompts.
     """
     folder = Path(grid.output_dir) / "rows"
+    # What else they are made of is in their names, so that a grid that changes meets no rows of the one before.
+    of_model = _digest(grid.model, SAFETY_PROMPTS, _NEW_TOKENS)
+    of_data = _digest(grid.finetune.get("num_examples"), TASK_ROWS)
     return {
-        "task_rows": folder / f"{cell.task}-poisoned-{cell.poisoned_share:g}-seed-{cell.seed}.jsonl",
-        "safety_rows": folder / "safety.jsonl",
-        "random_rows": folder / "random.jsonl",
+        "task_rows": folder / f"{cell.task}-poisoned-{cell.poisoned_share:g}-seed-{cell.seed}-{of_data}.jsonl",
+        "safety_rows": folder / f"safety-{of_model}.jsonl",
+        "random_rows": folder / f"random-{of_model}-seed-{grid.random_subspace_seed}.jsonl",
     }
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
 
 
 def write_rows(grid: Grid, cell: GridCell, settings: Mapping[str, Any]) -> None:

@@ -137,5 +137,13 @@ def test_settings_name_the_files_and_the_model_that_is_asked(raw):
     (cell,) = [cell for cell in cells_of(grid) if cell.arm.name == "learned"]
     settings = resolved(grid, cell)
     assert settings["base"] == raw["model"]
-    assert settings["task_rows"].endswith("rows/cities-poisoned-0-seed-1.jsonl")
+    assert "rows/cities-poisoned-0-seed-1-" in settings["task_rows"]
     json.dumps(settings)
+    # A grid of another model, or of fewer rows of data, has files of its own.
+    mine = row_files(grid, cell)
+    for change, same in (
+        ({"model": raw["unaligned"]}, {"task_rows"}),
+        ({"finetune": {**TRAIN, "num_examples": 80}}, {"safety_rows", "random_rows"}),
+    ):
+        other = row_files(make_grid({**raw, **change}), cell)
+        assert {name for name in mine if mine[name] == other[name]} == same

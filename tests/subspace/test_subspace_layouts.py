@@ -11,6 +11,7 @@ from safemerge_callback.errors import SubspaceError
 from safemerge_callback.live import live_factors
 from safemerge_callback.subspace import CheckpointShards, build_subspace
 from safemerge_callback.subspace.checkpoints.targets import select_targets
+from tests.support.versions import found_in
 
 TEXT = {
     "vocab_size": 64,
@@ -92,7 +93,7 @@ LAYOUTS = {"original": True, "as the model has it": False}
 
 
 def make(family, seed, dtype=torch.float32):
-    cls = getattr(transformers, family)
+    cls = found_in(transformers, family)
     torch.manual_seed(seed)
     return cls(cls.config_class(**FAMILIES[family])).to(dtype)
 
@@ -125,7 +126,7 @@ def test_every_live_lora_module_is_found_with_the_difference_of_the_live_weights
         saved(make(family, seed), tmp_path / str(seed), save_original_format=original, max_shard_size="40KB")
         for seed in (1, 2)
     ]
-    cls = getattr(transformers, family)
+    cls = found_in(transformers, family)
     aligned, unaligned = (cls.from_pretrained(folder) for folder in folders)
     before, after = live_weights(unaligned), live_weights(aligned)
     subspace = build_subspace(tmp_path / "V.safetensors", aligned=folders[0], unaligned=folders[1], progress=False)

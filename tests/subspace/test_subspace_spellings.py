@@ -12,6 +12,7 @@ from safemerge_callback.adapters import canonical_name
 from safemerge_callback.subspace.checkpoints.layouts import StoredTensor, weights_of
 from safemerge_callback.subspace.checkpoints.shard_files import LocalFile
 from safemerge_callback.subspace.checkpoints.spellings import _BY_ARCHITECTURE, Spelling, spelling_of
+from tests.support.versions import found_in
 
 CLASSES = {
     "hrm_text": "HrmTextForCausalLM",
@@ -45,7 +46,7 @@ LEVELLED = [
 @cache
 def of_default_size(family):
     """A model on the meta device, where size costs nothing."""
-    cls = getattr(transformers, family)
+    cls = found_in(transformers, family)
     with torch.device("meta"):
         return cls(cls.config_class())
 

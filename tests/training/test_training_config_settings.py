@@ -208,6 +208,8 @@ def test_pefts_combination_types_are_aliases():
     from peft import LoraModel
 
     theirs = typing.get_args(typing.get_type_hints(LoraModel.add_weighted_adapter)["combination_type"])
+    if not theirs:
+        pytest.skip("this version of PEFT does not list them in its signature")
     assert len(theirs) == 11
     assert set(theirs) | {"linear_svd"} == set(COMBINATION_TYPES)
     for alias in theirs:

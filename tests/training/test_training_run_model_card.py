@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import transformers
 import yaml
 from transformers import Trainer
 
@@ -11,6 +12,7 @@ from safemerge_callback.record.card import BEGIN, END
 from safemerge_callback.record.progress import Progress
 from safemerge_callback.training.run.artifact import outcome_of, run_card
 from tests.support.replay import ROWS, replay_entry, replaying
+from tests.support.versions import found_in
 
 SAVING = {"save_strategy": "steps", "save_steps": 3}
 
@@ -44,6 +46,7 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch):
     hub = Hub()
+    found_in(transformers.trainer, "hf_api")
     monkeypatch.setattr("transformers.trainer.hf_api", lambda: hub)
     return hub
 

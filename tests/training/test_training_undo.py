@@ -11,6 +11,7 @@ from peft import PeftModel
 from safemerge_callback import undo_merge
 from safemerge_callback.adapters import load_adapter, save_adapter
 from safemerge_callback.errors import AdapterError, ConfigError
+from tests.support.versions import found_in
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +166,7 @@ def test_push_to_hub_uploads_none_of_what_undoes_the_final_merge(world, tmp_path
 
     trainer = world.trainer(tmp_path, world.guard(every=0), max_steps=1)
     trainer.train()
+    found_in(transformers.trainer, "hf_api")
     monkeypatch.setattr(transformers.trainer, "hf_api", Client)
     trainer.hub_model_id = "someone/adapter"
     trainer.push_to_hub()
