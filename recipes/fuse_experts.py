@@ -1,4 +1,4 @@
-"""H3Fusion without its router: experts for helpful, harmless and honest answers fused into one plain LoRA.
+r"""H3Fusion without its router: experts for helpful, harmless and honest answers fused into one plain LoRA.
 
     python -m recipes.fuse_experts --experts helpful=A harmless=B honest=C \
         --rows helpful=helpful.jsonl harmless=harmless.jsonl honest=honest.jsonl -o FUSED

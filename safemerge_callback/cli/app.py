@@ -73,5 +73,8 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _note(message: Warning | str, *_where: Any, **_more: Any) -> None:
+def _note(message: Warning | str, category: type[Warning], *_where: Any, **_more: Any) -> None:
+    # What libraries tell each other of versions to come is nothing that a user of a verb can act on.
+    if issubclass(category, FutureWarning):
+        return
     say(f"note: {str(message).removeprefix('safemerge: ')}", err=True)

@@ -15,6 +15,9 @@ from torch import Tensor
 from ..live.gradients import Gradients, TrainedParameters
 from .protocol import Apart, Term
 
+# A task's gradient of less than this share of the terms' is no gradient: float32 rounds their sum by as much.
+ROUNDING = 1e-5
+
 
 class TermGradient(NamedTuple):
     """A term's own gradient in one step, weighted and the mean over the ranks, as `TrainedParameters.vector`.
@@ -62,10 +65,11 @@ class Angles:
         return cls([one.term.name for one in gradients], [one.apart for one in gradients], trained.products(vectors))
 
     def readings(self, norm: float | None) -> dict[str, dict[str, float]]:
-        """Return each term's `norm`, and its `cosine` to the task's gradient, NaN where that is zero. Waits.
+        """Return each term's `norm`, and its `cosine` to the task's gradient, NaN where that is nothing. Waits.
 
         `norm`: that of the whole gradient before clipping; None where it was not clipped. Clipping keeps its direction,
-        so the whole is known; the task's is what is left of it without the terms that are in it.
+        so the whole is known; the task's is what is left of it without the terms that are in it. Where that is as
+        small as the rounding of the sum, as in a safe step of `lisa`, it is nothing and has no direction.
         """
         table = self.table.tolist()
         clipped = math.sqrt(table[-1][-1])
@@ -73,9 +77,11 @@ class Angles:
         inside = [i for i, apart in enumerate(self.apart) if not apart]
         whole = [stretch * x for x in table[-1]]
         size = whole[-1] * stretch - sum(2 * whole[j] - sum(table[j][k] for k in inside) for j in inside)
+        if size <= ROUNDING**2 * sum(table[j][j] for j in inside):
+            size = 0.0
         readings = {}
         for i, name in enumerate(self.names):
-            product, scale = whole[i] - sum(table[i][j] for j in inside), math.sqrt(max(size, 0.0) * table[i][i])
+            product, scale = whole[i] - sum(table[i][j] for j in inside), math.sqrt(size * table[i][i])
             cosine = max(-1.0, min(1.0, product / scale)) if scale > 0 else math.nan
             readings[name] = {"norm": math.sqrt(table[i][i]), "cosine": cosine}
         return readings

@@ -178,7 +178,7 @@ def replay_rows(
         label = "replay: reference" if bars and rank() == 0 else None
         reference = take_reference(model, tokens, top_k=settings.top_k, hidden=loss.hidden, label=label)
     mean, most = reference.rest_mass
-    if settings.top_k is not None and not loss.hidden:
+    if settings.top_k is not None and loss.log_probs:
         words += f"; beside the {settings.top_k} likeliest tokens {mean:.2g} of the probability, {most:.2g} at most"
     floor = None if settings.hinge is None else loss.limit(reference, settings.hinge)
     order = RowOrder(len(tokens), settings.seed)

@@ -187,7 +187,7 @@ def _lacking(rule: Rule, share: Share, twin: Share | None) -> str:
     if not _counts(share):
         return "no response was judged" if share["n"] == 0 else "it is no share of a known number"
     if rule.change and twin is None:
-        return "the base was not measured on it"
+        return "the base was not measured on it: give what `safemerge eval -o` wrote of it as --baseline"
     if rule.change and twin and twin["judge"] and share["judge"] and twin["judge"] != share["judge"]:
         return f"the base was judged by {twin['judge']}, and this by {share['judge']}"
     return ""

@@ -226,8 +226,9 @@ def _check_counts(harvest: Harvest, responses: Sequence[str], least: float, most
     if not harm.refused or harm.refused < least * harm.prompts:
         raise ConfigError(
             f"the base is not aligned: it refuses {_of(harm)} harmful prompts, so it has no refusals to hold on to. "
-            "Start from an aligned (chat or instruct) model, or give the judge that knows its refusals, or rows of "
-            "your own"
+            "Start from an aligned (chat or instruct) model. If it refuses in words that this judge does not know, "
+            "write its rows by another: `safemerge harvest MODEL --judge JUDGE -o rows.jsonl`. Such rows, or some of "
+            "your own (columns prompt and response), are given as corrections=[{'replay': {'rows': 'rows.jsonl'}}]"
         )
     if benign.refused > most * benign.prompts:
         raise ConfigError(

@@ -90,6 +90,19 @@ def test_norms_and_cosines_of_two_terms(model, clip):
         assert numbers[f"safemerge/corrections/{name}/cosine"] == pytest.approx(cosine, abs=1e-5)
 
 
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_there_is_no_cosine_to_a_task_without_a_gradient(model, clip):
+    """What rounding leaves of the sum of two terms is not taken for the task's."""
+    log = Lines()
+    engine = GradientEngine([Toward("a", 1, 0.7), Toward("b", -2, 1.3)], micro_batch(model), log)
+    engine.before_step(AT, measured=True)
+    norm = None if clip is None else float(nn.utils.clip_grad_norm_(model.parameters(), clip))
+    engine.before_update(1)
+    numbers = engine.report(1, norm)
+    assert numbers["safemerge/corrections/a/norm"] > 0
+    assert not [name for name in numbers if name.endswith("/cosine")]
+
+
 def test_one_that_is_kept_apart_joins_after_clipping(model):
     """Of parameters without a gradient of the task's, too; and it comes before those that are simply added."""
     alone, own = of_the_task(model), [(p - 1).detach() for p in model.parameters()]

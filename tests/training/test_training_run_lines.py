@@ -57,10 +57,12 @@ def test_a_run_ends_with_the_next_command_ready_to_be_pasted(tmp_path):
     assert "3 checks, NOTHING WAS MERGED (" in closing_line(config, Progress(checks=3), 1.0, 0.0, tmp_path / "x.jsonl")
 
 
-def test_a_run_without_checks_ends_with_its_journal_since_there_is_no_page_of_it(tmp_path):
+def test_a_run_without_checks_has_a_page_of_what_was_replayed_and_none_of_nothing(tmp_path):
     journal = tmp_path / "safemerge.jsonl"
     line = closing_line(SafeMergeConfig(), Progress(), 1.25, 0.011, journal)
     assert line == f"done: replay in 0 steps (1.2 s, 1.1% of the training). Its journal: {journal}"
+    line = closing_line(SafeMergeConfig(), Progress(correction_steps={"replay": 2}), 1.25, 0.011, journal)
+    assert line == f"done: replay in 2 steps (1.2 s, 1.1% of the training). See it: safemerge report {tmp_path}"
 
 
 @pytest.mark.parametrize(("signed", "side"), [(-0.5, "below -0.55"), (0.5, "not below -0.55")])

@@ -16,7 +16,7 @@ def _spread(reference: Reference) -> tuple[float, float]:
     return 0.0, ce_spread(reference)[1]
 
 
-@row_loss(_spread)
+@row_loss(_spread, log_probs=True)
 def kl(outputs: RowOutputs, batch: RowBatch, reference: ReferenceRows) -> Tensor:
     """Return each row's mean of KL(reference ‖ live) over its response's tokens, (n,), float32, in nats.
 

@@ -19,13 +19,15 @@ class RowLoss:
 
     `function(outputs, batch, reference)` gives the loss of each row, (n,), float32, of which 0, or the reference's own,
     is the least that is wanted. `spread(reference)` gives what a row's loss is where the model is the reference, and
-    by how much the reference's own rows differ in it. `hidden`: whether it reads the hidden states.
+    by how much the reference's own rows differ in it. `hidden`: whether it reads the hidden states; `log_probs`:
+    whether it reads the reference's log-probabilities.
     """
 
     name: str
     function: Function
     spread: Callable[[Reference], tuple[float, float]]
     hidden: bool = False
+    log_probs: bool = False
 
     def limit(self, reference: Reference, spreads: float = 1.0) -> float:
         """Return the loss that a model has which is so many spreads from the reference."""
@@ -37,13 +39,13 @@ LOSSES: dict[str, RowLoss] = {}
 
 
 def row_loss(
-    spread: Callable[[Reference], tuple[float, float]], *, hidden: bool = False
+    spread: Callable[[Reference], tuple[float, float]], *, hidden: bool = False, log_probs: bool = False
 ) -> Callable[[Function], Function]:
     """Enter a loss under its own name."""
 
     def enter(function: Function) -> Function:
         name = function.__name__
-        LOSSES[name] = RowLoss(name, function, spread, hidden)
+        LOSSES[name] = RowLoss(name, function, spread, hidden, log_probs)
         return function
 
     return enter

@@ -71,8 +71,9 @@ def closing_line(
         merged = bool(config.safety_adapter) and progress.merges > 0
         clauses.append(f"moved_mean {moved:+z.2f} at the last check, {BAND.words(moved, merged)}")
     took = f"{seconds:.1f} s, {share:.1%} of the training"
-    # A page is of checks: a run without any is in its journal alone.
-    where = f"See it: safemerge report {shlex.quote(str(run))}" if config.measures else f"Its journal: {journal}"
+    # A run in which nothing was due has no page.
+    shows = config.measures or any(progress.correction_steps.values())
+    where = f"See it: safemerge report {shlex.quote(str(run))}" if shows else f"Its journal: {journal}"
     return f"done: {', '.join(clauses)} ({took}). {where}"
 
 
