@@ -147,6 +147,8 @@ def test_select_by_dpp_takes_its_number_from_the_data(world):
     how = ["select", "rows.jsonl", "--aligned", "base", "--data", "train.jsonl", "--by", "dpp", "-o", "chosen.jsonl"]
     result = run(*how)
     assert "chose 2 of 9 rows by dpp: 1 harm, 1 benign" in result.stdout
+    assert "all of one kind" not in result.stderr
+    assert "all of one kind, and replay refuses such rows: raise --n" in run(*how, "--n", 1).stderr
     run(*how, "--share", 0.1, "--limit", 20, "--seed", 4)
     lines = [json.loads(line) for line in Path("chosen.jsonl").read_text().splitlines()]
     assert len(lines) == 6

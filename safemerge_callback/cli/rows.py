@@ -167,6 +167,8 @@ def select(
     chosen = rule.choose(_Question(table, some, str(aligned), unaligned, count, power), opening)
     _write(output, chosen_text(chosen), ROWS_FILE)
     say(_summary(chosen, table, count, by))
+    if len({row.kind for row in table}) > len({one.row.kind for one in chosen}):
+        say("note: they are all of one kind, and replay refuses such rows: raise --n or --share", err=True)
 
 
 def _refuse(who: str, values: dict[str, Any]) -> None:

@@ -42,7 +42,8 @@ def load_subject(
     where = base or named
     if not where:
         raise ConfigError(f"adapter {source!r} does not name its base model: give --base")
-    who = f"base of adapter {source!r}" if adapter else "model"
+    named_by = "" if base else ", as its config names it,"
+    who = f"base of adapter {source!r}{named_by}" if adapter else "model"
     model, tokenizer = load_pretrained(where, who=who, revision=revision, dtype=dtype)
     if adapter:
         model, tokenizer = _with_adapter(model, tokenizer, adapter)
