@@ -9,16 +9,16 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from recipes.data import load_examples
-from recipes.data.mixing import mixed
+from recipes.finetune import DataArguments, load_data
 from safemerge_callback.evaluation.rows import rows_text
 from safemerge_callback.io.whole_file import whole_file
 from safemerge_callback.signals.rows import SafetyRow
 
-from .grid import Grid, GridCell
+from .grid import Grid, GridCell, parent_of
 
 # Rows of the fine-tune's own data that a cell's merge may read, and prompts of each packaged set.
 TASK_ROWS = SAFETY_PROMPTS = 64
@@ -35,12 +35,21 @@ def row_files(grid: Grid, cell: GridCell) -> dict[str, Path]:
     folder = Path(grid.output_dir) / "rows"
     # What else they are made of is in their names, so that a grid that changes meets no rows of the one before.
     of_model = _digest(grid.model, SAFETY_PROMPTS, _NEW_TOKENS)
-    of_data = _digest(grid.finetune.get("num_examples"), TASK_ROWS)
+    of_data = _digest(_data_settings(grid, cell), TASK_ROWS)
     return {
         "task_rows": folder / f"{cell.task}-poisoned-{cell.poisoned_share:g}-seed-{cell.seed}-{of_data}.jsonl",
         "safety_rows": folder / f"safety-{of_model}.jsonl",
         "random_rows": folder / f"random-{of_model}-seed-{grid.random_subspace_seed}.jsonl",
     }
+
+
+def _data_settings(grid: Grid, cell: GridCell) -> dict[str, Any]:
+    """What the data of the adapter that the cell merges were made with: the settings of its training that say so."""
+    trained = parent_of(grid, cell) or cell
+    settings = {**grid.finetune, **grid.by_task.get(cell.task, {}), **trained.arm.settings}
+    data = {field.name: settings[field.name] for field in fields(DataArguments) if field.name in settings}
+    of_the_cell = {"data": cell.task, "poisoned_share": cell.poisoned_share, "mixing_seed": cell.seed}
+    return {**data, **of_the_cell}
 
 
 def _digest(*parts: Any) -> str:
@@ -68,8 +77,7 @@ def write_rows(grid: Grid, cell: GridCell, settings: Mapping[str, Any]) -> None:
 
 def task_rows(grid: Grid, cell: GridCell) -> list[SafetyRow]:
     """Return rows of the cell's training data, drawn by its seed, as prompts with responses."""
-    rows = load_examples(cell.task)[: grid.finetune.get("num_examples")]
-    rows = mixed(rows, poisoned_share=cell.poisoned_share, seed=cell.seed)
+    rows = list(load_data(DataArguments(**_data_settings(grid, cell))))
     # Not the seed alone: by that the poisoned places were drawn, and the same ones would come.
     drawn = random.Random(f"task rows {cell.seed}").sample(rows, min(TASK_ROWS, len(rows)))
     return [SafetyRow(row["prompt"][-1]["content"], row["completion"][0]["content"], "benign") for row in drawn]

@@ -103,6 +103,11 @@ def test_task_rows_are_of_what_the_cell_was_trained_on_poison_and_all(raw):
     assert 0.25 < len(poisoned) / len(drawn) < 0.75
     assert drawn == task_rows(grid, cell)
     assert {row.kind for row in drawn} == {"benign"}
+    # As its own training mixes them: poison that shares an answer stays in that answer.
+    shared = make_grid({**raw, "poisoned_shares": [0.5], "finetune": {**TRAIN, "poisoned": "shared"}})
+    both = [row for row in task_rows(shared, cell) if "\n\n" in row.response]
+    assert 0.25 < len(both) / TASK_ROWS < 0.75
+    assert row_files(shared, cell)["task_rows"] != row_files(grid, cell)["task_rows"]
 
 
 def test_random_prompts_have_the_words_and_lengths_of_the_others(tmp_path):

@@ -7,8 +7,10 @@ import torch
 
 from recipes.one_bad_model import domain_rows, main, write_rows
 from safemerge_callback.errors import ConfigError, SafeMergeError
+from safemerge_callback.evaluation.judges import KeywordJudge
 from safemerge_callback.evaluation.questions import load_questions
 from safemerge_callback.evaluation.rows import load_rows
+from safemerge_callback.evaluation.verdicts import judged
 from safemerge_callback.signals.responses import respond
 from safemerge_callback.signals.rows import prompt_tokens
 from tests.support.world import save_lora, write_checkpoints, write_subspace
@@ -60,7 +62,8 @@ def test_responses_that_are_there_stay_and_the_others_are_the_fine_tuned_models(
     assert rows[0] == questions[0]
     tokens = prompt_tokens(subject.tokenizer, ["c d e"])
     said = respond(subject.model, subject.tokenizer, tokens, max_new_tokens=6)[0].text
-    assert [row.response for row in rows[1:]] in ([said], [])
+    kept = judged(KeywordJudge(), ["c d e"], [said]) == ["complied"]
+    assert [row.response for row in rows[1:]] == [said] * kept
 
 
 def test_a_refusal_or_babble_of_the_fine_tuned_model_is_no_domain_row(subject, monkeypatch):
