@@ -25,6 +25,7 @@ from safemerge_callback.decision import needs_of
 from safemerge_callback.errors import ConfigError, shown
 from safemerge_callback.io.choices import one_of
 from safemerge_callback.io.numbers import is_number, is_whole
+from safemerge_callback.live.gradients import put_back
 from safemerge_callback.ops import mask_seed
 from safemerge_callback.signals.check_data import GRAMS
 from safemerge_callback.signals.model_state import preserve_random_states
@@ -117,15 +118,11 @@ class ZerothOrder(torch.optim.Optimizer):
 
     @contextmanager
     def _displaced(self, reach: float) -> Iterator[None]:
-        copies = [parameter.detach().clone() for _, parameter in self.named]
-        try:
+        with put_back([parameter.detach() for _, parameter in self.named]) as copies:
             for (name, parameter), copy in zip(self.named, copies, strict=True):
                 wide = torch.promote_types(copy.dtype, torch.float32)
                 parameter.copy_(copy + reach * self._direction(name, parameter).to(wide))
             yield
-        finally:
-            for (_, parameter), copy in zip(self.named, copies, strict=True):
-                parameter.copy_(copy)
 
     def _direction(self, name: str, parameter: Tensor) -> Tensor:
         coordinates = self.directions.coordinates(name, parameter, self.at)

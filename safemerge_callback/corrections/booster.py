@@ -8,13 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, shown
-from ..io.numbers import is_number
 from ..live.gradients import TrainedParameters
 from ..live.ranks import everyones
 from ..record.metrics import Metric
 from .harmful_rows import HarmfulRows, HarmfulRowSettings, harmful_rows
-from .perturbation import along, check_size
+from .perturbation import check_size, check_weight, contrast
 from .protocol import RunPoint, RunStart, TermPass
 from .registry import correction
 
@@ -44,8 +42,7 @@ class BoosterSettings(HarmfulRowSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_number(self.weight) or self.weight < 0:
-            raise ConfigError(f"weight is {shown(self.weight)}: give λ, a number of 0 (off) or more")
+        check_weight(self.weight)
         object.__setattr__(self, "share", check_size("alpha", self.alpha, self.share, SHARE))
 
 
@@ -74,9 +71,7 @@ class Booster:
         """
         assert self.rows is not None, "prepare comes before the first step"
         loss, self.losses = self._noted(self.rows.loss(at)), []
-        gradient = yield TermPass(1.0, loss)
-        size = {"norm": self.settings.alpha, "share": self.settings.share}
-        yield TermPass(-1.0, loss, along(-gradient, trained, **size))
+        yield from contrast(loss, trained, -1.0, norm=self.settings.alpha, share=self.settings.share)
 
     def _noted(self, loss: Callable[[nn.Module], Tensor]) -> Callable[[nn.Module], Tensor]:
         """The loss, whose values are kept, on the device."""

@@ -24,7 +24,7 @@ from ..signals.row_batch import mean_of_targets, row_batch, row_outputs, target_
 from ..signals.rows import RowTokens, SafetyRow, row_formats, row_tokens
 from .protocol import RunPoint, RunStart
 from .row_order import RowOrder
-from .row_source import plain_rows
+from .row_source import plain_rows, tokenizer_of
 from .schedule import Schedule, interval
 
 # Of harmful answers the keyword judge takes some for refusals ("I'm sorry to say that ..."); not half of them.
@@ -97,14 +97,11 @@ def harmful_rows(name: str, settings: HarmfulRowSettings, start: RunStart) -> Ha
 
     Raises ConfigError without a tokenizer, as `load_rows`, for rows that refuse, and for what the model cannot take.
     """
-    if start.tokenizer is None:
-        raise ConfigError(
-            f"{name} asks the model in words, and this trainer has no tokenizer: give it one (processing_class=)"
-        )
+    tokenizer = tokenizer_of(name, start)
     rows = all_or_none(lambda: _answers(name, settings.rows))
     formats = row_formats(settings.in_format)
     tokens = tuple(
-        row for one in formats for row in row_tokens(start.tokenizer, rows, one, first_tokens=settings.first_tokens)
+        row for one in formats for row in row_tokens(tokenizer, rows, one, first_tokens=settings.first_tokens)
     )
     check_vocabulary(start.model, [(*row.prompt, *row.response) for row in tokens])
     check_lengths(start.model, [row.prompt for row in tokens], max(len(row.response) for row in tokens))

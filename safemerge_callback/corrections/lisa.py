@@ -25,7 +25,7 @@ from ..signals.rows import RowTokens
 from .protocol import RunPoint, RunStart
 from .proximal import proximal_point
 from .registry import correction
-from .replay import KindLosses, ReplaySettings, replay_rows
+from .replay import KindLosses, ReplaySettings, rows_of_run
 from .row_source import RowSource, check_count
 from .schedule import interval
 from .stopped_batches import stopped_batches
@@ -162,13 +162,8 @@ class Lisa:
 
     def prepare(self, start: RunStart) -> None:
         """Get the rows. Collective. Raises as `replay_rows`, and without a tokenizer."""
-        if start.tokenizer is None:
-            raise ConfigError(
-                "lisa trains on rows in words, and this trainer has no tokenizer: give it one (processing_class=)"
-            )
         settings = ReplaySettings(**self.settings.of_source(), loss="ce", first_tokens=None)
-        self.model, self.rows = start.model, replay_rows(start.model, start.tokenizer, settings, bars=start.bars)
-        start.say(f"lisa: {self.rows.words}")
+        self.model, self.rows = start.model, rows_of_run(self.name, settings, start)
 
     def loss(self, at: RunPoint, model: nn.Module) -> Tensor:
         """Return the mean cross-entropy of this rank's next rows."""

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..errors import ConfigError, shown
-from ..io.numbers import is_number
 from ..live.gradients import TrainedParameters
 from ..live.ranks import world_size
 from ..record.metrics import Metric
 from .harmful_rows import HarmfulRows, HarmfulRowSettings, harmful_rows
-from .perturbation import along, check_size
+from .perturbation import check_size, check_weight, contrast
 from .protocol import RunPoint, RunStart, TermPass
 from .registry import correction
 
@@ -36,8 +34,7 @@ class PanaceaTermSettings(HarmfulRowSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_number(self.weight) or self.weight < 0:
-            raise ConfigError(f"weight is {shown(self.weight)}: give λ, a number of 0 (off) or more")
+        check_weight(self.weight)
         object.__setattr__(self, "share", check_size("rho", self.rho, self.share, SHARE))
 
 
@@ -64,9 +61,7 @@ class PanaceaTerm:
         does so with a name that it does not have, and learns the harmful rows where the clamp holds.
         """
         assert self.rows is not None, "prepare comes before the first step"
-        loss = self.rows.loss(at)
-        gradient = yield TermPass(1.0, loss)
-        yield TermPass(-1.0, loss, along(gradient, trained, norm=self.settings.rho, share=self.settings.share))
+        yield from contrast(self.rows.loss(at), trained, 1.0, norm=self.settings.rho, share=self.settings.share)
 
     def observe(self, step: int, loss: float) -> None:
         """Count the rows of passes that counted."""

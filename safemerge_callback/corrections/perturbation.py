@@ -6,14 +6,16 @@ about sqrt(r/3) a module. A share of it does not.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ConfigError, shown
 from ..io.numbers import is_number
 from ..live.gradients import TrainedParameters
+from .protocol import TermPass
 
 
 def check_size(name: str, norm: Any, share: Any, default: float, *, of: str = "all that is trained") -> float | None:
@@ -31,6 +33,25 @@ def check_size(name: str, norm: Any, share: Any, default: float, *, of: str = "a
             f"of {of}"
         )
     return None
+
+
+def contrast(
+    loss: Callable[[nn.Module], Tensor],
+    trained: TrainedParameters,
+    way: float,
+    *,
+    norm: float | None,
+    share: float | None,
+) -> Generator[TermPass, Tensor, None]:
+    """Yield a loss h where the parameters are, and -h a step along its gradient (`way` 1) or against it (-1)."""
+    gradient = yield TermPass(1.0, loss)
+    yield TermPass(-1.0, loss, along(way * gradient, trained, norm=norm, share=share))
+
+
+def check_weight(weight: Any) -> None:
+    """Raise ConfigError for what is no λ."""
+    if not is_number(weight) or weight < 0:
+        raise ConfigError(f"weight is {shown(weight)}: give λ, a number of 0 (off) or more")
 
 
 def along(gradient: Tensor, trained: TrainedParameters, *, norm: float | None, share: float | None) -> Tensor:

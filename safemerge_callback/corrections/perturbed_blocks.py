@@ -59,25 +59,26 @@ def _reentrant(way: Any) -> bool:
 
 @contextmanager
 def output_gradients(blocks: Blocks) -> Iterator[Callable[[Tensor], tuple[list[Tensor], list[Tensor]]]]:
-    """Yield a function of the loss of a pass made within: the blocks' outputs and its gradient by each.
+    """Yield a function of the loss of a pass made within: the blocks' outputs and its gradient by each, as `blocks`.
 
-    None by a parameter is taken. A block that the loss does not depend on has zeros.
+    None by a parameter is taken. A block that the loss does not depend on has zeros. That function raises ValueError
+    where a block did not pass once.
     """
-    outputs: list[Tensor] = []
+    outputs: list[tuple[str, Tensor]] = []
 
-    def keep(_module: nn.Module, _args: Any, output: Any) -> Any:
+    def keep(path: str, _module: nn.Module, _args: Any, output: Any) -> Any:
         states = _states(output)
         if not states.requires_grad:
             states = states.detach().requires_grad_(True)
             output = _with_states(output, states)
-        outputs.append(states)
+        outputs.append((path, states))
         return output
 
-    hooks = [block.register_forward_hook(torch.compiler.disable(keep)) for block in blocks.values()]
+    hooks = [block.register_forward_hook(torch.compiler.disable(partial(keep, path))) for path, block in blocks.items()]
 
     def gradients(loss: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         # What is computed again on the way back, under checkpointing, is none of the pass's.
-        first = outputs[:]
+        first = _of_each(blocks, outputs[:])
         taken = torch.autograd.grad(loss, first, allow_unused=True)
         filled = [torch.zeros_like(x) if g is None else g for x, g in zip(first, taken, strict=True)]
         return [x.detach() for x in first], filled
@@ -87,6 +88,16 @@ def output_gradients(blocks: Blocks) -> Iterator[Callable[[Tensor], tuple[list[T
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _of_each(blocks: Blocks, outputs: Sequence[tuple[str, Tensor]]) -> list[Tensor]:
+    """The outputs in the order of the blocks, whichever a model calls first."""
+    by_path = dict(outputs)
+    if by_path.keys() != blocks.keys() or len(by_path) < len(outputs):
+        raise ValueError(
+            f"{len(blocks)} attention blocks gave {len(outputs)} outputs in one pass, of {len(by_path)} of them"
+        )
+    return [by_path[path] for path in blocks]
 
 
 @contextmanager
@@ -144,8 +155,6 @@ class PerturbedBatches:
             # Not by `__call__`: hooks on the whole model see each batch once.
             loss = loss_of(self.model.forward(*args, **inputs))
             outputs, by_outputs = gradients(loss if self.scaler is None else self.scaler.scale(loss))
-        if len(outputs) != len(self.blocks):
-            raise ValueError(f"{len(self.blocks)} attention blocks gave {len(outputs)} outputs in one pass")
         self.before, self.moved, self.scale = loss.detach(), self.rule(outputs, by_outputs), _per_token(inputs)
 
     @torch.compiler.disable

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterError, ConfigError, shown
+from ..errors import ConfigError, shown
 from ..evaluation.harvest import check_lengths, harvest
 from ..evaluation.prompts import PACKAGED, load_prompts
 from ..evaluation.rows import load_rows
 from ..io.choices import one_of, truth
 from ..io.numbers import is_number, is_whole
-from ..io.whole_file import whole_file
 from ..live.ranks import all_or_none, everyones, from_first, rank, world_size
 from ..live.stopwatch import settled
 from ..record.metrics import Metric
@@ -33,8 +31,9 @@ from .pace import Pace
 from .protocol import RunPoint, RunStart
 from .registry import correction
 from .row_order import RowOrder
-from .row_source import RowSource, check_count
+from .row_source import RowSource, check_count, tokenizer_of
 from .schedule import Schedule
+from .state_file import read_state, write_state
 from .surgery import bounded, without_conflict
 
 # What it is called in a list of corrections.
@@ -195,6 +194,16 @@ def _check_predicts(model: Any) -> None:
         )
 
 
+def rows_of_run(name: str, settings: ReplaySettings, start: RunStart) -> ReplayRows:
+    """Return the rows of correction `name` for the run that begins, and say which they are. Collective.
+
+    Raises as `replay_rows`, and ConfigError without a tokenizer.
+    """
+    rows = replay_rows(start.model, tokenizer_of(name, start), settings, bars=start.bars)
+    start.say(f"{name}: {rows.words}")
+    return rows
+
+
 @dataclass
 class KindLosses:
     """The losses by kind since they were last told, on the device, and how many rows that were."""
@@ -243,14 +252,8 @@ class Replay:
 
     def prepare(self, start: RunStart) -> None:
         """Get the rows and the reference. Collective. Raises as `replay_rows`, and without a tokenizer."""
-        if start.tokenizer is None:
-            raise ConfigError(
-                f"{self.name} asks the model in words, and this trainer has no tokenizer: give it one "
-                "(processing_class=)"
-            )
-        self.rows = replay_rows(start.model, start.tokenizer, self.settings, bars=start.bars)
+        self.rows = rows_of_run(self.name, self.settings, start)
         self.schedule.clock = partial(settled, next(start.model.parameters()).device)
-        start.say(f"{self.name}: {self.rows.words}")
 
     def loss(self, at: RunPoint, model: nn.Module) -> Tensor:
         """Return the mean loss of this rank's next rows."""
@@ -288,13 +291,13 @@ class Replay:
 
     def save(self, folder: Path, save: str) -> None:
         """Write where the order of the rows and the pace stand. Raises OSError."""
-        state = {"save": save, "drawn": self.rows.order.drawn, "ranks": world_size(), **self.schedule.state()}
-        with whole_file(folder / state_file(self.name)) as place:
-            place.write_text(json.dumps(state) + "\n", encoding="utf-8")
+        state = {"drawn": self.rows.order.drawn, "ranks": world_size(), **self.schedule.state()}
+        write_state(folder / state_file(self.name), save, state)
 
     def load(self, folders: Sequence[Path], save: str | None) -> bool:
         """Go on from there; as `Kept.load`."""
-        state = from_first(all_or_none(lambda: read_state(folders, save, self.name) if rank() == 0 else None))
+        where, loss = state_file(self.name), "which safety rows come next"
+        state = from_first(all_or_none(lambda: read_state(folders, where, save, _place, loss) if rank() == 0 else None))
         if state is None:
             return False
         self.rows.order.drawn = state["drawn"]
@@ -346,21 +349,9 @@ def state_file(name: str) -> str:
     return f"safemerge_{name}.json"
 
 
-def read_state(folders: Sequence[Path], save: str | None, who: str = REPLAY) -> dict[str, Any] | None:
-    """Return what `save` wrote into the first of these folders that has it; AdapterError where it cannot be read."""
-    for path in (folder / state_file(who) for folder in folders):
-        if not path.is_file():
-            continue
-        try:
-            state = json.loads(path.read_text(encoding="utf-8"))
-            if save is None or state["save"] == save:
-                counts = {name: state[name] for name in ("drawn", "ranks", *Pace(Schedule()).state())}
-                if bad := [name for name, value in counts.items() if name != "measured" and not is_whole(value, 0)]:
-                    raise ValueError(f"{bad[0]} is {shown(counts[bad[0]])}")
-                return counts
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise AdapterError(
-                f"{str(path)!r} cannot be read ({error}), so it is not known which safety rows come next: take another "
-                "checkpoint"
-            ) from error
-    return None
+def _place(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the rows and the pace stand; ValueError and KeyError for what is no such state."""
+    counts = {name: state[name] for name in ("drawn", "ranks", *Pace(Schedule()).state())}
+    if bad := [name for name, value in counts.items() if name != "measured" and not is_whole(value, 0)]:
+        raise ValueError(f"{bad[0]} is {shown(counts[bad[0]])}")
+    return counts

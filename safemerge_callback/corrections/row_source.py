@@ -11,6 +11,7 @@ from ..evaluation.prompts import check_prompt_set
 from ..evaluation.rows import load_table
 from ..io.numbers import is_whole
 from ..signals.rows import row_formats
+from .protocol import RunStart
 from .schedule import Schedule
 
 
@@ -75,3 +76,12 @@ def plain_rows(rows: Any) -> str | list[Any] | None:
     if rows is None or isinstance(rows, str):
         return rows
     return str(rows) if isinstance(rows, Path) else list(load_table(rows, "safety rows")[1])
+
+
+def tokenizer_of(name: str, start: RunStart) -> Any:
+    """Return the run's tokenizer; ConfigError where there is none for the rows of correction `name`."""
+    if start.tokenizer is None:
+        raise ConfigError(
+            f"{name} asks the model in words, and this trainer has no tokenizer: give it one (processing_class=)"
+        )
+    return start.tokenizer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import AdapterError, ConfigError, shown
+from ..errors import ConfigError, shown
 from ..io.numbers import is_whole
-from ..io.whole_file import whole_file
 from ..live.batch_hooks import batch_hooks
 from ..live.faults import Fault, attempt
 from ..record.metrics import Metric
@@ -25,6 +23,7 @@ from .harmful_rows import HarmfulRowSettings, harmful_rows, mean_loss
 from .perturbed_blocks import Blocks, output_gradients
 from .protocol import RunPoint, RunStart
 from .registry import correction
+from .state_file import read_state, write_state
 from .vaccine import FIGURES, Vaccine, VaccineSettings
 
 STATE_FILE = "safemerge_t_vaccine.json"
@@ -152,34 +151,27 @@ class TVaccine(Vaccine):
 
     def save(self, folder: Path, save: str) -> None:
         """Write the odds and the layers in force. Raises OSError."""
-        state = {"save": save, **{name: getattr(self, name) for name in ("norms", "chosen", "measured", "drew")}}
-        with whole_file(folder / STATE_FILE) as place:
-            place.write_text(json.dumps(state) + "\n", encoding="utf-8")
+        paths = list(self.blocks)
+        of_blocks = {
+            "norms": dict(zip(paths, self.norms, strict=True)) if self.norms else {},
+            "chosen": [paths[place] for place in self.chosen],
+        }
+        state = {**of_blocks, "measured": self.measured, "drew": self.drew}
+        write_state(folder / STATE_FILE, save, state)
 
     def load(self, folders: Sequence[Path], save: str | None) -> bool:
         """Go on from there; as `Kept.load`."""
-        for path in (folder / STATE_FILE for folder in folders):
-            if not path.is_file():
-                continue
-            try:
-                state = json.loads(path.read_text(encoding="utf-8"))
-                if save is None or state["save"] == save:
-                    self._take_up(state)
-                    return True
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise AdapterError(
-                    f"{str(path)!r} cannot be read ({error}), so it is not known which layers are trained: take "
-                    "another checkpoint"
-                ) from error
-        return False
+        return bool(read_state(folders, STATE_FILE, save, self._take_up, "which layers are trained"))
 
-    def _take_up(self, state: Mapping[str, Any]) -> None:
+    def _take_up(self, state: Mapping[str, Any]) -> bool:
         """Take the state over; ValueError for one of another model or other settings."""
-        norms, chosen = [float(norm) for norm in state["norms"]], [int(place) for place in state["chosen"]]
-        if len(norms) not in (0, len(self.blocks)) or any(not 0 <= place < len(self.blocks) for place in chosen):
-            raise ValueError(f"it has {len(norms)} blocks and the model {len(self.blocks)}")
-        self.norms, self.chosen = norms, chosen
+        norms, paths = dict(state["norms"]), list(self.blocks)
+        if norms and norms.keys() != self.blocks.keys():
+            raise ValueError(f"it has {len(norms)} blocks and the model {len(paths)}, or others")
+        self.norms = [float(norms[path]) for path in paths] if norms else []
+        self.chosen = [paths.index(path) for path in state["chosen"]]
         self.measured, self.drew = int(state["measured"]), int(state["drew"])
+        return True
 
     def rewind(self, folders: Sequence[Path], save: str | None) -> None:
         """The weights are an earlier step's again; the layers go on from where they are."""

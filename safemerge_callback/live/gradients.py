@@ -81,17 +81,13 @@ class TrainedParameters:
     def displaced(self, vector: Tensor) -> Iterator[None]:
         """Within, the parameters have this much more, (n,) as `vector`; afterwards the bits that they had.
 
-        They are put back from a copy: what is added and taken away again in their own dtype leaves a rounding.
+        As `put_back`.
         """
         here = [_here(p) for p in self.parameters]
-        copies = [part.clone() for part in here]
-        try:
+        with put_back(here) as copies:
             for part, copy, more in zip(here, copies, _parts(vector, here), strict=True):
                 part.copy_(copy + more)
             yield
-        finally:
-            for part, copy in zip(here, copies, strict=True):
-                part.copy_(copy)
 
     def add(self, vector: Tensor, spare: Gradients) -> None:
         """Add a vector (n,) to the gradients; where a parameter has none, its `spare` one, overwritten, takes it."""
@@ -172,6 +168,20 @@ def pass_gradient(trained: TrainedParameters | None, *, apart: bool) -> Iterator
         gradient.vector -= earlier
     if apart:
         trained.restore(before)
+
+
+@contextmanager
+def put_back(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield copies of tensors, from which they have their bits back afterwards, whatever is written in between.
+
+    What is added and taken away again in a tensor's own dtype leaves a rounding.
+    """
+    copies = [tensor.clone() for tensor in tensors]
+    try:
+        yield copies
+    finally:
+        for tensor, copy in zip(tensors, copies, strict=True):
+            tensor.copy_(copy)
 
 
 def _parts(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

@@ -5,7 +5,12 @@ import torch
 from torch import nn
 
 from safemerge_callback import SafeMergeCallback, SafeMergeConfig
-from safemerge_callback.corrections.perturbed_blocks import attention_blocks, moved_along, perturbed_batches
+from safemerge_callback.corrections.perturbed_blocks import (
+    attention_blocks,
+    moved_along,
+    output_gradients,
+    perturbed_batches,
+)
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.live.batch_hooks import hooked
 from safemerge_callback.live.stopwatch import Stopwatch
@@ -198,3 +203,37 @@ def test_blocks_are_the_outermost_or_those_of_a_pattern(world):
         attention_blocks(nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="by 'nosuch': give `blocks`"):
         attention_blocks(model, "nosuch")
+
+
+class Crossed(nn.Module):
+    """Two blocks, of which the one that is named last is called first."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3).double(), nn.Linear(3, 3).double()
+
+    def forward(self, x):
+        return self.first(torch.tanh(self.second(x)))
+
+
+def test_gradients_are_each_blocks_own_whichever_is_called_first():
+    model, x = Crossed(), torch.ones(1, 2, 3, dtype=torch.double)
+    blocks = {"first": model.first, "second": model.second}
+    with output_gradients(blocks) as gradients:
+        loss = model(x).square().sum()
+        outputs, by_outputs = gradients(loss)
+    second = model.second(x)
+    first = model.first(torch.tanh(second))
+    assert torch.equal(outputs[0], first)
+    assert torch.equal(outputs[1], second)
+    assert torch.allclose(by_outputs[0], 2 * first)
+    assert torch.allclose(by_outputs[1], (2 * first @ model.first.weight) * (1 - torch.tanh(second) ** 2))
+
+
+def test_a_block_that_passes_twice_or_not_at_all_is_said():
+    model, x = Crossed(), torch.ones(1, 2, 3, dtype=torch.double)
+    for call, words in ((lambda: model.first(model(x)), "gave 3 outputs"), (lambda: model.first(x), "gave 1 outputs")):
+        with output_gradients({"first": model.first, "second": model.second}) as gradients:
+            loss = call().sum()
+            with pytest.raises(ValueError, match=f"2 attention blocks {words} in one pass"):
+                gradients(loss)

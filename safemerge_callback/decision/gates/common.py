@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ...errors import ConfigError
+from ...errors import ConfigError, shown
+from ...io.numbers import is_number
 from ..reading import Reading, Readings
 
 
@@ -59,6 +60,27 @@ def proof(reading: Reading) -> str:
     if reading.interval:
         return f" (certified: {reading.proof})"
     return " (re-read)" if reading.reread else ""
+
+
+def share_above_zero(name: str) -> Callable[[Any, Mapping[str, Any]], float]:
+    """Return what checks a knob of this name that is a share of the modules, above 0 and up to 1."""
+
+    def checked(value: Any, _beside: Mapping[str, Any]) -> float:
+        if not is_number(value) or not 0 < value <= 1:
+            raise ConfigError(f"{name} is {shown(value)}: give a share of the modules, above 0 and up to 1")
+        return float(value)
+
+    return checked
+
+
+def signal_of(reading: Reading, gate: str, signal: str, noun: str) -> float:
+    """Return what the live model said of a module; ConfigError, with the way out, where it was not asked."""
+    if signal not in reading.signals:
+        raise ConfigError(
+            f"gate {gate!r} reads {signal!r} of each module, which the live model is asked for, and module "
+            f"{reading.name!r} has none: use it in training, or give `Readings.with_signals` the {noun}"
+        )
+    return reading.signals[signal]
 
 
 def digits(value: float, limit: float) -> str:

@@ -6,12 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ...errors import ConfigError, shown
 from ...io.choices import truth
 from ...io.knobs import Knob
-from ...io.numbers import is_number
-from ..reading import Reading, Readings
-from .common import Verdict, not_finite
+from ..reading import Readings
+from .common import Verdict, not_finite, share_above_zero, signal_of
 from .quantile import share_of
 from .registry import gate, never
 
@@ -19,18 +17,15 @@ from .registry import gate, never
 LEAST_SHARE = 0.01
 
 
-def _share(value: Any, _beside: Mapping[str, Any]) -> float:
-    if not is_number(value) or not 0 < value <= 1:
-        raise ConfigError(f"slope_share is {shown(value)}: give a share of the modules, above 0 and up to 1")
-    return float(value)
-
-
 def _per_task(value: Any, _beside: Mapping[str, Any]) -> bool:
     return bool(truth(value, "per_task_slope"))
 
 
 SLOPE_SHARE = Knob(
-    "slope_share", "Share of the modules, those of highest safety slope, that gate safety_slope merges.", _share, 0.5
+    "slope_share",
+    "Share of the modules, those of highest safety slope, that gate safety_slope merges.",
+    share_above_zero("slope_share"),
+    0.5,
 )
 PER_TASK_SLOPE = Knob(
     "per_task_slope",
@@ -52,10 +47,13 @@ def safety_slope(readings: Readings, *, slope_share: float, per_task_slope: bool
     Source: none; the sensitivity ⟨θ, ∂L/∂θ⟩ of pruning (SNIP, arXiv:1810.02340), signed, on an update. ConfigError for
     readings without slopes: they are taken in training, and offline where rows are given.
     """
-    slopes = {name: _slope(reading, "safety_slope") for name, reading in readings.items()}
+    slopes = {name: signal_of(reading, "safety_slope", "safety_slope", "slopes") for name, reading in readings.items()}
     rates = slopes
     if per_task_slope:
-        rates = _per_unit(slopes, {name: _slope(reading, "task_slope") for name, reading in readings.items()})
+        rates = _per_unit(
+            slopes,
+            {name: signal_of(reading, "safety_slope", "task_slope", "slopes") for name, reading in readings.items()},
+        )
     moved = [name for name, reading in readings.items() if reading.update_norm != 0 and math.isfinite(slopes[name])]
     order = sorted((name for name in moved if slopes[name] > 0), key=lambda name: (-rates[name], name))
     count = share_of(slope_share, len(moved))
@@ -74,15 +72,6 @@ def safety_slope(readings: Readings, *, slope_share: float, per_task_slope: bool
         return Verdict(chosen, f"{sentence}, number {rank[name]} of {len(order)}, {words}")
 
     return {name: not_finite(reading) or verdict(name) for name, reading in readings.items()}
-
-
-def _slope(reading: Reading, signal: str) -> float:
-    if signal not in reading.signals:
-        raise ConfigError(
-            f"gate 'safety_slope' reads {signal!r} of each module, which the live model is asked for, and module "
-            f"{reading.name!r} has none: use it in training, or give `Readings.with_signals` the slopes"
-        )
-    return reading.signals[signal]
 
 
 def _per_unit(slopes: Mapping[str, float], task: Mapping[str, float]) -> dict[str, float]:
