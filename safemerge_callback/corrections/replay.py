@@ -30,7 +30,7 @@ from .losses import LOSSES, RowLoss
 from .pace import Pace
 from .protocol import RunPoint, RunStart
 from .registry import correction
-from .row_order import RowOrder
+from .row_order import RowOrder, row_order
 from .row_source import RowSource, check_count, tokenizer_of
 from .schedule import Schedule
 from .state_file import read_state, write_state
@@ -180,7 +180,7 @@ def replay_rows(
     if settings.top_k is not None and loss.log_probs:
         words += f"; beside the {settings.top_k} likeliest tokens {mean:.2g} of the probability, {most:.2g} at most"
     floor = None if settings.hinge is None else loss.limit(reference, settings.hinge)
-    order = RowOrder(len(tokens), settings.seed)
+    order = row_order([row.kind for row in tokens], settings.seed, settings.harmful_share)
     return ReplayRows(tokens, reference, loss, order, settings.batch_size, loss.limit(reference), floor, words)
 
 

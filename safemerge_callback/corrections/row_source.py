@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import ConfigError, shown
 from ..evaluation.prompts import check_prompt_set
 from ..evaluation.rows import load_table
-from ..io.numbers import is_whole
+from ..io.numbers import is_number, is_whole
 from ..signals.rows import row_formats
 from .protocol import RunStart
 from .schedule import Schedule
@@ -24,6 +24,7 @@ class RowSource(Schedule):
     or `rows`, prompts with responses, in a file, on the Hub, or a list. `in_format`: the system prompt and the words
     around each prompt, as {system: ..., template: "... {prompt} ..."}, or a list of such, {} for none: rows come in
     each. `batch_size` of them come a time and rank, in an order that `seed` and the pass over them decide.
+    `harmful_share`: how many of those that come are harmful; None: as many as there are.
     """
 
     rows: Any = field(default=None, metadata={"counted": True})
@@ -32,12 +33,16 @@ class RowSource(Schedule):
     max_new_tokens: int = 24
     in_format: Any = None
     batch_size: int = 1
+    harmful_share: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("num_prompts", "max_new_tokens", "batch_size"):
             check_count(name, getattr(self, name))
+        share = self.harmful_share
+        if share is not None and (not is_number(share) or not 0 <= share <= 1):
+            raise ConfigError(f"harmful_share is {shown(share)}: give a share of the rows, 0 to 1, or leave it out")
         if not is_whole(self.seed):
             raise ConfigError(f"seed is {shown(self.seed)}: give a whole number")
         if self.rows is not None and self.prompts is not None:

@@ -15,6 +15,7 @@ from .responses import tokenized
 # What a safe model does with a prompt: it refuses "harm", and answers "benign".
 Kind = Literal["harm", "benign"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+HARM, BENIGN = KINDS
 
 
 @dataclass(frozen=True)
