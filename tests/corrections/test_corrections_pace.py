@@ -1,12 +1,14 @@
 """How often a term comes, and which rows come next."""
 
+import math
 from collections import Counter
+from fractions import Fraction
 from itertools import pairwise
 
 import pytest
 
 from safemerge_callback.corrections.pace import Pace
-from safemerge_callback.corrections.row_order import RowOrder
+from safemerge_callback.corrections.row_order import RowOrder, row_order
 from safemerge_callback.corrections.schedule import Schedule
 
 
@@ -118,3 +120,35 @@ def test_every_row_comes_once_a_pass_whatever_the_ranks(count, ranks):
     assert sorted(RowOrder(12, seed=4, drawn=12).draw(12)) == list(range(12))
     assert RowOrder(12, seed=4, drawn=12).draw(12) != drawn
     assert RowOrder(12, seed=5).draw(12) != RowOrder(12, seed=4).draw(12)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.67, 0.9])
+def test_a_share_of_the_places_is_harmful_rows_and_each_comes_once_a_pass_of_its_kind(share):
+    kinds = ["harm"] * 4 + ["benign"] * 7 + ["harm"] * 2
+    drawn = row_order(kinds, 3, share).draw(840)
+    for count in range(1, 841):
+        harmful = sum(kinds[row] == "harm" for row in drawn[:count])
+        assert harmful == math.ceil(count * Fraction(str(share)))
+    for kind, size in (("harm", 6), ("benign", 7)):
+        ones = [row for row in drawn if kinds[row] == kind]
+        passes = [ones[at : at + size] for at in range(0, len(ones) - size + 1, size)]
+        assert all(len(set(one)) == size for one in passes)
+        assert len(set(map(tuple, passes))) > 1
+
+
+@pytest.mark.parametrize(("share", "only"), [(0.0, "benign"), (1.0, "harm")])
+def test_a_share_of_none_or_all_takes_one_kind_alone(share, only):
+    kinds = ["harm", "benign", "harm"]
+    assert {kinds[row] for row in row_order(kinds, 0, share).draw(20)} == {only}
+
+
+@pytest.mark.parametrize("kinds", [["harm"] * 3, ["benign"] * 3])
+def test_rows_of_one_kind_come_whatever_the_share(kinds):
+    assert row_order(kinds, 5, 0.5).draw(6) == row_order(kinds, 5, None).draw(6)
+
+
+def test_ranks_share_out_an_order_by_kinds_as_one_process_takes_it():
+    kinds = ["harm", "benign"] * 5
+    alone = row_order(kinds, 2, 0.67).draw(12)
+    orders = [row_order(kinds, 2, 0.67) for _ in range(2)]
+    assert [row for _ in range(3) for rank in (0, 1) for row in orders[rank].draw(2, rank, 2)] == alone

@@ -317,6 +317,8 @@ def test_without_a_tokenizer_it_is_refused_before_the_first_step(world, tmp_path
         ({"surgery": "yes"}, "surgery is 'yes'"),
         ({"rows": ROWS, "prompts": ["x"]}, "rows and prompts are both given"),
         ({"seed": "a"}, "seed is 'a'"),
+        ({"harmful_share": 1.5}, "harmful_share is 1.5"),
+        ({"harmful_share": True}, "harmful_share is True"),
         ({"longest": 0}, "longest is 0"),
         ({"prompts": 3}, "prompts is 3"),
         ({"prompts": []}, r"prompts is \[\]"),
