@@ -47,7 +47,7 @@ check: $(READY)
 
 # The site, into site/index.html; --strict: a broken link, or a page on no shelf of docs/README.md, is an error.
 docs: $(SITE)/.installed
-	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
