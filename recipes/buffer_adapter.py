@@ -9,25 +9,22 @@ the trained adapter on clean ones in fp16.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from safemerge_callback.adapters import Adapter, LoraFactors, load_adapter
 from safemerge_callback.errors import ConfigError
+from safemerge_callback.live.batch_hooks import batch_hooks, begin_run
 from safemerge_callback.live.modules import lora_layers
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
-
-
-# What takes away the one that is at work in a model, also where an error ended that training.
-_AT_WORK: WeakKeyDictionary[nn.Module, Callable[[], None]] = WeakKeyDictionary()
 
 
 class BufferAdapter(TrainerCallback):
@@ -35,29 +32,25 @@ class BufferAdapter(TrainerCallback):
 
     def __init__(self, source: str) -> None:
         self.adapter = load_adapter(source)
+        self.at_work = ExitStack()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_more: Any
     ) -> None:
         """Add it, before any pass; ConfigError where it does not fit the live adapter."""
-        _take_away(model)
-        _AT_WORK[model] = add_in_training(model, self.adapter)
+        begin_run(model, state, Trainer.train)
+        self.at_work.enter_context(added_in_training(model, self.adapter))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_more: Any
     ) -> None:
         """Take it away again."""
-        _take_away(model)
+        self.at_work.close()
 
 
-def _take_away(model: nn.Module) -> None:
-    remove = _AT_WORK.pop(model, None)
-    if remove is not None:
-        remove()
-
-
-def add_in_training(model: nn.Module, adapter: Adapter) -> Callable[[], None]:
-    """Add an adapter's outputs to those of the live one's modules, in training mode only; return what ends that.
+@contextmanager
+def added_in_training(model: nn.Module, adapter: Adapter) -> Iterator[None]:
+    """Within, an adapter's outputs are added to those of the live one's modules, in training mode only.
 
     With the live adapter switched off (`disable_adapter`) it is off, too. Neither parameters nor buffers are added to
     the model. ConfigError for a module that the live adapter has not, of another shape, or that is no linear map.
@@ -65,16 +58,10 @@ def add_in_training(model: nn.Module, adapter: Adapter) -> Callable[[], None]:
     layers = lora_layers(model)[1]
     for name, factors in adapter.factors.items():
         _check(name, factors, layers.get(name), str(adapter.source))
-    handles = [
-        layers[name].register_forward_hook(partial(_add, FrozenFactors(factors)))
-        for name, factors in adapter.factors.items()
-    ]
-
-    def remove() -> None:
-        for handle in handles:
-            handle.remove()
-
-    return remove
+    with batch_hooks(model, "buffer_adapter", whole=False) as hooks:
+        for name, factors in adapter.factors.items():
+            hooks.after(layers[name], partial(_add, FrozenFactors(factors)))
+        yield
 
 
 def _check(name: str, factors: LoraFactors, layer: Any, source: str) -> None:

@@ -109,12 +109,12 @@ def perturbed_batches(
     `name`: who does so. What goes wrong in the first pass costs that batch its perturbation, and is in what is yielded.
     """
     batches = PerturbedBatches(model, name, blocks, rule, watch, scaler)
-    with batch_hooks(model, name) as stack:
+    with batch_hooks(model, name) as hooks:
         # First of all: whoever else looks at a batch on its way is to see the pass that is trained on.
-        stack.callback(model.register_forward_pre_hook(batches.begins, with_kwargs=True, prepend=True).remove)
-        stack.callback(model.register_forward_hook(batches.ends).remove)
+        hooks.before(model, batches.begins, first=True)
+        hooks.after(model, batches.ends)
         for place, block in enumerate(blocks.values()):
-            stack.callback(block.register_forward_hook(partial(batches.moves, place)).remove)
+            hooks.after(block, partial(batches.moves, place))
         yield batches
     if not batches.losses and not batches.faults:
         words = "no batch of this step had labels, so there was no loss to perturb against"
@@ -138,7 +138,6 @@ class PerturbedBatches:
     # What makes the mean over its tokens of a batch's loss.
     scale: Tensor | float = 1.0
 
-    @torch.compiler.disable
     def begins(self, _module: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
         """Make the first pass of a batch, whose random numbers come again in the second."""
         self.before = self.moved = None
@@ -157,7 +156,6 @@ class PerturbedBatches:
             outputs, by_outputs = gradients(loss if self.scaler is None else self.scaler.scale(loss))
         self.before, self.moved, self.scale = loss.detach(), self.rule(outputs, by_outputs), _per_token(inputs)
 
-    @torch.compiler.disable
     def moves(self, place: int, _module: nn.Module, _args: Any, output: Any) -> Any:
         """Move a block's output, in the second pass and where that is computed again on the way back."""
         if self.moved is None or not self._trains:
@@ -165,7 +163,6 @@ class PerturbedBatches:
         states = _states(output)
         return _with_states(output, states + self.moved[place].to(states.dtype))
 
-    @torch.compiler.disable
     def ends(self, _module: nn.Module, _args: Any, outputs: Any) -> None:
         """Take note of the loss of the second pass."""
         if self.before is not None and self._trains:

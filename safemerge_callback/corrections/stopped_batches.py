@@ -21,11 +21,10 @@ def stopped_batches(model: nn.Module) -> Iterator[list[Fault]]:
     Every pass is computed as ever, forward and backward: an engine that counts on a gradient of each parameter gets it.
     """
     with batch_hooks(model, "stopped_batches") as hooks:
-        hooks.callback(model.register_forward_hook(_stop).remove)
+        hooks.after(model, _stop)
         yield []
 
 
-@torch.compiler.disable
 def _stop(_module: nn.Module, _args: tuple[Any, ...], outputs: Any) -> None:
     for tensor in tree_leaves(outputs):
         if isinstance(tensor, Tensor) and tensor.requires_grad:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ class TVaccine(Vaccine):
         super().prepare(start)
         trained = [name for name, p in start.model.named_parameters() if p.requires_grad]
         self.blocks = {
-            path: block for path, block in self.blocks.items() if any(name.startswith(_layer(path)) for name in trained)
+            path: block for path, block in self.blocks.items() if any(name.startswith(f"{_layer(path)}.") for name in trained)
         }
         if len(self.blocks) < self.chooses.num_blocks:
             raise ConfigError(
@@ -110,20 +111,15 @@ class TVaccine(Vaccine):
         """Perturb the batches that pass within, and train, in the layers that are drawn.
 
         Source: T-Vaccine, arXiv:2410.09760. Differs: odds from a whole batch of harmful answers, where its released
-        code has one; layers are spared by `requires_grad`, which goes back, and no installed file is rewritten.
+        code has one; layers are spared by `requires_grad` while they pass, and no installed file is rewritten.
         """
         said = self._choose(at)
         paths = list(self.blocks)
         idle = [_layer(path) for place, path in enumerate(paths) if place not in self.chosen]
         blocks = {paths[place]: self.blocks[paths[place]] for place in self.chosen}
-        with batch_hooks(self.model, "t_vaccine layers") as stack:
-            for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad and any(name.startswith(layer) for layer in idle):
-                    parameter.requires_grad_(False)
-                    stack.callback(parameter.requires_grad_, True)
-            with self.perturbed(blocks, at) as faults:
-                faults += said
-                yield faults
+        with spared(self.model, idle), self.perturbed(blocks, at) as faults:
+            faults += said
+            yield faults
 
     def _choose(self, at: RunPoint) -> list[Fault]:
         """Measure and draw where it is time to; what goes wrong in a measurement leaves the odds as they were."""
@@ -177,9 +173,30 @@ class TVaccine(Vaccine):
         """The weights are an earlier step's again; the layers go on from where they are."""
 
 
+@contextmanager
+def spared(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
+    """Within, passes of the modules of these paths give no gradient to their parameters, which are as ever in between.
+
+    What is computed again on the way back, under checkpointing, is the same pass once more.
+    """
+    with batch_hooks(model, "t_vaccine layers") as hooks:
+        for path in paths:
+            module = model.get_submodule(path)
+            trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+            hooks.before(module, partial(_require_grad, trained, False))
+            hooks.after(module, partial(_require_grad, trained, True), always=True)
+            hooks.stack.callback(_require_grad, trained, True)
+        yield
+
+
+def _require_grad(parameters: Sequence[nn.Parameter], required: bool, *_passed: Any) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(required)
+
+
 def _layer(path: str) -> str:
-    """How the names of the parameters of a block's layer begin."""
-    return path.rpartition(".")[0] + "."
+    """The path of the layer that a block is in."""
+    return path.rpartition(".")[0]
 
 
 @correction(

@@ -44,12 +44,9 @@ def weighed_tokens(
     faults: list[Fault] = []
     passing = _Passing(model, parts, weigh, faults, watch or Stopwatch(next(model.parameters()).device))
     with batch_hooks(model, "token_weights") as hooks:
-        for hook in (
-            model.register_forward_pre_hook(passing.labelled, with_kwargs=True),
-            parts.backbone.register_forward_pre_hook(passing.begins, with_kwargs=True),
-            parts.backbone.register_forward_hook(passing.ends),
-        ):
-            hooks.callback(hook.remove)
+        hooks.before(model, passing.labelled)
+        hooks.before(parts.backbone, passing.begins)
+        hooks.after(parts.backbone, passing.ends)
         yield faults
 
 
@@ -69,7 +66,6 @@ class _Passing:
     def training(self) -> bool:
         return self.model.training and torch.is_grad_enabled()
 
-    @torch.compiler.disable
     def labelled(self, _module: nn.Module, _args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
         if self.training:
             labels = inputs.get("labels")
@@ -81,7 +77,6 @@ class _Passing:
                 )
             self.tokens = answer_tokens(labels, inputs.get("position_ids"))
 
-    @torch.compiler.disable
     def begins(self, _module: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
         tokens = self.tokens
         if self.training and tokens is not None and len(tokens.targets):
@@ -90,7 +85,6 @@ class _Passing:
             self.reference = None if isinstance(said, Fault) else said
             self.faults += [said] if isinstance(said, Fault) else []
 
-    @torch.compiler.disable
     def ends(self, _module: nn.Module, _args: tuple[Any, ...], outputs: Any) -> None:
         tokens, reference, self.tokens, self.reference = self.tokens, self.reference, None, None
         if not self.training or tokens is None or reference is None:

@@ -1,13 +1,16 @@
 """What may be written where: no output takes the place of an input, of a device, or of another kind of file.
 
-Checked before anything is computed, and again when it is written, whole or not at all.
+Checked before anything is computed, and that the place can be written to; again when it is written, whole or not at
+all.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 from ..errors import ConfigError, SafeMergeError, shown
@@ -39,7 +42,7 @@ def free_output(
     """Return `output` as a path that a file of `kind` may be written to.
 
     `what` names the output in `error`, raised where it can be no path, is (through links, too) one of the `inputs`, or
-    is there already as anything but an empty file or one of this kind.
+    is there already as anything but an empty file or one of this kind, and where its folder takes no files.
     """
     path = as_path(output, what, error=error)
     who = f"{what} {shown(output)}"
@@ -48,6 +51,7 @@ def free_output(
     if not path.exists():
         if not path.name or path.name == "..":
             raise error(f"{who} names no file: give one")
+        require_writable(path, what, error=error)
         return path
     if not path.is_file():
         there = "a folder" if path.is_dir() else "no regular file (a device or a pipe)"
@@ -58,7 +62,26 @@ def free_output(
         raise error(f"{who} is there and cannot be read: {problem.strerror}. Give another name") from problem
     if head and not kind.begins(head):
         raise error(f"{who} is there and is not {kind.name}, so it is not replaced: give another name, or remove it")
+    require_writable(path, what, error=error)
     return path
+
+
+def require_writable(path: Path, what: str, *, error: type[SafeMergeError] = ConfigError) -> None:
+    """Raise `error` where nothing could be written at `path`, a file or a folder, which need not be there.
+
+    The nearest folder that is there is asked for a file without a name, which is gone at once.
+    """
+    place = Path(os.path.realpath(path))
+    folder = next(one for one in place.parents if one.exists())
+    try:
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as problem:
+        raise _unwritten(what, path, problem, error) from problem
+
+
+def _unwritten(what: str, output: Any, problem: OSError, error: type[SafeMergeError]) -> SafeMergeError:
+    return error(f"{what} {shown(output)} cannot be written: {problem.strerror or problem}.")
 
 
 @contextmanager
@@ -82,7 +105,7 @@ def new_output(
     except SafeMergeError:
         raise
     except OSError as problem:
-        raise error(f"{what} {shown(output)} cannot be written: {problem.strerror or problem}.") from problem
+        raise _unwritten(what, output, problem, error) from problem
 
 
 def same_place(one: Any, other: Any) -> bool:

@@ -11,7 +11,7 @@ from ..adapters.files import CONFIG, TOKENIZER, WEIGHTS
 from ..decision import Edit, MergePlan
 from ..errors import AdapterError, ConfigError, shown
 from ..io.choices import truth
-from ..io.outputs import same_place
+from ..io.outputs import require_writable, same_place
 from ..io.paths import as_path
 from ..io.whole_file import settle, whole_folder
 from ..record import JOURNAL_FILE, PAGE_FILE, Journal
@@ -26,6 +26,8 @@ _ADAPTER_FILES = {CONFIG, WEIGHTS, JOURNAL_FILE, PAGE_FILE, CARD, RECIPE, TRACE,
 
 def free_output(output: str | Path, inputs: Iterable[object], overwrite: bool, more: Iterable[str] = ()) -> Path:
     """Return the output folder, absolute; ConfigError where writing it could cost an input or somebody's files.
+
+    Or cannot be.
 
     `more` names files that the output will hold beside an adapter's own, which `overwrite` may replace too.
     """
@@ -47,6 +49,7 @@ def free_output(output: str | Path, inputs: Iterable[object], overwrite: bool, m
             f"output {str(output)!r} holds {len(foreign)} things that are no part of an adapter, first {foreign[0]!r}: "
             "it is not overwritten. Give a new folder."
         )
+    require_writable(target, "output")
     return target
 
 

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..errors import ConfigError, shown
 from ..io.text_table import html_table
-from ..live.batch_hooks import unhook
+from ..live.batch_hooks import begin_run, unhook
 from ..record.progress import Progress
 from .checkpoints import at_each_save, no_more_saves
 from .config.keywords import Settings
@@ -117,9 +117,11 @@ class SafeMergeCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Load and check everything; on a resume, go on from the checkpoint's state."""
+        from transformers import Trainer
+
         alone(self, model, state)
         if model is not None:
-            unhook(model)
+            begin_run(model, state, Trainer.train)
         self.session, self.progress, self.section = None, Progress(), None
         # It may have been attached to one trainer, and given to another.
         trainer = self.trainer if self.trainer is not None and self.trainer.state is state else None

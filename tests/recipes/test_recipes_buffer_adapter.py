@@ -4,10 +4,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from recipes.buffer_adapter import BufferAdapter, add_in_training
+from recipes.buffer_adapter import BufferAdapter, added_in_training
 from recipes.finetune import DataArguments, buffer_of
 from safemerge_callback.adapters import load_adapter
 from safemerge_callback.errors import ConfigError
+from safemerge_callback.live.batch_hooks import hooked
 from tests.support.trainer import entries, lora_weights, saved_weights, tokens
 
 STEPS = {"save_strategy": "steps", "save_steps": 2}
@@ -36,15 +37,15 @@ def test_in_training_it_is_a_second_active_adapter_and_else_nothing(world, buffe
         for parameter in lora_parameters(model):
             parameter.add_(0.01)
     names, alone = set(model.state_dict()), model.eval()(**rows)
-    remove = add_in_training(model, load_adapter(buffer))
-    assert torch.equal(model(**rows).logits, alone.logits)
-    loss = model.train()(**rows).loss
-    loss.backward()
-    gradients = [parameter.grad.clone() for parameter in lora_parameters(model)]
-    assert set(model.state_dict()) == names
-    with model.disable_adapter():
-        without = model(**rows).logits
-    remove()
+    with added_in_training(model, load_adapter(buffer)):
+        assert torch.equal(model(**rows).logits, alone.logits)
+        loss = model.train()(**rows).loss
+        loss.backward()
+        gradients = [parameter.grad.clone() for parameter in lora_parameters(model)]
+        assert set(model.state_dict()) == names
+        assert not hooked(model), "a trainer may go on giving it parts of batches"
+        with model.disable_adapter():
+            without = model(**rows).logits
     assert torch.equal(model(**rows).logits, alone.logits)
     model.zero_grad()
     model.load_adapter(buffer, adapter_name="buffer")
@@ -101,7 +102,8 @@ def test_a_buffer_of_0_is_absence_to_the_bit(world, tmp_path):
     assert all(torch.equal(weight, runs[0][name]) for name, weight in runs[1].items())
 
 
-def test_one_that_an_error_left_is_not_at_work_beside_the_next(world, buffer, tmp_path):
+@pytest.mark.parametrize("callbacks", [0, 1])
+def test_one_that_an_error_left_is_not_at_work_beside_the_next(world, buffer, tmp_path, callbacks):
     trainer = world.trainer(tmp_path, BufferAdapter(buffer), max_steps=1)
     compute_loss = trainer.compute_loss
     trainer.compute_loss = lambda *args, **kwargs: 1 / 0
@@ -110,13 +112,15 @@ def test_one_that_an_error_left_is_not_at_work_beside_the_next(world, buffer, tm
     hooks = []
 
     def counted(model, *args, **kwargs):
+        loss = compute_loss(model, *args, **kwargs)
         hooks.extend(len(module._forward_hooks) for module in model.modules() if hasattr(module, "lora_A"))
-        return compute_loss(model, *args, **kwargs)
+        return loss
 
-    again = world.trainer(tmp_path, BufferAdapter(buffer), model=trainer.model, max_steps=1)
+    nexts = [BufferAdapter(buffer)] * callbacks
+    again = world.trainer(tmp_path, *nexts, model=trainer.model, max_steps=1)
     again.compute_loss = counted
     again.train()
-    assert hooks == [1] * 4
+    assert hooks == [callbacks] * 4
 
 
 def test_a_buffer_that_does_not_fit_is_refused_before_the_first_step(world, buffer, tmp_path):
@@ -129,8 +133,11 @@ def test_a_buffer_that_does_not_fit_is_refused_before_the_first_step(world, buff
         world.aligned.config.__class__(**{**world.aligned.config.to_dict(), "hidden_size": 64})
     )
     get_peft_model(other, LoraConfig(target_modules=["q_proj", "v_proj"])).save_pretrained(tmp_path / "other")
-    with pytest.raises(ConfigError, match=r"has \(32, 64\) \(outputs, inputs\) in module .*Linear of \(32, 32\)"):
-        add_in_training(world.model(), load_adapter(str(tmp_path / "other")))
+    with (
+        pytest.raises(ConfigError, match=r"has \(32, 64\) \(outputs, inputs\) in module .*Linear of \(32, 32\)"),
+        added_in_training(world.model(), load_adapter(str(tmp_path / "other"))),
+    ):
+        pass
 
 
 def test_a_buffer_without_a_lora_is_refused(buffer):
