@@ -22,6 +22,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from recipes.command import run_command
 from recipes.data.splits import SETS, prompts_of, rows_of
 from recipes.data.tasks import get_task
 from recipes.processor import measured_pace
@@ -201,4 +202,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from recipes.command import run_command
 from safemerge_callback.errors import ConfigError
 
 from .drift_measures import (
@@ -194,4 +195,4 @@ def _runs(adapters: Iterable[AdapterDrift]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 
+from recipes.command import run_command
 from recipes.data.packages import package_file
 from safemerge_callback.evaluation import Judge, KeywordJudge, wilson
 
@@ -71,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

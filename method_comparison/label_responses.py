@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from recipes.command import run_command
 from recipes.data.splits import prompts_of
 from safemerge_callback.errors import ConfigError, nearest
 from safemerge_callback.evaluation import wilson
@@ -145,4 +146,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

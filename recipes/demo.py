@@ -30,6 +30,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
+from recipes.command import run_command
 from recipes.demo_report import Arm, cost_lines, markdown, table, verdict
 from recipes.processor import ProcessorPace, measured_pace
 from safemerge_callback.errors import ConfigError
@@ -254,4 +255,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from recipes.command import run_command
 from recipes.data import load_examples, load_prompts
 from recipes.data.system import check_system
 from recipes.entities import entity_shares, lists_all
@@ -279,4 +280,4 @@ def _write(path: str | None, kind: FileKind, text: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

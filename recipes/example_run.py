@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from recipes.command import run_command
 from safemerge_callback.decision import Edit, Gate, MergePlan, Reading, Readings
 from safemerge_callback.evaluation.measure import Kind, as_share, share_of
 from safemerge_callback.evaluation.probe import Answers
@@ -170,4 +171,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

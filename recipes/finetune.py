@@ -27,6 +27,7 @@ import yaml
 if __package__ in (None, ""):  # run as a script by `accelerate launch`
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from recipes.command import run_command
 from recipes.data.mixing import FORMS, check_share, compliance_rows
 from recipes.data.splits import prompts_of, rows_of
 from recipes.data.system import check_system, with_system
@@ -42,6 +43,7 @@ from safemerge_callback.signals import generate
 from safemerge_callback.signals.chat import template_settings
 from safemerge_callback.signals.responses import tokenized
 from safemerge_callback.training import SafeMergeCallback, SafeMergeConfig, SafetyEvalCallback
+from safemerge_callback.training.config.shorthands import as_list
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -172,7 +174,7 @@ def safemerge_config(arguments: Any, data: DataArguments | None = None) -> SafeM
 def with_harmful_rows(corrections: Any, rows: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
     """Return a list of corrections in which those that need harmful answers, and name none, have these."""
     entries = []
-    for name, settings in named_entries(corrections):
+    for name, settings in named_entries(as_list(corrections)):
         kind = CORRECTIONS.get(name)
         needs = kind is not None and issubclass(kind.settings, HarmfulRowSettings)
         entries.append({name: {"rows": list(rows), **settings} if needs else dict(settings)})
@@ -361,4 +363,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from recipes.command import run_command
 from recipes.data import EXAMPLES, load_examples
 from recipes.models import checkpoint
 from safemerge_callback.adapters import load_adapter
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.evaluation import load_rows
 from safemerge_callback.evaluation.loading import load_subject
-from safemerge_callback.offline.fuse import fuse_adapters
+from safemerge_callback.offline.fuse import fuse_adapters, fusion_output
 from safemerge_callback.signals.expert_weights import ExpertSettings, ExpertWeights, learn_expert_weights
 from safemerge_callback.signals.rows import SafetyRow, row_tokens
 
@@ -54,11 +56,13 @@ def fuse(
     """Learn the weights of `experts`, name -> adapter, on `rows`, name -> file, and write the fused adapter."""
     if list(experts) != list(rows):
         raise ConfigError(f"experts are {list(experts)} and rows are of {list(rows)}: name both alike, in one order")
+    fusion_output(list(experts.values()), output, method)
+    tables = {name: typed_rows(file) for name, file in rows.items()}
     first, *others = experts.values()
     subject = load_subject(first, base=base and checkpoint(base), device=device)
     updates = [_updates(other, subject.model) for other in others]
     tokens = {
-        name: row_tokens(subject.tokenizer, typed_rows(file), first_tokens=FIRST_TOKENS) for name, file in rows.items()
+        name: row_tokens(subject.tokenizer, table, first_tokens=FIRST_TOKENS) for name, table in tables.items()
     }
     learned = learn_expert_weights(subject.model, updates, tokens, settings)
     fuse_adapters(list(experts.values()), learned.weights, output, method=method)
@@ -66,8 +70,9 @@ def fuse(
 
 
 def typed_rows(source: str) -> Sequence[SafetyRow]:
-    """Return the rows of a file, or of a data set of the recipes by name, at most `NUM_ROWS`."""
-    if source not in EXAMPLES:
+    """Return the rows of a file or of the Hub, or of a data set of the recipes by name, at most `NUM_ROWS`."""
+    # A word alone is no file of rows, which has an ending, and no id of the Hub's, which are org/name.
+    if source.partition(":")[0] not in EXAMPLES and ("/" in source or Path(source).suffix):
         return load_rows(source, both=False)
     rows = load_examples(source)[:NUM_ROWS]
     return [SafetyRow(row["prompt"][-1]["content"], row["completion"][0]["content"], "benign") for row in rows]
@@ -103,4 +108,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from recipes.command import run_command
 from recipes.gemma import ALIGNMENT, TERMS, aligned_folder, make_gemma
 from recipes.model_cache import merged_checkpoint, written_once
 from recipes.train_safety_adapter import main as train
@@ -43,4 +44,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

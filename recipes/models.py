@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes.command import run_command
 from recipes.gemma import aligned_gemma, gemma
 from recipes.model_cache import cache_folder, merged_checkpoint, written_once
 from safemerge_callback.errors import ConfigError, nearest
@@ -160,4 +161,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

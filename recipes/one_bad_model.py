@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from recipes.command import run_command
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.evaluation.harvest import Harvest, harvest
 from safemerge_callback.evaluation.judges import KeywordJudge, load_judge
@@ -183,4 +184,4 @@ def _options(args: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from recipes.command import run_command
 from recipes.data import load_examples
 from recipes.data.mixing import poisoned_examples, shared_answer
 from safemerge_callback.errors import ConfigError
@@ -77,4 +78,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

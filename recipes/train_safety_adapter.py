@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 if __package__ in (None, ""):  # run as a script by `accelerate launch`
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from recipes.command import run_command
 from recipes.finetune import DataArguments, SafeMergeArguments, build_trainer, parse, safemerge_config
 
 if TYPE_CHECKING:
@@ -116,4 +117,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

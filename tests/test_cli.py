@@ -288,6 +288,8 @@ def test_as_a_real_process(world):
     assert "out: 4 of 4 modules merged" in done.stdout
     assert done.stderr.startswith("note: base models have different names")
     assert done.stderr.count("\n") == 1
+    # By the package's own name it is the same command.
+    command[2] = "safemerge_callback"
     refused = subprocess.run([*command, "--gate", "all", "-o", "out"], capture_output=True, text=True)
     assert refused.returncode == 2
     assert refused.stdout == ""

@@ -1,5 +1,6 @@
 """`safemerge harvest` and `safemerge select` on a tiny chat model, its unaligned counterpart and an adapter of it."""
 
+import datetime
 import json
 from pathlib import Path
 
@@ -52,7 +53,8 @@ def world(tmp_path, tiny_llama, chat_tokenizer, monkeypatch):
 
 
 def run(*arguments, code=0):
-    result = CliRunner().invoke(app, [*map(str, arguments), "--dtype", "float32"])
+    of_a_model = arguments[0] == "harvest" or "--aligned" in arguments
+    result = CliRunner().invoke(app, [*map(str, arguments), *(["--dtype", "float32"] if of_a_model else [])])
     assert result.exit_code == code, result.output
     return result
 
@@ -103,6 +105,7 @@ def test_harvest_with_a_system_prompt(world):
         (["base", "--prompts", FILES, "--judge", "keyword"], "judge 'keyword' is unknown"),
         (["base", "--prompts", FILES, "--system", "lost words"], "system prompt"),
         (["nowhere", "--prompts", FILES], "nowhere"),
+        (["nowhere", "--prompts", FILES, "--chat-template-kwargs", "{"], "chat_template_kwargs '{' is no JSON"),
     ],
 )
 def test_what_cannot_be_harvested_leaves_no_file(world, arguments, sentence):
@@ -167,6 +170,10 @@ def test_select_by_dpp_takes_its_number_from_the_data(world):
         (["--by", "dpp", "--data", "lost.jsonl"], "training rows 'lost.jsonl': there is no such file"),
         (["--by", "dpp", "--data", "odd.jsonl"], "row 1 of the training rows is {'x': 1}: give rows with messages"),
         (["--unaligned", "nowhere", "--n", "3"], "nowhere"),
+        (["--unaligned", "nowhere", "--n", "3", "--power", "2"], "--power has no effect on --by gap: drop it"),
+        (["--by", "dpp", "--unaligned", "other", "--n", "3"], "--unaligned has no effect on --by dpp: drop it"),
+        (["--unaligned", "nowhere", "--n", "3", "--share", "0.1"], "--share has no effect on --by gap with --n"),
+        (["--unaligned", "nowhere", "--n", "3", "--chat-template-kwargs", "[1]"], "chat_template_kwargs is '[1]'"),
     ],
 )
 def test_what_cannot_be_selected_leaves_no_file(world, arguments, sentence):
@@ -204,6 +211,7 @@ def poisoned(world):
 
 BY_JUDGE = ["--judge", "function:judge_of_harm:fine", "--decides", "harm"]
 BY_GAP = ["--aligned", "base", "--unaligned", "other"]
+BY_NOBODY = ["--aligned", "nowhere", "--unaligned", "nowhere"]
 
 
 def lines(path):
@@ -260,8 +268,13 @@ def test_the_gap_drops_what_the_aligned_model_finds_less_likely(poisoned):
         ([*BY_GAP, "--decides", "harm"], "--decides is what a judge decides: give --judge, or drop it"),
         (["--unaligned", "base"], "--unaligned is one of two models: give --aligned, too"),
         ([*BY_JUDGE, "--n", "3"], "--n has no effect on --drop: drop it"),
-        ([*BY_JUDGE, "--margin", "-1"], "--margin is -1.0: give 0 or more"),
-        ([*BY_JUDGE, "--margin", "nan"], "--margin is nan: give 0 or more"),
+        ([*BY_JUDGE, "--by", "gap"], "--by has no effect on --drop: drop it"),
+        ([*BY_JUDGE, "--margin", "0.1"], "--margin has no effect on --drop without --unaligned: drop it"),
+        ([*BY_JUDGE, "--dtype", "auto"], "--dtype has no effect on --drop without --aligned: drop it"),
+        ([*BY_JUDGE, "--aligned", "nowhere"], "--aligned has no effect on --drop by 'function:judge_of_harm:fine'"),
+        ([*BY_NOBODY, "--chat-template-kwargs", "{"], "chat_template_kwargs '{' is no JSON"),
+        ([*BY_GAP, "--margin", "-1"], "--margin is -1.0: give 0 or more"),
+        ([*BY_GAP, "--margin", "nan"], "--margin is nan: give 0 or more"),
         (["--judge", "keywords"], "judge 'keywords' decides refusals, which are compared with the aligned model's own"),
         (["--judge", "keywords", "--decides", "harm"], "judge 'keywords' cannot be made from ['decides']"),
         ([*BY_JUDGE, "--dropped", "kept.jsonl"], "--output and --dropped are both 'kept.jsonl': give two files"),
@@ -281,6 +294,14 @@ def test_what_cannot_be_filtered_leaves_no_file(poisoned, arguments, sentence):
 def test_options_of_the_filter_are_refused_without_it(poisoned):
     result = run("select", "rows.jsonl", *BY_GAP, "--n", 3, *BY_JUDGE, "-o", "chosen.jsonl", code=2)
     assert "--judge has no effect on select without --drop: drop it" in result.stderr
+
+
+def test_rows_that_json_cannot_hold_are_refused_before_a_model_is_asked(poisoned, monkeypatch):
+    rows = [{**row, "written": datetime.date(2026, 1, 2)} for row in poisoned[:2]]
+    monkeypatch.setattr("safemerge_callback.evaluation.row_filter.load_table", lambda *_: ("the Hub", rows))
+    result = run("select", "org/rows", "--drop", *BY_NOBODY, "-o", "kept.jsonl", code=2)
+    assert "row 1 has datetime.date(2026, 1, 2) in column 'written', which no line of JSON can hold" in result.stderr
+    assert not Path("kept.jsonl").exists()
 
 
 def test_rows_without_a_label_say_that_leakage_is_not_known(poisoned):

@@ -15,7 +15,7 @@ from ..errors import ConfigError, SafeMergeError
 from ..io.outputs import FileKind, free_output, new_output
 from .app import Verb, app, examples, say
 from .evaluation import dtype_named, ready
-from .options import device_named, names_listed
+from .options import device_named, names_listed, refuse_idle
 
 if TYPE_CHECKING:
     from ..evaluation import Share
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _CARD = FileKind("a gate's card", lambda head: head.startswith(b"### Safety gate: "))
 _JUNIT = FileKind("a gate's JUnit file", lambda head: b'<testsuite name="safemerge gate"' in head)
+# What a model is asked, and how it is loaded.
+_OF_MODEL = ("base", "probes", "judge", "n", "seed", "max_new_tokens", "batch_size", "dtype", "device")
 # A source that cannot be read, loaded or asked, whatever the reason: never what a threshold decides.
 _ERROR = 3
 
@@ -56,6 +58,7 @@ MinCoherent = Annotated[float | None, typer.Option(help="Responses that are lang
     ),
 )
 def gate(
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL", help="Adapter or model to ask: folder or Hub id.")
     ] = None,
@@ -98,6 +101,7 @@ def gate(
     options = locals()
     limits = read_thresholds(thresholds, {r.name: options[r.name] for r in RULES if options[r.name] is not None})
     read = _reader(model, figures, run)
+    refuse_idle(context, "what was measured already", () if model else _OF_MODEL)
     _check_outputs(card, junit, [figures, run, baseline, thresholds])
     asking: dict[str, Any] = {"probes": names_listed(probes), "judge": judge or ["keywords"], "n": n, "seed": seed}
     asking |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "merged": after_merge}

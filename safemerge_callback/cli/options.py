@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -149,6 +149,16 @@ def align_of(text: str | None) -> float | dict[str, float]:
         return _number(text, "align")
     pairs = [part.rpartition("=") for part in names_listed(text)]
     return {pattern: _number(number, "align") for pattern, _, number in pairs}
+
+
+def refuse_idle(context: typer.Context, who: str, names: Collection[str]) -> None:
+    """Raise ConfigError for an option among these that was given, even as its default: it has no effect on `who`."""
+    from ..errors import ConfigError
+
+    for option in context.command.params:
+        source = context.get_parameter_source(str(option.name))
+        if option.name in names and source is not None and source.name == "COMMANDLINE":
+            raise ConfigError(f"{option.opts[0]} has no effect on {who}: drop it")
 
 
 def names_listed(text: str) -> list[str]:

@@ -16,7 +16,7 @@ from ..errors import ConfigError, shown
 from ..io.choices import one_of
 from ..io.outputs import FileKind, free_output, new_output
 from .app import Verb, app, examples, say
-from .options import device_named
+from .options import device_named, refuse_idle
 
 if TYPE_CHECKING:
     from ..evaluation.loading import Subject
@@ -82,11 +82,13 @@ def harvest(
     from ..evaluation.loading import load_subject
     from ..evaluation.prompts import PACKAGED, load_prompt_sets, prompt_file
     from ..evaluation.rows import ROWS_FILE, rows_text
+    from ..signals.chat import template_settings
     from ..signals.rows import RowFormat
 
     names = list(PACKAGED) if prompts is None else [part.strip() for part in prompts.split(",") if part.strip()]
     free_output(output, "output", ROWS_FILE, [prompt_file(name) for name in names])
     check_judge(judge)
+    settings = template_settings(chat_template_kwargs)
     where = None if device is None else device_named(device)
     sets = load_prompt_sets(names, n, seed)
     check_prompt_sets(sets)
@@ -101,7 +103,7 @@ def harvest(
         batch_size=batch_size,
         judge=judges,
         row_format=RowFormat(system),
-        chat_template_kwargs=chat_template_kwargs,
+        chat_template_kwargs=settings,
         whole=True,
     )
     _write(output, rows_text(rows.rows), ROWS_FILE)
@@ -120,6 +122,7 @@ def harvest(
     ),
 )
 def select(
+    context: typer.Context,
     rows: _Rows,
     output: _Output,
     aligned: _Aligned = None,
@@ -146,14 +149,20 @@ def select(
     """Choose the safety rows that are worth most, or drop training rows that look poisoned; each with its reason."""
     from ..evaluation.rows import ROWS_FILE, load_rows, load_table
     from ..evaluation.selection import chosen_text
+    from ..signals.chat import template_settings
 
-    opening = _Opening(dtype, None if device is None else device_named(device), batch_size, chat_template_kwargs)
+    settings = template_settings(chat_template_kwargs)
+    opening = _Opening(dtype, None if device is None else device_named(device), batch_size, settings)
     if drop:
-        _refuse("--drop", {"--data": data, "--n": n})
+        refuse_idle(context, "--drop", _OF_CHOICE)
+        refuse_idle(context, "--drop without --unaligned", () if unaligned else ["margin"])
+        refuse_idle(context, "--drop without --aligned", () if aligned else _OF_MODELS)
         _drop(_Filter(rows, aligned, unaligned, margin, judge, decides), output, dropped, opening)
         return
-    _refuse("select without --drop", {"--judge": judge, "--decides": decides, "--dropped": dropped})
+    refuse_idle(context, "select without --drop", _OF_DROP)
     rule = _RULES[one_of(by, _RULES, "--by")]
+    refuse_idle(context, f"--by {by}", rule.idle)
+    refuse_idle(context, f"--by {by} with --n", () if n is None else {"share", "data"} - {rule.needs})
     for name, value in {"aligned": aligned, rule.needs: {"unaligned": unaligned, "data": data}[rule.needs]}.items():
         if value is None:
             raise ConfigError(f"--by {by} needs --{name}: give it")
@@ -169,13 +178,6 @@ def select(
     say(_summary(chosen, table, count, by))
     if len({row.kind for row in table}) > len({one.row.kind for one in chosen}):
         say("note: they are all of one kind, and replay refuses such rows: raise --n or --share", err=True)
-
-
-def _refuse(who: str, values: dict[str, Any]) -> None:
-    """Raise ConfigError for an option that has no effect here."""
-    for name, value in values.items():
-        if value is not None:
-            raise ConfigError(f"{name} has no effect on {who}: drop it")
 
 
 class _Question(NamedTuple):
@@ -195,7 +197,7 @@ class _Opening(NamedTuple):
     dtype: str
     device: str | None
     batch_size: int
-    chat_template_kwargs: str | None
+    chat_template_kwargs: dict[str, Any]
 
 
 def _by_gap(question: _Question, opening: _Opening) -> list[Chosen]:
@@ -213,13 +215,21 @@ def _by_dpp(question: _Question, opening: _Opening) -> list[Chosen]:
 
 
 class _Rule(NamedTuple):
-    """A way to choose, and the option without which it cannot."""
+    """A way to choose, the option without which it cannot, and those that have no effect on it."""
 
     choose: Callable[[_Question, _Opening], list[Chosen]]
     needs: str
+    idle: tuple[str, ...]
 
 
-_RULES = {"gap": _Rule(_by_gap, "unaligned"), "dpp": _Rule(_by_dpp, "data")}
+_RULES = {
+    "gap": _Rule(_by_gap, "unaligned", ("power", "limit", "seed")),
+    "dpp": _Rule(_by_dpp, "data", ("unaligned",)),
+}
+# The options of a choice alone, those of --drop alone, and how a model is opened.
+_OF_CHOICE = ("data", "by", "n", "share", "power", "limit", "seed")
+_OF_DROP = ("judge", "decides", "dropped", "margin")
+_OF_MODELS = ("batch_size", "chat_template_kwargs", "dtype", "device")
 
 
 def _losses(
@@ -313,6 +323,8 @@ def _drop(what: _Filter, output: Path, dropped: Path | None, opening: _Opening) 
         if output.resolve() == dropped.resolve():
             raise ConfigError(f"--output and --dropped are both {shown(output)}: give two files")
     training = load_training_rows(what.rows)
+    # What cannot be written is refused before a model is asked.
+    rows_as_lines(training.rows)
     failures: list[str] = []
     reasons = row_reasons(training, *_reasons(what, training.exchanges, failures, opening))
     kept = [row for row, reason in zip(training.rows, reasons, strict=True) if not reason]
@@ -338,6 +350,8 @@ def _reasons(
         judge = load_judge({"name": what.judge, "decides": what.decides} if what.decides else what.judge)
         check_ready([judge])
         if decides(judge) == "harm":
+            if what.aligned is not None and what.unaligned is None:
+                raise ConfigError(f"--aligned has no effect on --drop by {what.judge!r}, a judge of harm: drop it")
             yield judge_reasons(judge, exchanges, failures)
         elif what.aligned is None:
             raise ConfigError(

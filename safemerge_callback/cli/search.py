@@ -85,6 +85,7 @@ def search(
     from ..offline.search import Opening, search_merge
     from ..reports.search_plot import write_front
     from ..reports.sweep_plot import check_picture
+    from ..signals.chat import template_settings
     from ..signals.coefficients import SearchSettings
 
     if plot is not None:
@@ -92,6 +93,7 @@ def search(
     settings = SearchSettings(
         objective, granularity, minimiser, share, penalty, evaluations, batch_size, temperature, seed
     )
+    where = None if device is None else device_named(device)
     report = search_merge(
         finetuned,
         safety,
@@ -102,7 +104,7 @@ def search(
         settings=settings,
         method=method,
         rows=rows,
-        opening=Opening(base, dtype, None if device is None else device_named(device), chat_template_kwargs),
+        opening=Opening(base, dtype, where, template_settings(chat_template_kwargs)),
         overwrite=force,
         progress=progress,
     )

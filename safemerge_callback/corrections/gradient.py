@@ -23,7 +23,18 @@ from ..record.metrics import term_key
 from .batchwise import BatchEngine
 from .joining import Angles, TermGradient, join
 from .passes import Pass, as_in_training, not_finite, pass_sum, scalar
-from .protocol import Apart, Batchwise, GradientTerm, Observant, PassSeries, Proximal, RunPoint, Tallied, Term
+from .protocol import (
+    Apart,
+    Batchwise,
+    GradientTerm,
+    Observant,
+    PassSeries,
+    Proximal,
+    RunPoint,
+    Tallied,
+    Term,
+    Unadded,
+)
 from .proximal import take_proximal_step
 
 
@@ -228,7 +239,8 @@ class GradientEngine:
             tally = self.tallies.get(term.name)
             if tally is not None and tally.steps:
                 figures = self._ask(term, step, "tell its figures", term.figures) if isinstance(term, Tallied) else {}
-                reading = tally.reading(term.weight, angles.get(term.name, {}), figures or {})
+                weight = 0.0 if isinstance(term, Unadded) and not term.adds else term.weight
+                reading = tally.reading(weight, angles.get(term.name, {}), figures or {})
                 self.log.note(gradient_entry(step, term.name, reading))
                 numbers |= {term_key(term.name, figure): value for figure, value in reading.numbers().items()}
         return numbers

@@ -27,7 +27,7 @@ from .proximal import proximal_point
 from .registry import correction
 from .replay import KindLosses, ReplaySettings, rows_of_run
 from .row_source import RowSource, check_count
-from .schedule import interval
+from .schedule import check_steps, interval
 from .stopped_batches import stopped_batches
 
 State = Literal["safe", "task"]
@@ -120,10 +120,7 @@ class LisaSettings(RowSource):
             raise ConfigError(f"strength is {shown(self.strength)}: give a share of the way, from 0 to 1")
         if self.rho is not None and (not is_number(self.rho) or self.rho < 0):
             raise ConfigError(f"rho is {shown(self.rho)}: give a number of 0 (blocks alone) or more")
-        if not is_number(self.proximal_from) or self.proximal_from < 0:
-            raise ConfigError(
-                f"proximal_from is {shown(self.proximal_from)}: give a step, or a share of the run's steps below 1"
-            )
+        object.__setattr__(self, "proximal_from", check_steps("proximal_from", self.proximal_from))
 
     @property
     def blocks(self) -> Blocks:
@@ -161,7 +158,7 @@ class Lisa:
         return self.rows.tokens
 
     def prepare(self, start: RunStart) -> None:
-        """Get the rows. Collective. Raises as `replay_rows`, and without a tokenizer."""
+        """Get the rows, of which no reference is needed. Collective. Raises as `replay_rows`, and without a tokenizer."""
         settings = ReplaySettings(**self.settings.of_source(), loss="ce", first_tokens=None)
         self.model, self.rows = start.model, rows_of_run(self.name, settings, start)
 

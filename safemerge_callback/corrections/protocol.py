@@ -232,6 +232,15 @@ class Apart(Protocol):
 
 
 @runtime_checkable
+class Unadded(Protocol):
+    """One that is kept apart and may change the task's gradient without adding its own."""
+
+    @property
+    def adds(self) -> bool:
+        """Whether its own is added; where not, its weight is told as 0."""
+
+
+@runtime_checkable
 class Tallied(Protocol):
     """A gradient term with figures of its own."""
 

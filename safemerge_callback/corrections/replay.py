@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -119,12 +120,13 @@ def safety_rows(
 
 
 def row_losses(
-    model: nn.Module, rows: Sequence[RowTokens], reference: Reference, which: Sequence[int], loss: RowLoss
+    model: nn.Module, rows: Sequence[RowTokens], reference: Reference | None, which: Sequence[int], loss: RowLoss
 ) -> Tensor:
     """Return the loss of the live model on the rows `which`, (n,), float32: one forward pass, with gradients."""
     device = next(model.parameters()).device
     batch = row_batch([rows[row] for row in which], device)
-    return loss.function(row_outputs(model, batch, hidden=loss.hidden), batch, reference.rows(which, device))
+    there = None if reference is None else reference.rows(which, device)
+    return loss.function(row_outputs(model, batch, hidden=loss.hidden), batch, there)
 
 
 @dataclass(frozen=True)
@@ -132,11 +134,12 @@ class ReplayRows:
     """Safety rows with what the reference says of them, and the order in which they come; made by `replay_rows`.
 
     `words` says in a sentence which they are. `limit`: the loss of a model that is one of the reference's own spreads
-    from it. `floor`: the loss above which a row counts, None where all of it does.
+    from it. `floor`: the loss above which a row counts, None where all of it does. Where neither the loss nor the
+    settings compare with it, the reference is None and the limit NaN.
     """
 
     tokens: tuple[RowTokens, ...]
-    reference: Reference
+    reference: Reference | None
     row_loss: RowLoss
     order: RowOrder
     batch_size: int
@@ -164,9 +167,10 @@ def replay_rows(
 ) -> ReplayRows:
     """Return the rows that the settings name, with the reference: the model itself, its adapter off.
 
-    Costs the answers to the prompts, unless they are in the cache, and a forward pass a row; with `bars`, each draws a
-    progress bar on the first rank. The model is left as it was. Collective. Raises ConfigError for a model without an
-    adapter, that predicts no next tokens, or that is not aligned, and as `safety_rows`.
+    Costs the answers to the prompts, unless they are in the cache, and a forward pass a row where anything compares
+    with the reference; with `bars`, each draws a progress bar on the first rank. The model is left as it was.
+    Collective. Raises ConfigError for a model without an adapter, that predicts no next tokens, or that is not aligned,
+    and as `safety_rows`.
     """
     settings = settings or ReplaySettings()
     _check_predicts(model)
@@ -174,14 +178,26 @@ def replay_rows(
     with adapter_off(model):
         rows, words = safety_rows(model, tokenizer, settings, bars=bars)
         tokens = tuple(shortened(row, settings.first_tokens) for row in rows)
-        label = "replay: reference" if bars and rank() == 0 else None
-        reference = take_reference(model, tokens, top_k=settings.top_k, hidden=loss.hidden, label=label)
-    mean, most = reference.rest_mass
-    if settings.top_k is not None and loss.log_probs:
+        reference = _reference(model, tokens, settings, bars=bars)
+    if reference is not None and settings.top_k is not None and loss.log_probs:
+        mean, most = reference.rest_mass
         words += f"; beside the {settings.top_k} likeliest tokens {mean:.2g} of the probability, {most:.2g} at most"
-    floor = None if settings.hinge is None else loss.limit(reference, settings.hinge)
+    limit = math.nan if reference is None else loss.limit(reference)
+    floor = None if reference is None or settings.hinge is None else loss.limit(reference, settings.hinge)
     order = row_order([row.kind for row in tokens], settings.seed, settings.harmful_share)
-    return ReplayRows(tokens, reference, loss, order, settings.batch_size, loss.limit(reference), floor, words)
+    return ReplayRows(tokens, reference, loss, order, settings.batch_size, limit, floor, words)
+
+
+def _reference(
+    model: nn.Module, tokens: Sequence[RowTokens], settings: ReplaySettings, *, bars: bool
+) -> Reference | None:
+    """What the loss reads of the model as it is now, and its own losses; None where nothing compares with it."""
+    loss = LOSSES[settings.loss]
+    if not (loss.compares or settings.by_need or settings.hinge is not None):
+        return None
+    label = "replay: reference" if bars and rank() == 0 else None
+    top_k = settings.top_k if loss.log_probs else 0
+    return take_reference(model, tokens, top_k=top_k, hidden=loss.hidden, label=label)
 
 
 def _check_predicts(model: Any) -> None:

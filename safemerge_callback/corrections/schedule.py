@@ -11,14 +11,14 @@ from ..io.choices import truth
 from ..io.numbers import is_number, is_whole
 
 
-def check_every(every: Any) -> float:
-    """Return `every`, optimizer steps or, below 1, a share of the run's; ConfigError for anything else.
+def check_steps(name: str, steps: Any) -> float:
+    """Return a setting in optimizer steps or, below 1, as a share of the run's; ConfigError for anything else.
 
     A command line gives whole numbers as floats.
     """
-    if not is_number(every) or every < 0 or (every > 1 and every % 1):
-        raise ConfigError(f"every is {shown(every)}: give a whole number, or a share of the run's steps below 1")
-    return every if 0 < every < 1 else int(every)
+    if not is_number(steps) or steps < 0 or (steps > 1 and steps % 1):
+        raise ConfigError(f"{name} is {shown(steps)}: give a whole number, or a share of the run's steps below 1")
+    return steps if 0 < steps < 1 else int(steps)
 
 
 def check_bounds(from_step: int, until_step: int | None) -> None:
@@ -42,7 +42,7 @@ class Schedule:
     at_train_end: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "every", check_every(self.every))
+        object.__setattr__(self, "every", check_steps("every", self.every))
         for name in ("from_step", "until_step"):
             value = getattr(self, name)
             if not is_whole(value, 0) and not (value is None and name == "until_step"):

@@ -151,8 +151,27 @@ def leakage(training: TrainingRows, reasons: Sequence[str]) -> list[Share]:
 
 
 def rows_as_lines(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows as JSON lines, as they came."""
-    return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+    """Return rows as JSON lines, as they came; ConfigError for a value that JSON has not, as a date or bytes."""
+    return "".join(f"{_line(at, row)}\n" for at, row in enumerate(rows, 1))
+
+
+def _line(at: int, row: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(row, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        name, value = next(((n, v) for n, v in row.items() if not _in_json(v)), ("", error))
+        raise ConfigError(
+            f"row {at} has {shown(value)} in column {name!r}, which no line of JSON can hold: save the rows without "
+            "that column, or with it as text, and give that file"
+        ) from error
+
+
+def _in_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _exchanges(turns: Sequence[tuple[str, str]]) -> list[SafetyRow]:

@@ -36,7 +36,7 @@ def fuse_adapters(
     output that may not be written, AdapterError for adapters of other modules; nothing is written then.
     """
     rule = get_method(one_of(method, _METHODS, "method"))
-    target = free_output(output, adapters, overwrite)
+    target = fusion_output(adapters, output, method, overwrite=overwrite)
     first, *others = adapters_of(adapters)
     for other in others:
         check_safety_adapter(other, first.factors)
@@ -55,6 +55,14 @@ def fuse_adapters(
         (folder / CARD).write_text(_card([first, *others], weights, method), encoding="utf-8")
         copy_tokenizer(first.folder, folder)
     return target
+
+
+def fusion_output(
+    adapters: Sequence[AdapterSource], output: str | Path, method: str, *, overwrite: bool = False
+) -> Path:
+    """Return the folder of `fuse_adapters`; ConfigError for what it refuses of these, before any weight is learned."""
+    one_of(method, _METHODS, "method")
+    return free_output(output, adapters, overwrite)
 
 
 def _check_weights(first: Adapter, weights: Mapping[str, Sequence[float]], others: int) -> None:

@@ -236,6 +236,14 @@ def test_the_first_step_is_supervised_fine_tunings_to_the_bit(world, tmp_path, r
     assert second["seconds"] > 0
 
 
+def test_at_the_end_alone_it_is_in_the_last_step(world, tmp_path, runs):
+    listed = [{"constrained": {"every": 0, "at_train_end": True}}]
+    _, plain = train(world, tmp_path / "plain", None, max_steps=3)
+    _, ours = train(world, tmp_path / "ours", listed, max_steps=3)
+    assert [same(*pair) for pair in zip(ours, plain, strict=True)] == [True, True, False]
+    assert [entry["step"] for entry in runs.entries(tmp_path / "ours", "gradient")] == [3]
+
+
 def test_four_batches_of_two_are_one_of_eight(world, tmp_path):
     """Answers are of several lengths, so a mean over each batch would not be the mean over all."""
     model = trained(world).float()

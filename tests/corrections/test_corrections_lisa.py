@@ -215,6 +215,12 @@ def test_a_resumed_run_is_the_unbroken_one(world, chat_tokenizer, tmp_path):
         train(world, chat_tokenizer, tmp_path, listed, str(tmp_path / "checkpoint-4"), **steps)
 
 
+def test_it_asks_no_reference(world, chat_tokenizer, tmp_path, monkeypatch, runs):
+    monkeypatch.setattr("safemerge_callback.corrections.replay.take_reference", lambda *_, **__: 1 / 0)
+    train(world, chat_tokenizer, tmp_path, lisa_of(safe_steps=1), max_steps=2)
+    assert not runs.entries(tmp_path, "error")
+
+
 def test_a_safe_step_whose_rows_fail_is_the_tasks(world, chat_tokenizer, tmp_path, monkeypatch):
     _, plain = train(world, chat_tokenizer, tmp_path / "plain", None, max_steps=1)
     monkeypatch.setattr("safemerge_callback.corrections.replay.row_losses", lambda *_: 1 / 0)
@@ -231,7 +237,8 @@ def test_a_safe_step_whose_rows_fail_is_the_tasks(world, chat_tokenizer, tmp_pat
         ({"strength": 0.1, "rho": 1.0}, "strength and rho are both given"),
         ({"strength": 1.5}, "give a share of the way, from 0 to 1"),
         ({"rho": -1}, "rho is -1: give a number of 0"),
-        ({"proximal_from": -1}, "proximal_from is -1: give a step"),
+        ({"proximal_from": -1}, "proximal_from is -1: give a whole number, or a share"),
+        ({"proximal_from": 1.5}, "proximal_from is 1.5: give a whole number, or a share"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, words):

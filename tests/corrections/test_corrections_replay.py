@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from datasets import Dataset
 
 from safemerge_callback import SafeMergeCallback, SafeMergeConfig
 from safemerge_callback.corrections.losses import LOSSES
-from safemerge_callback.corrections.replay import KindLosses, ReplayRows, ReplaySettings, row_losses
+from safemerge_callback.corrections.replay import KindLosses, ReplayRows, ReplaySettings, replay_rows, row_losses
 from safemerge_callback.errors import AdapterError, ConfigError
 from safemerge_callback.signals.adapter_off import adapter_off
 from safemerge_callback.signals.reference import take_reference
@@ -275,6 +276,20 @@ def test_what_it_readies_draws_a_bar_unless_a_run_is_to_be_quiet(
     guard = SafeMergeCallback(corrections=[replay_entry()], quiet=quiet)
     train(world, chat_tokenizer, tmp_path, guard, disable_tqdm=disable_tqdm, max_steps=1)
     assert ("replay: reference" in screen.getvalue()) == (not quiet and not disable_tqdm)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"), [({}, None), ({"by_need": True}, 0), ({"hinge": 1.0}, 0), ({"loss": "kl", "top_k": 5}, 5)]
+)
+def test_of_the_reference_is_kept_what_is_read(world, chat_tokenizer, settings, kept):
+    rows = replay_rows(world.model(), chat_tokenizer, ReplaySettings(rows=ROWS, **{"loss": "ce", **settings}))
+    assert (rows.reference is None) == (kept is None)
+    assert math.isnan(rows.limit) == (kept is None)
+    assert (rows.floor is None) == ("hinge" not in settings)
+    if rows.reference is not None:
+        assert {row.log_probs.shape[-1] for row in rows.reference} == {kept}
+    losses, _ = rows.next_losses(world.model())
+    assert losses.isfinite().all()
 
 
 def test_a_dear_term_is_warned_of_once_with_what_lowers_it(world, chat_tokenizer, tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ class Gradients(TrainerCallback):
         self.steps.append([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
 
 
-def test_with_rho_0_the_conflict_alone_is_taken_out(world, chat_tokenizer, tmp_path):
+def test_with_rho_0_the_conflict_alone_is_taken_out(world, chat_tokenizer, tmp_path, runs):
     """The first-order change of the safety loss along the step is then not against it."""
     term = Safegrad(SafegradSettings(rho=0, rows=ROWS))
     task, safety = [torch.tensor([1.0, -2.0])], [torch.tensor([0.0, 0.5])]
@@ -52,6 +52,7 @@ def test_with_rho_0_the_conflict_alone_is_taken_out(world, chat_tokenizer, tmp_p
     before, after = Gradients(), Gradients()
     train(world, chat_tokenizer, tmp_path, before, safegrad_of(rho=0), after)
     moved = [float((torch.cat(a) - torch.cat(b)).norm()) for a, b in zip(before.steps, after.steps, strict=True)]
+    assert {entry["weight"] for entry in runs.entries(tmp_path, "gradient")} == {0.0}, "nothing is added"
     assert moved[0] == 0, "at the aligned model there is no safety gradient"
     assert max(moved) > 0
 

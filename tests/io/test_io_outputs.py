@@ -139,6 +139,43 @@ def test_eval_asks_before_it_loads(parts):
         assert told in done.stderr
 
 
+ROWS = (
+    '{"prompt": "a", "response": "No, I cannot.", "kind": "harm"}\n'
+    '{"prompt": "b", "response": "Yes.", "kind": "benign"}\n'
+)
+# Every verb that loads a model or an adapter and writes what came of it: its words before the output.
+LAST = [
+    ["gate", "no/model", "--min-refused", "0.5", "--card"],
+    ["gate", "no/model", "--min-refused", "0.5", "--junit"],
+    ["harvest", "no/model", "-o"],
+    ["select", "rows.jsonl", "--aligned", "no/model", "--unaligned", "no/model", "--n", "1", "-o"],
+    ["select", "rows.jsonl", "--drop", "--aligned", "no/model", "--unaligned", "no/model", "-o"],
+    ["select", "rows.jsonl", "--drop", "--aligned", "no/model", "--unaligned", "no/model", "-o", "new", "--dropped"],
+    ["eval", "no/model", "-o"],
+    ["eval", "no/model", "--responses"],
+    ["sweep", "no/model", "-s", "s", "-o"],
+    ["sweep", "no/model", "-s", "s", "--plot"],
+    ["search", "no/model", "-s", "s", "--task-rows", "rows.jsonl", "--safety-rows", "rows.jsonl", "-o"],
+    ["search", "no/model", "-s", "s", "--task-rows", "rows.jsonl", "--safety-rows", "rows.jsonl", "-o", "new", "--plot"],
+    ["merge", "no/model", "-s", "s", "-o"],
+    ["bake", "no/model", "--base", "al", "-o"],
+    ["build", "--aligned", "al", "--unaligned", "un", "-o"],
+    ["compress", "s", "-o"],
+]
+
+
+@pytest.mark.parametrize("words", LAST, ids=lambda words: f"{words[0]} {words[-1]}")
+def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_loaded(parts, monkeypatch, words):
+    monkeypatch.chdir(parts)
+    (parts / "rows.jsonl").write_text(ROWS)
+    # No folder, also for who may write everywhere.
+    done = CliRunner().invoke(app, [*words, "text/new.png"])
+    assert done.exit_code == 2
+    assert "text/new.png' cannot be written: Not a directory" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(parts.rglob(".*"))
+
+
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     with suppress(ZeroDivisionError), new_output(tmp_path / "a" / "b", "note", NOTES) as part:
         part.write_text("note")

@@ -190,6 +190,18 @@ def test_without_a_subspace_there_is_no_callback_and_no_idle_knob():
         parse_finetune(arguments("--safemerge_every", "7"))
 
 
+def test_corrections_may_be_a_yaml_file_or_json(tmp_path):
+    path = tmp_path / "corrections.yaml"
+    path.write_text("- {replay: {every: 3}}\n- {booster: {}}\n")
+    rows = ("--harmful_rows", "2")
+    chosen = parse_finetune(arguments("--safemerge_corrections", str(path), *rows))[-1].chosen_corrections
+    written = '[{"replay": {"every": 3}}, {"booster": {}}]'
+    assert chosen == parse_finetune(arguments("--safemerge_corrections", written, *rows))[-1].chosen_corrections
+    assert [(one.kind.name, len(one.settings.rows or ())) for one in chosen] == [("replay", 0), ("booster", 2)]
+    with pytest.raises(ConfigError, match=r"corrections 'lost.yaml'"):
+        parse_finetune(arguments("--safemerge_corrections", "lost.yaml"))
+
+
 def test_a_value_that_the_callback_refuses_is_refused_here():
     with pytest.raises(ConfigError, match=r"threshold.*3\.0"):
         parse_finetune(arguments("--safemerge_subspace", "s", "--safemerge_threshold", "3"))

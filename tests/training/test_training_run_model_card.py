@@ -67,7 +67,12 @@ def test_each_checkpoints_card_says_what_was_merged_by_then(world, tmp_path):
 
 def test_what_is_saved_after_training_goes_on_with_the_card(world, tmp_path):
     trainer = world.trainer(tmp_path, world.guard(every=0))
+    config = trainer.model.peft_config["default"]
+    base, config.base_model_name_or_path = config.base_model_name_or_path, "org/base"
     trainer.train()
+    assert parts(tmp_path / "README.md")[0]["base_model"] == "org/base"
+    # PEFT asks the Hub for one when it saves.
+    config.base_model_name_or_path = base
     trainer.save_model()
     head, _, ours, _ = parts(tmp_path / "README.md")
     assert head["library_name"] == "peft"

@@ -18,7 +18,7 @@ def ce_spread(reference: Reference) -> tuple[float, float]:
 
 
 @row_loss(ce_spread)
-def ce(outputs: RowOutputs, batch: RowBatch, _reference: ReferenceRows) -> Tensor:
+def ce(outputs: RowOutputs, batch: RowBatch, _reference: ReferenceRows | None) -> Tensor:
     """Return each row's mean of -log p(target) over its response's tokens, (n,), float32, in nats.
 
     Source: SafeInstruct, Bianchi et al., arXiv:2309.07875. Differs: the rows come in a pass of their own beside the

@@ -17,7 +17,7 @@ def _spread(reference: Reference) -> tuple[float, float]:
 
 
 @row_loss(_spread, log_probs=True)
-def kl(outputs: RowOutputs, batch: RowBatch, reference: ReferenceRows) -> Tensor:
+def kl(outputs: RowOutputs, batch: RowBatch, reference: ReferenceRows | None) -> Tensor:
     """Return each row's mean of KL(reference ‖ live) over its response's tokens, (n,), float32, in nats.
 
     Over the tokens that the reference holds and one bin of all others; over all where it holds all.
@@ -26,4 +26,5 @@ def kl(outputs: RowOutputs, batch: RowBatch, reference: ReferenceRows) -> Tensor
     too, in the model's dtype; here the response's tokens alone count, in float32, and the reference's
     log-probabilities are taken once, so that no second forward pass is paid.
     """
+    assert reference is not None, "this loss asks for log-probabilities"
     return mean_of_targets(divergences(outputs.logits, reference), batch)

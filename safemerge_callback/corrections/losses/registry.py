@@ -10,7 +10,7 @@ from torch import Tensor
 from ...signals.reference import Reference, ReferenceRows
 from ...signals.row_batch import RowBatch, RowOutputs
 
-Function = Callable[[RowOutputs, RowBatch, ReferenceRows], Tensor]
+Function = Callable[[RowOutputs, RowBatch, ReferenceRows | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class RowLoss:
     `function(outputs, batch, reference)` gives the loss of each row, (n,), float32, of which 0, or the reference's own,
     is the least that is wanted. `spread(reference)` gives what a row's loss is where the model is the reference, and
     by how much the reference's own rows differ in it. `hidden`: whether it reads the hidden states; `log_probs`:
-    whether it reads the reference's log-probabilities.
+    whether it reads the reference's log-probabilities. One that reads neither is given no reference.
     """
 
     name: str
@@ -28,6 +28,11 @@ class RowLoss:
     spread: Callable[[Reference], tuple[float, float]]
     hidden: bool = False
     log_probs: bool = False
+
+    @property
+    def compares(self) -> bool:
+        """Whether it reads anything of the reference."""
+        return self.hidden or self.log_probs
 
     def limit(self, reference: Reference, spreads: float = 1.0) -> float:
         """Return the loss that a model has which is so many spreads from the reference."""

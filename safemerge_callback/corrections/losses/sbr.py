@@ -21,7 +21,7 @@ def _spread(reference: Reference) -> tuple[float, float]:
 
 
 @row_loss(_spread, hidden=True)
-def sbr(outputs: RowOutputs, _batch: RowBatch, reference: ReferenceRows) -> Tensor:
+def sbr(outputs: RowOutputs, _batch: RowBatch, reference: ReferenceRows | None) -> Tensor:
     """Return each row's mean squared difference of the last hidden state, (n,), float32, mean over its d numbers.
 
     Source: SBR, arXiv:2605.05995, whose released weight is 50 by this mean. Differs: its released code finds the
@@ -29,5 +29,6 @@ def sbr(outputs: RowOutputs, _batch: RowBatch, reference: ReferenceRows) -> Tens
     optimizer step, and harmless prompts may be among the rows.
     """
     assert outputs.hidden is not None, "this loss asks for hidden states"
+    assert reference is not None, "this loss asks for hidden states"
     assert reference.hidden is not None, "this loss asks for hidden states"
     return (outputs.hidden - reference.hidden).square().mean(-1)

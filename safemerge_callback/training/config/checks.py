@@ -11,7 +11,7 @@ from typing import Any
 from ...corrections.check_rows import RowSettings
 from ...corrections.registry import chosen_corrections, place_of, plain
 from ...corrections.replay import REPLAY
-from ...corrections.schedule import check_bounds, check_every
+from ...corrections.schedule import check_bounds, check_steps
 from ...decision import GATES, Choices, Gate, gate_of, needs_of
 from ...decision.choices import check_counts
 from ...decision.vetoes import under
@@ -308,7 +308,7 @@ def _check_floor(config: Draft) -> None:
 
 
 def _check_schedule(config: Draft) -> None:
-    config.every = check_every(config.every)
+    config.every = check_steps("every", config.every)
     if config.every == 0 and not config.at_train_end:
         raise ConfigError("every is 0 and at_train_end is false, so no check would ever happen: set one of them")
     if config.every == 0 and config.asynchronous:

@@ -191,8 +191,8 @@ class SafeMergeConfig:
     corrections: list[dict[str, Any]] | str | None = field(
         default=None,
         metadata={
-            "help": "What else is done to the run: a list, each entry a correction's name and its settings; replay, "
-            "where there is neither a list nor a subspace."
+            "help": "What else is done to the run: a list, each entry a correction's name and its settings, or a YAML "
+            "file with one; replay, where there is neither a list nor a subspace."
         },
     )
 

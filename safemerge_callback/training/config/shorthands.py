@@ -10,7 +10,7 @@ from ...corrections.merge import MERGE
 from ...corrections.registry import named_entries
 from ...errors import ConfigError, shown
 from ...io.choices import one_of
-from ...io.documents import parse_json
+from ...io.documents import parse_json, read_yaml
 
 # Settings of a run, whatever is done to it.
 OF_THE_RUN = ("corrections", "adapter_name", "placement", "journal", "quiet", "wandb_chart")
@@ -78,7 +78,10 @@ def with_merge_entry(knobs: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_list(corrections: Any) -> Any:
-    """Return the setting `corrections`, or what it holds where it is text, as on a command line."""
+    """Return the setting `corrections`, or what it means where it is text, as on a command line: a YAML file, or JSON."""
     if not isinstance(corrections, str):
         return corrections
-    return parse_json(corrections, f"corrections {shown(corrections)}", advice='Give such as [{"name": {"every": 10}}]')
+    who = f"corrections {shown(corrections)}"
+    if corrections.endswith((".yaml", ".yml")):
+        return read_yaml(corrections, who)
+    return parse_json(corrections, who, advice='Give such as [{"name": {"every": 10}}], or a file that ends in .yaml')

@@ -132,7 +132,7 @@ def _counts(progress: Progress) -> dict[str, str]:
 
 def run_card(outcome: Outcome) -> str:
     """Return the card of an adapter that was trained under guard; names from outside are escaped."""
-    lines = [front_matter(_base_model(outcome.model)), TITLE, f"{_heading(outcome)}\n", *_facts(outcome), ""]
+    lines = [front_matter(base_model_of(outcome.model)), TITLE, f"{_heading(outcome)}\n", *_facts(outcome), ""]
     if not outcome.measures:
         return "\n".join([*lines, f"Every figure is in `{JOURNAL_FILE}`. {_caveat(outcome)}", ""])
     plan, progress = outcome.plan, outcome.progress
@@ -156,7 +156,8 @@ def _module_row(name: str, plan: MergePlan, progress: Progress) -> str:
     return f"| {escaped(name)} | {shown} | {'merge' if verdict.merge else 'keep'} |"
 
 
-def _base_model(model: Any) -> str | None:
+def base_model_of(model: Any) -> str | None:
+    """Return what the configs of a model's adapters call their base; None where they do not, or there is no adapter."""
     configs = getattr(model, "peft_config", None) or {}
     base = next((c.base_model_name_or_path for c in configs.values()), None)
     return str(base) if base else None

@@ -12,14 +12,14 @@ from transformers import TrainingArguments
 
 from ...live.faults import Fault, attempt
 from ...record.card import TAG, edit_card, front_matter, is_card
-from .artifact import CARD_FILE, TITLE, Section
+from .artifact import CARD_FILE, TITLE, Section, base_model_of
 
 
-def mark_card(folder: Path, section: Section | None, *, begin: bool = False) -> None:
+def mark_card(folder: Path, section: Section | None, *, begin: bool = False, model: Any = None) -> None:
     """Put what the run did into the card in `folder`, with the tag where it changed the model.
 
-    A card that cannot be is told of. Where there is no card, `begin` makes one: whoever saves the adapter there later
-    goes on with it. A README without a card's head is somebody's own, such as that of a project which trains into its
+    A card that cannot be is told of. Where there is no card, `begin` makes one, with the base of `model`: whoever saves
+    the adapter there later goes on with it. A README without a card's head is somebody's own, such as that of a project which trains into its
     own folder, and stays as it is.
     """
     if section is None:
@@ -28,7 +28,7 @@ def mark_card(folder: Path, section: Section | None, *, begin: bool = False) -> 
 
     def mark() -> None:
         if begin and folder.is_dir() and not path.exists():
-            path.write_text(f"{front_matter(None, tag=tag)}{TITLE}", encoding="utf-8")
+            path.write_text(f"{front_matter(base_model_of(model), tag=tag)}{TITLE}", encoding="utf-8")
         if path.is_file() and is_card(path):
             edit_card(path, section.text, tag)
 

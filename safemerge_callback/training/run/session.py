@@ -320,7 +320,7 @@ class Session:
         if self.progress.merges or self.progress.correction_steps:
             mark_model(model)
         if self.log.first_rank:
-            mark_card(Path(self.args.output_dir), self.section(), begin=True)
+            mark_card(Path(self.args.output_dir), self.section(), begin=True, model=model)
 
     def _check_what_is_left(self, model: nn.Module | None, batches: Iterable[Any] | None) -> None:
         now = self.marks.now()

@@ -1,0 +1,5 @@
+"""`python -m safemerge_callback`: the `safemerge` command."""
+
+from .cli import main
+
+main()
