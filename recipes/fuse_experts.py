@@ -61,9 +61,7 @@ def fuse(
     first, *others = experts.values()
     subject = load_subject(first, base=base and checkpoint(base), device=device)
     updates = [_updates(other, subject.model) for other in others]
-    tokens = {
-        name: row_tokens(subject.tokenizer, table, first_tokens=FIRST_TOKENS) for name, table in tables.items()
-    }
+    tokens = {name: row_tokens(subject.tokenizer, table, first_tokens=FIRST_TOKENS) for name, table in tables.items()}
     learned = learn_expert_weights(subject.model, updates, tokens, settings)
     fuse_adapters(list(experts.values()), learned.weights, output, method=method)
     return learned

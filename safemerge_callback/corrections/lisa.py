@@ -158,7 +158,7 @@ class Lisa:
         return self.rows.tokens
 
     def prepare(self, start: RunStart) -> None:
-        """Get the rows, of which no reference is needed. Collective. Raises as `replay_rows`, and without a tokenizer."""
+        """Get the rows, without a reference. Collective. Raises as `replay_rows`, and without a tokenizer."""
         settings = ReplaySettings(**self.settings.of_source(), loss="ce", first_tokens=None)
         self.model, self.rows = start.model, rows_of_run(self.name, settings, start)
 

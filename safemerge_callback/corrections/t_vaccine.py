@@ -98,7 +98,9 @@ class TVaccine(Vaccine):
         super().prepare(start)
         trained = [name for name, p in start.model.named_parameters() if p.requires_grad]
         self.blocks = {
-            path: block for path, block in self.blocks.items() if any(name.startswith(f"{_layer(path)}.") for name in trained)
+            path: block
+            for path, block in self.blocks.items()
+            if any(name.startswith(f"{_layer(path)}.") for name in trained)
         }
         if len(self.blocks) < self.chooses.num_blocks:
             raise ConfigError(

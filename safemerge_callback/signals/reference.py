@@ -81,9 +81,9 @@ def take_reference(
 ) -> Reference:
     """Return what `model` says of these rows as it is now: put the adapter off before, and it is the aligned model.
 
-    `top_k`: how many of the likeliest tokens are kept at each place, the rest as one bin; None keeps all, 0 none. `label` names
-    the progress bar; None for no bar. Every rank must call it where a forward pass takes all of them. The model is left
-    as it was.
+    `top_k`: how many of the likeliest tokens are kept at each place, the rest as one bin; None keeps all, 0 none.
+    `label` names the progress bar; None for no bar. Every rank must call it where a forward pass takes all of them. The
+    model is left as it was.
     """
     device = next(model.parameters()).device
     taken: dict[int, ReferenceRow] = {}

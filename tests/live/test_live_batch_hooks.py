@@ -127,10 +127,11 @@ def test_who_begins_takes_off_what_is_of_others_alone():
 
 
 def test_a_model_with_hooks_left_is_let_go():
-    model = nn.Linear(2, 2)
-    loop = Loop(model)
-    loop.train(lambda: leave(model, before=print))
-    gone = ref(model)
-    del model, loop
+    def failed_training():
+        model = nn.Linear(2, 2)
+        Loop(model).train(lambda: leave(model, before=print))
+        return ref(model)
+
+    gone = failed_training()
     gc.collect()
     assert gone() is None

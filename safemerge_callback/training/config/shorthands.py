@@ -78,7 +78,7 @@ def with_merge_entry(knobs: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_list(corrections: Any) -> Any:
-    """Return the setting `corrections`, or what it means where it is text, as on a command line: a YAML file, or JSON."""
+    """Return the setting `corrections`, or what its text means, as on a command line: a YAML file, or JSON."""
     if not isinstance(corrections, str):
         return corrections
     who = f"corrections {shown(corrections)}"

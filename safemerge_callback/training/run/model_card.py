@@ -19,8 +19,8 @@ def mark_card(folder: Path, section: Section | None, *, begin: bool = False, mod
     """Put what the run did into the card in `folder`, with the tag where it changed the model.
 
     A card that cannot be is told of. Where there is no card, `begin` makes one, with the base of `model`: whoever saves
-    the adapter there later goes on with it. A README without a card's head is somebody's own, such as that of a project which trains into its
-    own folder, and stays as it is.
+    the adapter there later goes on with it. A README without a card's head is somebody's own, such as that of a project
+    which trains into its own folder, and stays as it is.
     """
     if section is None:
         return
