@@ -10,6 +10,7 @@ from peft.utils import merge_utils
 
 from safemerge_callback.methods import get_method, spaces
 from safemerge_callback.ops import LowRank, refit_dense, truncate, weighted_sum
+from tests.support.versions import above_bound
 
 NEW = pytest.mark.skipif(Version(peft.__version__) < Version("0.21"), reason="peft 0.21 changed its scaling")
 PRUNING = ["ties", "dare_linear", "dare_ties", "magnitude_prune"]
@@ -146,6 +147,7 @@ def test_scalings_that_differ_part_us_where_a_sign_is_elected_among_factors(tiny
 @pytest.mark.parametrize("name", ["dare_linear", "dare_ties"])
 def test_random_masks_are_pefts_in_distribution(name):
     """Mean and variance of each entry over many draws, with streams that have nothing in common."""
+    above_bound("peft", "what dare keeps is scaled")
     n, x = 4000, [torch.tensor([[1.0, -2.0, 3.0]]), torch.tensor([[-2.0, 1.0, 3.0]])]
     live, other = (LowRank(torch.eye(3), t @ torch.eye(3)) for t in x)
     g = generator(1)

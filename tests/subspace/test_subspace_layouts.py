@@ -11,7 +11,7 @@ from safemerge_callback.errors import SubspaceError
 from safemerge_callback.live import live_factors
 from safemerge_callback.subspace import CheckpointShards, build_subspace
 from safemerge_callback.subspace.checkpoints.targets import select_targets
-from tests.support.versions import found_in
+from tests.support.versions import above_bound, found_in
 
 TEXT = {
     "vocab_size": 64,
@@ -101,7 +101,8 @@ def make(family, seed, dtype=torch.float32):
 def lora_on_all_linear(model):
     """LoRA on every linear layer; PEFT's own "all-linear" also adapts stacked experts in Mixtral-like models."""
     conv1d = isinstance(model, transformers.GPT2PreTrainedModel)
-    targets = [path for path in linear_paths(model) if not path.endswith("lm_head")]
+    head = model.get_output_embeddings()
+    targets = [path for path in linear_paths(model) if model.get_submodule(path) is not head]
     return get_peft_model(model, LoraConfig(target_modules=targets, r=2, fan_in_fan_out=conv1d))
 
 
@@ -175,6 +176,8 @@ def test_experts_one_by_one_and_stacked_are_the_same_modules(family, tmp_path):
     for name in one_by_one.names:
         assert one_by_one.shape(name) == stacked.shape(name)
         assert torch.equal(one_by_one.read(name), stacked.read(name))
+    if family == "GraniteMoeForCausalLM":
+        above_bound("transformers", "experts are stacked in one module")
     (experts,) = (m for path, m in model.named_modules() if ".1." in path and path.endswith(".experts"))
     for expert in range(3):
         parts = [stacked.read(f"layers.1.mlp.experts.{expert}.{part}") for part in ("gate_proj", "up_proj")]

