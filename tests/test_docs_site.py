@@ -21,7 +21,9 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 SITE = runpy.run_path(str(DOCS / "theme" / "pages.py"))
 PAGES = sorted(DOCS.rglob("*.md"))
-BESIDE = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+BESIDE = [
+    ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY", "CODE_OF_CONDUCT", "AGENTS")
+]
 TEXTS = {page: page.read_text(encoding="utf-8") for page in (*PAGES, *BESIDE)}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
