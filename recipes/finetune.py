@@ -18,7 +18,6 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +61,8 @@ class DataArguments:
 
     data: str = field(
         metadata={
-            "help": "Name of the data: safety, sentiment, arithmetic, cities, gsm8k, pubmedqa or ncbi_disease[:FOLDER]."
+            "help": "Name of the data: safety, sentiment, arithmetic, cities, gsm8k, pubmedqa, ncbi_disease[:FOLDER], "
+            "or a file (.jsonl, .csv, .json) or a data set of the Hub, with messages, or prompt and completion."
         }
     )
     data_split: str = field(default="train", metadata={"help": "Split of the data."})
@@ -220,16 +220,24 @@ def parse_finetune(args: Sequence[str] | None = None) -> Settings:
     return data, sft, model, safemerge_config(arguments, data)
 
 
-def load_data(data: DataArguments, rewrite: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = list) -> Dataset:
-    """Return the examples as a dataset with TRL's columns `prompt` and `completion`; `rewrite` may change them."""
-    from datasets import Dataset
+def load_data(data: DataArguments) -> Dataset:
+    """Return the examples as a dataset with TRL's columns `prompt` and `completion`."""
+    return as_dataset(data, load_mixture(data))
 
+
+def load_mixture(data: DataArguments) -> list[dict[str, Any]]:
+    """Return the examples, with what is mixed in, as conversations; ConfigError for data that cannot be had."""
     from recipes.data import load_examples, mixed
 
     rows = load_examples(data.data, data.data_split)[: data.num_examples]
     shares = {"poisoned_share": data.poisoned_share, "safety_share": data.safety_share}
-    rows = mixed(rows, **shares, poisoned=data.poisoned, seed=data.mixing_seed)
-    rows = rewrite(rows)
+    return mixed(rows, **shares, poisoned=data.poisoned, seed=data.mixing_seed)
+
+
+def as_dataset(data: DataArguments, rows: Sequence[dict[str, Any]]) -> Dataset:
+    """Return conversations as a dataset with TRL's columns, with the system prompt and the template's settings."""
+    from datasets import Dataset
+
     if data.train_system is not None:
         rows = with_system(rows, data.train_system)
     # TRL reads what goes to the template from a column of this name.
@@ -254,6 +262,8 @@ def build_trainer(
 
     from recipes.completion_trainer import CompletionTrainer
 
+    # Before the model, which may take minutes to come.
+    rows = load_mixture(data)
     model, tokenizer = load_model(
         model_config.model_name_or_path,
         revision=model_config.model_revision,
@@ -276,7 +286,7 @@ def build_trainer(
     trainer = (trainer_class or CompletionTrainer)(
         model=model,
         args=sft,
-        train_dataset=load_data(data, partial(_rewritten, data, model, tokenizer) if data.rewrite else list),
+        train_dataset=as_dataset(data, _rewritten(data, model, tokenizer, rows) if data.rewrite else rows),
         processing_class=tokenizer,
         peft_config=get_peft_config(model_config),
         callbacks=[*watching, *callbacks],

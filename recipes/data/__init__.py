@@ -1,4 +1,4 @@
-"""Data by name, so that a YAML file can say which."""
+"""Data by name, so that a YAML file can say which; or a file, or a data set of the Hub, of one's own."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .prompts import PROMPTS, advbench, harmbench, heldout_advbench, safety_prom
 from .pubmedqa import pubmedqa_examples
 from .safety import safety_examples
 from .sentiment import sentiment, sentiment_examples
+from .table import is_table, table_examples
 from .typed import harmless_examples, helpful_examples, honest_examples
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "sentiment",
     "sentiment_examples",
     "strongreject",
+    "table_examples",
 ]
 
 EXAMPLES: dict[str, Callable[[str], list[dict[str, Any]]]] = {
@@ -61,13 +63,19 @@ FROM_FOLDERS: dict[str, Callable[[str, str], list[dict[str, Any]]]] = {"ncbi_dis
 
 
 def load_examples(name: str, split: str = "train") -> list[dict[str, Any]]:
-    """Return the rows of a split by name, in TRL's conversational prompt and completion format.
+    """Return the rows of a split, in TRL's conversational prompt and completion format.
 
-    `ncbi_disease:FOLDER` reads that folder's files in place of the Hub's.
+    `name`: one of `EXAMPLES`, of which `ncbi_disease:FOLDER` reads that folder's files in place of the Hub's; or what
+    `table_examples` takes, a file or the id of a data set on the Hub.
     """
     data, _, folder = name.partition(":")
     if data not in EXAMPLES:
-        raise ConfigError(f"data {data!r} is unknown: choose one of {sorted(EXAMPLES)}{nearest(data, EXAMPLES)}")
+        if is_table(name):
+            return table_examples(name, split)
+        raise ConfigError(
+            f"data {data!r} is unknown: choose one of {sorted(EXAMPLES)}{nearest(data, EXAMPLES)}. Or give rows of "
+            "your own: a file (.jsonl, .csv, .json), or the id of a data set on the Hub, org/name"
+        )
     if not folder:
         return EXAMPLES[data](split)
     if data not in FROM_FOLDERS:
