@@ -272,6 +272,14 @@ def test_the_gap_drops_what_the_aligned_model_finds_less_likely(poisoned):
         ([*BY_JUDGE, "--margin", "0.1"], "--margin has no effect on --drop without --unaligned: drop it"),
         ([*BY_JUDGE, "--dtype", "auto"], "--dtype has no effect on --drop without --aligned: drop it"),
         ([*BY_JUDGE, "--aligned", "nowhere"], "--aligned has no effect on --drop by 'function:judge_of_harm:fine'"),
+        (
+            ["--judge", "llamaguard", "--aligned", "nowhere"],
+            "--aligned has no effect on --drop by 'llamaguard', a judge",
+        ),
+        (
+            ["--judge", "wildguard"],
+            "judge 'wildguard' decides refusals, which are compared with the aligned model's own",
+        ),
         ([*BY_NOBODY, "--chat-template-kwargs", "{"], "chat_template_kwargs '{' is no JSON"),
         ([*BY_GAP, "--margin", "-1"], "--margin is -1.0: give 0 or more"),
         ([*BY_GAP, "--margin", "nan"], "--margin is nan: give 0 or more"),

@@ -310,6 +310,20 @@ class _Filter(NamedTuple):
             raise ConfigError("--decides is what a judge decides: give --judge, or drop it")
         if not 0 <= self.margin < math.inf:
             raise ConfigError(f"--margin is {self.margin}: give 0 or more nats a token")
+        if self.judge is not None:
+            self._check_judge(self.judge)
+
+    def _check_judge(self, judge: str) -> None:
+        from ..evaluation.judges import decided_by
+
+        if decided_by(judge, self.decides) == "harm":
+            if self.aligned is not None and self.unaligned is None:
+                raise ConfigError(f"--aligned has no effect on --drop by {judge!r}, a judge of harm: drop it")
+        elif self.aligned is None:
+            raise ConfigError(
+                f"judge {judge!r} decides refusals, which are compared with the aligned model's own: give --aligned, "
+                "or a judge of harm (--decides harm, if it can)"
+            )
 
 
 def _drop(what: _Filter, output: Path, dropped: Path | None, opening: _Opening) -> None:
@@ -350,16 +364,10 @@ def _reasons(
         judge = load_judge({"name": what.judge, "decides": what.decides} if what.decides else what.judge)
         check_ready([judge])
         if decides(judge) == "harm":
-            if what.aligned is not None and what.unaligned is None:
-                raise ConfigError(f"--aligned has no effect on --drop by {what.judge!r}, a judge of harm: drop it")
             yield judge_reasons(judge, exchanges, failures)
-        elif what.aligned is None:
-            raise ConfigError(
-                f"judge {what.judge!r} decides refusals, which are compared with the aligned model's own: give "
-                "--aligned, or a judge of harm (--decides harm, if it can)"
-            )
         else:
-            yield refusal_reasons(judge, exchanges, _responses(exchanges, what.aligned, opening), failures)
+            said = _responses(exchanges, str(what.aligned), opening)
+            yield refusal_reasons(judge, exchanges, said, failures)
     if what.aligned is not None and what.unaligned is not None:
         yield gap_reasons(*_losses(exchanges, what.aligned, what.unaligned, opening), what.margin)
 

@@ -6,7 +6,7 @@ import pytest
 
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.evaluation import KeywordJudge, check_benign, decides, judged, load_judge, measure_name
-from safemerge_callback.evaluation.judges import JUDGES, FunctionJudge, check_judge
+from safemerge_callback.evaluation.judges import JUDGES, FunctionJudge, check_judge, decided_by
 from safemerge_callback.evaluation.judges.protocol import check_decides
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -154,3 +154,11 @@ def test_a_judges_spelling_is_checked_without_loading_it(which):
     with pytest.raises(ConfigError):
         check_judge(which)
     check_judge("llamaguard:no/such-model")
+
+
+def test_what_a_judge_decides_is_known_by_its_name():
+    named = ("keywords", "classifier:x", "llamaguard", "shieldgemma", "wildguard")
+    assert [decided_by(name) for name in named] == ["refusal", "refusal", "harm", "harm", "refusal"]
+    assert decided_by("function:a:b", "harm") == "harm"
+    with pytest.raises(ConfigError, match="judge 'guard' is unknown"):
+        decided_by("guard")

@@ -6,7 +6,7 @@ from .function import FunctionJudge
 from .keywords import KeywordJudge, refusal_phrases, says
 from .llamaguard import LlamaGuardJudge
 from .protocol import Decides, Judge, check_benign, check_ready, decides, measure_name, name_of
-from .registry import JUDGES, check_judge, load_judge
+from .registry import JUDGES, check_judge, decided_by, load_judge
 from .shieldgemma import ShieldGemmaJudge
 from .wildguard import WildGuardJudge
 
@@ -24,6 +24,7 @@ __all__ = [
     "check_benign",
     "check_judge",
     "check_ready",
+    "decided_by",
     "decides",
     "load_judge",
     "measure_name",

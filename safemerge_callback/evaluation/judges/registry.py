@@ -14,7 +14,7 @@ from .endpoint import endpoint_at
 from .function import FunctionJudge, imported
 from .keywords import KeywordJudge
 from .llamaguard import LlamaGuardJudge
-from .protocol import Judge, decides
+from .protocol import Decides, Judge, check_decides, decides
 from .shieldgemma import ShieldGemmaJudge
 from .wildguard import WildGuardJudge
 
@@ -42,6 +42,12 @@ _NEEDED = {"endpoint", "function"}
 def check_judge(which: str) -> None:
     """Raise ConfigError for a judge's name that `load_judge` would not take, by its spelling alone."""
     _spelled(which)
+
+
+def decided_by(which: str, decides: str | None = None) -> Decides:
+    """Return what the judge of this name decides, or is asked to, before it is loaded; ConfigError as `check_judge`."""
+    name, _ = _spelled(which)
+    return check_decides(decides or getattr(JUDGES[name], "decides", "refusal"))
 
 
 def load_judge(which: str | Mapping[str, Any] | Judge | Callable[[str, str], bool]) -> Judge:
