@@ -47,7 +47,8 @@ def check_judge(which: str) -> None:
 def decided_by(which: str, decides: str | None = None) -> Decides:
     """Return what the judge of this name decides, or is asked to, before it is loaded; ConfigError as `check_judge`."""
     name, _ = _spelled(which)
-    return check_decides(decides or getattr(JUDGES[name], "decides", "refusal"))
+    of_all: str = getattr(JUDGES[name], "decides", "refusal")
+    return check_decides(decides or of_all)
 
 
 def load_judge(which: str | Mapping[str, Any] | Judge | Callable[[str, str], bool]) -> Judge:
