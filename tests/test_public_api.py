@@ -5,10 +5,11 @@ from tests.support.public_api import FILE, api_lines, lines_of
 
 def test_the_public_names_and_verbs_are_those_of_the_file():
     frozen, lines = FILE.read_text(encoding="utf-8").splitlines(), api_lines()
-    changed = [f"- {line}" for line in frozen if line not in lines] + [
-        f"+ {line}" for line in lines if line not in frozen
-    ]
-    assert changed == [], "a public name changed: keep the old one at work, see docs/deprecation.md, then " + frozen[0]
+    gone, new = ([line for line in some if line not in others] for some, others in ((frozen, lines), (lines, frozen)))
+    assert gone == [], (
+        "what was public is no more as it was: keep it at work (docs/deprecation.md), then renew the file"
+    )
+    assert new == [], "what is public and not in the file: is it meant to be? Then `python -m tests.support.public_api`"
     assert lines == frozen
 
 
