@@ -177,18 +177,27 @@ class TVaccine(Vaccine):
 
 @contextmanager
 def spared(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
-    """Within, passes of the modules of these paths give no gradient to their parameters, which are as ever in between.
+    """Within, passes of the layers of these paths give no gradient to their parameters, which are as ever in between.
 
-    What is computed again on the way back, under checkpointing, is the same pass once more.
+    By hooks on what a layer is made of: under checkpointing that passes once more on the way back, and the layer itself
+    need not.
     """
     with batch_hooks(model, "t_vaccine layers") as hooks:
-        for path in paths:
-            module = model.get_submodule(path)
-            trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-            hooks.before(module, partial(_require_grad, trained, False))
-            hooks.after(module, partial(_require_grad, trained, True), always=True)
+        for part in (part for path in paths for part in _parts(model.get_submodule(path))):
+            trained = [parameter for parameter in part.parameters() if parameter.requires_grad]
+            hooks.before(part, partial(_require_grad, trained, False))
+            hooks.after(part, partial(_require_grad, trained, True), always=True)
             hooks.stack.callback(_require_grad, trained, True)
         yield
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules within one that its forward calls, none within another."""
+    for part in module.children():
+        if isinstance(part, nn.ModuleList | nn.ModuleDict):
+            yield from _parts(part)
+        else:
+            yield part
 
 
 def _require_grad(parameters: Sequence[nn.Parameter], required: bool, *_passed: Any) -> None:

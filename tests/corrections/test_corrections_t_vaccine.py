@@ -72,6 +72,20 @@ def test_the_drawn_layers_alone_are_trained_and_the_others_are_trainable_again(w
     assert 0.5 <= figures["odds_max"] < 1
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing.*. is deprecated:FutureWarning")
+def test_checkpointing_computes_the_same_again(world, chat_tokenizer, tmp_path):
+    """To the bit, with accumulation: layers that are spared are so on the way back, too."""
+    weights = []
+    for checkpointing in (False, True):
+        model = world.model(init_lora_weights=False)
+        model.enable_input_require_grads()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        how = {"model": model, "gradient_accumulation_steps": 2, "max_steps": 4}
+        weights.append(lora_weights(train(world, chat_tokenizer, tmp_path, vaccinated(), **how).model))
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+
+
 def test_a_resume_goes_on_with_the_same_layers(world, chat_tokenizer, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6}
     whole = train(world, chat_tokenizer, tmp_path, vaccinated(), **saving)
