@@ -56,6 +56,9 @@ def test_one_source_is_given():
     assert "give one of MODEL, --figures and --run" in gate("--min-refused", 0.8, code=2).stderr
     gate("model", *EVAL, "--min-refused", 0.8, code=2)
     assert "give MODEL in place of" in gate(*EVAL, "--min-refused", 0.8, "--after-merge", code=2).stderr
+    for option in (("--n", 3), ("--probes", "harmbench,xstest"), ("--device", "cpu")):
+        words = gate(*EVAL, "--min-refused", 0.8, *option, code=2).stderr
+        assert f"{option[0]} has no effect on what was measured already: drop it" in words
 
 
 def test_a_source_that_cannot_be_read_is_an_error_and_no_failure(folder):
