@@ -68,5 +68,5 @@ def test_places_that_cannot_be_written_are_named(tmp_path):
     with pytest.raises(SubspaceError, match="is a folder"), SafetensorsStream(tmp_path, 16):
         pass
     (tmp_path / "file").write_text("")
-    with pytest.raises(SubspaceError, match="cannot write"), SafetensorsStream(tmp_path / "file" / "x", 16):
+    with pytest.raises(SubspaceError, match="cannot be written"), SafetensorsStream(tmp_path / "file" / "x", 16):
         pass
