@@ -52,9 +52,10 @@ class ReplaySettings(RowSource):
     """What `replay` reads of its entry in the list of corrections, besides which rows and when.
 
     The loss is one of `LOSSES`, over the first `first_tokens` of each response (None: all of it), against the
-    reference's `top_k` likeliest tokens (None: all). `batch_size` rows a rank count `weight` times a step. `hinge`:
-    only what is above the reference's own loss by so many of its spreads. `surgery`: the task's gradient without its
-    part against this one. `max_norm`: this one's norm is at most such a share of the task's.
+    reference's `top_k` likeliest tokens (None: all). `batch_size` rows a rank count `weight` times a step; that and
+    `harmful_share` were chosen on a validation split (docs/replay.md). `hinge`: only what is above the reference's own
+    loss by so many of its spreads. `surgery`: the task's gradient without its part against this one. `max_norm`: this
+    one's norm is at most such a share of the task's.
 
     `by_need`: the interval doubles, up to `longest` times `every`, while the loss is at the reference's. `max_share`:
     the share of the training's time that it may take, None for any: with it two runs on machines of other speed may
@@ -62,9 +63,10 @@ class ReplaySettings(RowSource):
     """
 
     loss: str = "kl"
+    harmful_share: float | None = 0.8
     first_tokens: int | None = 8
     top_k: int | None = 256
-    weight: float = 1.0
+    weight: float = 2.0
     hinge: float | None = None
     surgery: bool = False
     max_norm: float | None = None
@@ -143,6 +145,7 @@ class ReplayRows:
     row_loss: RowLoss
     order: RowOrder
     batch_size: int
+    weight: float
     limit: float
     floor: float | None
     words: str
@@ -158,8 +161,8 @@ class ReplayRows:
         return (losses if self.floor is None else (losses - self.floor).relu()).mean()
 
     def loss(self, model: nn.Module) -> Tensor:
-        """Return the loss of the next rows, a scalar to be added to the task's: for a loop of one's own."""
-        return self.mean(self.next_losses(model)[0])
+        """Return `weight` times the loss of the next rows, to be added to the task's: for a loop of one's own."""
+        return self.weight * self.mean(self.next_losses(model)[0])
 
 
 def replay_rows(
@@ -185,7 +188,7 @@ def replay_rows(
     limit = math.nan if reference is None else loss.limit(reference)
     floor = None if reference is None or settings.hinge is None else loss.limit(reference, settings.hinge)
     order = row_order([row.kind for row in tokens], settings.seed, settings.harmful_share)
-    return ReplayRows(tokens, reference, loss, order, settings.batch_size, limit, floor, words)
+    return ReplayRows(tokens, reference, loss, order, settings.batch_size, settings.weight, limit, floor, words)
 
 
 def _reference(
