@@ -156,7 +156,11 @@ def test_a_safe_step_has_the_safety_rows_gradient_alone_and_a_task_step_the_task
     trainer, ours = train(world, chat_tokenizer, tmp_path / "ours", lisa_of(), **short)
     without, plain = train(world, chat_tokenizer, tmp_path / "plain", None, **short)
     model = world.model().train()
-    rows = replay_rows(model, chat_tokenizer, ReplaySettings(rows=ROWS, batch_size=3, loss="ce", first_tokens=None))
+    rows = replay_rows(
+        model,
+        chat_tokenizer,
+        ReplaySettings(rows=ROWS, batch_size=3, harmful_share=None, weight=1.0, loss="ce", first_tokens=None),
+    )
     for step in (0, 1):
         model.load_state_dict(ours.weights[step], strict=False)
         model.zero_grad()
