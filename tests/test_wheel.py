@@ -1,6 +1,7 @@
 """The wheel alone: of this project an empty environment sees its files and no others, and the command works there."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,10 +17,14 @@ SOURCES = ("pyproject.toml", "README.md", "LICENSE", "NOTICE", "MANIFEST.in")
 pytestmark = pytest.mark.slow
 
 
-def said(*command, code=0, **more):
-    """What a command prints; in a folder of its own, and without this clone on Python's path."""
-    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, **more)
-    assert ended.returncode == code, ended.stdout + ended.stderr
+# Without this clone on Python's path, where pip would take what a build left in it for an installed package.
+OUTSIDE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+def said(*command, env=OUTSIDE, **more):
+    """What a command prints that ends well."""
+    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env, **more)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout
 
 
@@ -50,7 +55,7 @@ def command(wheel, tmp_path_factory):
     (packages,) = folder.glob("lib/python*/site-packages")
     (packages / "libraries.pth").write_text(sysconfig.get_path("purelib"))
     environment = {"PATH": str(bin), "HOME": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return lambda program, *words, **more: said(bin / program, *words, cwd=folder, env=environment, **more)
+    return lambda program, *words: said(bin / program, *words, cwd=folder, env=environment)
 
 
 def test_the_wheel_holds_all_files_of_the_package_and_nothing_else(wheel):
