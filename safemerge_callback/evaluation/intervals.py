@@ -23,7 +23,8 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
     value = successes / n
     middle = (value + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (value * (1 - value) / n + z * z / (4 * n * n)) ** 0.5
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # At 0 and at 1 it ends on the share itself, which rounding would leave outside.
+    return max(0.0, min(middle - half, value)), min(1.0, max(middle + half, value))
 
 
 def paired(both: int, first: int, second: int, neither: int, confidence: float = 0.95) -> tuple[float, float]:

@@ -48,3 +48,10 @@ def test_impossible_counts_and_confidences_are_refused(successes, n, confidence)
 def test_the_floor_loads_neither_torch_nor_transformers():
     code = "import sys, safemerge_callback.evaluation; assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_interval_holds_its_share_also_at_the_ends():
+    for n in range(1, 200):
+        for hits in {0, 1, n // 2, n}:
+            low, high = wilson(hits, n)
+            assert 0 <= low <= hits / n <= high <= 1

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is depr
 
 
 def test_every_file_among_the_grids_is_one():
-    assert len(FILES) == 9
+    assert len(FILES) == 10
     assert sorted((ROOT / "method_comparison" / "grids").rglob("*.*")) == FILES
 
 
