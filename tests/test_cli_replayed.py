@@ -24,7 +24,7 @@ def test_report_and_watch_show_it(folder, runs):
     shown = run("report", folder).stdout
     (end,) = runs.entries(folder, "end")
     assert shown.startswith(f"run: no check; {end['seconds']:.1f} s in all, ")
-    assert "replay: in 12 steps, 24 rows until step 12, weight 1, interval 1; " in shown
+    assert "replay: in 12 steps, 24 rows until step 12, weight 2, interval 1; " in shown
     assert shown.endswith("safemerge_report.html: replay\n")
     assert (folder / "safemerge_report.html").read_text().count('id="losses"') == 1
     for plot in ([], ["--plot", "losses"]):

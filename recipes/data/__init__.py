@@ -72,9 +72,9 @@ def load_examples(name: str, split: str = "train") -> list[dict[str, Any]]:
     if data not in EXAMPLES:
         if is_table(name):
             return table_examples(name, split)
+        rows = "or give rows of your own, a file (.jsonl, .csv, .json) or the id of a data set on the Hub, org/name"
         raise ConfigError(
-            f"data {data!r} is unknown: choose one of {sorted(EXAMPLES)}{nearest(data, EXAMPLES)}. Or give rows of "
-            "your own: a file (.jsonl, .csv, .json), or the id of a data set on the Hub, org/name"
+            f"data {data!r} is unknown: choose one of {sorted(EXAMPLES)}{nearest(data, EXAMPLES, then=rows)}"
         )
     if not folder:
         return EXAMPLES[data](split)

@@ -191,7 +191,7 @@ def test_a_run_without_checks_tells_what_was_replayed(replayed, runs):
         assert part not in page
     assert "no check, replay in 12 steps; ended at step 12" in words
     assert f"loss of replay at step 12 {entries[-1]['loss']:.3g} at first {entries[0]['loss']:.3g}" in words
-    assert re.search(r"steps with replay 12 24 rows, weight 1, interval 1 ", words)
+    assert re.search(r"steps with replay 12 24 rows, weight 2, interval 1 ", words)
     spent = sum(entry["seconds"] for entry in entries)
     assert f"{spent / end['training_seconds']:.1%} of the training" in words
     assert "corrections.replay.loss kl" in words

@@ -215,7 +215,7 @@ def test_a_torn_line_is_passed_over_with_a_word_by_watch_and_report(lines, tmp_p
 def test_a_run_without_checks_shows_what_is_replayed(replayed, both):
     text = text_of(read_history(replayed), replayed / "safemerge.jsonl", width=100)
     assert text.splitlines()[0] == "out  ended at step 12"
-    assert "replay until step 12: in 12 steps, 24 rows, weight 1, interval 1, " in text
+    assert "replay until step 12: in 12 steps, 24 rows, weight 2, interval 1, " in text
     last = read_history(replayed).terms["replay"][12]
     assert re.search(rf"^loss +[▁-█]{{12}} {last.loss:.3g}$", text, re.M)
     assert re.search(rf"^loss, harm +[▁-█ ]{{12}} {last.figures['loss_harm']:.3g}$", text, re.M)
