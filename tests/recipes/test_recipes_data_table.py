@@ -92,7 +92,7 @@ def test_a_row_without_question_and_answer_is_refused_with_its_columns(tmp_path,
 
 
 def test_a_source_that_is_none_is_refused_with_what_is_allowed(tmp_path):
-    with pytest.raises(ConfigError, match=r"'tickets' is unknown.*Or give rows of your own: a file \(.jsonl"):
+    with pytest.raises(ConfigError, match=r"'tickets' is unknown.*Or give rows of your own, a file \(.jsonl"):
         load_examples("tickets")
     for name in ("tickets.jsonl", "no/such/folder/tickets.csv"):
         with pytest.raises(ConfigError, match="there is no such file"):
