@@ -89,9 +89,8 @@ def _fronts(grid: Grid, places: Sequence[Place]) -> Figure | None:
                     axis.axhspan(harm.low, harm.high, color="grey", alpha=0.15, lw=0)
                     axis.axhline(harm.value, color="grey", lw=0.8, ls=":", label=name)
                     continue
-                # At an end of the scale an interval may end on the value, less one rounding.
                 bars: dict[str, Any] = {
-                    key: [[max(one.value - one.low, 0.0)], [max(one.high - one.value, 0.0)]]
+                    key: [[one.value - one.low], [one.high - one.value]]
                     for key, one in (("xerr", task), ("yerr", harm))
                 }
                 label = family if name == names[0] else None

@@ -25,11 +25,10 @@ _ADAPTER_FILES = {CONFIG, WEIGHTS, JOURNAL_FILE, PAGE_FILE, CARD, RECIPE, TRACE,
 
 
 def free_output(output: str | Path, inputs: Iterable[object], overwrite: bool, more: Iterable[str] = ()) -> Path:
-    """Return the output folder, absolute; ConfigError where writing it could cost an input or somebody's files.
+    """Return the output folder, absolute.
 
-    Or cannot be.
-
-    `more` names files that the output will hold beside an adapter's own, which `overwrite` may replace too.
+    ConfigError where nothing can be written there, or where writing could cost an input or somebody's files. `more`
+    names files that the output will hold beside an adapter's own, which `overwrite` may replace too.
     """
     allowed = truth(overwrite, "overwrite")
     target = as_path(output, "output").resolve()

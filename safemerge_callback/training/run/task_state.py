@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ...corrections.state_file import read_state, write_state
 from ...errors import AdapterError
 from ...io.whole_file import whole_file
 from ...signals.rows import RowTokens
 from ...signals.task_inputs import InputState
 
 ROWS_FILE, INPUTS_FILE = "safemerge_task_rows.json", "safemerge_task_inputs.safetensors"
-_ADVICE = "so it is not known what was trained on last: take another checkpoint"
+_LOSS = "what was trained on last"
 
 
 def write_rows(folder: Path, save: str, ranks: Sequence[Sequence[RowTokens]]) -> None:
     """Write the task rows of each rank, as token ids. Raises OSError."""
-    state = {"save": save, "ranks": [[[row.prompt, row.response] for row in rows] for rows in ranks]}
-    with whole_file(folder / ROWS_FILE) as place:
-        place.write_text(json.dumps(state) + "\n", encoding="utf-8")
+    write_state(folder / ROWS_FILE, save, {"ranks": [[[row.prompt, row.response] for row in rows] for rows in ranks]})
 
 
 def read_rows(folders: Sequence[Path], save: str | None) -> list[list[RowTokens]] | None:
@@ -32,16 +31,11 @@ def read_rows(folders: Sequence[Path], save: str | None) -> list[list[RowTokens]
 
     AdapterError where it cannot be read.
     """
-    for path in (folder / ROWS_FILE for folder in folders):
-        if not path.is_file():
-            continue
-        try:
-            state = json.loads(path.read_text(encoding="utf-8"))
-            if save is None or state["save"] == save:
-                return [[_row(*pair) for pair in rows] for rows in state["ranks"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise AdapterError(f"{str(path)!r} cannot be read ({error}), {_ADVICE}") from error
-    return None
+    return read_state(folders, ROWS_FILE, save, _ranks, _LOSS)
+
+
+def _ranks(state: Mapping[str, Any]) -> list[list[RowTokens]]:
+    return [[_row(*pair) for pair in rows] for rows in state["ranks"]]
 
 
 def _row(prompt: Any, response: Any) -> RowTokens:
@@ -86,7 +80,9 @@ def read_inputs(folders: Sequence[Path], save: str | None) -> list[InputState] |
                 if save is None or about["save"] == save:
                     return [_state(file, rank, one) for rank, one in enumerate(json.loads(about["ranks"]))]
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise AdapterError(f"{str(path)!r} cannot be read ({error}), {_ADVICE}") from error
+            raise AdapterError(
+                f"{str(path)!r} cannot be read ({error}), so it is not known {_LOSS}: take another checkpoint"
+            ) from error
     return None
 
 
