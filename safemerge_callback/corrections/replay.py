@@ -19,7 +19,7 @@ from ..evaluation.prompts import PACKAGED, load_prompts
 from ..evaluation.rows import load_rows
 from ..io.choices import one_of, truth
 from ..io.numbers import is_number, is_whole
-from ..live.ranks import all_or_none, everyones, from_first, rank, world_size
+from ..live.ranks import all_or_none, everyones, from_first, mean_over_ranks, rank, world_size
 from ..live.stopwatch import settled
 from ..record.metrics import Metric
 from ..signals.adapter_off import adapter_off
@@ -28,6 +28,7 @@ from ..signals.responses import check_vocabulary
 from ..signals.row_batch import row_batch, row_outputs
 from ..signals.rows import RowTokens, row_formats, row_tokens
 from .losses import LOSSES, RowLoss
+from .need import Need, mean_rise, spreads_by_kind
 from .pace import Pace
 from .protocol import RunPoint, RunStart
 from .registry import correction
@@ -57,9 +58,9 @@ class ReplaySettings(RowSource):
     loss by so many of its spreads. `surgery`: the task's gradient without its part against this one. `max_norm`: this
     one's norm is at most such a share of the task's.
 
-    `by_need`: the interval doubles, up to `longest` times `every`, while the loss is at the reference's. `max_share`:
-    the share of the training's time that it may take, None for any: with it two runs on machines of other speed may
-    differ.
+    `by_need`: the interval doubles, up to `longest` times `every`, while the rows of the last times are on average no
+    more than `tolerance` of the reference's own spreads above it. `max_share`: the share of the training's time that it
+    may take, None for any: with it two runs on machines of other speed may differ.
     """
 
     loss: str = "kl"
@@ -71,7 +72,8 @@ class ReplaySettings(RowSource):
     surgery: bool = False
     max_norm: float | None = None
     by_need: bool = False
-    longest: int = 8
+    longest: int = 4
+    tolerance: float = 0.15
     max_share: float | None = None
 
     def __post_init__(self) -> None:
@@ -88,9 +90,9 @@ class ReplaySettings(RowSource):
     def _check_numbers(self) -> None:
         if not is_number(self.weight) or self.weight < 0:
             raise ConfigError(f"weight is {shown(self.weight)}: give a number of 0 (off) or more")
-        for name in ("hinge", "max_norm"):
+        for name in ("hinge", "max_norm", "tolerance"):
             value = getattr(self, name)
-            if value is not None and (not is_number(value) or value <= 0):
+            if (value is not None or name == "tolerance") and (not is_number(value) or value <= 0):
                 raise ConfigError(f"{name} is {shown(value)}: give a number above 0, or leave it out")
         share = self.max_share
         if share is not None and (not is_number(share) or not 0 < share < 1):
@@ -135,9 +137,8 @@ def row_losses(
 class ReplayRows:
     """Safety rows with what the reference says of them, and the order in which they come; made by `replay_rows`.
 
-    `words` says in a sentence which they are. `limit`: the loss of a model that is one of the reference's own spreads
-    from it. `floor`: the loss above which a row counts, None where all of it does. Where neither the loss nor the
-    settings compare with it, the reference is None and the limit NaN.
+    `words` says in a sentence which they are. `floor`: the loss above which a row counts, None where all of it does.
+    Where neither the loss nor the settings compare with it, the reference is None.
     """
 
     tokens: tuple[RowTokens, ...]
@@ -146,7 +147,6 @@ class ReplayRows:
     order: RowOrder
     batch_size: int
     weight: float
-    limit: float
     floor: float | None
     words: str
 
@@ -185,10 +185,9 @@ def replay_rows(
     if reference is not None and settings.top_k is not None and loss.log_probs:
         mean, most = reference.rest_mass
         words += f"; beside the {settings.top_k} likeliest tokens {mean:.2g} of the probability, {most:.2g} at most"
-    limit = math.nan if reference is None else loss.limit(reference)
     floor = None if reference is None or settings.hinge is None else loss.limit(reference, settings.hinge)
     order = row_order([row.kind for row in tokens], settings.seed, settings.harmful_share)
-    return ReplayRows(tokens, reference, loss, order, settings.batch_size, settings.weight, limit, floor, words)
+    return ReplayRows(tokens, reference, loss, order, settings.batch_size, settings.weight, floor, words)
 
 
 def _reference(
@@ -259,6 +258,8 @@ class Replay:
         self.settings, self.name = settings, name
         self.weight = settings.weight
         self.schedule = Pace(settings, settings.by_need, settings.longest, settings.max_share)
+        self.need = Need(settings.tolerance)
+        self.spreads: Mapping[str, tuple[float, float]] = {}
         self.losses = KindLosses()
         self.latest: tuple[Sequence[str], Tensor] | None = None
         self.began = 0.0
@@ -272,6 +273,9 @@ class Replay:
     def prepare(self, start: RunStart) -> None:
         """Get the rows and the reference. Collective. Raises as `replay_rows`, and without a tokenizer."""
         self.rows = rows_of_run(self.name, self.settings, start)
+        if self.settings.by_need and self.rows.reference is not None:
+            kinds = [row.kind for row in self.rows.tokens]
+            self.spreads = spreads_by_kind(self.rows.reference, kinds, self.rows.row_loss)
         self.schedule.clock = partial(settled, next(start.model.parameters()).device)
 
     def loss(self, at: RunPoint, model: nn.Module) -> Tensor:
@@ -282,12 +286,19 @@ class Replay:
         return self.rows.mean(losses)
 
     def observe(self, step: int, loss: float) -> None:
-        """Take note of the mean loss over the ranks: whether the rows are needed soon again."""
+        """Take note of the rows' losses: whether they are needed soon again. Collective."""
         if self.latest is not None:
             self.losses.add(*self.latest)
-        most = self.rows.limit if self.rows.floor is None else 0.0
-        if self.schedule.end(step, self.max_steps, self.began, needed=not loss <= most):
+        needed = not self.settings.by_need or self.need.observe(self._rise())
+        if self.schedule.end(step, self.max_steps, self.began, needed=needed):
             self._tell_dear(step)
+
+    def _rise(self) -> float:
+        """The latest rows' rise over the ranks, NaN where one of them has none. Collective."""
+        if self.latest is None:
+            return mean_over_ranks(math.nan, torch.device("cpu"))
+        kinds, losses = self.latest
+        return mean_over_ranks(mean_rise(losses, kinds, self.spreads), losses.device)
 
     def _tell_dear(self, step: int) -> None:
         """Warn where the passes take a large share of the training, once they are measured, and say what lowers it."""
@@ -310,7 +321,8 @@ class Replay:
 
     def save(self, folder: Path, save: str) -> None:
         """Write where the order of the rows and the pace stand. Raises OSError."""
-        state = {"drawn": self.rows.order.drawn, "ranks": world_size(), **self.schedule.state()}
+        place = {"drawn": self.rows.order.drawn, "ranks": world_size(), "recent": self.need.recent}
+        state = {**place, **self.schedule.state()}
         write_state(folder / state_file(self.name), save, state)
 
     def load(self, folders: Sequence[Path], save: str | None) -> bool:
@@ -329,6 +341,7 @@ class Replay:
         pace = self.schedule
         pace.factor, pace.least, pace.next_step = state["factor"], state["least"], state["next_step"]
         pace.measured = state["measured"]
+        self.need.recent = state["recent"]
         return True
 
     def rewind(self, folders: Sequence[Path], save: str | None) -> None:
@@ -373,4 +386,5 @@ def _place(state: Mapping[str, Any]) -> dict[str, Any]:
     counts = {name: state[name] for name in ("drawn", "ranks", *Pace(Schedule()).state())}
     if bad := [name for name, value in counts.items() if name != "measured" and not is_whole(value, 0)]:
         raise ValueError(f"{bad[0]} is {shown(counts[bad[0]])}")
-    return counts
+    recent = [float(rise) for rise in state["recent"]]
+    return {**counts, "recent": recent}
