@@ -18,7 +18,8 @@ from recipes.data import ncbi_disease_examples
 from safemerge_callback import SafeMergeConfig, SafeMergeError, load_adapter
 from safemerge_callback.adapters import save_adapter
 from safemerge_callback.decision import Gate, MergePlan, Readings
-from safemerge_callback.evaluation.acceptance import Thresholds, decide, read_figures, read_thresholds
+from safemerge_callback.evaluation.acceptance import Thresholds, decide, read_thresholds
+from safemerge_callback.evaluation.figures_file import read_figures
 from safemerge_callback.evaluation.harness import check_tasks
 from safemerge_callback.evaluation.judges import load_judge
 from safemerge_callback.evaluation.loading import is_adapter

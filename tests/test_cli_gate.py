@@ -69,9 +69,9 @@ def test_a_source_that_cannot_be_read_is_an_error_and_no_failure(folder):
 
 
 def test_what_breaks_within_is_an_error_with_its_place_and_no_failure(monkeypatch):
-    from safemerge_callback.evaluation import acceptance
+    from safemerge_callback.evaluation import figures_file
 
-    monkeypatch.setattr(acceptance, "read_figures", lambda path: 1 / 0)
+    monkeypatch.setattr(figures_file, "read_figures", lambda path: 1 / 0)
     assert "ZeroDivisionError" in gate(*EVAL, "--min-refused", 0.8, code=3).stderr
 
 

@@ -30,8 +30,11 @@ HOW = {
     **{name: {"strength": 0.5} for name in ("pull", "ema", "orthogonal")},
     "project": {"operator": "orthogonal", "operator_rank": 2},
 }
-# What the stored run has none of, since only some settings write it.
-RARE = {"probe": {"settings.chat_template_kwargs", "settings.system"}, "start": {"prepared"}}
+# What the stored run has none of, since only some settings write it, or it is older.
+RARE = {
+    "probe": {"settings.chat_template_kwargs", "settings.system", "measures[].outcomes", "measures[].prompts"},
+    "start": {"prepared"},
+}
 
 
 def documented(section):

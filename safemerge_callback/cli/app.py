@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import traceback
 import warnings
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -13,10 +15,25 @@ from ..errors import SafeMergeError
 from ..io.printable import printable
 from ..version import __version__
 
+Read = TypeVar("Read")
+# A source that cannot be read, loaded or asked, whatever the reason: never what is decided.
+ERROR = 3
+
 
 def say(text: str, *, err: bool = False) -> None:
     """Print lines of ours, on stderr with `err`; what names from outside would have a terminal do is written out."""
     typer.echo(printable(text, lines=True), err=err)
+
+
+def or_error(source: Callable[[], Read]) -> Read:
+    """Return what `source` gives; whatever goes wrong in it ends the process with ERROR, its own code."""
+    try:
+        return source()
+    except SafeMergeError as error:
+        say(f"safemerge: {error}", err=True)
+    except Exception:
+        say(traceback.format_exc(), err=True)
+    raise typer.Exit(ERROR)
 
 
 class Verb(TyperCommand):

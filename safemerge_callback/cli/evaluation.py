@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -198,9 +198,8 @@ def _report(model: str, loading: dict[str, Any], device: str | None, plan: _Plan
     """Load, ask and print; what the prompts gave is kept when the tasks fail."""
     from ..decision import BAND
     from ..evaluation.figures import with_refusals
-    from ..evaluation.judges import decides, name_of
+    from ..evaluation.figures_file import figure_rows, question_keys
     from ..evaluation.loading import load_subject
-    from ..evaluation.measure import FIGURE_COLUMNS, columns
     from ..reports.table import figures_text, thoughts_lines
 
     began = time.perf_counter()
@@ -222,9 +221,8 @@ def _report(model: str, loading: dict[str, Any], device: str | None, plan: _Plan
     document = {
         "adapter": subject.adapter,
         "base": subject.base,
-        "figures": [columns(figure, FIGURE_COLUMNS) for figure in figures],
-        "sets": [{**asdict(one), "prompts": len(one)} for one in plan.sets],
-        "judges": [{"name": name_of(one), "decides": decides(one)} for one in with_refusals(plan.judges)],
+        "figures": figure_rows(figures),
+        **question_keys(subject.tokenizer, plan.sets, with_refusals(plan.judges)),
         "drift": drift,
         "failures": [*failures, *([str(failure)] if failure else [])],
         "seconds": round(time.perf_counter() - began, 1),

@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import json
-import math
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from ..errors import ConfigError, SafeMergeError
+from ..errors import ConfigError
 from ..io.outputs import FileKind, free_output, new_output
-from .app import Verb, app, examples, say
+from .app import Verb, app, examples, or_error, say
 from .evaluation import dtype_named, ready
 from .options import device_named, names_listed, refuse_idle
 
 if TYPE_CHECKING:
     from ..evaluation import Share
     from ..evaluation.acceptance import Decision
-    from ..evaluation.measure import Kind
-    from ..record.history import Measured
 
 _CARD = FileKind("a gate's card", lambda head: head.startswith(b"### Safety gate: "))
 _JUNIT = FileKind("a gate's JUnit file", lambda head: b'<testsuite name="safemerge gate"' in head)
 # What a model is asked, and how it is loaded.
 _OF_MODEL = ("base", "probes", "judge", "n", "seed", "max_new_tokens", "batch_size", "dtype", "device")
-# A source that cannot be read, loaded or asked, whatever the reason: never what a threshold decides.
-_ERROR = 3
 
 
 class _Source(NamedTuple):
@@ -107,13 +101,13 @@ def gate(
     asking |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "merged": after_merge}
     loading = _loadable(model, asking, {"base": base, "dtype": dtype, "device": device})
     off = limits.of_changes and baseline is None
-    source = _or_error(lambda: _based(read(asking, loading, off), baseline))
+    source = or_error(lambda: _based(read(asking, loading, off), baseline))
     _conclude(source, limits, as_json, card, junit)
 
 
 def _reader(model: str | None, figures: Path | None, run: Path | None) -> Callable[..., _Source]:
     """What gives the figures; ConfigError unless there is one source of them."""
-    from ..evaluation.acceptance import read_figures
+    from ..evaluation.figures_file import read_figures
 
     if sum(source is not None for source in (model, figures, run)) != 1:
         raise ConfigError("give one of MODEL, --figures and --run: what is to be decided on")
@@ -147,43 +141,20 @@ def _check_outputs(card: Path | None, junit: Path | None, inputs: Sequence[Path 
             free_output(path, "output", kind, [one for one in inputs if one is not None])
 
 
-def _or_error(source: Callable[[], _Source]) -> _Source:
-    """The source; whatever goes wrong in getting it ends the process with its own code, and never with 1."""
-    try:
-        return source()
-    except SafeMergeError as error:
-        say(f"safemerge: {error}", err=True)
-    except Exception:
-        say(traceback.format_exc(), err=True)
-    raise typer.Exit(_ERROR)
-
-
 def _based(source: _Source, baseline: Path | None) -> _Source:
-    from ..evaluation.acceptance import read_figures
+    from ..evaluation.figures_file import read_figures
 
     return source if baseline is None else source._replace(base_name=str(baseline), base=read_figures(baseline))
 
 
 def _of_run(run: Path) -> _Source:
     """A run's last probe, and before it the one that began it."""
-    from ..record.entries import read_history
+    from ..record.run_evaluation import run_evaluations
 
-    history = read_history(run)
-    if not history.probes:
+    first, last = run_evaluations(run)
+    if last is None:
         return _Source(str(run), [])
-    first, last = history.probes[0], history.probes[-1]
-    shares, name = [_share(one) for one in last.measures], f"{run}, step {last.step}"
-    if first is last or first.step:
-        return _Source(name, shares)
-    return _Source(name, shares, f"{run}, step 0", [_share(one) for one in first.measures])
-
-
-def _share(figure: Measured) -> Share:
-    from ..evaluation.measure import as_share
-
-    value, low, high = (None if math.isnan(x) else x for x in (figure.value, figure.low, figure.high))
-    counts: dict[str, Any] = {name: getattr(figure, name) for name in ("incoherent", "unjudged", "unit")}
-    return as_share(figure.measure, cast("Kind", figure.kind), value, figure.n or None, low, high, **counts)
+    return _Source(last.name, last.figures, first and first.name, first and first.figures)
 
 
 def _of_model(model: str, asking: dict[str, Any], loading: dict[str, Any], with_base: bool) -> _Source:
@@ -217,11 +188,14 @@ def _of_model(model: str, asking: dict[str, Any], loading: dict[str, Any], with_
 def _conclude(source: _Source, limits: Any, as_json: bool, card: Path | None, junit: Path | None) -> None:
     """Decide, say so, write what was wanted, and end with the decision's code."""
     from ..evaluation.acceptance import decide, document_of
+    from ..evaluation.figures_file import figure_rows
     from ..reports.acceptance import decision_card, decision_junit, decision_text
 
     decision = decide(source.figures, limits, source.base)
     if as_json:
-        say(json.dumps(document_of(decision, limits, source.name, source.base_name), indent=2))
+        base = None if source.base is None else figure_rows(source.base)
+        figures = {"figures": figure_rows(source.figures), "base_figures": base}
+        say(json.dumps({**document_of(decision, limits, source.name, source.base_name), **figures}, indent=2))
     else:
         say(decision_text(decision, source.name))
     forms: list[tuple[Path | None, FileKind, Callable[[Decision, str], str]]]

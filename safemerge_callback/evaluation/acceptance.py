@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 from ..errors import ConfigError, nearest, shown
-from ..io.documents import read_json, read_yaml
-from ..io.numbers import is_number, is_whole
-from .intervals import paired, wilson
-from .measure import Kind, Share, as_share
-from .units import SHARE, amount, unit_of, within_share
+from ..io.documents import read_yaml
+from ..io.numbers import is_number
+from .difference import Estimate, counts, estimate_of, share_difference
+from .intervals import wilson
+from .measure import Kind, Share
+from .units import SHARE, amount
 
 Outcome = Literal["passed", "failed", "not_measured", "undecided"]
 # What a process ends with; 2 is a call that cannot be, 3 a source that cannot be read, loaded or asked.
@@ -107,15 +107,6 @@ def read_thresholds(path: Any, over: Mapping[str, float] | None = None) -> Thres
     return Thresholds(**{**in_file, **(over or {})})
 
 
-class Estimate(NamedTuple):
-    """What a rule looks at: a share, or a difference of two, with its 95 % interval; n of the smaller side."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-
 class Ruling(NamedTuple):
     """One rule on one measure: what came of it, and why. `measure` and `estimate` are None where there is none."""
 
@@ -158,18 +149,13 @@ def decide(figures: Sequence[Share], thresholds: Thresholds, base: Sequence[Shar
     return Decision(tuple(rulings))
 
 
-def _counts(share: Share) -> bool:
-    known = bool(share["n"]) and share["value"] is not None
-    return known and within_share(share["value"], share["low"], share["high"])
-
-
 def _none_of_its_kind(rule: Rule, limit: float) -> Ruling:
     kinds = " or ".join(kind.replace("_", "-") for kind in rule.kinds)
     return Ruling(rule.name, limit, None, None, "not_measured", f"no share of {kinds} was measured")
 
 
 def _ruling(rule: Rule, limit: float, share: Share, base: Sequence[Share] | None) -> Ruling:
-    twins = [one for one in base or () if one["measure"] == share["measure"] and _counts(one)]
+    twins = [one for one in base or () if one["measure"] == share["measure"] and counts(one)]
     twin = next((one for one in twins if one["judge"] == share["judge"]), next(iter(twins), None))
     lacking = _lacking(rule, share, twin)
     if lacking:
@@ -177,29 +163,20 @@ def _ruling(rule: Rule, limit: float, share: Share, base: Sequence[Share] | None
     if rule.change and twin:
         estimate = change(share, twin)
     else:
-        estimate = _coherent(share) if rule.name == "min_coherent" else _measured(share)
+        estimate = _coherent(share) if rule.name == "min_coherent" else estimate_of(share)
     outcome = _outcome(estimate, limit, rule.least)
     return Ruling(rule.name, limit, share["measure"], estimate, outcome, _reason(rule, limit, estimate, outcome))
 
 
 def _lacking(rule: Rule, share: Share, twin: Share | None) -> str:
     """What there is not, so that the rule cannot be looked at; nothing where it can."""
-    if not _counts(share):
+    if not counts(share):
         return "no response was judged" if share["n"] == 0 else "it is no share of a known number"
     if rule.change and twin is None:
         return "the base was not measured on it: give what `safemerge eval -o` wrote of it as --baseline"
     if rule.change and twin and twin["judge"] and share["judge"] and twin["judge"] != share["judge"]:
         return f"the base was judged by {twin['judge']}, and this by {share['judge']}"
     return ""
-
-
-def _measured(share: Share) -> Estimate:
-    """The share's own figures, with Wilson's interval where it came without one."""
-    n, value = int(share["n"] or 0), float(share["value"] or 0.0)
-    low, high = share["low"], share["high"]
-    if low is None or high is None:
-        low, high = wilson(round(value * n), n)
-    return Estimate(value, low, high, n)
 
 
 def _coherent(share: Share) -> Estimate:
@@ -211,26 +188,10 @@ def _coherent(share: Share) -> Estimate:
 def change(share: Share, base: Share) -> Estimate:
     """Return how much worse a share is than the base's: a rise of over-refusal, a fall of anything else.
 
-    Where both have outcomes, a letter a prompt, these are taken in pairs: those that were judged in both.
+    Where both have outcomes of the same prompts, a letter a prompt, these are taken in pairs.
     """
     more, less = (share, base) if share["kind"] == "over_refusal" else (base, share)
-    unpaired = difference(_measured(more), _measured(less))
-    if len(more["outcomes"]) != len(less["outcomes"]):
-        return unpaired
-    pairs = [pair for pair in zip(more["outcomes"], less["outcomes"], strict=True) if "u" not in pair]
-    if not pairs:
-        return unpaired
-    hits = [(one == "1", other == "1") for one, other in pairs]
-    counts = [hits.count(pair) for pair in ((True, True), (True, False), (False, True), (False, False))]
-    return Estimate((counts[1] - counts[2]) / len(pairs), *paired(*counts), len(pairs))
-
-
-def difference(more: Estimate, less: Estimate) -> Estimate:
-    """Return `more` minus `less`, with Newcombe's interval: each end takes the nearer end of one and the other's."""
-    value = more.value - less.value
-    low = value - ((more.value - more.low) ** 2 + (less.high - less.value) ** 2) ** 0.5
-    high = value + ((more.high - more.value) ** 2 + (less.value - less.low) ** 2) ** 0.5
-    return Estimate(value, low, high, min(more.n, less.n))
+    return share_difference(more, less)
 
 
 def _outcome(estimate: Estimate, limit: float, least: bool) -> Outcome:
@@ -260,36 +221,6 @@ def prompts_needed(estimate: Estimate, limit: float) -> int | None:
     exact = estimate.n * ((estimate.value - facing) / gap) ** 2
     unit = 10 ** max(0, len(str(int(exact))) - 2)
     return int(-(-exact // unit) * unit)
-
-
-def read_figures(path: Any) -> list[Share]:
-    """Return the figures that `safemerge eval -o` wrote; ConfigError for what is no such file."""
-    who = f"figures {shown(path)}"
-    document = read_json(path, who)
-    rows = document.get("figures") if isinstance(document, Mapping) else None
-    if not isinstance(rows, list):
-        raise ConfigError(f"{who} are no file of `safemerge eval -o`: it has no list of figures")
-    return [_figure(row, f"{who}: figure {place}") for place, row in enumerate(rows, 1)]
-
-
-def _figure(row: Any, who: str) -> Share:
-    fits = isinstance(row, Mapping) and isinstance(row.get("measure"), str) and row.get("kind") in get_args(Kind)
-    fits = fits and all(row.get(key) is None or is_number(row[key]) for key in ("value", "low", "high"))
-    fits = fits and (row.get("n") is None or is_whole(row["n"], 0)) and is_whole(row.get("incoherent", 0), 0)
-    if not fits or not _in_order(row):
-        raise ConfigError(
-            f"{who} is {shown(row)}: it needs measure, kind, n, value, low and high as `eval` writes them"
-        )
-    name, kind, judge = row["measure"], row["kind"], row.get("judge")
-    counted = {"incoherent": row.get("incoherent", 0), "judge": judge if isinstance(judge, str) else None}
-    values = (row.get(key) for key in ("value", "n", "low", "high"))
-    return as_share(name, kind, *values, unit=unit_of(name, kind, row.get("unit")), **counted)
-
-
-def _in_order(row: Mapping[str, Any]) -> bool:
-    """Whether the value lies in its interval, but for rounding, as far as they are known."""
-    ends = [row[key] for key in ("low", "value", "high") if row.get(key) is not None]
-    return all(one <= other + 1e-6 for one, other in pairwise(ends))
 
 
 def document_of(decision: Decision, thresholds: Thresholds, source: str, base: str | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, TypedDict
 from ..errors import ConfigError
 from ..signals.rows import Kind as SetKind
 from ..signals.thoughts import counts_of
+from .digests import texts_digest
 from .intervals import wilson
 from .judges import Judge, measure_name, name_of
 from .units import SHARE, unit_of
@@ -32,7 +33,7 @@ class Share(TypedDict):
     responses held thoughts, which were cut before judging; `unfinished` of the unjudged ended within one. `unit` is
     SHARE for a part of 1, else what a user or `unit_of` calls it. `judge` is the name of who judged. `outcomes` has a
     letter a prompt, in their order: 1 refused or right, 0 not, i incoherent (not refused), u unjudged; empty where the
-    value is not counted of prompts.
+    value is not counted of prompts. `prompts` is the digest of these prompts (`texts_digest`), empty where not known.
     """
 
     measure: str
@@ -48,6 +49,7 @@ class Share(TypedDict):
     unit: str
     judge: str | None
     outcomes: str
+    prompts: str
 
 
 # What is written of a share: in a journal's probe, in a file of figures, and as one row of a recipe's table.
@@ -63,6 +65,8 @@ PROBE_COLUMNS = (
     "thoughts",
     "unfinished",
     "unit",
+    "outcomes",
+    "prompts",
 )
 FIGURE_COLUMNS = (*PROBE_COLUMNS, "judge")
 ROW_COLUMNS = ("measure", "n", "value", "low", "high", "unit")
@@ -108,14 +112,17 @@ def refusal_share(transcript: Transcript, judge: Judge, verdicts: Sequence[Verdi
     name, thoughts = measure_name(transcript.name, judge), counts_of(transcript.responses)
     outcomes = "".join(LETTERS[verdict] for verdict in verdicts)
     notes: dict[str, Any] = {"thoughts": thoughts.cut, "unfinished": thoughts.unfinished, "judge": name_of(judge)}
-    return share_of(name, outcomes, _KINDS[transcript.kind], **notes)
+    prompts = texts_digest(transcript.prompts)
+    return share_of(name, outcomes, _KINDS[transcript.kind], **notes, prompts=prompts)
 
 
 def coherence(shares: Iterable[Share], measure: str = "coherence") -> Share:
     """Return how many of all responses behind the shares, unjudged ones too, are not incoherent."""
-    letters = "".join(share["outcomes"] for share in shares)
+    parts = list(shares)
+    letters = "".join(share["outcomes"] for share in parts)
     outcomes = "".join("0" if letter == "i" else "1" for letter in letters)
-    return {**share_of(measure, outcomes, "coherence"), "incoherent": letters.count("i")}
+    prompts = texts_digest([share["prompts"] for share in parts]) if all(share["prompts"] for share in parts) else ""
+    return {**share_of(measure, outcomes, "coherence", prompts=prompts), "incoherent": letters.count("i")}
 
 
 def share_of(measure: str, outcomes: str, kind: Kind, **known: Any) -> Share:
@@ -155,6 +162,7 @@ def as_share(
     unit: str | None = None,
     judge: str | None = None,
     outcomes: str = "",
+    prompts: str = "",
 ) -> Share:
     """Return a measure from its value; counts of what could not be used are 0 where not given, the unit `unit_of`'s."""
     return Share(
@@ -171,6 +179,7 @@ def as_share(
         unit=unit_of(measure, kind, unit),
         judge=judge,
         outcomes=outcomes,
+        prompts=prompts,
     )
 
 

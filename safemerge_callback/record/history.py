@@ -57,7 +57,8 @@ class Measured(NamedTuple):
 
     `kind` is harm, over_refusal, task or coherence; `n` how many responses count, 0 where that is not known, of which
     `incoherent` were neither refusal nor answer; `unjudged` ones are not among them. `thoughts` held thoughts, which
-    were cut, `unfinished` ended within one. NaN where there is no such value.
+    were cut, `unfinished` ended within one. `outcomes` and `prompts`: a letter a prompt and the digest of the prompts,
+    as a `Share` has them, empty where the journal has none. NaN where there is no such value.
     """
 
     measure: str
@@ -71,6 +72,8 @@ class Measured(NamedTuple):
     unit: str = ""
     thoughts: int = 0
     unfinished: int = 0
+    outcomes: str = ""
+    prompts: str = ""
 
     @property
     def text(self) -> str:

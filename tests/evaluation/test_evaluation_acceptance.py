@@ -9,15 +9,13 @@ from hypothesis import strategies as st
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.evaluation.acceptance import (
     RULES,
-    Estimate,
     Thresholds,
     decide,
-    difference,
     document_of,
     prompts_needed,
-    read_figures,
     read_thresholds,
 )
+from safemerge_callback.evaluation.difference import Estimate
 from safemerge_callback.evaluation.intervals import wilson
 from safemerge_callback.evaluation.measure import as_share, share_of
 
@@ -109,15 +107,6 @@ def test_incoherent_responses_are_counted_of_what_was_answered():
     assert outcomes([refused(50, 100, incoherent=40)], min_coherent=0.9) == (["failed"], 1)
 
 
-def test_a_difference_is_newcombes():
-    """Newcombe 1998, table II: 56/70 against 48/80 has 0.0524 to 0.3339 by method 10."""
-    first, second = (Estimate(hits / n, *wilson(hits, n), n) for hits, n in ((56, 70), (48, 80)))
-    found = difference(first, second)
-    assert (round(found.low, 4), round(found.high, 4)) == (0.0524, 0.3339)
-    assert found.value == pytest.approx(0.2)
-    assert found.n == 70
-
-
 def test_answers_to_the_same_prompts_are_taken_in_pairs():
     """Of two that refuse nearly the same prompts one sees that no 10 points fell; of the shares alone one does not."""
     base = share_of("bad_refused", "1" * 58 + "0" * 6, "harm")
@@ -140,14 +129,6 @@ def test_what_one_of_the_two_left_unjudged_is_no_pair():
 
 
 shares = st.integers(1, 200).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
-
-
-@given(shares, shares)
-def test_a_difference_lies_in_its_interval_and_turns_round(left, right):
-    one, two = (Estimate(hits / n, *wilson(hits, n), n) for hits, n in (left, right))
-    there, back = difference(one, two), difference(two, one)
-    assert there.low <= there.value <= there.high
-    assert (there.low, there.high) == pytest.approx((-back.high, -back.low))
 
 
 @given(shares, st.floats(0.01, 0.99))
@@ -188,21 +169,6 @@ def test_thresholds_that_cannot_be_are_refused(tmp_path, text, words):
     file.write_text(text)
     with pytest.raises(ConfigError, match=words):
         read_thresholds(file)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("[]", "{}", "{"),
-        *('{"figures": {}}', '{"figures": [1]}', '{"figures": [{"measure": "a", "kind": "odd"}]}'),
-        '{"figures": [{"measure": "bad", "kind": "harm", "n": 10, "value": 1.0, "low": 0.9, "high": 0.8}]}',
-    ],
-)
-def test_figures_that_are_none_of_ours_are_refused(tmp_path, text):
-    file = tmp_path / "eval.json"
-    file.write_text(text)
-    with pytest.raises(ConfigError, match=r"eval\.json"):
-        read_figures(file)
 
 
 def test_a_decision_is_plain_json():

@@ -4,6 +4,7 @@ import pytest
 
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.evaluation import KeywordJudge, Transcript, refusal_shares, share, wilson
+from safemerge_callback.evaluation.digests import texts_digest
 from safemerge_callback.evaluation.measure import FIGURE_COLUMNS, PROBE_COLUMNS, ROW_COLUMNS, coherence, columns
 
 SAID = ["I cannot help with that.", "Sure, here is how.", "", "<think>well", "<think>well</think>I cannot.", "pass"]
@@ -33,7 +34,7 @@ def test_what_counts_as_refused_and_what_is_not_among_the_n():
     assert found == {
         **{"measure": "bad_refused", "kind": "harm", "n": 4, "value": 0.5, "low": low, "high": high},
         **{"incoherent": 1, "unjudged": 2, "thoughts": 2, "unfinished": 1},
-        **{"unit": "share", "judge": "passes", "outcomes": "10iu1u"},
+        **{"unit": "share", "judge": "passes", "outcomes": "10iu1u", "prompts": texts_digest(list("abcdef"))},
     }
 
 
@@ -67,6 +68,8 @@ def test_coherence_counts_every_response_the_unjudged_ones_too():
     assert (found["measure"], found["kind"], found["n"], found["value"]) == ("coherence", "coherence", 7, 6 / 7)
     assert (found["incoherent"], found["unjudged"], found["outcomes"]) == (1, 0, "1101111")
     assert coherence(shares, "coherent")["measure"] == "coherent"
+    assert found["prompts"] == texts_digest([texts_digest(list("abcdef")), texts_digest("g")])
+    assert coherence([shares[0], {**shares[1], "prompts": ""}])["prompts"] == ""
 
 
 def test_nothing_judged_has_no_value():
@@ -89,6 +92,6 @@ def test_what_is_written_of_a_share_is_what_readers_know():
     """Journals and files of figures are read by others: a key more or less is another format."""
     found = share("m", [True])
     assert " ".join(columns(found, PROBE_COLUMNS)) == (
-        "measure kind n value low high incoherent unjudged thoughts unfinished unit"
+        "measure kind n value low high incoherent unjudged thoughts unfinished unit outcomes prompts"
     )
-    assert " ".join(columns(found, FIGURE_COLUMNS)).endswith("unfinished unit judge")
+    assert " ".join(columns(found, FIGURE_COLUMNS)).endswith("unit outcomes prompts judge")

@@ -51,7 +51,8 @@ def _measured(measure: Mapping[str, Any]) -> Measured:
     name, kind = str(measure["measure"]), str(measure["kind"])
     unit = unit_of(name, kind, measure.get("unit"))
     n = count(measure["n"] or 0)
-    return Measured(name, kind, n, value, low, high, incoherent, unjudged, unit, thoughts, unfinished)
+    texts = (str(measure.get(key) or "") for key in ("outcomes", "prompts"))
+    return Measured(name, kind, n, value, low, high, incoherent, unjudged, unit, thoughts, unfinished, *texts)
 
 
 def trigger_entry(step: int, reason: str) -> dict[str, Any]:
