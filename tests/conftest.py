@@ -168,6 +168,15 @@ def mlflow_store(tmp_path_factory):
 
 
 @pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub on this machine for the real client, which is logged in there; see tests/support/hub.py."""
+    from tests.support.hub import hub_on
+
+    with hub_on(monkeypatch, tmp_path / "hub-cache") as server:
+        yield server
+
+
+@pytest.fixture
 def full_disk():
     """A context: no file can grow beyond so many bytes, which is what a full disk looks like to who writes."""
 

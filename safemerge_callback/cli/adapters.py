@@ -92,7 +92,7 @@ def merge(
         ),
     ] = None,
     subspace: Annotated[
-        str | None, typer.Option("--subspace", "-s", help="Subspace file, from `safemerge build`.")
+        str | None, typer.Option("--subspace", "-s", help="Subspace: file or Hub id, org/name[@revision].")
     ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Folder to write the result to.")] = None,
     config: Annotated[

@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .app import Verb
 
-SubspaceFile = Annotated[Path, typer.Option("--subspace", "-s", help="Subspace file, from `safemerge build`.")]
+SubspaceFile = Annotated[
+    str,
+    typer.Option("--subspace", "-s", help="Subspace: file of `safemerge build`, or Hub id."),
+]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
 Bar = Annotated[bool, typer.Option(help="Show progress on stderr.")]
 

@@ -56,7 +56,7 @@ def build(
 
 @app.command(cls=Verb, epilog=examples("describe model.subspace.safetensors --verify"))
 def describe(
-    subspace: Annotated[Path, typer.Argument(metavar="SUBSPACE", help="Subspace file.")],
+    subspace: Annotated[str, typer.Argument(metavar="SUBSPACE", help="Subspace: file or Hub id, org/name[@revision].")],
     verify: Annotated[bool, typer.Option("--verify", help="Also compare every tensor with its checksum.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
@@ -65,7 +65,7 @@ def describe(
 
     from ..subspace import Subspace
 
-    stored = Subspace.load(subspace)
+    stored = Subspace.from_pretrained(subspace)
     if verify:
         compared = stored.verify()
     say(json.dumps(stored.to_dict(), indent=2) if as_json else stored.describe())

@@ -103,7 +103,7 @@ def _require_finite_matrices(suspects: Sequence[Reading], subspace: Subspace) ->
         stored = subspace.tensors(list(subspace.modules[reading.name].tensors(reading.name)))
         if not all_finite(*(tensor for tensor in stored if tensor.is_floating_point())):
             raise SubspaceError(
-                f"subspace {str(subspace.path)!r}: the alignment matrix of module {reading.name!r} holds NaN or "
+                f"subspace {subspace.source!r}: the alignment matrix of module {reading.name!r} holds NaN or "
                 "infinite numbers. `safemerge describe --verify` tells whether the file was changed since: copy it "
                 "anew then, else build it again from whole checkpoints."
             )

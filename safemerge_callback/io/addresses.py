@@ -10,7 +10,8 @@ from typing import NamedTuple
 from ..errors import SafeMergeError, shown
 from .paths import as_path, existing
 
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./+-]+))?")
+# As the Hub has it; `..` in a name or a revision would lead out of its cache.
+_HUB_ID = re.compile(r"(?!.*\.\.)(?P<repo>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>[\w./+-]+))?")
 # The folders of an absolute path within a sentence, in quotation marks with blanks; not those of an address on the net,
 # nor of `org/name`.
 _FOLDERS = re.compile(

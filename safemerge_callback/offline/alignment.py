@@ -76,7 +76,7 @@ class Alignment:
         Refused: modules that it lacks, has packed or in another shape, and weights that are not those of the aligned
         checkpoint, by the probes of the file.
         """
-        header, where = self.subspace.header, f"subspace {str(self.subspace.path)!r}"
+        header, where = self.subspace.header, f"subspace {self.subspace.source!r}"
         if done := [name for name in self.coefficients if name in packed]:
             raise quantised(f"base model {source!r}", packed[done[0]], done, len(self.coefficients))
         for name in self.coefficients:

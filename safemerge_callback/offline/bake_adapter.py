@@ -10,7 +10,7 @@ import torch
 from ..adapters import Adapter
 from ..errors import ConfigError
 from ..io.addresses import source_name
-from ..record.card import caveat, escaped, front_matter
+from ..io.card import caveat, escaped, front_matter
 from ..subspace import Subspace
 from .alignment import Alignment
 from .bake import BaseModel
@@ -68,7 +68,7 @@ def _card(adapter: Adapter | None, base: str, alignment: Alignment | None) -> st
         "base model": source_name(base),
         "adapter": None if adapter is None else source_name(adapter.source),
         "alignment": None if alignment is None else alignment.words,
-        "subspace": None if alignment is None else alignment.subspace.path.name,
+        "subspace": None if alignment is None else alignment.subspace.name,
     }
     rows = [f"| {name} | {escaped(value)} |" for name, value in facts.items() if value]
     title = "# Model with a LoRA adapter added in\n" if adapter else "# Model with another share of its alignment\n"

@@ -9,10 +9,10 @@ from ..adapters import Adapter
 from ..adapters.checkpoint import save_changed
 from ..decision.fit import check_safety_adapter
 from ..errors import ConfigError, shown
+from ..io.card import caveat, escaped, front_matter
 from ..io.choices import one_of
 from ..methods import check_merge, get_method
 from ..ops import LowRank
-from ..record.card import caveat, escaped, front_matter
 from .output import CARD, free_output, new_folder
 from .parts import AdapterSource, adapters_of
 from .small_files import copy_tokenizer

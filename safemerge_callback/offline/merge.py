@@ -131,7 +131,7 @@ def merge_adapters(
         (folder / CARD).write_text(
             model_card(plan, edits, parts, task.base_model, baked=baked is not None), encoding="utf-8"
         )
-        write_recipe(folder / RECIPE, target, (finetuned, sources, subspace, bake), plan, rows.named)
+        write_recipe(folder / RECIPE, target, (finetuned, sources, matrices, bake), plan, rows.named)
         _complete(folder, task, baked, device)
     return plan
 

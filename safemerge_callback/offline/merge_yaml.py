@@ -109,6 +109,6 @@ def _knobs(plan: MergePlan) -> dict[str, Any]:
 
 
 def _address(part: Any, target: Path) -> str:
-    text = part.source if isinstance(part, Adapter) else str(part.path) if isinstance(part, Subspace) else str(part)
+    text = part.source if isinstance(part, Adapter) else part.source if isinstance(part, Subspace) else str(part)
     there = existing(text)
     return text if there is None else os.path.relpath(there.resolve(), target)

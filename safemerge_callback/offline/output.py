@@ -10,12 +10,12 @@ from typing import Any
 from ..adapters.files import CONFIG, TOKENIZER, WEIGHTS
 from ..decision import Edit, MergePlan
 from ..errors import AdapterError, ConfigError, shown
+from ..io.card import caveat, escaped, front_matter
 from ..io.choices import truth
 from ..io.outputs import require_writable, same_place
 from ..io.paths import as_path
 from ..io.whole_file import settle, whole_folder
 from ..record import JOURNAL_FILE, PAGE_FILE, Journal
-from ..record.card import caveat, escaped, front_matter
 
 CARD = "README.md"
 RECIPE = "safemerge.yaml"

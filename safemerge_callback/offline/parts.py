@@ -47,8 +47,8 @@ def listed(sources: AdapterSource | Sequence[AdapterSource] | None) -> list[Adap
 
 
 def subspace_of(source: str | Path | Subspace) -> Subspace:
-    """Return the subspace, opened."""
-    return source if isinstance(source, Subspace) else Subspace.load(source)
+    """Return the subspace of a file, a folder or a Hub id, opened."""
+    return source if isinstance(source, Subspace) else Subspace.from_pretrained(source)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -95,7 +95,7 @@ def named_parts(task: Adapter, safety: Sequence[Adapter], subspace: Subspace) ->
     return {
         "finetuned": _shown(task.source),
         "safety_adapter": ", ".join(_shown(adapter.source) for adapter in safety) or None,
-        "subspace": subspace.path.name,
+        "subspace": subspace.name,
         "aligned": subspace.aligned.get("source"),
         "unaligned": subspace.unaligned.get("source") or subspace.unaligned.get("alignment_adapter"),
     }

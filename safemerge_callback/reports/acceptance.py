@@ -6,9 +6,9 @@ from xml.etree import ElementTree
 
 from ..evaluation.acceptance import Decision, Outcome, Ruling
 from ..evaluation.units import SHARE, amount
+from ..io.card import escaped
 from ..io.printable import printable
 from ..io.text_table import render
-from ..record.card import escaped
 
 WORDS: dict[Outcome, str] = {
     "passed": "passed",

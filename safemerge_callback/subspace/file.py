@@ -15,11 +15,14 @@ from torch import Tensor
 from ..adapters import LoraFactors
 from ..errors import SubspaceError, nearest
 from ..io.file_faults import reading_fault
+from ..io.hub_upload import Destination
 from ..io.paths import as_path
 from ..ops import AlignmentMatrix, full_precision, turned
 from .check import check_base, check_modules, require_tensors
 from .digests import digest_of
 from .header import PROBE_POSITIONS, PROBES, VERSION, FileHeader, ModuleHeader
+from .place import Place, find_file, plain_name
+from .publish import push_file
 from .read_ahead import spans_of, will_need
 from .spectrum import spread_at, turned_spread
 from .stack import FromFile, Placement, Request, assemble
@@ -27,26 +30,44 @@ from .table import as_dict, render
 
 
 class Subspace:
-    """The alignment matrices V of a model, by canonical module name; open it with `Subspace.load`."""
+    """The alignment matrices V of a model, by canonical module name; open it with `Subspace.from_pretrained`."""
 
-    def __init__(self, path: Path, header: FileHeader, fingerprint: str) -> None:
+    def __init__(self, path: Path, header: FileHeader, fingerprint: str, address: str | None = None) -> None:
         self.path = path
+        self.address = address
         self.header = header
         self.fingerprint = fingerprint
         self._exact: Subspace | None = None
         self._placement: Placement = FromFile()
 
     @classmethod
-    @full_precision()
     def load(cls, path: str | Path) -> Subspace:
-        """Open a subspace file; only its header is read.
+        """Open a subspace file of this machine; only its header is read.
 
         Raises SubspaceError for a file that is absent, corrupt, cut short, of another version, or something else.
         """
         path = as_path(path, "subspace", error=SubspaceError)
-        where = f"subspace {str(path)!r}"
         if not path.is_file():
-            raise SubspaceError(f"{where}: no such file. Write one with build_subspace, or `safemerge build`.")
+            raise SubspaceError(
+                f"subspace {str(path)!r}: no such file. Write one with build_subspace, or `safemerge build`."
+            )
+        return cls._open(Place(path))
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> Subspace:
+        """Open the subspace of a file, a folder or a repository of the Hub, `org/name[@revision[/FILE.safetensors]]`.
+
+        A path that is there wins. From the Hub the one file is fetched into the Hub's cache, at the commit that
+        `revision` (default: main) is now; `address` then names that commit. Only its header is read. Raises
+        SubspaceError as `load`, and where the Hub does not give it: an unknown, private or gated repository, an unknown
+        revision, no subspace file or several, or no connection and nothing in the cache.
+        """
+        return cls._open(find_file(source, revision))
+
+    @classmethod
+    @full_precision()
+    def _open(cls, place: Place) -> Subspace:
+        path, where = place.path, f"subspace {place.address or str(place.path)!r}"
         try:
             with safe_open(path, framework="pt") as file:
                 header = FileHeader.from_metadata(file.metadata(), where)
@@ -57,7 +78,39 @@ class Subspace:
             damage = "is corrupt, cut short, or no safetensors file"
             raise SubspaceError(f"{where} {reading_fault(path, error, 'Build it again.', damage)}") from error
         require_tensors(header, stored, where)
-        return cls(path, header, fingerprint)
+        return cls(path, header, fingerprint, place.address)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        private: bool | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        license: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Upload the file with a card to `repo_id`, in one commit; return the address that opens it there again.
+
+        The repository is made where it is not there (`private`: for you alone). Every checksum is compared before
+        anything is sent. The card says what V was made of, and how to use it; a card that is there keeps everything
+        but that section. `license`: what the card's head says, an identifier of the Hub; left out, nothing is said.
+        `revision`: a branch, made where it is not there. Raises SubspaceError offline and without a login before any
+        work, for an id that cannot be, for a file that was changed, and where the Hub refuses.
+        """
+        to = Destination(repo_id, revision, private, create_pr, commit_message, token)
+        return push_file(self.path, self.header, self.fingerprint, to, self.verify, license)
+
+    @property
+    def source(self) -> str:
+        """What opens this very file again: its address on the Hub, or else its path."""
+        return self.address or str(self.path)
+
+    @property
+    def name(self) -> str:
+        """What may be said of it elsewhere, without a path of this machine: the address, or the file's name."""
+        return self.address or self.path.name
 
     @property
     def version(self) -> str:
@@ -141,33 +194,42 @@ class Subspace:
         that differ, and, where live base `weights` are given and probes were recorded, a base model that is not
         `aligned`. A base loaded in bfloat16 or float16 passes.
         """
-        check_modules(self.header, factors, f"subspace {str(self.path)!r}")
+        check_modules(self.header, factors, f"subspace {self.source!r}")
         if weights and self.header.probed:
             positions, expected = self.tensors([PROBE_POSITIONS, PROBES])
-            check_base(self.header, weights, positions, expected, f"subspace {str(self.path)!r}")
+            check_base(self.header, weights, positions, expected, f"subspace {self.source!r}")
 
     def exact(self) -> Subspace:
         """Return the exact subspace: this one, or the one beside it that a compressed file was made from.
 
-        Raises SubspaceError where that is absent or another one.
+        Of one from the Hub it is fetched from the same commit. Raises SubspaceError where that is absent or another
+        one.
         """
         if not self.compressed:
             return self
         if self._exact is None:
-            path = self.path.parent / self.header.exact["file"]
-            if not path.is_file():
-                raise SubspaceError(
-                    f"subspace {str(self.path)!r} is compressed and leaves a decision open, and the exact file it was "
-                    f"made from is not beside it: looked for {str(path)!r}. Put it there, or use it in its place."
-                )
-            exact = Subspace.load(path)
+            place = self._exact_place()
+            exact = Subspace._open(place)
             if exact.fingerprint != self.header.exact["sha256"]:
                 raise SubspaceError(
-                    f"{str(path)!r} is not the file that {str(self.path)!r} was made from: its header's sha256 is "
+                    f"{exact.source!r} is not the file that {self.source!r} was made from: its header's sha256 is "
                     f"{exact.fingerprint}, not {self.header.exact['sha256']}. Compress it again."
                 )
             self._exact = exact
         return self._exact
+
+    def _exact_place(self) -> Place:
+        """Where the file is that a compressed one was made from."""
+        name = plain_name(self.header.exact["file"], f"the header of {self.source!r}")
+        path = self.path.parent / name
+        if self.address is not None:
+            return find_file(f"{self.address.rpartition('/')[0]}/{name}")
+        if not path.is_file():
+            raise SubspaceError(
+                f"subspace {self.source!r} is compressed and leaves a decision open, and the exact file it was "
+                f"made from is not beside it: looked for {str(path)!r}. Put it there, or use it in its place."
+            )
+        return Place(path)
 
     def verify(self) -> int:
         """Read the whole file and compare every tensor with its checksum; return how many were compared.
@@ -181,28 +243,28 @@ class Subspace:
         others = [key for key, digest in noted.items() if digest_of(*self.tensors([key])) != digest]
         if others:
             raise SubspaceError(
-                f"subspace {str(self.path)!r} was changed: {len(others)} of {len(noted)} tensors are not what was "
+                f"subspace {self.source!r} was changed: {len(others)} of {len(noted)} tensors are not what was "
                 f"written, first {others[0]!r}. Copy it anew, or build it again."
             )
         return len(noted)
 
     def describe(self) -> str:
         """Return where V came from and one line a module, as a table."""
-        return render(self.path.name, self.header)
+        return render(self.name, self.header)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `describe` prints, JSON-able."""
         return as_dict(self.header)
 
     def __repr__(self) -> str:
-        return f"Subspace({str(self.path)!r}, {len(self.modules)} modules)"
+        return f"Subspace({self.source!r}, {len(self.modules)} modules)"
 
     def _module(self, name: str) -> ModuleHeader:
         if name in self.modules:
             return self.modules[name]
         if name in self.header.unmoved:
             raise SubspaceError(f"module {name!r} has no alignment matrix: aligned and unaligned are equal there.")
-        raise SubspaceError(f"subspace {str(self.path)!r} has no module {name!r}{nearest(name, self.modules)}")
+        raise SubspaceError(f"subspace {self.source!r} has no module {name!r}{nearest(name, self.modules)}")
 
     @full_precision()
     def tensors(self, keys: Sequence[str]) -> list[Tensor]:
@@ -211,14 +273,14 @@ class Subspace:
             with safe_open(self.path, framework="pt") as file:
                 return [file.get_tensor(key) for key in keys]
         except (SafetensorError, OSError) as error:
-            raise SubspaceError(f"subspace {str(self.path)!r} changed or vanished since it was opened.") from error
+            raise SubspaceError(f"subspace {self.source!r} changed or vanished since it was opened.") from error
 
     @cached_property
     def _spans(self) -> dict[str, tuple[int, int]]:
         try:
             return spans_of(self.path)
         except (OSError, ValueError) as error:
-            raise SubspaceError(f"subspace {str(self.path)!r} changed or vanished since it was opened.") from error
+            raise SubspaceError(f"subspace {self.source!r} changed or vanished since it was opened.") from error
 
     def _announced(self, requests: Iterable[Request]) -> Iterator[Request]:
         """The same requests; when one is taken, the disk begins to read what the next one needs."""

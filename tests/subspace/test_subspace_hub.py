@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from safemerge_callback.errors import SubspaceError
+from safemerge_callback.io.hub import find_commit
 from safemerge_callback.subspace import CheckpointShards, build_subspace
 from safemerge_callback.subspace.checkpoints import hub
 
@@ -212,7 +213,9 @@ def test_a_fault_on_the_way_is_tried_again(server, tiny_llama, fault):
 
 def test_a_header_that_is_cut_on_the_way_is_fetched_again(server, tiny_llama):
     put(server.root / "org--chat" / SHA, tiny_llama(), "1GB")
-    file = hub.HubFolder("org/chat", hub.find_commit("org/chat", None)).shard("model.safetensors")
+    file = hub.HubFolder("org/chat", find_commit("org/chat", None, "checkpoint", error=SubspaceError)).shard(
+        "model.safetensors"
+    )
     server.faults.append("cut")
     assert file.tensors() == CheckpointShards.open("org/chat").located.files[0].tensors()
 

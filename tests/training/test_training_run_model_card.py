@@ -8,7 +8,7 @@ import transformers
 import yaml
 from transformers import Trainer
 
-from safemerge_callback.record.card import BEGIN, END
+from safemerge_callback.io.card import BEGIN, END
 from safemerge_callback.record.progress import Progress
 from safemerge_callback.training.run.artifact import outcome_of, run_card
 from tests.support.replay import ROWS, replay_entry, replaying

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from functools import cached_property
 from math import prod
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...errors import SubspaceError
+from ...errors import SafeMergeError, SubspaceError
 from ...io.documents import parse_json
+from ...io.hub import Commit, client_errors, first_line, gated
 from ..header import DTYPES
 from .shard_files import _AGAIN, ShardFile, unreadable
 
@@ -22,14 +22,6 @@ _FIRST = 256 * 2**10
 _LONGEST_HEADER = 100 * 10**6
 
 
-class Commit(NamedTuple):
-    """One commit of a model, and the files at its top; where `sha` is None, `why` the Hub could not be asked."""
-
-    sha: str | None
-    files: tuple[str, ...] = ()
-    why: str = ""
-
-
 class HubFolder(NamedTuple):
     """The files of a model at one commit."""
 
@@ -37,8 +29,8 @@ class HubFolder(NamedTuple):
     commit: Commit
 
     def names(self) -> list[str]:
-        """Return the names of the files at the top."""
-        return list(self.commit.files)
+        """Return the names of the files at the top; Mistral's second copy of the weights is left out."""
+        return [name for name in self.commit.files if not name.startswith("consolidated")]
 
     def text(self, name: str) -> str:
         """Return the content of a small file."""
@@ -124,53 +116,16 @@ class HubFile:
         return {key: (shape, dtype, begin) for key, (shape, dtype, begin, _) in entries.items()}
 
 
-def find_commit(repo: str, revision: str | None) -> Commit:
-    """Return the commit that `revision` (default: main) is now, so that all that is read is of one state.
-
-    Raises SubspaceError where the Hub says that there is no such model or revision, or that it may not be read.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-    try:
-        info = HfApi().model_info(repo, revision=revision, timeout=30)
-    except RevisionNotFoundError as error:
-        raise SubspaceError(f"checkpoint {repo!r} has no revision {revision!r} on the Hub.") from error
-    except GatedRepoError as error:
-        raise _gated(repo) from error
-    except RepositoryNotFoundError as error:
-        raise SubspaceError(
-            f"checkpoint {repo!r} is no folder here and no model on the Hub, or a private one. Check the spelling, or "
-            "log in (`hf auth login`, or HF_TOKEN)."
-        ) from error
-    except _client_errors() as error:
-        return Commit(None, why=_first_line(error))
-    # Mistral's second copy of the weights is left out, and whatever lies in sub-folders.
-    names = [file.rfilename for file in info.siblings or ()]
-    return Commit(info.sha, tuple(n for n in sorted(names) if "/" not in n and not n.startswith("consolidated")))
-
-
-def cached_folder(repo: str, revision: str | None) -> Path | None:
-    """Return where the Hub's cache has this revision, whole or in part; None where it has nothing of it."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
-    except (OSError, ValueError) as error:
-        folder = getattr(error, "snapshot_path", None)
-        return Path(folder) if folder else None
-
-
 def _get(repo: str, url: str, span: tuple[int, int] | None = None) -> bytes:
     """The body, or the bytes from the first to the last of `span`; the client itself tries again on a fault."""
     from huggingface_hub.utils import hf_raise_for_status, http_backoff
 
     try:
         # A body that is cut off is no fault to all clients.
-        again = _client_errors()[0]
+        again = client_errors()[0]
         response = http_backoff("GET", url, headers=_headers(span), timeout=60, retry_on_exceptions=again)
         hf_raise_for_status(response)
-    except _client_errors() as error:
+    except client_errors() as error:
         raise _failed(repo, error) from error
     return response.content
 
@@ -189,7 +144,7 @@ def _first_bytes(repo: str, url: str, length: int) -> tuple[bytes, int]:
                     f"first (`hf download {repo}`)."
                 )
             data = _read_or_none(response)
-    except _client_errors() as error:
+    except client_errors() as error:
         raise _failed(repo, error) from error
     # The client tries a request again, but not the reading of a streamed answer.
     return data if data is not None else _get(repo, url, (0, min(length, int(total)) - 1)), int(total)
@@ -198,7 +153,7 @@ def _first_bytes(repo: str, url: str, length: int) -> tuple[bytes, int]:
 def _read_or_none(response: Any) -> bytes | None:
     try:
         return bytes(response.read())
-    except _client_errors():
+    except client_errors():
         return None
 
 
@@ -209,33 +164,14 @@ def _headers(span: tuple[int, int] | None) -> dict[str, str]:
     return headers if span is None else {**headers, "Range": f"bytes={span[0]}-{span[1]}"}
 
 
-def _client_errors() -> tuple[type[Exception], ...]:
-    """The client's own errors and those of the HTTP library under it, whose name differs between its releases."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    http_error = next(base for base in HfHubHTTPError.__bases__ if base.__name__ == "HTTPError")
-    return (http_error, OSError, ValueError)
-
-
-def _failed(repo: str, error: Exception) -> SubspaceError:
+def _failed(repo: str, error: Exception) -> SafeMergeError:
     from huggingface_hub.errors import GatedRepoError
 
     if isinstance(error, SubspaceError):
         return error
     if isinstance(error, GatedRepoError):
-        return _gated(repo)
+        return gated(repo, "checkpoint", SubspaceError)
     return SubspaceError(
-        f"checkpoint {repo!r} could not be fetched from the Hub: {_first_line(error)}. Start again, or download it "
+        f"checkpoint {repo!r} could not be fetched from the Hub: {first_line(error)}. Start again, or download it "
         f"first (`hf download {repo}`)."
     )
-
-
-def _gated(repo: str) -> SubspaceError:
-    return SubspaceError(
-        f"checkpoint {repo!r} is gated: accept its terms on its page on the Hub, and log in (`hf auth login`, or "
-        "HF_TOKEN)."
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

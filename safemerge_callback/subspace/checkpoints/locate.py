@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from ...errors import SubspaceError
 from ...io.addresses import address_of, identity
 from ...io.documents import parse_json
+from ...io.hub import cached_folder, find_commit
 from .shard_files import Folder, LocalFile, LocalFolder, ShardFile
 
 INDEX = "model.safetensors.index.json"
@@ -53,9 +54,9 @@ def locate(source: str | Path, revision: str | None = None) -> Located:
 
 def _on_hub(repo: str, revision: str | None) -> Located:
     """The newest commit of `revision`, from the Hub's cache where all of it is there, else read over the network."""
-    from .hub import HubFolder, cached_folder, find_commit
+    from .hub import HubFolder
 
-    commit = find_commit(repo, revision)
+    commit = find_commit(repo, revision, "checkpoint", error=SubspaceError)
     cached = cached_folder(repo, commit.sha or revision)
     if cached is not None:
         try:

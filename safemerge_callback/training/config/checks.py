@@ -84,7 +84,7 @@ def checked_settings(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -
 def _check_types(config: Draft) -> None:
     """Refuse what YAML or a command line may hold by mistake, such as '50' or true where a count is meant."""
     if config.subspace is not None and (not isinstance(config.subspace, str | Path) or not str(config.subspace)):
-        raise ConfigError(f"subspace is {shown(config.subspace)}: give the path of a safety-subspace file")
+        raise ConfigError(f"subspace is {shown(config.subspace)}: give the path or the Hub id of a safety subspace")
     for name in ("subspace", "safety_adapter", "journal"):
         value = getattr(config, name)
         setattr(config, name, str(value) if isinstance(value, Path) else value)

@@ -40,8 +40,8 @@ class SafeMergeConfig:
     subspace: str | None = field(
         default=None,
         metadata={
-            "help": "Safety-subspace file of the base model, as `safemerge build` writes it; without one nothing is "
-            "measured or merged."
+            "help": "Safety subspace of the base model: a file of `safemerge build`, or a Hub id; without one nothing "
+            "is measured or merged."
         },
     )
     # In this order HfArgumentParser takes any number of names; a file may hold one name or a list.

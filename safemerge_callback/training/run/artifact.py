@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from ...decision import MergePlan
 from ...io.addresses import source_name
+from ...io.card import caveat, escaped, front_matter
 from ...record import JOURNAL_FILE
-from ...record.card import caveat, escaped, front_matter
 from ...record.progress import Progress
 from ..config.settings import SafeMergeConfig
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from ...io.card import TAG, edit_card, front_matter, is_card
 from ...live.faults import Fault, attempt
-from ...record.card import TAG, edit_card, front_matter, is_card
 from .artifact import CARD_FILE, TITLE, Section, base_model_of
 
 

@@ -183,12 +183,21 @@ def _subspace(
     """The subspace, which fits the factors and the base weights."""
     # A base weight that gave a part of itself to the factors is not the aligned checkpoint's any more.
     weights = {} if writer.initial else base_weights(model)
-    subspace = Subspace.load(str(config.subspace))
+    subspace = _opened(str(config.subspace))
     subspace.check(factors, weights)
     if config.gate_at().asks_cosines or "subspace" in _needs(config):
         # A compressed file may leave a decision open at any check: its exact one is looked for now.
         subspace.exact()
     return subspace
+
+
+def _opened(source: str) -> Subspace:
+    """The subspace of a file or of the Hub, where all processes take the commit that the first one finds."""
+    subspace = all_or_none(lambda: Subspace.from_pretrained(source))
+    pinned = from_first(subspace.address)
+    if pinned is None or pinned == subspace.address:
+        return subspace
+    return all_or_none(lambda: Subspace.from_pretrained(pinned))
 
 
 def _needs(config: SafeMergeConfig) -> dict[str, str]:
@@ -218,7 +227,7 @@ def _start(
     """The journal's entry of this training, with what `start_entry` takes of a training besides."""
     sources = Sources(None, None, None)
     if subspace is not None:
-        sources = Sources(source_name(str(config.subspace)), subspace.aligned, subspace.unaligned)
+        sources = Sources(subspace.name, subspace.aligned, subspace.unaligned)
     return start_entry(step, config.to_publish(), versions_of(*_VERSIONED), sources, num_modules, **of_a_run)
 
 

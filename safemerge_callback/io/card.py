@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..io.paths import existing
-from ..io.whole_file import whole_file
+from .paths import existing
+from .whole_file import whole_file
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _HEAD = re.compile(r"---\r?\n(?P<head>.*?\n)---[ \t]*\r?(\n|$)", flags=re.S)
@@ -26,12 +27,27 @@ def caveat(what: str = "The merge") -> str:
 
 def front_matter(base_model: str | None, baked: bool = False, tag: str | None = TAG) -> str:
     """Return the head of an adapter's card, or of a model's that one was `baked` into; a base that is a Hub id."""
-    # A JSON string is a YAML string. A local path is no model id, which the Hub would refuse.
-    known = base_model is not None and _HUB_ID.fullmatch(base_model) and existing(base_model) is None
-    base = f"base_model: {json.dumps(base_model)}\n" if known else ""
-    library, tags = ("transformers", "") if baked else ("peft", "- lora\n")
-    ours = f"- {tag}\n" if tag else ""
-    return f"---\n{base}library_name: {library}\ntags:\n{tags}{ours}---\n"
+    library, tags = ("transformers", ()) if baked else ("peft", ("lora",))
+    return card_head([base_model], [*tags, *filter(None, [tag])], library)
+
+
+def card_head(
+    bases: Iterable[str | None], tags: Iterable[str], library: str | None = None, license: str | None = None
+) -> str:
+    """Return the head of a card; of `bases` those that are Hub ids, since the Hub refuses a local path."""
+    # A JSON string is a YAML string.
+    known = [json.dumps(base) for base in bases if is_hub_id(base)]
+    one = f"base_model: {known[0]}\n" if len(known) == 1 else ""
+    many = "base_model:\n" + "".join(f"- {base}\n" for base in known) if len(known) > 1 else ""
+    stated = f"license: {json.dumps(license)}\n" if license else ""
+    named = f"library_name: {library}\n" if library else ""
+    listed = "".join(f"- {tag}\n" for tag in tags)
+    return f"---\n{one}{many}{stated}{named}tags:\n{listed}---\n"
+
+
+def is_hub_id(name: Any) -> bool:
+    """Whether `name` is the id of a repository, `org/name`, and no path of this machine."""
+    return isinstance(name, str) and _HUB_ID.fullmatch(name) is not None and existing(name) is None
 
 
 def escaped(text: str) -> str:
@@ -42,7 +58,12 @@ def escaped(text: str) -> str:
 
 def is_card(path: Path) -> bool:
     """Whether the file at `path` begins as a model card does. Raises OSError, and ValueError for what is no text."""
-    return _HEAD.match(path.read_bytes().decode("utf-8")) is not None
+    return has_head(path.read_bytes().decode("utf-8"))
+
+
+def has_head(text: str) -> bool:
+    """Whether `text` begins as a model card does."""
+    return _HEAD.match(text) is not None
 
 
 def edit_card(path: Path, section: str, tag: str | None = None) -> None:
