@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from ..evaluation.comparison import Comparison, Contrast, Outcome
 from ..evaluation.units import SHARE, amount, number
+from ..io.card import escaped
 from ..io.printable import printable
 from ..io.text_table import render
-from ..record.card import escaped
 
 _ANSWERS: dict[Outcome, str] = {
     "better": "yes",
