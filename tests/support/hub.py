@@ -280,6 +280,8 @@ ROUTES: list[tuple[str, str, Any]] = [
 @contextlib.contextmanager
 def hub_on(patch: Any, cache: Path) -> Any:
     """The server while it runs, and the client set to it, logged in to write; a cache of its own."""
+    import transformers.utils.hub
+
     with Server() as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         # What HF_ENDPOINT, HF_HUB_OFFLINE and HF_HUB_CACHE set when the client is imported. Xet speaks to servers of
@@ -291,5 +293,7 @@ def hub_on(patch: Any, cache: Path) -> Any:
         patch.setattr(client, "HF_HUB_DISABLE_XET", True)
         patch.setattr(client, "HF_HUB_CACHE", str(cache))
         patch.setenv("HF_TOKEN", WRITER)
+        # The trainers' client is made once a process, and keeps the address it was made with.
+        patch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
         yield server
         server.shutdown()

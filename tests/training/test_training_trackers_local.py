@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from transformers import TrainerCallback
 
 from safemerge_callback.decision import BAND
 from safemerge_callback.record import METRICS
@@ -110,6 +111,24 @@ def test_trackio_run_read_back(world, tmp_path, quiet):
     assert picture_of(found.read_bytes()).size[0] > 100
     assert config["safemerge"] == guard.config.to_publish()
     assert [title for title, _ in alerts] == ["safemerge: a module fell below the gate"]
+
+
+def test_trackio_keeps_the_files_of_a_run_that_the_trainer_has_ended(world, tmp_path, quiet):
+    trackio = pytest.importorskip("trackio")
+    live = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            live.append(trackio.context_vars.current_run.get().id)
+
+    world.trainer(tmp_path / "out", world.guard(every=3), Look(), report_to=["trackio"], project="kept").train()
+    assert trackio.context_vars.current_run.get() is None
+    reader = trackio.init(project="kept")
+    folder = Path(reader.use_artifact(f"safemerge-{live[0]}", type="safemerge").download(str(tmp_path / "down")))
+    trackio.finish()
+    there = {path.name for path in folder.iterdir()}
+    assert there == {"README.md", "adapter_config.json", "adapter_model.safetensors", "plan.txt", "safemerge.jsonl"}
+    assert (folder / "safemerge.jsonl").read_bytes() == (tmp_path / "out" / "safemerge.jsonl").read_bytes()
 
 
 @pytest.fixture

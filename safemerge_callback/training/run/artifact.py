@@ -15,6 +15,7 @@ from ...io.card import caveat, escaped, front_matter
 from ...record import JOURNAL_FILE
 from ...record.progress import Progress
 from ..config.settings import SafeMergeConfig
+from .card_probe import Asked, probe_rows, probes_in
 
 PLAN_FILE, CARD_FILE = "plan.txt", "README.md"
 TITLE = "# LoRA adapter, fine-tuned under guard\n"
@@ -25,7 +26,7 @@ class Outcome:
     """What a run leaves behind: the last check's plan, the whole run's counts, what was put together, the model.
 
     `model` is None where it cannot be saved by one process alone. `measures`: whether there were to be checks; `deeds`:
-    correction -> what it does, in words that a number of steps follows.
+    correction -> what it does, in words that a number of steps follows; `asked`: what a safety probe found.
     """
 
     journal: Path
@@ -35,6 +36,7 @@ class Outcome:
     model: Any = None
     measures: bool = True
     deeds: Mapping[str, str] = field(default_factory=dict)
+    asked: Asked | None = None
 
     def write(self, folder: Path) -> None:
         """Write the files into `folder`; raises what saving raises."""
@@ -62,21 +64,25 @@ def outcome_of(
     progress: Progress,
     unmerged: Mapping[str, str],
     model: Any = None,
+    subspace: str | None = None,
 ) -> Outcome:
-    """Return what a run with these settings leaves behind; `unmerged`: safety adapter -> what of it merges left out."""
+    """Return what a run with these settings leaves behind.
+
+    `unmerged`: safety adapter -> what of it merges left out; `subspace`: what may be said of it elsewhere.
+    """
     adapters = ", ".join(map(source_name, config.adapters)) or None
     left = "; ".join(f"of {source}: {words}" for source, words in unmerged.items()) or None
-    subspace = config.subspace and source_name(config.subspace)
     parts = {"subspace": subspace, "safety_adapter": adapters, "left_out": left, "settings": config.words or None}
     deeds = {one.kind.name: one.kind.deed for one in config.chosen_corrections}
-    return Outcome(journal, plan, progress, parts, model, config.measures, deeds)
+    return Outcome(journal, plan, progress, parts, model, config.measures, deeds, probes_in(journal))
 
 
 def run_section(outcome: Outcome) -> Section:
     """Return the section on this run for a card that somebody else writes; names from outside are escaped."""
     progress = outcome.progress
     says = f"While this adapter was trained, {_done(outcome)}."
-    text = "\n".join([f"{_heading(outcome)}\n", f"{says}\n", *_facts(outcome), "", _caveat(outcome)])
+    facts = [*_facts(outcome), "", *_answers(outcome)]
+    text = "\n".join([f"{_heading(outcome)}\n", f"{says}\n", *facts, _caveat(outcome)])
     return Section(text, progress.merges > 0 or bool(progress.correction_steps))
 
 
@@ -108,6 +114,10 @@ def _caveat(outcome: Outcome) -> str:
     return caveat("The merge" if outcome.measures else "This")
 
 
+def _answers(outcome: Outcome) -> list[str]:
+    return [] if outcome.asked is None else probe_rows(outcome.asked)
+
+
 def _facts(outcome: Outcome) -> list[str]:
     """The lines of a table of what was put together, and how."""
     plan, progress = outcome.plan, outcome.progress
@@ -119,6 +129,7 @@ def _facts(outcome: Outcome) -> list[str]:
         "gate": str(plan.gate) if plan else None,
         "method": _method(plan) if plan and progress.merges else None,
         "share of the task's early update left": f"{min(left):.1%} to {max(left):.1%}" if left else None,
+        "refusals": None if outcome.asked else "not counted in this run",
     }
     rows = [f"| {key.replace('_', ' ')} | {escaped(value)} |" for key, value in facts.items() if value]
     return ["| | |", "|---|---|", *rows]
@@ -133,6 +144,7 @@ def _counts(progress: Progress) -> dict[str, str]:
 def run_card(outcome: Outcome) -> str:
     """Return the card of an adapter that was trained under guard; names from outside are escaped."""
     lines = [front_matter(base_model_of(outcome.model)), TITLE, f"{_heading(outcome)}\n", *_facts(outcome), ""]
+    lines += _answers(outcome)
     if not outcome.measures:
         return "\n".join([*lines, f"Every figure is in `{JOURNAL_FILE}`. {_caveat(outcome)}", ""])
     plan, progress = outcome.plan, outcome.progress

@@ -298,7 +298,8 @@ class Session:
 
     def outcome(self, model: Any = None) -> Outcome:
         """What the run leaves behind, with the model where its adapter is to be saved."""
-        return outcome_of(self.config, self.journal, self.plan, self.progress, self.unmerged, model)
+        subspace = self.point.subspace.name if self.point.subspace is not None else None
+        return outcome_of(self.config, self.journal, self.plan, self.progress, self.unmerged, model, subspace)
 
     def end(self, model: nn.Module | None, batches: Iterable[Any] | None) -> None:
         """Check once more if the final check has not happened, or the weights are not those it left; close the records.

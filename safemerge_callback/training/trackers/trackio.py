@@ -17,11 +17,16 @@ AXIS = "train/global_step"
 
 
 class TrackioTracker:
-    """Log to the live trackio run. The trainer ends it before our last hook, whose merge the journal alone tells."""
+    """Log to the live trackio run. The trainer ends it before our last hook, whose merge the journal alone tells.
 
-    takes_files: ClassVar[bool] = False
+    Artifacts are kept apart from what a run logs, so the ended run still takes one.
+    """
+
+    # Releases before 0.30 have none.
+    takes_files: ClassVar[bool] = hasattr(trackio, "Artifact")
 
     def __init__(self, run: Run) -> None:
+        self.run = trackio.context_vars.current_run.get()
         if run.settings:
             trackio_run().config["safemerge"] = dict(run.settings)
 
@@ -45,7 +50,11 @@ class TrackioTracker:
         trackio_run().alert(title=title, text=text)
 
     def files(self, step: int, folder: Path) -> None:
-        """Nothing: by then the trainer has ended the run."""
+        """Log the folder as the artifact `safemerge-<run id>` of the run that was live when training began."""
+        run = self.run if self.run is not None else trackio_run()
+        artifact = trackio.Artifact(f"safemerge-{run.id}", type="safemerge", metadata={"safemerge/step": step})
+        artifact.add_dir(folder)
+        run.log_artifact(artifact)
 
     def close(self) -> None:
         """Leave the run to whoever started it."""
