@@ -33,7 +33,7 @@ def journal_of(path, *entries):
     return path
 
 
-def asked(step, when, value, settings=None):
+def probed(step, when, value, settings=None):
     measures = [measure("a_refused", value)]
     more = {"settings": settings} if settings else {}
     return {"kind": "probe", "step": step, "when": when, "seconds": 1.0, "measures": measures, **more}
@@ -43,14 +43,16 @@ KEYWORD = {"judge": "keywords", "benign_judge": "keywords"}
 
 
 def test_before_and_after_stand_side_by_side(tmp_path):
-    path = journal_of(tmp_path / "j", asked(0, "begin", 0.9, KEYWORD), asked(9, "every", 0.5), asked(20, "end", 0.75))
+    path = journal_of(
+        tmp_path / "j", probed(0, "begin", 0.9, KEYWORD), probed(9, "every", 0.5), probed(20, "end", 0.75)
+    )
     text = "\n".join(probe_rows(probes_in(path))).replace("\\", "")
     assert "At step 0 and, as it is now, at step 20 the model was asked (judge keywords; 95 % intervals):" in text
     assert "| a_refused | 90.0 %, n = 32 | 75.0 %, n = 32 |" in text
 
 
 def test_a_merge_that_was_taken_back_is_not_what_the_model_is_now(tmp_path):
-    steps = [asked(0, "begin", 0.9, KEYWORD), asked(9, "before", 0.8), asked(9, "after", 0.1)]
+    steps = [probed(0, "begin", 0.9, KEYWORD), probed(9, "before", 0.8), probed(9, "after", 0.1)]
     undone = {"kind": "rollback", "step": 9, "reason": "task", "modules": []}
     path = journal_of(tmp_path / "j", *steps, undone)
     assert probes_in(path).last.measures[0].value == 0.8
@@ -60,10 +62,10 @@ def test_a_merge_that_was_taken_back_is_not_what_the_model_is_now(tmp_path):
 
 def test_another_judge_after_a_resume_is_named_and_one_probe_stands_alone(tmp_path):
     llm = {"judge": "llamaguard", "benign_judge": "keywords"}
-    path = journal_of(tmp_path / "j", asked(0, "begin", 0.9, KEYWORD), asked(9, "begin", 0.8, llm))
+    path = journal_of(tmp_path / "j", probed(0, "begin", 0.9, KEYWORD), probed(9, "begin", 0.8, llm))
     text = "\n".join(probe_rows(probes_in(path)))
     assert "judge keywords, then llamaguard, of harmless prompts keywords" in text
-    alone = "\n".join(probe_rows(probes_in(journal_of(tmp_path / "j", asked(0, "begin", 0.9, KEYWORD)))))
+    alone = "\n".join(probe_rows(probes_in(journal_of(tmp_path / "j", probed(0, "begin", 0.9, KEYWORD)))))
     assert "At step 0 the model was asked" in alone
     assert "| measure | step 0 |" in alone
     assert probes_in(journal_of(tmp_path / "j")) is None

@@ -15,7 +15,7 @@ from ...io.card import caveat, escaped, front_matter
 from ...record import JOURNAL_FILE
 from ...record.progress import Progress
 from ..config.settings import SafeMergeConfig
-from .card_probe import Asked, probe_rows, probes_in
+from .card_probe import ProbePair, probe_rows, probes_in
 
 PLAN_FILE, CARD_FILE = "plan.txt", "README.md"
 TITLE = "# LoRA adapter, fine-tuned under guard\n"
@@ -26,7 +26,7 @@ class Outcome:
     """What a run leaves behind: the last check's plan, the whole run's counts, what was put together, the model.
 
     `model` is None where it cannot be saved by one process alone. `measures`: whether there were to be checks; `deeds`:
-    correction -> what it does, in words that a number of steps follows; `asked`: what a safety probe found.
+    correction -> what it does, in words that a number of steps follows; `probes`: what a safety probe counted.
     """
 
     journal: Path
@@ -36,7 +36,7 @@ class Outcome:
     model: Any = None
     measures: bool = True
     deeds: Mapping[str, str] = field(default_factory=dict)
-    asked: Asked | None = None
+    probes: ProbePair | None = None
 
     def write(self, folder: Path) -> None:
         """Write the files into `folder`; raises what saving raises."""
@@ -115,7 +115,7 @@ def _caveat(outcome: Outcome) -> str:
 
 
 def _answers(outcome: Outcome) -> list[str]:
-    return [] if outcome.asked is None else probe_rows(outcome.asked)
+    return [] if outcome.probes is None else probe_rows(outcome.probes)
 
 
 def _facts(outcome: Outcome) -> list[str]:
@@ -129,7 +129,7 @@ def _facts(outcome: Outcome) -> list[str]:
         "gate": str(plan.gate) if plan else None,
         "method": _method(plan) if plan and progress.merges else None,
         "share of the task's early update left": f"{min(left):.1%} to {max(left):.1%}" if left else None,
-        "refusals": None if outcome.asked else "not counted in this run",
+        "refusals": None if outcome.probes else "not counted in this run",
     }
     rows = [f"| {key.replace('_', ' ')} | {escaped(value)} |" for key, value in facts.items() if value]
     return ["| | |", "|---|---|", *rows]

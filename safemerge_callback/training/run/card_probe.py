@@ -13,7 +13,7 @@ from ...record.entries.probes import read_probe
 from ...record.history import History, Probe
 
 
-class Asked(NamedTuple):
+class ProbePair(NamedTuple):
     """The first probe of a run and the one of the weights as they are; `settings` of all that say how they asked."""
 
     first: Probe
@@ -21,7 +21,7 @@ class Asked(NamedTuple):
     settings: tuple[Mapping[str, Any], ...]
 
 
-def probes_in(journal: Path) -> Asked | None:
+def probes_in(journal: Path) -> ProbePair | None:
     """Return what the journal at `journal` tells of probes; None where it tells of none, or cannot be read.
 
     After a merge that was taken back the weights are those that were asked before it.
@@ -38,19 +38,19 @@ def probes_in(journal: Path) -> Asked | None:
     except (JournalError, KeyError, TypeError, ValueError, AttributeError):
         return None
     settings = tuple(probe.settings for probe in history.probes if probe.settings)
-    return Asked(history.probes[0], last, settings) if last is not None else None
+    return ProbePair(history.probes[0], last, settings) if last is not None else None
 
 
-def probe_rows(asked: Asked) -> list[str]:
+def probe_rows(probes: ProbePair) -> list[str]:
     """Return a sentence on how the model was asked, and a table: a measure, before training, and now, each with its n.
 
     Names from outside are escaped.
     """
-    first, last = asked.first, asked.last
+    first, last = probes.first, probes.last
     once = (first.step, first.when) == (last.step, last.when)
     when = f"At step {first.step}" if once else f"At step {first.step} and, as it is now, at step {last.step}"
-    judges = _names(asked.settings, "judge")
-    benign = _names(asked.settings, "benign_judge")
+    judges = _names(probes.settings, "judge")
+    benign = _names(probes.settings, "benign_judge")
     who = f"judge {judges}" + (f", of harmless prompts {benign}" if benign != judges else "") if judges else "judged"
     heads = [f"step {probe.step}" for probe in ([first] if once else [first, last])]
     now = {measured.measure: measured.text for measured in last.measures}
