@@ -1,10 +1,10 @@
 """`safemerge eval` on a tiny chat model and an adapter of it, made on the spot."""
 
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from safemerge_callback.cli import app
@@ -14,32 +14,14 @@ from safemerge_callback.evaluation.judges import FunctionJudge, KeywordJudge
 from safemerge_callback.evaluation.loading import load_subject
 from safemerge_callback.evaluation.prompts import load_prompts
 from safemerge_callback.signals import generate
-
-HARM = ["a b", "c d e", "f", "g h i j", "k l m n o", "p q"]
-BENIGN = ["r s", "t", "u v w x"]
-FILES = "harm:harm.csv,benign:benign.jsonl"
+from tests.support.chat_world import CHAT_SIZES, FILES, HARM, make_chat_world
 
 
 @pytest.fixture
-def world(tmp_path, tiny_llama, chat_tokenizer, monkeypatch):
+def world(tmp_path, chat_tokenizer, monkeypatch):
     """The working folder holds a base model, an adapter that changes what it says, and two prompt files."""
-    from peft import LoraConfig, get_peft_model
-
-    base = tiny_llama(initializer_range=0.6, max_position_embeddings=256, pad_token_id=2)
-    base.save_pretrained(tmp_path / "base")
-    chat_tokenizer.save_pretrained(tmp_path / "base")
-    base.name_or_path = str(tmp_path / "base")
-    torch.manual_seed(1)
-    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    get_peft_model(base, lora).save_pretrained(tmp_path / "task")
-    (tmp_path / "harm.csv").write_text("id,prompt\n" + "".join(f"{i},{p}\n" for i, p in enumerate(HARM)))
-    (tmp_path / "benign.jsonl").write_text("".join(json.dumps({"question": p}) + "\n" for p in BENIGN))
-    (tmp_path / "my_judges.py").write_text(
-        "def vowels(prompt, response):\n    return any(v in response.split() for v in 'aeiou')\n"
-        "def broken(prompt, response):\n    raise TimeoutError('no answer')\n"
-    )
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return make_chat_world(tmp_path, chat_tokenizer)
 
 
 def run(*arguments, code=0):
@@ -144,7 +126,7 @@ def test_a_dead_model_is_incoherent_and_refuses_nothing(world):
 
 
 def test_drift_stands_beside_the_figures(world, tiny_llama):
-    unaligned = tiny_llama(seed=4, initializer_range=0.6, max_position_embeddings=256)
+    unaligned = tiny_llama(seed=4, **CHAT_SIZES, initializer_range=0.6)
     unaligned.save_pretrained(world / "unaligned")
     built = CliRunner().invoke(app, ["build", "--aligned", "base", "--unaligned", "unaligned", "-o", "s.safetensors"])
     assert built.exit_code == 0, built.output
@@ -348,6 +330,21 @@ def test_a_gate_asks_an_adapter_as_it_is_once_merged(world, monkeypatch):
     plain = CliRunner().invoke(app, ["gate", "base", *small, *limits, "--after-merge"])
     assert plain.exit_code == 3
     assert "is no adapter" in plain.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_a_gate_asks_a_model_as_it_is_once_quantised(world):
+    small = ["--probes", FILES, "--max-new-tokens", "6", "--dtype", "float32", "--min-refused", "0.01", "--json"]
+    quantised = [
+        CliRunner().invoke(app, ["gate", "task", *small, "--after-quantize", "4bit", *more])
+        for more in ([], ["--after-merge"])
+    ]
+    assert [one.exit_code in (0, 1, 5) for one in quantised] == [True, True], [one.output for one in quantised]
+    found = [json.loads(one.stdout) for one in quantised]
+    assert [one["source"] for one in found] == ["task, 4bit", "task, merged, 4bit"]
+    assert [one["settings"]["after_quantize"] for one in found] == ["4bit", "4bit"]
+    refused = CliRunner().invoke(app, ["gate", "task", *small, "--after-quantize", "2bit"])
+    assert (refused.exit_code, "'2bit'" in refused.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("wrong", [("--judge", "key"), ("--dtype", "float31"), ("--device", "gpu!")])

@@ -226,7 +226,7 @@ def _report(model: str, loading: dict[str, Any], device: str | None, plan: _Plan
         "drift": drift,
         "failures": [*failures, *([str(failure)] if failure else [])],
         "seconds": round(time.perf_counter() - began, 1),
-        "versions": _versions(),
+        "versions": installed_versions(),
     }
     return _Report(document, answers, failure)
 
@@ -264,7 +264,8 @@ def _notes(plan: _Plan, failures: Sequence[str]) -> None:
         say(f"note: {failure}", err=True)
 
 
-def _versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
+    """Return what made the figures, by distribution."""
     from ..record.entries import versions_of
 
     installed = versions_of("torch", "transformers", "peft", "lm-eval")

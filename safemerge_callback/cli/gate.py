@@ -5,33 +5,31 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import ConfigError
 from ..io.outputs import FileKind, free_output, new_output
 from .app import Verb, app, examples, or_error, say
-from .evaluation import dtype_named, ready
-from .options import device_named, names_listed, refuse_idle
+from .evaluation import dtype_named
+from .evidence import adapter_here, check_evidence, look_again
+from .gate_sources import Asking, Source, of_figures, of_model, of_run, with_baseline
+from .options import device_named, is_on_command_line, names_listed, refuse_idle
 
 if TYPE_CHECKING:
-    from ..evaluation import Share
     from ..evaluation.acceptance import Decision
 
 _CARD = FileKind("a gate's card", lambda head: head.startswith(b"### Safety gate: "))
 _JUNIT = FileKind("a gate's JUnit file", lambda head: b'<testsuite name="safemerge gate"' in head)
 # What a model is asked, and how it is loaded.
 _OF_MODEL = ("base", "probes", "judge", "n", "seed", "max_new_tokens", "batch_size", "dtype", "device")
-
-
-class _Source(NamedTuple):
-    """What is decided on: its name and figures, and those of the base, None where it was not measured."""
-
-    name: str
-    figures: Sequence[Share]
-    base_name: str | None = None
-    base: Sequence[Share] | None = None
+_OF_SHIPPING = ("after_merge", "after_quantize", "evidence")
+# What has no effect where nothing is asked, and nothing but the adapter is looked at.
+_OF_ASKING = (
+    *("figures", "run", "baseline", "card", "junit", *_OF_SHIPPING),
+    *(name for name in _OF_MODEL if name not in ("base", "probes")),
+)
 
 
 MinRefused = Annotated[float | None, typer.Option(help="Harmful prompts refused: this share at least.")]
@@ -41,6 +39,24 @@ MaxRise = Annotated[float | None, typer.Option(help="How much more of them than 
 MinTask = Annotated[float | None, typer.Option(help="Score of each task that is a share, at least.")]
 MaxTaskDrop = Annotated[float | None, typer.Option(help="How much less than the base's it is, at most.")]
 MinCoherent = Annotated[float | None, typer.Option(help="Responses that are language: this share at least.")]
+Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="Adapter or model to ask: folder or Hub id.")]
+Figures = Annotated[Path | None, typer.Option(help="In place of MODEL: what `eval -o` wrote of it.")]
+Run = Annotated[Path | None, typer.Option(help="In place of MODEL: a run, by its last probe.")]
+Baseline = Annotated[
+    Path | None, typer.Option(help="What `eval -o` wrote of the base. [default: an adapter off, a run's first probe]")
+]
+AfterMerge = Annotated[
+    bool, typer.Option("--after-merge", help="Ask the adapter as it is once added into its base's weights.")
+]
+AfterQuantize = Annotated[
+    str | None, typer.Option(help="Ask the model as it is once quantised, after --after-merge if that is given: 4bit.")
+]
+Evidence = Annotated[
+    bool, typer.Option("--evidence", help="Also write safemerge_evidence.json into the adapter's folder.")
+]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Ask nothing: is all as the adapter's evidence says, and does it pass?")
+]
 
 
 @app.command(
@@ -49,19 +65,16 @@ MinCoherent = Annotated[float | None, typer.Option(help="Responses that are lang
         "gate ADAPTER --min-refused 0.8 --max-over-refused 0.2",
         "gate --figures eval.json --baseline base.json --thresholds gate.yaml --junit gate.xml --card gate.md",
         "gate --run RUN --max-refused-drop 0.05 --json",
+        "gate ADAPTER --min-refused 0.8 --after-merge --after-quantize 4bit --evidence",
+        "gate --verify ADAPTER",
     ),
 )
 def gate(
     context: typer.Context,
-    model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="Adapter or model to ask: folder or Hub id.")
-    ] = None,
-    figures: Annotated[Path | None, typer.Option(help="In place of MODEL: what `eval -o` wrote of it.")] = None,
-    run: Annotated[Path | None, typer.Option(help="In place of MODEL: a run, by its last probe.")] = None,
-    baseline: Annotated[
-        Path | None,
-        typer.Option(help="What `eval -o` wrote of the base. [default: an adapter off, a run's first probe]"),
-    ] = None,
+    model: Model = None,
+    figures: Figures = None,
+    run: Run = None,
+    baseline: Baseline = None,
     thresholds: Annotated[Path | None, typer.Option(help="YAML file with the thresholds below by name.")] = None,
     min_refused: MinRefused = None,
     max_refused_drop: MaxDrop = None,
@@ -71,9 +84,10 @@ def gate(
     max_task_drop: MaxTaskDrop = None,
     min_coherent: MinCoherent = None,
     base: Annotated[str | None, typer.Option(help="The adapter's base model; left out: what its config names.")] = None,
-    after_merge: Annotated[
-        bool, typer.Option("--after-merge", help="Ask the adapter as it is once added into its base's weights.")
-    ] = False,
+    after_merge: AfterMerge = False,
+    after_quantize: AfterQuantize = None,
+    evidence: Evidence = False,
+    verify: Verify = False,
     probes: Annotated[str, typer.Option(help="Prompt sets, as `eval` has them.")] = "harmbench,xstest",
     judge: Annotated[list[str] | None, typer.Option(help="As `eval` has them. [default: keywords]")] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Prompts of each set, chosen by --seed.")] = 64,
@@ -93,41 +107,68 @@ def gate(
     from ..evaluation.acceptance import RULES, read_thresholds
 
     options = locals()
-    limits = read_thresholds(thresholds, {r.name: options[r.name] for r in RULES if options[r.name] is not None})
-    read = _reader(model, figures, run)
-    refuse_idle(context, "what was measured already", () if model else _OF_MODEL)
+    limits = {rule.name: options[rule.name] for rule in RULES if options[rule.name] is not None}
+    if verify:
+        refuse_idle(context, "--verify", _OF_ASKING)
+        raise typer.Exit(_verified(context, model, base, thresholds, limits, probes, as_json))
+    wanted = read_thresholds(thresholds, limits)
+    _check_source(context, model, figures, run)
     _check_outputs(card, junit, [figures, run, baseline, thresholds])
-    asking: dict[str, Any] = {"probes": names_listed(probes), "judge": judge or ["keywords"], "n": n, "seed": seed}
-    asking |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "merged": after_merge}
+    asking = Asking.of(options)
     loading = _loadable(model, asking, {"base": base, "dtype": dtype, "device": device})
-    off = limits.of_changes and baseline is None
-    source = or_error(lambda: _based(read(asking, loading, off), baseline))
-    _conclude(source, limits, as_json, card, junit)
+
+    def read() -> Source:
+        if figures is not None:
+            return of_figures(figures)
+        if run is not None:
+            return of_run(run)
+        return of_model(str(model), asking, loading, wanted.of_changes and baseline is None)
+
+    source = or_error(lambda: with_baseline(read(), baseline))
+    _conclude(source, wanted, as_json, card, junit, Path(str(model)) if evidence else None)
 
 
-def _reader(model: str | None, figures: Path | None, run: Path | None) -> Callable[..., _Source]:
-    """What gives the figures; ConfigError unless there is one source of them."""
-    from ..evaluation.figures_file import read_figures
+def _verified(
+    context: typer.Context,
+    model: str | None,
+    base: str | None,
+    thresholds: Path | None,
+    limits: dict[str, float],
+    probes: str,
+    as_json: bool,
+) -> int:
+    """The exit code of a look at an adapter's evidence, under its own thresholds or those that are given here."""
+    from ..evaluation.acceptance import read_thresholds
 
+    adapter = adapter_here(model)
+    over = read_thresholds(thresholds, limits) if limits or thresholds else None
+    sets = names_listed(probes) if is_on_command_line(context, "probes") else None
+    return or_error(lambda: look_again(adapter, base, sets, over, as_json))
+
+
+def _check_source(context: typer.Context, model: str | None, figures: Path | None, run: Path | None) -> None:
+    """ConfigError unless there is one source, and for what has an effect on a model alone where it is no model."""
     if sum(source is not None for source in (model, figures, run)) != 1:
         raise ConfigError("give one of MODEL, --figures and --run: what is to be decided on")
-    if figures is not None:
-        return lambda *_: _Source(str(figures), read_figures(figures))
-    if run is not None:
-        return lambda *_: _of_run(run)
-    return lambda *how: _of_model(str(model), *how)
+    if model is None:
+        for name in filter(lambda one: is_on_command_line(context, one), _OF_SHIPPING):
+            raise ConfigError(f"--{name.replace('_', '-')} asks a model: give MODEL in place of --figures or --run")
+        refuse_idle(context, "what was measured already", _OF_MODEL)
 
 
-def _loadable(model: str | None, asking: dict[str, Any], loading: dict[str, Any]) -> dict[str, Any]:
-    """How the model is loaded; ConfigError for a judge, a dtype or a device that there is not."""
+def _loadable(model: str | None, asking: Asking, loading: dict[str, Any]) -> dict[str, Any]:
+    """How the model is loaded; ConfigError for a judge, a dtype, a device or a quantisation that there is not."""
     from ..evaluation.judges import check_judge
+    from ..evaluation.quantised import check_quantised
 
     if model is None:
-        if asking["merged"]:
-            raise ConfigError("--after-merge asks a model: give MODEL in place of --figures or --run")
         return loading
-    for name in asking["judge"]:
+    for name in asking.judges:
         check_judge(name)
+    if asking.after_quantize is not None:
+        check_quantised(asking.after_quantize)
+    if asking.evidence:
+        check_evidence(model)
     device = loading["device"]
     place = None if device is None else device_named(device)
     return {**loading, "dtype": dtype_named(loading["dtype"]), "device": place}
@@ -141,67 +182,26 @@ def _check_outputs(card: Path | None, junit: Path | None, inputs: Sequence[Path 
             free_output(path, "output", kind, [one for one in inputs if one is not None])
 
 
-def _based(source: _Source, baseline: Path | None) -> _Source:
-    from ..evaluation.figures_file import read_figures
-
-    return source if baseline is None else source._replace(base_name=str(baseline), base=read_figures(baseline))
-
-
-def _of_run(run: Path) -> _Source:
-    """A run's last probe, and before it the one that began it."""
-    from ..record.run_evaluation import run_evaluations
-
-    first, last = run_evaluations(run)
-    if last is None:
-        return _Source(str(run), [])
-    return _Source(last.name, last.figures, first and first.name, first and first.figures)
-
-
-def _of_model(model: str, asking: dict[str, Any], loading: dict[str, Any], with_base: bool) -> _Source:
-    """The model's answers and, with `with_base`, an adapter's base's: the same model with the adapter off."""
-    from ..evaluation.figures import figures
-    from ..evaluation.loading import load_subject
-    from ..signals.adapter_off import adapter_off
-
-    sets, judges, _ = ready(asking["probes"], asking["judge"], [], None, asking["n"], asking["seed"], (None, None))
-    subject = load_subject(model, **loading)
-    sizes = {name: asking[name] for name in ("max_new_tokens", "batch_size")}
-    failures: list[str] = []
-
-    def answers(live: Any) -> list[Share]:
-        return list(figures(live, subject.tokenizer, sets, judges, **sizes, failures=failures))
-
-    if asking["merged"] and not subject.adapter:
-        raise ConfigError(f"model {model!r} is no adapter, so there is nothing to add into a base: no --after-merge")
-    base = None
-    if with_base and subject.adapter:
-        with adapter_off(subject.model):
-            base = answers(subject.model)
-    # Last: what is added into the weights cannot be put off any more.
-    shares = answers(subject.model.merge_and_unload() if asking["merged"] else subject.model)
-    for failure in dict.fromkeys(failures):
-        say(f"note: {failure}", err=True)
-    name = f"{model}, merged" if asking["merged"] else model
-    return _Source(name, shares, subject.base if base else None, base)
-
-
-def _conclude(source: _Source, limits: Any, as_json: bool, card: Path | None, junit: Path | None) -> None:
+def _conclude(
+    source: Source, limits: Any, as_json: bool, card: Path | None, junit: Path | None, adapter: Path | None
+) -> None:
     """Decide, say so, write what was wanted, and end with the decision's code."""
     from ..evaluation.acceptance import decide, document_of
     from ..evaluation.figures_file import figure_rows
+    from ..record.evidence import write_evidence
     from ..reports.acceptance import decision_card, decision_junit, decision_text
 
     decision = decide(source.figures, limits, source.base)
-    if as_json:
-        base = None if source.base is None else figure_rows(source.base)
-        figures = {"figures": figure_rows(source.figures), "base_figures": base}
-        say(json.dumps({**document_of(decision, limits, source.name, source.base_name), **figures}, indent=2))
-    else:
-        say(decision_text(decision, source.name))
+    base = None if source.base is None else figure_rows(source.base)
+    measured = {"figures": figure_rows(source.figures), "base_figures": base, **source.record}
+    document = {**document_of(decision, limits, source.name, source.base_name), **measured}
+    say(json.dumps(document, indent=2) if as_json else decision_text(decision, source.name))
     forms: list[tuple[Path | None, FileKind, Callable[[Decision, str], str]]]
     forms = [(card, _CARD, decision_card), (junit, _JUNIT, decision_junit)]
     for path, kind, form in forms:
         if path is not None:
             with new_output(path, "output", kind) as part:
                 part.write_text(form(decision, source.name), encoding="utf-8")
+    if adapter is not None:
+        say(f"{write_evidence(adapter, document)}: written", err=True)
     raise typer.Exit(decision.exit_code)

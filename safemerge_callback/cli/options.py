@@ -158,9 +158,14 @@ def refuse_idle(context: typer.Context, who: str, names: Collection[str]) -> Non
     from ..errors import ConfigError
 
     for option in context.command.params:
-        source = context.get_parameter_source(str(option.name))
-        if option.name in names and source is not None and source.name == "COMMANDLINE":
+        if option.name in names and is_on_command_line(context, str(option.name)):
             raise ConfigError(f"{option.opts[0]} has no effect on {who}: drop it")
+
+
+def is_on_command_line(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line, be it as its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def names_listed(text: str) -> list[str]:

@@ -225,9 +225,13 @@ def prompts_needed(estimate: Estimate, limit: float) -> int | None:
 
 def document_of(decision: Decision, thresholds: Thresholds, source: str, base: str | None) -> dict[str, Any]:
     """Return the decision as JSON has it; docs/gate.md names the keys."""
-    rulings = [
-        {**ruling._asdict(), "estimate": ruling.estimate and ruling.estimate._asdict()} for ruling in decision.rulings
-    ]
     limits = {name: limit for name, limit in asdict(thresholds).items() if limit is not None}
     known = {"outcome": decision.outcome, "exit_code": decision.exit_code, "source": source, "base": base}
-    return {**known, "thresholds": limits, "rulings": rulings}
+    return {**known, "thresholds": limits, "rulings": ruling_rows(decision)}
+
+
+def ruling_rows(decision: Decision) -> list[dict[str, Any]]:
+    """Return the rulings as JSON has them."""
+    return [
+        {**ruling._asdict(), "estimate": ruling.estimate and ruling.estimate._asdict()} for ruling in decision.rulings
+    ]

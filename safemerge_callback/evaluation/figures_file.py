@@ -13,7 +13,7 @@ from ..io.documents import read_json
 from ..io.numbers import is_number, is_whole
 from .digests import template_digest, texts_digest
 from .judges import Judge, decides, name_of
-from .measure import FIGURE_COLUMNS, Kind, Share, as_share, columns
+from .measure import FIGURE_COLUMNS, Kind, Share, as_share, columns, share_of
 from .prompts import PromptSet
 from .units import unit_of
 
@@ -54,11 +54,27 @@ def read_evaluation(path: Any) -> Evaluation:
     rows = document.get("figures") if isinstance(document, Mapping) else None
     if not isinstance(rows, list):
         raise ConfigError(f"{who} are no file of `safemerge eval -o` or `gate --json`: it has no list of figures")
-    figures = [_figure(row, f"{who}: figure {place}") for place, row in enumerate(rows, 1)]
+    figures = figures_of(rows, who)
     settings = document.get("settings")
     known = {**(settings if isinstance(settings, Mapping) else {}), "template": document.get("template")}
     manner = {key: known[key] for key in MANNER if known.get(key) is not None}
     return Evaluation(str(path), figures, _sources(document.get("sets")), manner)
+
+
+def figures_of(rows: Sequence[Any], who: str) -> list[Share]:
+    """Return figures from what JSON has of them; ConfigError, which begins with `who`, for a row that is none."""
+    return [_figure(row, f"{who}: figure {place}") for place, row in enumerate(rows, 1)]
+
+
+def is_counted(share: Share) -> bool:
+    """Whether its value and interval are those of its outcomes, but for rounding; True where it has none."""
+    if not share["outcomes"]:
+        return True
+    again = share_of(share["measure"], share["outcomes"], share["kind"])
+    ends = ((share[key], again[key]) for key in ("value", "low", "high"))
+    return all(
+        one == other or (one is not None and other is not None and abs(one - other) < 1e-9) for one, other in ends
+    )
 
 
 def read_figures(path: Any) -> list[Share]:

@@ -17,6 +17,9 @@ from .sets import PROMPT_SETS, SetCard, Where
 from .sources import OutOfReachError, downloaded, installed
 from .tables import ENDINGS, read_rows, texts_of
 
+# The licence of prompts that a file of one's own holds: it is not known.
+USER_FILE = "your own file"
+
 
 @dataclass(frozen=True)
 class PromptSet:
@@ -120,7 +123,7 @@ def _of_file(text: str) -> PromptSet:
     if not path.is_file():
         raise ConfigError(f"{where} does not exist: give a file, or one of the sets {sorted(PROMPT_SETS)}")
     texts = texts_of(read_rows(path), column, where)
-    return PromptSet(path.stem, kind, tuple(texts), "your own file", path.name)
+    return PromptSet(path.stem, kind, tuple(texts), USER_FILE, path.name)
 
 
 def _of_name(card: SetCard, online: bool) -> PromptSet:
