@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .offline import apply_safemerge as apply_safemerge
     from .offline import measure_adapter as measure_adapter
     from .offline import merge_adapters as merge_adapters
+    from .offline import push_adapter as push_adapter
     from .offline import sweep_adapters as sweep_adapters
     from .offline import undo_merge as undo_merge
     from .record import read_journal as read_journal
@@ -51,6 +52,7 @@ _HOMES = {
     "measure_adapter": "offline",
     "merge_adapters": "offline",
     "mix_safety_data": "evaluation",
+    "push_adapter": "offline",
     "read_journal": "record",
     "sweep_adapters": "offline",
     "undo_merge": "offline",

@@ -1,6 +1,6 @@
 """The `safemerge` command: the package's verbs on files. What a verb needs is imported when it runs."""
 
-from . import adapters, compare, evaluation, first_steps, gate, rows, runs, search, subspaces
+from . import adapters, compare, evaluation, first_steps, gate, hub, rows, runs, search, subspaces
 from .app import app, main
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "evaluation",
     "first_steps",
     "gate",
+    "hub",
     "main",
     "rows",
     "runs",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ _HEAD = re.compile(r"---\r?\n(?P<head>.*?\n)---[ \t]*\r?(\n|$)", flags=re.S)
 # Between these two lines a card is ours.
 BEGIN, END = "<!-- safemerge: begin -->", "<!-- safemerge: end -->"
 TAG = "safemerge"
+
+_MARKS = re.compile(f"{re.escape(BEGIN)}|{re.escape(END)}")
 
 _CAVEAT = "answers accidental loss of safety in fine-tuning; it does not withstand an attack: evaluate before use."
 
@@ -31,18 +33,15 @@ def front_matter(base_model: str | None, baked: bool = False, tag: str | None = 
     return card_head([base_model], [*tags, *filter(None, [tag])], library)
 
 
-def card_head(
-    bases: Iterable[str | None], tags: Iterable[str], library: str | None = None, license: str | None = None
-) -> str:
+def card_head(bases: Iterable[str | None], tags: Iterable[str], library: str | None = None) -> str:
     """Return the head of a card; of `bases` those that are Hub ids, since the Hub refuses a local path."""
     # A JSON string is a YAML string.
     known = [json.dumps(base) for base in bases if is_hub_id(base)]
     one = f"base_model: {known[0]}\n" if len(known) == 1 else ""
     many = "base_model:\n" + "".join(f"- {base}\n" for base in known) if len(known) > 1 else ""
-    stated = f"license: {json.dumps(license)}\n" if license else ""
     named = f"library_name: {library}\n" if library else ""
     listed = "".join(f"- {tag}\n" for tag in tags)
-    return f"---\n{one}{many}{stated}{named}tags:\n{listed}---\n"
+    return f"---\n{one}{many}{named}tags:\n{listed}---\n"
 
 
 def is_hub_id(name: Any) -> bool:
@@ -88,6 +87,43 @@ def with_section(card: str, section: str) -> str:
     before, _, rest = card.partition(BEGIN)
     _, end, after = rest.partition(END)
     return f"{before}{block}{after}" if marks == (1, 1) and end else card
+
+
+def section_in(card: str) -> str | None:
+    """Return what stands between our comments; None where they are not one pair."""
+    before, begin, rest = card.partition(BEGIN)
+    section, end, after = rest.partition(END)
+    return section.strip() if begin and end and not {BEGIN, END} & {*re.findall(_MARKS, before + after)} else None
+
+
+def completed(
+    card: str | None, *, head: str, title: str, section: str, tags: Iterable[str], entries: Mapping[str, str | None]
+) -> str:
+    """Return `card` with our section, tags and `entries` of the head in it, and nothing else changed; or a new one.
+
+    `head` is that of a new card, or of a text that has none; `title` follows it in a new one.
+    """
+    if card is None or not card.strip():
+        card = f"{head}\n{title}"
+    elif not has_head(card):
+        card = f"{head}\n{card}"
+    for tag in tags:
+        card = with_tag(card, tag)
+    for key, value in entries.items():
+        card = card if value is None else with_entry(card, key, value)
+    return with_section(card, section)
+
+
+def with_entry(card: str, key: str, value: str) -> str:
+    """Return `card` with this text in its head; as it is where it has no head, one not understood, or a list there."""
+    match = _HEAD.match(card)
+    old = _mapping(match["head"]) if match else None
+    if match is None or old is None:
+        return card
+    head, line = match["head"], f"{key}: {json.dumps(value)}\n"
+    new = re.sub(rf"^{key}:.*\n", lambda _: line, head, flags=re.M) if key in old else f"{head}{line}"
+    whole = _mapping(new) == {**old, key: value}
+    return f"{card[: match.start('head')]}{new}{card[match.end('head') :]}" if whole else card
 
 
 def with_tag(card: str, tag: str) -> str:

@@ -5,6 +5,7 @@ from .bake_adapter import bake_adapter
 from .fuse import fuse_adapters
 from .merge import measure_adapter, merge_adapters
 from .peft_model import apply_safelora, apply_safemerge
+from .publish import push_adapter
 from .search import search_merge
 from .sweep.sweep import Cell, Sweep, sweep_adapters
 from .undo import undo_merge
@@ -19,6 +20,7 @@ __all__ = [
     "fuse_adapters",
     "measure_adapter",
     "merge_adapters",
+    "push_adapter",
     "search_merge",
     "sweep_adapters",
     "undo_merge",

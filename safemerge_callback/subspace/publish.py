@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SubspaceError
-from ..io.card import TAG, card_head, escaped, has_head, is_hub_id, with_section, with_tag
+from ..io.card import TAG, card_head, completed, escaped, is_hub_id
 from ..io.hub_upload import Destination, check_destination, upload
 from .header import VERSION, FileHeader
 from .place import hub_name
@@ -37,7 +37,8 @@ def push_file(
     check_destination(to, f"subspace {str(path)!r}", error=SubspaceError)
     verify()
     section = subspace_section(name, path.stat().st_size, header, fingerprint, to.repo)
-    card = partial(_card, section=section, header=header, license=license)
+    head = card_head(_bases(header), TAGS)
+    card = partial(completed, head=head, title=_TITLE, section=section, tags=TAGS, entries={"license": license})
     return f"{upload(to, {name: path}, card, f'subspace {name!r}', error=SubspaceError)}/{name}"
 
 
@@ -68,17 +69,6 @@ def subspace_section(name: str, size: int, header: FileHeader, fingerprint: str,
             "unless its head does.",
         ]
     )
-
-
-def _card(old: str | None, *, section: str, header: FileHeader, license: str | None) -> str:
-    """The card of a repository: a new one, or the old one with our section in it and nothing else changed."""
-    head = card_head(_bases(header), TAGS, license=license)
-    if old is None or not old.strip():
-        return with_section(f"{head}\n{_TITLE}", section)
-    card = old if has_head(old) else f"{head}\n{old}"
-    for tag in TAGS:
-        card = with_tag(card, tag)
-    return with_section(card, section)
 
 
 def _bases(header: FileHeader) -> list[str | None]:

@@ -46,7 +46,7 @@ def test_a_card_that_is_there_keeps_all_but_the_section(hub, subspace):
     subspace.push_to_hub("me/v", license="mit")
     card = hub.repos["me/v"].tree()["README.md"].decode()
     assert head_of(card)["license"] == "mit"
-    mine = card.replace("# Safety subspace\n", "# Mine, and why\n", 1).replace("mit", "apache-2.0")
+    mine = card.replace("\n# Safety subspace\n", "\n# Mine, and why\n", 1).replace("mit", "apache-2.0")
     hub.repos["me/v"].commit({**hub.repos["me/v"].tree(), "README.md": mine.encode()}, "by hand")
     subspace.push_to_hub("me/v")
     again = hub.repos["me/v"].tree()["README.md"].decode()
@@ -160,3 +160,9 @@ def test_the_section_of_hub_checkpoints_has_the_command_and_a_compressed_one_its
     assert "\\| x \\`\\`\\` y at b" in text
     small = compress_subspace(Subspace.load(subspace.path), tmp_path / "int8.safetensors", progress=False)
     assert "made from | tiny.subspace.safetensors" in subspace_section("s", 1, small.header, "f", "me/v")
+
+
+def test_a_licence_is_stated_changed_and_left(hub, subspace):
+    for licence, stated in ((None, None), ("mit", "mit"), ("other", "other"), (None, "other")):
+        subspace.push_to_hub("me/v", license=licence)
+        assert head_of(hub.repos["me/v"].tree()["README.md"].decode()).get("license") == stated
