@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,16 +21,21 @@ def spreads_by_kind(reference: Reference, kinds: Sequence[str], loss: RowLoss) -
     """Return, for each kind of row, the loss of a model that is the reference, and the reference's spread in it.
 
     Apart, since what a model refuses is said in the same words, and what it answers is not: their losses differ
-    threefold.
+    threefold. Where a kind's rows do not differ, being one, the spread is that of all rows.
     """
     by_kind = {kind: [row for row, one in zip(reference, kinds, strict=True) if one == kind] for kind in set(kinds)}
-    return {kind: loss.spread(Reference(rows)) for kind, rows in by_kind.items()}
+    _, all_rows = loss.spread(reference)
+    spreads = {kind: loss.spread(Reference(rows)) for kind, rows in by_kind.items()}
+    return {kind: (at, spread or all_rows) for kind, (at, spread) in spreads.items()}
 
 
 def mean_rise(losses: Tensor, kinds: Sequence[str], spreads: Mapping[str, tuple[float, float]]) -> Tensor:
-    """Return by how many of the reference's spreads the losses (n,) are above its own, on average; a scalar."""
+    """Return by how many of the reference's spreads the losses (n,) are above its own, on average; a scalar.
+
+    Infinite where there is no spread, since nothing then says how much is little.
+    """
     at, spread = torch.tensor([spreads[kind] for kind in kinds], device=losses.device, dtype=losses.dtype).unbind(-1)
-    return ((losses - at) / spread).mean()
+    return torch.where(spread > 0, (losses - at) / spread, math.inf).mean()
 
 
 @dataclass

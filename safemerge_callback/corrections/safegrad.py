@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -36,9 +37,8 @@ class SafegradSettings(RowSource):
     @property
     def as_replay(self) -> ReplaySettings:
         """The same in the words of `replay`."""
-        return ReplaySettings(
-            **self.of_source(), loss="kl", surgery=True, first_tokens=self.first_tokens, weight=self.rho or 1.0
-        )
+        how: dict[str, Any] = {"loss": "kl", "surgery": True, "by_need": False, "weight": self.rho or 1.0}
+        return ReplaySettings(**self.of_source(), **how, first_tokens=self.first_tokens)
 
 
 class Safegrad(ReplayApart):

@@ -1,6 +1,7 @@
 """When replayed rows are needed: their mean rise over the last times, by the spreads of their own kind."""
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -31,7 +32,14 @@ def test_the_rise_counts_each_row_by_its_own_kind():
     spreads = {"harm": (0.1, 0.2), "benign": (1.0, 0.5)}
     losses = torch.tensor([0.5, 0.1, 2.0])
     assert float(mean_rise(losses, ["harm", "harm", "benign"], spreads)) == pytest.approx((2.0 + 0.0 + 2.0) / 3)
-    assert mean_rise(losses, ["harm"] * 3, {"harm": (0.0, 0.0)}).isinf()
+    below = torch.tensor([-1e-7])
+    assert float(mean_rise(below, ["harm"], {"harm": (0.0, 0.0)})) == math.inf, "nothing says how much is little"
+
+
+def test_where_a_kind_is_one_row_the_spread_is_that_of_all():
+    spreads = spreads_by_kind(reference(0.1, 0.3, 0.9), ["harm", "harm", "benign"], LOSSES["kl"])
+    assert spreads["harm"] == (0.0, pytest.approx(0.1))
+    assert spreads["benign"] == (0.0, pytest.approx(statistics.pstdev([0.1, 0.3, 0.9])))
 
 
 def test_they_are_needed_until_seen_often_enough_and_while_the_mean_of_the_last_is_above():

@@ -74,7 +74,10 @@ def test_weight_0_is_absence_to_the_bit(world, chat_tokenizer, tmp_path):
     assert not same(lora_weights(plain.model), lora_weights(there.model))
 
 
-@pytest.mark.parametrize("settings", [{}, {"by_need": True}, {"batch_size": 2, "hinge": 0.5, "loss": "ce"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"by_need": True, "tolerance": 100.0}, {"batch_size": 2, "hinge": 0.5, "loss": "ce"}],
+)
 def test_a_resumed_run_is_the_unbroken_one(world, chat_tokenizer, tmp_path, settings):
     steps = {"max_steps": 8, "save_strategy": "steps", "save_steps": 1}
     whole = train(world, chat_tokenizer, tmp_path / "whole", replaying(**settings), **steps)
@@ -82,6 +85,14 @@ def test_a_resumed_run_is_the_unbroken_one(world, chat_tokenizer, tmp_path, sett
         again = world.trainer(tmp_path / "whole", replaying(**settings), tokenizer=chat_tokenizer, **steps)
         again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         assert same(lora_weights(whole.model), lora_weights(again.model)), step
+
+
+def test_by_need_rows_come_in_every_step_until_they_say_that_nothing_is_lost(world, chat_tokenizer, tmp_path, runs):
+    steps = {"max_steps": 12, "logging_steps": 1}
+    train(world, chat_tokenizer, tmp_path, replaying(by_need=True, tolerance=100.0), **steps)
+    assert [e["step"] for e in runs.entries(tmp_path, "gradient")] == [1, 2, 3, 4, 5, 7, 11]
+    train(world, chat_tokenizer, tmp_path / "needed", replaying(by_need=True, tolerance=1e-9), **steps)
+    assert counts_of(runs, tmp_path / "needed") == (12, 12)
 
 
 def counts_of(runs, folder):
@@ -278,7 +289,7 @@ def test_what_it_readies_draws_a_bar_unless_a_run_is_to_be_quiet(
 
 
 @pytest.mark.parametrize(
-    ("settings", "kept"), [({}, None), ({"by_need": True}, 0), ({"hinge": 1.0}, 0), ({"loss": "kl", "top_k": 5}, 5)]
+    ("settings", "kept"), [({"by_need": False}, None), ({}, 0), ({"hinge": 1.0}, 0), ({"loss": "kl", "top_k": 5}, 5)]
 )
 def test_of_the_reference_is_kept_what_is_read(world, chat_tokenizer, settings, kept):
     rows = replay_rows(world.model(), chat_tokenizer, ReplaySettings(rows=ROWS, **{"loss": "ce", **settings}))
@@ -333,6 +344,8 @@ def test_without_a_tokenizer_it_is_refused_before_the_first_step(world, tmp_path
         ({"harmful_share": 1.5}, "harmful_share is 1.5"),
         ({"harmful_share": True}, "harmful_share is True"),
         ({"longest": 0}, "longest is 0"),
+        ({"tolerance": 0}, "tolerance is 0"),
+        ({"tolerance": None}, "tolerance is None"),
         ({"prompts": 3}, "prompts is 3"),
         ({"prompts": []}, r"prompts is \[\]"),
         ({"prompts": ["advbench"]}, r"prompts \['advbench'\] are of one kind alone, harm"),
