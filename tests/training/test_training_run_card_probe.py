@@ -10,6 +10,7 @@ import yaml
 from safemerge_callback import SafetyEvalCallback, Subspace
 from safemerge_callback.errors import SubspaceError
 from safemerge_callback.io.card import BEGIN, END
+from safemerge_callback.training.run import opening
 from safemerge_callback.training.run.card_probe import probe_rows, probes_in
 from tests.support.replay import replaying
 
@@ -140,7 +141,7 @@ def test_a_run_takes_its_subspace_from_the_hub_and_pins_its_commit(world, runs, 
     (start,) = runs.entries(tmp_path / "hub", "start")
     address = f"org/v@{repo.branches['main']}/model.subspace.safetensors"
     assert start["subspace"]["path"] == address
-    assert start["config"]["subspace"] == "org/v"
+    assert start["config"]["subspace"] == address
     assert address in (tmp_path / "hub" / "README.md").read_text().replace("\\", "")
     world.trainer(tmp_path / "file", world.guard()).train()
     one, other = (runs.entries(tmp_path / name, "merge") for name in ("hub", "file"))
@@ -157,3 +158,26 @@ def test_a_subspace_that_the_hub_does_not_give_ends_a_run_before_its_first_step(
         trainer.train()
     assert trainer.state.global_step == 0
     assert not (tmp_path / "out" / "safemerge.jsonl").exists()
+
+
+def test_a_resume_is_told_that_the_subspace_is_another_by_now(world, runs, hub, tmp_path):
+    content = (world.folder / "subspace.safetensors").read_bytes()
+    repo = hub.make("org/v", {"v.safetensors": content})
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    world.trainer(tmp_path, world.guard(subspace="org/v"), **saving).train()
+    (old,), checkpoint = runs.entries(tmp_path, "start"), str(tmp_path / "checkpoint-3")
+    world.trainer(tmp_path, world.guard(subspace="org/v"), **saving).train(resume_from_checkpoint=checkpoint)
+    repo.commit({"v.safetensors": content, "README.md": b"new"}, "newer")
+    address = f"org/v@{repo.branches['main']}/v.safetensors"
+    with pytest.warns(UserWarning, match=f"subspace '{old['subspace']['path']}' -> '{address}'"):
+        world.trainer(tmp_path, world.guard(subspace="org/v"), **saving).train(resume_from_checkpoint=checkpoint)
+
+
+def test_all_processes_take_the_commit_of_the_first(world, hub, monkeypatch):
+    content = (world.folder / "subspace.safetensors").read_bytes()
+    repo = hub.make("org/v", {"v.safetensors": content})
+    first = Subspace.from_pretrained("org/v").address
+    repo.commit({"v.safetensors": content, "README.md": b"new"}, "pushed while the other processes began")
+    assert opening._opened("org/v").address != first
+    monkeypatch.setattr(opening, "from_first", lambda _value: first)
+    assert opening._opened("org/v").address == first

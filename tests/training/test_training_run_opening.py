@@ -17,7 +17,7 @@ from tests.support.ranks import run_on
 
 def check_guard(state, journal):
     config = SafeMergeConfig(subspace="s", gate="watch", journal=str(journal))
-    _records(config, Past(None, None, []), SimpleNamespace(output_dir=str(journal.parent)), state)
+    _records(config, None, Past(None, None, []), SimpleNamespace(output_dir=str(journal.parent)), state)
 
 
 def check_probe(state, journal):

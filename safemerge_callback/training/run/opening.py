@@ -136,7 +136,7 @@ def open_session(
     for kept in kept_of(merge, corrections, data):
         _take_up(kept, past)
     rehearse(config, at, merge, measuring, data)
-    progress, journal, restored = _records(config, past, args, state)
+    progress, journal, restored = _records(config, at.subspace, past, args, state)
     plan = forecast(config, list(factors), state.max_steps, state.global_step, progress.task_weights)
     of_a_run = {"placement": measuring.placement, "world_size": args.world_size, "prepared": seconds or None}
     if config.measures:
@@ -228,7 +228,13 @@ def _start(
     sources = Sources(None, None, None)
     if subspace is not None:
         sources = Sources(subspace.name, subspace.aligned, subspace.unaligned)
-    return start_entry(step, config.to_publish(), versions_of(*_VERSIONED), sources, num_modules, **of_a_run)
+    return start_entry(step, _published(config, subspace), versions_of(*_VERSIONED), sources, num_modules, **of_a_run)
+
+
+def _published(config: SafeMergeConfig, subspace: Subspace | None) -> dict[str, Any]:
+    """The settings as they leave this machine; a subspace of the Hub at its commit, so that a resume sees another."""
+    pinned = {} if subspace is None or subspace.address is None else {"subspace": subspace.address}
+    return {**config.to_publish(), **pinned}
 
 
 def _initial(
@@ -333,15 +339,15 @@ def _take_up(kept: Kept, past: Past) -> None:
 
 
 def _records(
-    config: SafeMergeConfig, past: Past, args: TrainingArguments, state: TrainerState
+    config: SafeMergeConfig, subspace: Subspace | None, past: Past, args: TrainingArguments, state: TrainerState
 ) -> tuple[Progress, Journal, bool]:
     """The progress of the resumed checkpoint and the journal cut back to it, or new ones; whether it was found."""
     progress, first = past.progress, state.is_world_process_zero
+    path, settings = _journal_path(config, args), _published(config, subspace)
     if progress:
         # These stand in a record only where there are any.
         none = {"corrections": None, "data": None, "knobs": None}
-        _tell_changes(none | public_settings(progress.config), none | config.to_publish())
-    path = _journal_path(config, args)
+        _tell_changes(none | public_settings(progress.config), none | settings)
     count = progress.journal_entries if progress else None
     # A refusal on the first rank alone would leave the others waiting for it.
     entries = all_or_none(lambda: _continued(path, state.global_step, count) if first else [])
@@ -351,7 +357,7 @@ def _records(
         progress = from_first(rebuilt(entries))
         _tell_loss(past.reason, state.global_step, progress)
     restored, progress = progress is not None, progress or Progress()
-    progress.config, progress.journal_entries = config.to_publish(), len(entries)
+    progress.config, progress.journal_entries = settings, len(entries)
     return progress, Journal(path, enabled=first), restored
 
 
