@@ -59,6 +59,7 @@ def test_a_safety_adapter_is_there_whole_and_serves_from_there(hub, world, adapt
         "| base model | org/aligned",
     ):
         assert words in text, words
+    assert "More Information Needed" not in text
     there, here = load_adapter(address), load_adapter(adapter)
     assert there.base_model == "org/aligned"
     assert there.factors.keys() == here.factors.keys()
@@ -80,6 +81,17 @@ def test_what_a_merge_or_a_run_says_of_itself_stays(hub, world, adapter, tmp_pat
     hub.repos["me/run"].commit({**hub.repos["me/run"].tree(), "README.md": mine.encode()}, "by hand")
     push_adapter(tmp_path / "run", "me/run", base_model="org/chat")
     assert "My Own Words" in parts(hub.repos["me/run"])[1]
+
+
+def test_a_card_that_somebody_wrote_goes_along(hub, adapter):
+    card = (adapter / "README.md").read_text().replace("[More Information Needed]", "me", 1)
+    (adapter / "README.md").write_text(card)
+    push_adapter(adapter, "me/safety", base_model="org/aligned")
+    text = parts(hub.repos["me/safety"])[1]
+    assert "**Developed by:** me" in text
+    (adapter / "README.md").write_bytes(b"\xff no text")
+    push_adapter(adapter, "me/other", base_model="org/aligned")
+    assert "# LoRA adapter" in parts(hub.repos["me/other"])[1]
 
 
 def test_a_base_that_is_a_folder_here_must_be_named(hub, adapter, world):

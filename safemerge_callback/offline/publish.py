@@ -7,6 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ def push_adapter(
     adapter = load_adapter(place, moved_base=True)
     base = _base(adapter, base_model)
     local = _text(place / CARD_FILE)
+    if local is not None:
+        local = _without_template(local)
     if local is not None and base is not None and adapter.base_model not in (None, base):
         # PEFT names the base in the head, and in a tag.
         local = local.replace(str(adapter.base_model), base)
@@ -144,6 +147,15 @@ def _digest(adapter: Adapter) -> str | None:
         return None
     with (adapter.folder / WEIGHTS).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _without_template(card: str) -> str:
+    """The card that PEFT writes without the questions of its template, where nobody has answered any."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    with suppress(ImportError):  # jinja2, which PEFT needs to write it
+        return card.replace(ModelCard.from_template(ModelCardData()).text.strip(), _TITLE.strip(), 1)
+    return card
 
 
 def _text(path: Path) -> str | None:

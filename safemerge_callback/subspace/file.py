@@ -20,8 +20,8 @@ from ..io.paths import as_path
 from ..ops import AlignmentMatrix, full_precision, turned
 from .check import check_base, check_modules, require_tensors
 from .digests import digest_of
+from .file_address import FileAddress, find_file, plain_name
 from .header import PROBE_POSITIONS, PROBES, VERSION, FileHeader, ModuleHeader
-from .place import Place, find_file, plain_name
 from .publish import push_file
 from .read_ahead import spans_of, will_need
 from .spectrum import spread_at, turned_spread
@@ -51,7 +51,7 @@ class Subspace:
             raise SubspaceError(
                 f"subspace {str(path)!r}: no such file. Write one with build_subspace, or `safemerge build`."
             )
-        return cls._open(Place(path))
+        return cls._open(FileAddress(path))
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> Subspace:
@@ -66,8 +66,9 @@ class Subspace:
 
     @classmethod
     @full_precision()
-    def _open(cls, place: Place) -> Subspace:
-        path, where = place.path, f"subspace {place.address or str(place.path)!r}"
+    def _open(cls, file_address: FileAddress) -> Subspace:
+        path, address = file_address
+        where = f"subspace {address or str(path)!r}"
         try:
             with safe_open(path, framework="pt") as file:
                 header = FileHeader.from_metadata(file.metadata(), where)
@@ -78,7 +79,7 @@ class Subspace:
             damage = "is corrupt, cut short, or no safetensors file"
             raise SubspaceError(f"{where} {reading_fault(path, error, 'Build it again.', damage)}") from error
         require_tensors(header, stored, where)
-        return cls(path, header, fingerprint, place.address)
+        return cls(path, header, fingerprint, address)
 
     def push_to_hub(
         self,
@@ -208,8 +209,7 @@ class Subspace:
         if not self.compressed:
             return self
         if self._exact is None:
-            place = self._exact_place()
-            exact = Subspace._open(place)
+            exact = Subspace._open(self._exact_address())
             if exact.fingerprint != self.header.exact["sha256"]:
                 raise SubspaceError(
                     f"{exact.source!r} is not the file that {self.source!r} was made from: its header's sha256 is "
@@ -218,7 +218,7 @@ class Subspace:
             self._exact = exact
         return self._exact
 
-    def _exact_place(self) -> Place:
+    def _exact_address(self) -> FileAddress:
         """Where the file is that a compressed one was made from."""
         name = plain_name(self.header.exact["file"], f"the header of {self.source!r}")
         path = self.path.parent / name
@@ -229,7 +229,7 @@ class Subspace:
                 f"subspace {self.source!r} is compressed and leaves a decision open, and the exact file it was "
                 f"made from is not beside it: looked for {str(path)!r}. Put it there, or use it in its place."
             )
-        return Place(path)
+        return FileAddress(path)
 
     def verify(self) -> int:
         """Read the whole file and compare every tensor with its checksum; return how many were compared.

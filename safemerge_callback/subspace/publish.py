@@ -12,8 +12,8 @@ from typing import Any
 from ..errors import SubspaceError
 from ..io.card import TAG, card_head, completed, escaped, is_hub_id
 from ..io.hub_upload import Destination, check_destination, upload
+from .file_address import hub_name
 from .header import VERSION, FileHeader
-from .place import hub_name
 
 TAGS = (TAG, "safety-subspace", "lora")
 _WORDS = re.compile(r"[\w,-]+")

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from safemerge_callback import Subspace
 from safemerge_callback.errors import SubspaceError
 from safemerge_callback.subspace import compress_subspace
-from safemerge_callback.subspace.place import Place, find_file
+from safemerge_callback.subspace.file_address import FileAddress, find_file
 from tests.support.hub import READER
 
 
@@ -68,7 +68,7 @@ def test_a_file_and_a_folder_open_as_they_are(hub, content, tmp_path, monkeypatc
     (tmp_path / "org" / "v" / "model-00001-of-00002.safetensors").write_bytes(b"")
     monkeypatch.chdir(tmp_path)
     for source in ("org/v", Path("org/v/my.safetensors")):
-        assert find_file(source) == Place(Path("org/v/my.safetensors"))
+        assert find_file(source) == FileAddress(Path("org/v/my.safetensors"))
         opened = Subspace.from_pretrained(source)
         assert (opened.address, opened.name) == (None, "my.safetensors")
     assert hub.asked == []

@@ -20,7 +20,7 @@ _WEIGHTS = re.compile(r"((adapter_)?model(-\d+-of-\d+)?|consolidated.*)\.safeten
 _BUILD = "Write one with build_subspace, or `safemerge build`."
 
 
-class Place(NamedTuple):
+class FileAddress(NamedTuple):
     """A subspace file: its `path` on this machine, and where it came from the Hub its `address` there.
 
     The address is `org/name@commit/FILE.safetensors`, as the Hub's client writes files: it opens this very file again.
@@ -30,7 +30,7 @@ class Place(NamedTuple):
     address: str | None = None
 
 
-def find_file(source: str | Path, revision: str | None = None) -> Place:
+def find_file(source: str | Path, revision: str | None = None) -> FileAddress:
     """Return where the subspace file of `source` is; from the Hub it is fetched into the Hub's cache.
 
     source: a file, a folder with one, or a Hub id: `org/name`, `org/name@revision`, and where a repository has several
@@ -42,9 +42,9 @@ def find_file(source: str | Path, revision: str | None = None) -> Place:
     path = as_path(source, "subspace", error=SubspaceError)
     if path.is_dir():
         names = [one.name for one in path.iterdir() if one.is_file()]
-        return Place(path / _only(names, f"subspace {str(path)!r}: the folder", "give the path of one"))
+        return FileAddress(path / _only(names, f"subspace {str(path)!r}: the folder", "give the path of one"))
     if path.exists():
-        return Place(path)
+        return FileAddress(path)
     named, _, file = str(source).rpartition("/")
     if not (file.endswith(_SUFFIX) and "@" in named):
         named, file = str(source), ""
@@ -75,14 +75,14 @@ def hub_name(path: Path) -> str:
     return path.name
 
 
-def _fetched(repo: str, revision: str | None, file: str) -> Place:
+def _fetched(repo: str, revision: str | None, file: str) -> FileAddress:
     """The file of a repository, of one commit; where the Hub cannot be asked, what its cache has."""
     commit = find_commit(repo, revision, "subspace", error=SubspaceError, kind="file")
     where = f"subspace {repo!r}: the repository"
     if commit.sha is not None:
         name = _chosen(file, commit.files, where, f"{repo}@{revision or 'main'}")
         path, sha = downloaded(repo, revision, name, "subspace", error=SubspaceError)
-        return Place(path, f"{repo}@{sha}/{name}")
+        return FileAddress(path, f"{repo}@{sha}/{name}")
     folder = cached_folder(repo, revision)
     if folder is None:
         raise SubspaceError(
@@ -90,7 +90,7 @@ def _fetched(repo: str, revision: str | None, file: str) -> Place:
             f"{f' at revision {revision!r}' if revision else ''}: {commit.why}"
         )
     name = _chosen(file, [one.name for one in folder.iterdir()], f"{where} in the Hub's cache", f"{repo}@{folder.name}")
-    return Place(folder / name, f"{repo}@{folder.name}/{name}")
+    return FileAddress(folder / name, f"{repo}@{folder.name}/{name}")
 
 
 def _chosen(file: str, names: Iterable[str], where: str, prefix: str) -> str:
