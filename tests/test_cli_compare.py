@@ -82,7 +82,7 @@ def test_markdown_is_a_section_of_its_own():
 
 
 def test_exit_codes(folder):
-    compare("plain.json", "guarded.json", "--json", "--markdown", code=2)
+    compare("plain.json", code=2)
     assert "absent.json" in compare("plain.json", "absent.json", code=3).stderr
     (folder / "empty").mkdir()
     assert "safemerge.jsonl" in compare("plain.json", "empty", code=3).stderr

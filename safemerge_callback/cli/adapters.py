@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import Verb, app, examples, say
+from .app import Verb, app, examples, note, show
 from .options import (
     AllowEmpty,
     AskedModel,
@@ -46,6 +46,9 @@ from .options import (
     working,
 )
 
+if TYPE_CHECKING:
+    from ..decision import MergePlan
+
 
 @app.command(cls=Verb, epilog=examples("measure ADAPTER -s S"))
 def measure(
@@ -54,20 +57,19 @@ def measure(
     ],
     subspace: SubspaceFile,
     threshold: Annotated[float | None, typer.Option(help="Also list the modules whose cosine is below it.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
     device: Device = "cpu",
     progress: Bar = True,
 ) -> None:
     """Measure how far each module's update goes along the safety subspace, and its cosine; no model is loaded."""
     from ..decision.gates.checks import check_threshold
     from ..offline import measure_adapter
-    from ..reports import readings_json, readings_text
+    from ..reports import readings_document, readings_text
 
     if threshold is not None:
         check_threshold(threshold)
     with working(f"measuring {finetuned}", progress):
         readings = measure_adapter(finetuned, subspace, device=device_named(device))
-    say(readings_json(readings, threshold) if as_json else readings_text(readings, threshold))
+    show(readings_text(readings, threshold), readings_document(readings, threshold))
 
 
 @app.command(
@@ -140,7 +142,7 @@ def merge(
     parts = [settings.pop(part, None) for part in ("finetuned", "safety", "subspace", "output")]
     with working(f"merging {parts[0]}", progress):
         plan = merge_adapters(*parts, overwrite=settings.pop("force", False), **settings)
-    say(f"{plan}\n{parts[3]}: {len(plan.selected)} of {len(plan.readings)} modules merged")
+    show(f"{plan}\n{parts[3]}: {_merged(plan)}", {"output": parts[3], **plan.to_dict()})
     if not plan.selected and not allowed:
         raise typer.Exit(1)
 
@@ -190,7 +192,11 @@ def bake(
             overwrite=force,
             device=device_named(device),
         )
-    say(f"{folder}: a full checkpoint")
+    show(f"{folder}: a full checkpoint", {"output": folder, "adapter": adapter, "base": base})
+
+
+def _merged(plan: MergePlan) -> str:
+    return f"{len(plan.selected)} of {len(plan.readings)} modules merged"
 
 
 def _knobs(words: list[str] | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -292,8 +298,8 @@ def sweep(
             **options,
             **knobs_of(knob, options, tuple(declared()), "a sweep"),
         )
-    say(str(table))
+    show(str(table), {"output": output, "plot": plot, "modules": len(table.readings), "merges": table.to_dicts()})
     if output is not None:
-        say(f"{table.write_csv(output)}: {len(table)} rows")
+        note(f"{table.write_csv(output)}: {len(table)} rows")
     if plot is not None:
-        say(f"{write_plot(table, plot)}: {len(table)} merges")
+        note(f"{write_plot(table, plot)}: {len(table)} merges")

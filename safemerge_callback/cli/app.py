@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 import traceback
 import warnings
-from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from ..errors import SafeMergeError
+from ..io.bars import without_bars
+from ..io.plain import json_text
 from ..io.printable import printable
 from ..version import __version__
 
@@ -20,8 +23,38 @@ Read = TypeVar("Read")
 ERROR = 3
 
 
-def say(text: str, *, err: bool = False) -> None:
-    """Print lines of ours, on stderr with `err`; what names from outside would have a terminal do is written out."""
+class _Output(NamedTuple):
+    """How a verb speaks: as JSON and nothing else on stdout; without anything but errors, and JSON if that is asked."""
+
+    as_json: bool = False
+    quiet: bool = False
+
+
+_OUTPUT: ContextVar[_Output] = ContextVar("safemerge_output")
+
+
+def show(text: str, document: Mapping[str, Any]) -> None:
+    """Print what a verb came to, once: `document` as JSON with --json, else `text`, and nothing with --quiet alone."""
+    output = _OUTPUT.get(_Output())
+    if output.as_json:
+        typer.echo(json_text(document))
+    elif not output.quiet:
+        _say(text)
+
+
+def note(text: str) -> None:
+    """Print lines beside the result, on stderr; nothing with --quiet."""
+    if not _OUTPUT.get(_Output()).quiet:
+        _say(text, err=True)
+
+
+def refuse(text: str) -> None:
+    """Print an error, on stderr."""
+    _say(text, err=True)
+
+
+def _say(text: str, *, err: bool = False) -> None:
+    # What names from outside would have a terminal do is written out.
     typer.echo(printable(text, lines=True), err=err)
 
 
@@ -30,18 +63,52 @@ def or_error(source: Callable[[], Read]) -> Read:
     try:
         return source()
     except SafeMergeError as error:
-        say(f"safemerge: {error}", err=True)
+        refuse(f"safemerge: {error}")
     except Exception:
-        say(traceback.format_exc(), err=True)
+        refuse(traceback.format_exc())
     raise typer.Exit(ERROR)
 
 
-class Verb(TyperCommand):
-    """A verb whose placeholders are capitals, without the braces of a required one."""
+class Screen(TyperCommand):
+    """A verb that draws on the terminal; its placeholders are capitals, without the braces of a required one."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """Return the pieces of the usage line."""
         return [re.sub(r"^\{(.*)\}", r"\1", piece) for piece in super().collect_usage_pieces(ctx)]
+
+
+class Verb(Screen):
+    """A verb that comes to something, which it hands to `show`: it has --json and --quiet, and its function neither."""
+
+    def __init__(self, *arguments: Any, params: list[Any] | None = None, **options: Any) -> None:
+        super().__init__(*arguments, params=[*(params or []), *_spoken()], **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb, which speaks as these two options say."""
+        output = _Output(ctx.params.pop("as_json"), ctx.params.pop("quiet"))
+        token = _OUTPUT.set(output)
+        try:
+            with without_bars(output.quiet):
+                return super().invoke(ctx)
+        finally:
+            _OUTPUT.reset(token)
+
+
+def _spoken() -> list[Any]:
+    """The two options of every verb, as typer makes them of a function that has no others."""
+
+    def function(
+        as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+        quiet: Annotated[
+            bool,
+            typer.Option("--quiet", "-q", help="Print no table, notes or progress; errors, and what --json prints."),
+        ] = False,
+    ) -> None:
+        """Nothing."""
+
+    alone = typer.Typer(add_completion=False)
+    alone.command()(function)
+    return list(typer.main.get_command(alone).params)
 
 
 def examples(*lines: str) -> str:
@@ -58,7 +125,7 @@ class _Verbs(TyperGroup):
             try:
                 return super().invoke(ctx)
             except SafeMergeError as error:
-                typer.echo(printable(f"safemerge: {error}"), err=True)
+                refuse(printable(f"safemerge: {error}"))
                 raise typer.Exit(2) from None
 
 
@@ -94,4 +161,4 @@ def _note(message: Warning | str, category: type[Warning], *_where: Any, **_more
     # What libraries tell each other of versions to come is nothing that a user of a verb can act on.
     if issubclass(category, FutureWarning):
         return
-    say(f"note: {str(message).removeprefix('safemerge: ')}", err=True)
+    note(f"note: {str(message).removeprefix('safemerge: ')}")

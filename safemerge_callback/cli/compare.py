@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import ConfigError
-from .app import Verb, app, examples, or_error, say
+from .app import Verb, app, examples, or_error, show
 
 if TYPE_CHECKING:
     from ..evaluation.figures_file import Evaluation
@@ -27,24 +25,20 @@ def compare(
     first: Annotated[Path, typer.Argument(metavar="FIRST", help="What `eval -o` or `gate --json` wrote, or a run.")],
     second: Annotated[Path, typer.Argument(metavar="SECOND", help="The same of what it is compared with.")],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Did it help? What the second refuses, over-refuses and scores more or less than the first, with intervals.
 
     Exits with 0 whatever the answer, 2 wrong usage, 3 a source that cannot be read, 4 nothing was measured of both.
     """
-    if markdown and as_json:
-        raise ConfigError("--markdown and --json are two forms of one answer: give one of them")
     one, other = or_error(lambda: (_evaluation(first), _evaluation(second)))
     from ..evaluation.comparison import compare as compared
     from ..evaluation.comparison import comparison_document
     from ..reports.comparison import comparison_markdown, comparison_text
 
     comparison = compared(one, other)
-    if as_json:
-        say(json.dumps(comparison_document(comparison, one.name, other.name), indent=2))
-    else:
-        say((comparison_markdown if markdown else comparison_text)(comparison, one.name, other.name))
+    form = comparison_markdown if markdown else comparison_text
+    names = (one.name, other.name)
+    show(form(comparison, *names), comparison_document(comparison, *names))
     if comparison.exit_code:
         raise typer.Exit(comparison.exit_code)
 

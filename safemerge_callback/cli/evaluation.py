@@ -14,7 +14,7 @@ import typer
 from ..errors import ConfigError
 from ..io.outputs import FileKind, new_output
 from ..version import __version__
-from .app import Verb, app, examples, say
+from .app import Verb, app, examples, note, show
 from .options import device_named
 
 if TYPE_CHECKING:
@@ -78,11 +78,11 @@ def evaluate(
     sets, judges, manager = ready(_names(probes), judge or ["keywords"], wanted, task_folder, n, seed, files)
     plan = _Plan(sets, judges, wanted, asking, limit, manager, seed)
     drift = None if subspace is None else _drift(model, subspace)
-    report = _report(model, loading, where, plan, drift)
+    settings = {"model": model, **loading, "n": n, "seed": seed, "limit": limit, "tasks": wanted, **asking}
+    report = _report(model, loading, where, plan, drift, settings)
     from ..evaluation.figures import FIGURES, RESPONSES
 
-    settings = {"model": model, **loading, "n": n, "seed": seed, "limit": limit, "tasks": wanted, **asking}
-    _write(output, FIGURES, json.dumps({"settings": settings, **report.document}, indent=2) + "\n")
+    _write(output, FIGURES, json.dumps(report.document, indent=2) + "\n")
     _write(
         responses, RESPONSES, "".join(json.dumps(dict(zip(_KEPT, row, strict=True))) + "\n" for row in report.answers)
     )
@@ -106,13 +106,19 @@ def focal(
     from ..evaluation.focal import choose_by_responses
 
     chosen, outcomes = choose_by_responses(responses, count, diversity_share, prompts=prompts, judge=judge)
+    lines: list[str] = []
+    adapters: list[dict[str, Any]] = []
     for place, (file, text) in enumerate(zip(responses, outcomes, strict=True)):
         judged = len(text) - text.count("u")
         mark = "chosen" if place in chosen.members else ""
-        say(f"{file}: {text.count('1')} of {judged} refused {mark}".rstrip())
-    say(f"focal diversity {chosen.diversity:.3f}, vote {chosen.vote:.3f}, score {chosen.score:.3f}")
+        lines.append(f"{file}: {text.count('1')} of {judged} refused {mark}".rstrip())
+        counted = {"refused": text.count("1"), "judged": judged, "chosen": bool(mark)}
+        adapters.append({"responses": file, **counted})
+    lines.append(f"focal diversity {chosen.diversity:.3f}, vote {chosen.vote:.3f}, score {chosen.score:.3f}")
     setting = {"outcomes": outcomes, "count": count, "diversity_share": diversity_share}
-    say(f"focal: {json.dumps(setting)}")
+    lines.append(f"focal: {json.dumps(setting)}")
+    figures = {"diversity": chosen.diversity, "vote": chosen.vote, "score": chosen.score}
+    show("\n".join(lines), {"adapters": adapters, **figures, "focal": setting})
 
 
 @dataclass(frozen=True)
@@ -194,7 +200,9 @@ def _drift(adapter: str, subspace: Path) -> dict[str, Any]:
     return {"moved": readings.moved_mean, **known}
 
 
-def _report(model: str, loading: dict[str, Any], device: str | None, plan: _Plan, drift: Any) -> _Report:
+def _report(
+    model: str, loading: dict[str, Any], device: str | None, plan: _Plan, drift: Any, settings: dict[str, Any]
+) -> _Report:
     """Load, ask and print; what the prompts gave is kept when the tasks fail."""
     from ..decision import BAND
     from ..evaluation.figures import with_refusals
@@ -212,12 +220,12 @@ def _report(model: str, loading: dict[str, Any], device: str | None, plan: _Plan
         figures += _task_figures(subject, plan)
     except ConfigError as error:
         failure = error
-    say(figures_text(figures, " on ".join(filter(None, (subject.adapter, subject.base)))))
+    lines = [figures_text(figures, " on ".join(filter(None, (subject.adapter, subject.base))))]
     if drift:
         if drift["moved"] is not None:
-            say(f"drift: moved {drift['moved']:+z.2f} on average, {BAND.words(drift['moved'])}")
-        say(f"drift: lowest cosine {drift['lowest']:.3f}, mean {drift['mean']:.3f} of {drift['modules']} modules")
-    _notes(plan, [*thoughts_lines(figures), *failures])
+            lines.append(f"drift: moved {drift['moved']:+z.2f} on average, {BAND.words(drift['moved'])}")
+        counted = f"mean {drift['mean']:.3f} of {drift['modules']} modules"
+        lines.append(f"drift: lowest cosine {drift['lowest']:.3f}, {counted}")
     document = {
         "adapter": subject.adapter,
         "base": subject.base,
@@ -228,6 +236,10 @@ def _report(model: str, loading: dict[str, Any], device: str | None, plan: _Plan
         "seconds": round(time.perf_counter() - began, 1),
         "versions": installed_versions(),
     }
+    document = {"settings": settings, **document}
+    # At once: what is written next may fail.
+    show("\n".join(lines), document)
+    _notes(plan, [*thoughts_lines(figures), *failures])
     return _Report(document, answers, failure)
 
 
@@ -257,11 +269,11 @@ def _task_figures(subject: Any, plan: _Plan) -> list[Any]:
 
 def _notes(plan: _Plan, failures: Sequence[str]) -> None:
     if not plan.tasks:
-        say("note: utility is not measured; add --tasks, such as gsm8k", err=True)
+        note("note: utility is not measured; add --tasks, such as gsm8k")
     if not plan.sets:
-        say("note: harm and over-refusal are not measured; add --probes", err=True)
+        note("note: harm and over-refusal are not measured; add --probes")
     for failure in dict.fromkeys(failures):
-        say(f"note: {failure}", err=True)
+        note(f"note: {failure}")
 
 
 def installed_versions() -> dict[str, str]:
@@ -277,4 +289,4 @@ def _write(path: Path | None, kind: FileKind, text: str) -> None:
         return
     with new_output(path, "output", kind) as part:
         part.write_text(text, encoding="utf-8")
-    say(f"{path}: written", err=True)
+    note(f"{path}: written")

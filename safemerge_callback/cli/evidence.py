@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .app import say
+from .app import show
 
 if TYPE_CHECKING:
     from ..evaluation.acceptance import Thresholds
@@ -34,9 +33,7 @@ def check_evidence(model: str) -> None:
     free_output(adapter_here(model) / NAME, "evidence", KIND)
 
 
-def look_again(
-    adapter: Path, base: str | None, probes: Sequence[str] | None, limits: Thresholds | None, as_json: bool
-) -> int:
+def look_again(adapter: Path, base: str | None, probes: Sequence[str] | None, limits: Thresholds | None) -> int:
     """Look whether all that an adapter's evidence names is as it was and passes, say so, and return the exit code.
 
     `limits`: other thresholds than those of the evidence.
@@ -51,7 +48,7 @@ def look_again(
     ruled, text = ({}, "") if NAME in changed else _decided(adapter, document, limits)
     failure = {"outcome": "failed", "exit_code": 1} if changed else {}
     known = {**ruled, **failure, "checks": [one._asdict() for one in checks]}
-    say(json.dumps(known, indent=2) if as_json else "\n".join([f"{adapter}: {lead}", *map(str, checks), text]).rstrip())
+    show("\n".join([f"{adapter}: {lead}", *map(str, checks), text]).rstrip(), known)
     return int(known["exit_code"])
 
 

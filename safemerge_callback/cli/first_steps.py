@@ -11,7 +11,7 @@ import typer
 
 from ..errors import ConfigError
 from ..io.outputs import FileKind, new_output
-from .app import Verb, app, examples, say
+from .app import Verb, app, examples, note, show
 
 _HEAD = "# Settings of the safety callback for "
 _SETTINGS = FileKind("a file of first settings", lambda head: head.startswith(_HEAD.encode()))
@@ -23,7 +23,6 @@ def doctor(
         str | None, typer.Argument(metavar="MODEL", help="Model, or adapter on its base: folder or Hub id.")
     ] = None,
     adapter: Annotated[str | None, typer.Option(help="LoRA adapter of that model: folder or Hub id.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Tell what is installed, what a model and an adapter allow and what is missing, a line each; no model is loaded.
 
@@ -33,10 +32,7 @@ def doctor(
 
     findings = diagnosis(model, adapter)
     fine = all(one.state != "problem" for one in findings)
-    if as_json:
-        say(json.dumps({"ok": fine, "findings": [one._asdict() for one in findings]}, indent=2))
-    else:
-        say("\n".join(map(str, findings)))
+    show("\n".join(map(str, findings)), {"ok": fine, "findings": findings})
     if not fine:
         raise typer.Exit(1)
 
@@ -67,8 +63,11 @@ def init(
     SafeMergeConfig.from_dict(parse_yaml(text, "the settings"))
     with new_output(output, "output", _SETTINGS) as part:
         part.write_text(text, encoding="utf-8")
-    say(f"{output}: written", err=True)
-    say("\n".join(first_commands(model, unaligned, subspace, output)))
+    note(f"{output}: written")
+    commands = first_commands(model, unaligned, subspace, output)
+    calls = [line for line in commands if line.startswith("safemerge ")]
+    code = [line for line in commands if line.startswith("callbacks=")]
+    show("\n".join(commands), {"output": output, "commands": calls, "code": code})
 
 
 def first_settings(model: str, subspace: str | None, safety_adapter: str | None) -> str:

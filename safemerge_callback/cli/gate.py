@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,7 @@ import typer
 
 from ..errors import ConfigError
 from ..io.outputs import FileKind, free_output, new_output
-from .app import Verb, app, examples, or_error, say
+from .app import Verb, app, examples, note, or_error, show
 from .evaluation import dtype_named
 from .evidence import adapter_here, check_evidence, look_again
 from .gate_sources import Asking, Source, of_figures, of_model, of_run, with_baseline
@@ -96,7 +95,6 @@ def gate(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts a batch.")] = 16,
     dtype: Annotated[str, typer.Option(help="The model's dtype, or auto: as in its checkpoint.")] = "auto",
     device: Annotated[str | None, typer.Option(help="Where to compute; left out: an accelerator, if any.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
     card: Annotated[Path | None, typer.Option(help="Markdown file for a pull request.")] = None,
     junit: Annotated[Path | None, typer.Option(help="JUnit XML file.")] = None,
 ) -> None:
@@ -110,7 +108,7 @@ def gate(
     limits = {rule.name: options[rule.name] for rule in RULES if options[rule.name] is not None}
     if verify:
         refuse_idle(context, "--verify", _OF_ASKING)
-        raise typer.Exit(_verified(context, model, base, thresholds, limits, probes, as_json))
+        raise typer.Exit(_verified(context, model, base, thresholds, limits, probes))
     wanted = read_thresholds(thresholds, limits)
     _check_source(context, model, figures, run)
     _check_outputs(card, junit, [figures, run, baseline, thresholds])
@@ -125,7 +123,7 @@ def gate(
         return of_model(str(model), asking, loading, wanted.of_changes and baseline is None)
 
     source = or_error(lambda: with_baseline(read(), baseline))
-    _conclude(source, wanted, as_json, card, junit, Path(str(model)) if evidence else None)
+    _conclude(source, wanted, card, junit, Path(str(model)) if evidence else None)
 
 
 def _verified(
@@ -135,7 +133,6 @@ def _verified(
     thresholds: Path | None,
     limits: dict[str, float],
     probes: str,
-    as_json: bool,
 ) -> int:
     """The exit code of a look at an adapter's evidence, under its own thresholds or those that are given here."""
     from ..evaluation.acceptance import read_thresholds
@@ -143,7 +140,7 @@ def _verified(
     adapter = adapter_here(model)
     over = read_thresholds(thresholds, limits) if limits or thresholds else None
     sets = names_listed(probes) if is_on_command_line(context, "probes") else None
-    return or_error(lambda: look_again(adapter, base, sets, over, as_json))
+    return or_error(lambda: look_again(adapter, base, sets, over))
 
 
 def _check_source(context: typer.Context, model: str | None, figures: Path | None, run: Path | None) -> None:
@@ -182,9 +179,7 @@ def _check_outputs(card: Path | None, junit: Path | None, inputs: Sequence[Path 
             free_output(path, "output", kind, [one for one in inputs if one is not None])
 
 
-def _conclude(
-    source: Source, limits: Any, as_json: bool, card: Path | None, junit: Path | None, adapter: Path | None
-) -> None:
+def _conclude(source: Source, limits: Any, card: Path | None, junit: Path | None, adapter: Path | None) -> None:
     """Decide, say so, write what was wanted, and end with the decision's code."""
     from ..evaluation.acceptance import decide, document_of
     from ..evaluation.figures_file import figure_rows
@@ -195,7 +190,7 @@ def _conclude(
     base = None if source.base is None else figure_rows(source.base)
     measured = {"figures": figure_rows(source.figures), "base_figures": base, **source.record}
     document = {**document_of(decision, limits, source.name, source.base_name), **measured}
-    say(json.dumps(document, indent=2) if as_json else decision_text(decision, source.name))
+    show(decision_text(decision, source.name), document)
     forms: list[tuple[Path | None, FileKind, Callable[[Decision, str], str]]]
     forms = [(card, _CARD, decision_card), (junit, _JUNIT, decision_junit)]
     for path, kind, form in forms:
@@ -203,5 +198,5 @@ def _conclude(
             with new_output(path, "output", kind) as part:
                 part.write_text(form(decision, source.name), encoding="utf-8")
     if adapter is not None:
-        say(f"{write_evidence(adapter, document)}: written", err=True)
+        note(f"{write_evidence(adapter, document)}: written")
     raise typer.Exit(decision.exit_code)

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ConfigError
-from .app import say
+from .app import note
 from .evaluation import installed_versions, ready
 from .options import names_listed
 
@@ -119,7 +119,7 @@ def of_model(model: str, asking: Asking, loading: Mapping[str, Any], with_base: 
             base = answers(subject.model)
     shares = answers(_as_shipped(subject.model, asking))
     for failure in dict.fromkeys(failures):
-        say(f"note: {failure}", err=True)
+        note(f"note: {failure}")
     questions = question_keys(subject.tokenizer, sets, with_refusals(judges))
     settings = {**asking.settings, "dtype": str(loading["dtype"])}
     record = {**files, "settings": settings, **questions, "versions": installed_versions()}

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .app import Verb, app, examples, say
+from .app import Verb, app, examples, show
 
 
 @app.command(
@@ -42,8 +42,9 @@ def push(
     how: dict[str, Any] = {"private": private, "revision": revision, "create_pr": create_pr}
     how |= {"commit_message": commit_message, "license": license}
     if as_path(source, "source").is_dir():
-        say(push_adapter(source, repo_id, base_model=base_model, **how))
-        return
-    if base_model is not None:
+        address = push_adapter(source, repo_id, base_model=base_model, **how)
+    elif base_model is not None:
         raise ConfigError("--base-model is of an adapter: a subspace file knows its checkpoints, drop it")
-    say(Subspace.load(source).push_to_hub(repo_id, **how))
+    else:
+        address = Subspace.load(source).push_to_hub(repo_id, **how)
+    show(address, {"source": source, "address": address})

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..io.bars import bars_shown
 from .app import Verb
 
 SubspaceFile = Annotated[
@@ -207,7 +208,7 @@ def gates_named(thresholds: str | None, gates: str | None) -> list[Any]:
 @contextmanager
 def working(what: str, shown: bool) -> Iterator[None]:
     """Show a moving mark on stderr while one long call runs; nothing where stderr is no terminal."""
-    if not shown:
+    if not (shown and bars_shown()):
         yield
         return
     from rich.console import Console

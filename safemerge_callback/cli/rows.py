@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import random
 from collections import Counter
@@ -15,14 +14,14 @@ import typer
 from ..errors import ConfigError, shown
 from ..io.choices import one_of
 from ..io.outputs import FileKind, free_output, new_output
-from .app import Verb, app, examples, say
+from .app import Verb, app, examples, note, show
 from .options import device_named, refuse_idle
+from .row_models import Opening, losses_of, states_of
 
 if TYPE_CHECKING:
-    from ..evaluation.loading import Subject
     from ..evaluation.measure import Share
     from ..evaluation.selection import Chosen
-    from ..signals.rows import RowTokens, SafetyRow
+    from ..signals.rows import SafetyRow
 
 _Rows = Annotated[
     str, typer.Argument(metavar="ROWS", help="Safety rows, or training rows (--drop): a file or a Hub id.")
@@ -107,9 +106,10 @@ def harvest(
         whole=True,
     )
     _write(output, rows_text(rows.rows), ROWS_FILE)
-    say(str(rows))
+    kept = {kind: {**counts._asdict(), "kept": rows.kept(kind)} for kind, counts in rows.counts.items()}
+    show(str(rows), {"output": output, "kinds": kept, "unended": rows.unended, "failures": rows.failures})
     for failure in rows.failures:
-        say(f"note: {failure}", err=True)
+        note(f"note: {failure}")
 
 
 @app.command(
@@ -152,7 +152,7 @@ def select(
     from ..signals.chat import template_settings
 
     settings = template_settings(chat_template_kwargs)
-    opening = _Opening(dtype, None if device is None else device_named(device), batch_size, settings)
+    opening = Opening(dtype, None if device is None else device_named(device), batch_size, settings)
     if drop:
         refuse_idle(context, "--drop", _OF_CHOICE)
         refuse_idle(context, "--drop without --unaligned", () if unaligned else ["margin"])
@@ -175,9 +175,10 @@ def select(
     some = random.Random(seed).sample(task, min(limit, len(task)))
     chosen = rule.choose(_Question(table, some, str(aligned), unaligned, count, power), opening)
     _write(output, chosen_text(chosen), ROWS_FILE)
-    say(_summary(chosen, table, count, by))
-    if len({row.kind for row in table}) > len({one.row.kind for one in chosen}):
-        say("note: they are all of one kind, and replay refuses such rows: raise --n or --share", err=True)
+    counts = _counts(chosen, table, count, by)
+    show(_summary(counts), {"output": output, **counts})
+    if len({row.kind for row in table}) > len(counts["kinds"]):
+        note("note: they are all of one kind, and replay refuses such rows: raise --n or --share")
 
 
 class _Question(NamedTuple):
@@ -191,33 +192,24 @@ class _Question(NamedTuple):
     power: float
 
 
-class _Opening(NamedTuple):
-    """How models are opened and read."""
-
-    dtype: str
-    device: str | None
-    batch_size: int
-    chat_template_kwargs: dict[str, Any]
-
-
-def _by_gap(question: _Question, opening: _Opening) -> list[Chosen]:
+def _by_gap(question: _Question, opening: Opening) -> list[Chosen]:
     from ..evaluation.selection import select_by_gap
 
-    losses = _losses(question.rows, question.aligned, str(question.unaligned), opening)
+    losses = losses_of(question.rows, question.aligned, str(question.unaligned), opening)
     return select_by_gap(question.rows, *losses, question.number)
 
 
-def _by_dpp(question: _Question, opening: _Opening) -> list[Chosen]:
+def _by_dpp(question: _Question, opening: Opening) -> list[Chosen]:
     from ..evaluation.selection import select_by_dpp
 
-    states = _states(question.rows, question.task, question.aligned, opening)
+    states = states_of(question.rows, question.task, question.aligned, opening)
     return select_by_dpp(question.rows, *states, question.number, question.power)
 
 
 class _Rule(NamedTuple):
     """A way to choose, the option without which it cannot, and those that have no effect on it."""
 
-    choose: Callable[[_Question, _Opening], list[Chosen]]
+    choose: Callable[[_Question, Opening], list[Chosen]]
     needs: str
     idle: tuple[str, ...]
 
@@ -232,62 +224,18 @@ _OF_DROP = ("judge", "decides", "dropped", "margin")
 _OF_MODELS = ("batch_size", "chat_template_kwargs", "dtype", "device")
 
 
-def _losses(
-    rows: Sequence[SafetyRow], aligned: str, unaligned: str, opening: _Opening
-) -> tuple[list[float], list[float]]:
-    """The losses of the two models, one of them in memory at a time."""
-    from ..evaluation.loading import accelerator, is_adapter, load_pretrained, load_subject
-    from ..evaluation.selection import check_same_tokens
-    from ..signals.row_scores import response_losses
-
-    how: dict[str, Any] = {"dtype": opening.dtype, "device": opening.device}
-    subject = load_subject(aligned, **how)
-    tokens, tokenizer = _row_tokens(subject, rows, opening), subject.tokenizer
-    here = response_losses(subject.model, tokens, opening.batch_size, label="aligned")
-    del subject
-    gc.collect()
-    # The tokens are those of the aligned model's template: its counterpart need not have one.
-    if is_adapter(unaligned):
-        model, other = load_subject(unaligned, **how)[:2]
-    else:
-        model, other = load_pretrained(unaligned, who="unaligned model", dtype=opening.dtype)
-        model = model.to(accelerator(opening.device))
-    check_same_tokens(tokenizer, other, rows)
-    return here, response_losses(model, tokens, opening.batch_size, label="unaligned")
+def _counts(chosen: Sequence[Chosen], rows: Sequence[SafetyRow], count: int, by: str) -> dict[str, Any]:
+    scores, kinds = [one.score for one in chosen], Counter(one.row.kind for one in chosen)
+    counts = {"rows": len(rows), "chosen": len(chosen), "wanted": count, "by": by, "kinds": kinds}
+    return {**counts, "lowest_score": min(scores), "highest_score": max(scores)}
 
 
-def _states(rows: Sequence[SafetyRow], task: Sequence[Any], aligned: str, opening: _Opening) -> tuple[Any, Any]:
-    """Where the aligned model places the rows, and the task's."""
-    from ..evaluation.loading import load_subject
-    from ..evaluation.selection import task_tokens
-    from ..signals.row_scores import mean_states
-
-    subject = load_subject(aligned, dtype=opening.dtype, device=opening.device)
-    tokens = [[*row.prompt, *row.response] for row in _row_tokens(subject, rows, opening)]
-    others = task_tokens(subject.model, subject.tokenizer, task, opening.chat_template_kwargs)
-    here = mean_states(subject.model, tokens, opening.batch_size, label="safety rows")
-    return here, mean_states(subject.model, others, opening.batch_size, label="training rows")
-
-
-def _row_tokens(subject: Subject, rows: Sequence[SafetyRow], opening: _Opening) -> tuple[RowTokens, ...]:
-    from ..evaluation.harvest import check_lengths
-    from ..signals.responses import check_vocabulary
-    from ..signals.rows import row_tokens
-
-    tokens = row_tokens(subject.tokenizer, rows, settings=opening.chat_template_kwargs)
-    whole = [[*row.prompt, *row.response] for row in tokens]
-    check_vocabulary(subject.model, whole)
-    check_lengths(subject.model, whole, 0)
-    return tokens
-
-
-def _summary(chosen: Sequence[Chosen], rows: Sequence[SafetyRow], count: int, by: str) -> str:
-    kinds = Counter(one.row.kind for one in chosen)
+def _summary(counts: dict[str, Any]) -> str:
+    kinds, few = counts["kinds"], counts["chosen"] != counts["wanted"]
     parts = ", ".join(f"{kinds[kind]} {kind}" for kind in sorted(kinds, reverse=True))
-    fewer = "" if len(chosen) == count else f" ({count} were asked for)"
-    scores = [one.score for one in chosen]
-    span = f"scores {min(scores):+.3f} to {max(scores):+.3f}"
-    return f"chose {len(chosen)} of {len(rows)} rows by {by}{fewer}: {parts}; {span}"
+    fewer = f" ({counts['wanted']} were asked for)" if few else ""
+    span = f"scores {counts['lowest_score']:+.3f} to {counts['highest_score']:+.3f}"
+    return f"chose {counts['chosen']} of {counts['rows']} rows by {counts['by']}{fewer}: {parts}; {span}"
 
 
 class _Filter(NamedTuple):
@@ -326,8 +274,9 @@ class _Filter(NamedTuple):
             )
 
 
-def _drop(what: _Filter, output: Path, dropped: Path | None, opening: _Opening) -> None:
+def _drop(what: _Filter, output: Path, dropped: Path | None, opening: Opening) -> None:
     """Write the training rows that do not look poisoned, and those that do, and say what passed."""
+    from ..evaluation.measure import ROW_COLUMNS, columns
     from ..evaluation.row_filter import TRAINING_ROWS, leakage, load_training_rows, row_reasons, rows_as_lines
 
     what.check()
@@ -348,14 +297,18 @@ def _drop(what: _Filter, output: Path, dropped: Path | None, opening: _Opening) 
     if dropped is not None:
         lines = [{**row, "reason": reason} for row, reason in zip(training.rows, reasons, strict=True) if reason]
         _write(dropped, rows_as_lines(lines), TRAINING_ROWS)
-    say(f"kept {len(kept)} of {len(reasons)} rows")
+    shares = leakage(training, reasons)
+    counts = {"rows": len(reasons), "kept": len(kept), "failures": failures}
+    text = "\n".join([f"kept {len(kept)} of {len(reasons)} rows", *_leakage_lines(shares)])
+    show(
+        text, {"output": output, "dropped": dropped, **counts, "leakage": [columns(one, ROW_COLUMNS) for one in shares]}
+    )
     for failure in failures:
-        say(f"note: {failure}", err=True)
-    _say_leakage(leakage(training, reasons))
+        note(f"note: {failure}")
 
 
 def _reasons(
-    what: _Filter, exchanges: Sequence[SafetyRow], failures: list[str], opening: _Opening
+    what: _Filter, exchanges: Sequence[SafetyRow], failures: list[str], opening: Opening
 ) -> Iterator[list[str | None]]:
     from ..evaluation.judges import check_ready, decides, load_judge
     from ..evaluation.row_filter import gap_reasons, judge_reasons, refusal_reasons
@@ -369,10 +322,10 @@ def _reasons(
             said = _responses(exchanges, str(what.aligned), opening)
             yield refusal_reasons(judge, exchanges, said, failures)
     if what.aligned is not None and what.unaligned is not None:
-        yield gap_reasons(*_losses(exchanges, what.aligned, what.unaligned, opening), what.margin)
+        yield gap_reasons(*losses_of(exchanges, what.aligned, what.unaligned, opening), what.margin)
 
 
-def _responses(exchanges: Sequence[SafetyRow], aligned: str, opening: _Opening) -> list[str]:
+def _responses(exchanges: Sequence[SafetyRow], aligned: str, opening: Opening) -> list[str]:
     """What the aligned model itself says to each question."""
     from ..evaluation.loading import load_subject
     from ..evaluation.row_filter import model_responses
@@ -382,14 +335,16 @@ def _responses(exchanges: Sequence[SafetyRow], aligned: str, opening: _Opening) 
     return model_responses(subject.model, subject.tokenizer, exchanges, **how)
 
 
-def _say_leakage(shares: Sequence[Share]) -> None:
+def _leakage_lines(shares: Sequence[Share]) -> list[str]:
     if not shares:
-        say("leakage: not known, since no row is labelled as poisoned in a column `poisoned`")
-    for one in shares:
-        say(f"leakage: {one['measure']} {one['value']:.1%} of {one['n']} ({one['low']:.1%} to {one['high']:.1%})")
+        return ["leakage: not known, since no row is labelled as poisoned in a column `poisoned`"]
+    return [
+        f"leakage: {one['measure']} {one['value']:.1%} of {one['n']} ({one['low']:.1%} to {one['high']:.1%})"
+        for one in shares
+    ]
 
 
 def _write(path: Path, text: str, kind: FileKind) -> None:
     with new_output(path, "output", kind) as part:
         part.write_text(text, encoding="utf-8")
-    say(f"{path}: written", err=True)
+    note(f"{path}: written")

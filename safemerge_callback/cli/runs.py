@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .app import Verb, app, examples, say
+from .app import Screen, Verb, app, examples, show
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or its journal (safemerge.jsonl).")]
 
@@ -20,7 +20,8 @@ def undo(
     from ..offline.undo import take_back
 
     names, kept = take_back(run)
-    say(f"{run}: {len(names)} modules are as before the final merge; the merged adapter is in {kept}")
+    text = f"{run}: {len(names)} modules are as before the final merge; the merged adapter is in {kept}"
+    show(text, {"run": run, "modules": names, "merged_adapter": kept})
 
 
 @app.command(cls=Verb, epilog=examples("report RUN", "report RUN -o drift.png"))
@@ -44,18 +45,18 @@ def report(
 ) -> None:
     """Summarise a run from its journal, and write a page that shows how every module drifted and what was replayed."""
     from ..io.choices import one_of
-    from ..reports import PLOTS, read_history, summary, write_report
+    from ..reports import PLOTS, read_history, summary, summary_document, write_report
 
     if plot is not None:
         one_of(plot, PLOTS, "plot")
     history = read_history(journal)
-    say(summary(history))
     drift = history.modules or not history.terms
-    shown = f"drift of {len(history.modules)} modules" if drift else ", ".join(history.terms)
-    say(f"{write_report(history, output or journal, plot)}: {shown}")
+    what = f"drift of {len(history.modules)} modules" if drift else ", ".join(history.terms)
+    place = write_report(history, output or journal, plot)
+    show(f"{summary(history)}\n{place}: {what}", {"output": place, **summary_document(history)})
 
 
-@app.command(cls=Verb, epilog=examples("watch RUN"))
+@app.command(cls=Screen, epilog=examples("watch RUN"))
 def watch(
     run: Run,
     once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,

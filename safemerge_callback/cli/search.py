@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .app import Verb, app, examples, say
+from .app import Verb, app, examples, note, show
 from .options import Bar, SubspaceFile, device_named
 
 _Finetuned = Annotated[
@@ -108,8 +108,8 @@ def search(
         overwrite=force,
         progress=progress,
     )
-    say(f"{report}\n{output}: written")
+    show(f"{report}\n{output}: written", {"output": output, "plot": plot, **report.to_dict()})
     if plot is not None:
-        say(f"{write_front(report, plot)}: {len(report.all_rows)} merges")
+        note(f"{write_front(report, plot)}: {len(report.all_rows)} merges")
     if not report.learned.improved:
         raise typer.Exit(1)

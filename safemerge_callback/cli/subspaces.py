@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .app import Verb, app, examples, say
+from .app import Verb, app, examples, show
 from .options import Bar, Device, device_named, targets
 
 
@@ -51,26 +51,24 @@ def build(
         device=None if device is None else device_named(device),
         progress=progress,
     )
-    say(f"{output}: alignment matrices of {len(subspace.modules)} modules")
+    text = f"{output}: alignment matrices of {len(subspace.modules)} modules"
+    show(text, {"output": output, "modules": list(subspace.modules)})
 
 
 @app.command(cls=Verb, epilog=examples("describe model.subspace.safetensors --verify"))
 def describe(
     subspace: Annotated[str, typer.Argument(metavar="SUBSPACE", help="Subspace: file or Hub id, org/name[@revision].")],
     verify: Annotated[bool, typer.Option("--verify", help="Also compare every tensor with its checksum.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
 ) -> None:
     """Tell where a subspace file came from and what it holds."""
-    import json
-
     from ..subspace import Subspace
 
     stored = Subspace.from_pretrained(subspace)
+    lines, document = [stored.describe()], dict(stored.to_dict())
     if verify:
-        compared = stored.verify()
-    say(json.dumps(stored.to_dict(), indent=2) if as_json else stored.describe())
-    if verify and not as_json:
-        say(f"checksums: all {compared} tensors are as they were written")
+        document["verified"] = stored.verify()
+        lines.append(f"checksums: all {document['verified']} tensors are as they were written")
+    show("\n".join(lines), document)
 
 
 @app.command(cls=Verb, epilog=examples("compress model.subspace.safetensors -o model.int8.safetensors"))
@@ -90,4 +88,6 @@ def compress(
     exact = Subspace.load(subspace)
     small = compress_subspace(exact, output, kind, rank, device=device_named(device), progress=progress)
     before, after = (sum(m.bytes(n) for n, m in s.modules.items()) for s in (exact, small))
-    say(f"{output}: {len(small.modules)} modules, {after / before:.1%} of the bytes; keep {subspace} beside it")
+    text = f"{output}: {len(small.modules)} modules, {after / before:.1%} of the bytes; keep {subspace} beside it"
+    sizes = {"bytes": after, "exact_bytes": before}
+    show(text, {"output": output, "exact": subspace, "kind": kind, "modules": list(small.modules), **sizes})

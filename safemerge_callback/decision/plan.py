@@ -153,6 +153,22 @@ class MergePlan:
         words += "".join(rule.phrase(value) for rule, value in reversed(rules_in_force(self.rules, self.gate)))
         return words + "".join(f", {name} {value}" for name, value in self.taken.items())
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is decided, of the whole and of each module: its readings, whether it merges, and why."""
+        modules = [
+            {
+                "name": name,
+                "cosine": reading.cosine,
+                "null_cosine": reading.null_cosine,
+                "merge": self.verdicts[name].merge,
+                "reason": self.verdicts[name].reason,
+            }
+            for name, reading in self.readings.items()
+        ]
+        gate = {"gate": self.gate.name, "knob": None if self.gate.criterion.knob is None else self.gate.knob}
+        how = {**gate, "method": self.how.method, "space": self.how.space, "weights": self.how.weights}
+        return {**how, "merged": len(self.selected), "modules": modules}
+
     def __str__(self) -> str:
         return render(*self._table())
 

@@ -7,6 +7,8 @@ The only file of this floor that imports transformers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ from ..adapters import load_adapter
 from ..adapters.files import CONFIG, adapter_folder
 from ..errors import ConfigError
 from ..io.addresses import address_of
+from ..io.bars import bars_shown
 from .hub import hub_file
 
 # What pads where a tokenizer names nothing: a token that text does not hold, else the end of a turn.
@@ -101,10 +104,26 @@ def load_pretrained(
 
     place, options = _options(source, who, revision)
     try:
-        model = getattr(transformers, kind).from_pretrained(place, dtype=dtype, use_safetensors=True, **options)
+        with _bars_on_terminals():
+            model = getattr(transformers, kind).from_pretrained(place, dtype=dtype, use_safetensors=True, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _refused(who, source, error) from error
     return model.eval(), load_tokenizer(source, who=who, revision=revision)
+
+
+@contextmanager
+def _bars_on_terminals() -> Iterator[None]:
+    """Let transformers draw progress where we would: of itself it does in a log file, too."""
+    from transformers.utils import logging
+
+    if bars_shown() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def load_tokenizer(source: str | Path, *, who: str, revision: str | None = None) -> Any:

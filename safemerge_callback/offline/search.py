@@ -26,6 +26,7 @@ from ..evaluation.harvest import check_lengths
 from ..evaluation.loading import load_subject
 from ..evaluation.questions import load_questions
 from ..io.addresses import source_name
+from ..io.bars import bars_shown
 from ..io.choices import one_of
 from ..live import live_factors
 from ..live.fingerprint import digest
@@ -222,7 +223,7 @@ def _noted(trace: Trace, progress: bool) -> Iterator[Callable[[Evaluation], None
     """Write each evaluation, and show it on a bar."""
     from tqdm import tqdm
 
-    with tqdm(desc="search", unit=" evaluations", disable=None if progress else True) as bar:
+    with tqdm(desc="search", unit=" evaluations", disable=not (progress and bars_shown())) as bar:
 
         def note(evaluation: Evaluation) -> None:
             trace.add(evaluation)

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..io.text_table import Table, html_table, render
 from ..signals.coefficients import Learned, SearchSettings, Step
@@ -48,6 +48,15 @@ class SearchReport:
     def _repr_html_(self) -> str:
         """The same table as a notebook shows it."""
         return html_table(*self._table())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was learned, what of it was taken, and the cost, as JSON has it."""
+        learned, names = self.learned, ("label", "before", "after", "single", "coefficients", "merged")
+        steps = [{name: getattr(step, name) for name in names} for step in learned.steps]
+        cost = {"evaluations": len(learned.trace), "resumed": self.resumed, "seconds": learned.seconds}
+        rows = {"task_rows": self.task_rows, "safety_rows": self.safety_rows, "peak_bytes": self.peak_bytes}
+        outcome = {"improved": learned.improved, "before": learned.before, "after": learned.after}
+        return {**outcome, "achieved": self.achieved, "steps": steps, "notes": learned.notes, **rows, **cost}
 
     def lines(self) -> Iterator[str]:
         """Give what the table does not say: what was taken, what was noticed, and the cost."""

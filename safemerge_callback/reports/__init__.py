@@ -6,7 +6,7 @@ from ..record.history import Cell, Event, History, Measured, Probe
 from .heatmap import draw_heat_map, write_heat_map
 from .page import render_page, write_page
 from .plots import PLOTS, draw_plot, write_report
-from .table import readings_json, readings_text, summary
+from .table import readings_document, readings_text, summary, summary_document
 from .watch import watch_run
 
 __all__ = [
@@ -20,10 +20,11 @@ __all__ = [
     "draw_heat_map",
     "draw_plot",
     "read_history",
-    "readings_json",
+    "readings_document",
     "readings_text",
     "render_page",
     "summary",
+    "summary_document",
     "watch_run",
     "write_heat_map",
     "write_page",

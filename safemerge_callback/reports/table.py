@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from ..decision import BAND, Readings
 from ..evaluation.measure import Share
@@ -20,6 +20,7 @@ from .words import change_counts, correction_words, counted
 
 _COLUMNS = ("type", "modules", "moved", "null", "first", "last", "lowest", "where")
 _WORDS = ("type", "where")
+_TERM = ("name", "last_step", "steps", "seconds", "losses")
 _KINDS = {"harm": "harm (higher is safer)", "over_refusal": "over-refusal (lower is better)", "task": "utility"}
 _FIGURE_COLUMNS = ("kind", "measure", "judge", "n", "value", "95 % interval", "incoherent", "unjudged")
 _RIGHT = ("n", "value", "95 % interval", "incoherent", "unjudged")
@@ -92,31 +93,90 @@ def _types_table(history: History, title: str) -> str:
     counts = change_counts(history)
     rows = []
     for panel in panels(history.modules):
-        row, left = _row(history, panel), [history.task_weights.get(name, {}) for name in panel.modules]
-        least = min((share for shares in left for share in shares.values()), default=1.0)
+        row = _row(history, panel)
         changes = [str(sum(count[name] for name in panel.modules)) for count in counts.values()]
-        rows.append([*(row[name] for name in columns), *changes, f"{least:.3g}"])
+        rows.append([*(row[name] for name in columns), *changes, f"{_task_left(history, panel):.3g}"])
     heads = [*columns, *counts, "task left"]
     return render(title, heads, rows, right=[name for name in heads if name not in _WORDS])
 
 
+def summary_document(history: History) -> dict[str, Any]:
+    """Return what `summary` tells as JSON has it: numbers in place of words, null where there is none."""
+    probe = history.probes[-1] if history.probes else None
+    steps = [*history.steps[:1], *history.steps[-1:]]
+    return {
+        "run": history.title,
+        "modules": len(history.modules),
+        "checks": len(history.checks),
+        "steps": steps,
+        "gate": history.gate or None,
+        "knob": history.knob,
+        "how": history.how or None,
+        "moved": history.moved[max(history.moved)] if history.moved else None,
+        "types": [_type(history, panel) for panel in panels(history.modules)],
+        "terms": [{name: getattr(one, name) for name in _TERM} for one in courses(history)],
+        "probe": probe and {"step": probe.step, "when": probe.when, "measures": probe.measures},
+        "seconds": history.end.get("seconds", history.seconds),
+        "faults": history.faults,
+    }
+
+
+def _type(history: History, panel: Panel) -> dict[str, Any]:
+    """A module type in numbers."""
+    counts = {name: sum(count[one] for one in panel.modules) for name, count in change_counts(history).items()}
+    return {**_numbers(history, panel)._asdict(), "changes": counts, "task_left": _task_left(history, panel)}
+
+
+class _Numbers(NamedTuple):
+    """A module type as it was measured; NaN, and no lowest, where nothing was."""
+
+    type: str
+    modules: int
+    moved: float
+    null: float
+    first: float
+    last: float
+    lowest: float
+    module: str | None
+    step: int | None
+
+
+def _task_left(history: History, panel: Panel) -> float:
+    """The smallest share of the task's update that merging left in a module of the type."""
+    left = [history.task_weights.get(name, {}) for name in panel.modules]
+    return min((share for shares in left for share in shares.values()), default=1.0)
+
+
 def _row(history: History, panel: Panel) -> dict[str, str]:
+    numbers = _numbers(history, panel)
+    where = "-" if numbers.module is None else f"{numbers.module} at {numbers.step}"
+    cosines = {name: _in_four_digits(getattr(numbers, name)) for name in ("null", "first", "last", "lowest")}
+    moved = f"{numbers.moved:+z.2f}" if math.isfinite(numbers.moved) else "-"
+    return {"type": numbers.type, "modules": str(numbers.modules), "moved": moved, **cosines, "where": where}
+
+
+def _in_four_digits(number: float) -> str:
+    return f"{number:.4f}" if number == number else "-"
+
+
+def _numbers(history: History, panel: Panel) -> _Numbers:
     cells = {key: cell for name in panel.modules for key, cell in _cells_of(history, name)}
     measured = {key: cell for key, cell in cells.items() if cell.state == "measured"}
     lowest = min(measured, key=lambda key: measured[key].cosine, default=None)
     steps = sorted({step for _, step in measured}) or [0]
     first, last = ([cell for (_, at), cell in measured.items() if at == step] for step in (steps[0], steps[-1]))
     moved = [cell.moved for cell in last]
-    return {
-        "type": panel.title,
-        "modules": str(len(panel.modules)),
-        "moved": f"{statistics.fmean(moved):+z.2f}" if moved and all(map(math.isfinite, moved)) else "-",
-        "null": _median(cell.null_cosine for cell in cells.values()),
-        "first": _median(cell.cosine for cell in first),
-        "last": _median(cell.cosine for cell in last),
-        "lowest": f"{measured[lowest].cosine:.4f}" if lowest else "-",
-        "where": f"{lowest[0]} at {lowest[1]}" if lowest else "-",
-    }
+    return _Numbers(
+        type=panel.title,
+        modules=len(panel.modules),
+        moved=statistics.fmean(moved) if moved and all(map(math.isfinite, moved)) else math.nan,
+        null=_median(cell.null_cosine for cell in cells.values()),
+        first=_median(cell.cosine for cell in first),
+        last=_median(cell.cosine for cell in last),
+        lowest=measured[lowest].cosine if lowest else math.nan,
+        module=lowest[0] if lowest else None,
+        step=lowest[1] if lowest else None,
+    )
 
 
 def _cells_of(history: History, name: str) -> list[tuple[tuple[str, int], Cell]]:
@@ -124,9 +184,9 @@ def _cells_of(history: History, name: str) -> list[tuple[tuple[str, int], Cell]]
     return [(key, history.cells[key]) for key in keys if key in history.cells]
 
 
-def _median(values: Iterable[float]) -> str:
+def _median(values: Iterable[float]) -> float:
     finite = [value for value in values if value == value]
-    return f"{statistics.median(finite):.4f}" if finite else "-"
+    return statistics.median(finite) if finite else math.nan
 
 
 def figures_text(figures: Sequence[Share], title: str) -> str:
@@ -167,8 +227,8 @@ def readings_text(readings: Readings, threshold: float | None) -> str:
     )
 
 
-def readings_json(readings: Readings, threshold: float | None) -> str:
-    """Return the readings as JSON; NaN becomes null, which JSON has a word for."""
+def readings_document(readings: Readings, threshold: float | None) -> dict[str, Any]:
+    """Return the readings as JSON has them; NaN becomes null, which JSON has a word for."""
     modules = [
         {
             "name": name,
@@ -185,7 +245,7 @@ def readings_json(readings: Readings, threshold: float | None) -> str:
     ]
     limits = {} if threshold is None else {"threshold": threshold, "below": readings.below(threshold)}
     lead = {"moved_mean": readings.moved_mean, "moved_edge": BAND.edge}
-    return json.dumps({**lead, **limits, "modules": modules}, indent=2, allow_nan=False)
+    return {**lead, **limits, "modules": modules}
 
 
 def _finite(number: float) -> float | None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 from ..errors import ConfigError
+from ..io.bars import bars_shown
 from ..io.texts import check_whole
 from .chat import PLACE, check_tokens_differ, inherited, questions, template_settings, text_part
 from .thoughts import tell_unfinished, with_marks
@@ -196,7 +197,7 @@ def under_bar(items: Iterable[Item], label: str | None, total: int | None = None
     """
     from tqdm import tqdm
 
-    return tqdm(items, desc=label, total=total, disable=True if label is None else None)
+    return tqdm(items, desc=label, total=total, disable=label is None or not bars_shown())
 
 
 def alike_lengths(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

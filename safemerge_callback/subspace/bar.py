@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from ..io.bars import bars_shown
 from ..io.printable import printable
 
 # Of the columns that a narrow terminal has, what the name of a module may take; its end tells the modules apart.
@@ -17,9 +18,9 @@ def byte_bar(
 ) -> Iterator[Callable[[str, int], None]]:
     """Yield `advance(what, bytes)`, which shows what is worked on and counts bytes; silent unless `shown`.
 
-    `note` stands where the first module's name will.
+    On a terminal only. `note` stands where the first module's name will.
     """
-    if not shown:
+    if not (shown and bars_shown()):
         yield _silent
         return
     from rich.console import Console

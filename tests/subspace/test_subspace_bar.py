@@ -1,9 +1,11 @@
 import io
+import sys
 
 import pytest
 import rich.console
 
 from safemerge_callback.subspace.bar import byte_bar
+from tests.support.terminal import Terminal
 
 
 @pytest.mark.parametrize("width", [80, 60, 200])
@@ -12,6 +14,7 @@ def test_a_bar_stays_on_one_line_of_the_terminal(monkeypatch, width, name):
     text, console = io.StringIO(), rich.console.Console
     terminal = lambda **_: console(file=text, width=width, force_terminal=True, color_system=None)  # noqa: E731
     monkeypatch.setattr(rich.console, "Console", terminal)
+    monkeypatch.setattr(sys, "stderr", Terminal())
     with byte_bar("compressing subspace", 301_600_000_000, 0, shown=True, note="31 of 224 modules kept") as advance:
         advance(name, 196_600_000_000)
     lines = [line for part in text.getvalue().split("\r") for line in part.split("\n")]

@@ -69,6 +69,10 @@ class Sweep(Sequence[Cell]):
         columns = ["gate", "method", "weights", "merged", "moved", "cosine to task", "residual"]
         return self._title(), columns, [_shown(cell) for cell in self], columns[3:]
 
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Return a mapping a cell, by the fields' names."""
+        return [asdict(cell) for cell in self]
+
     def write_csv(self, path: str | Path) -> Path:
         """Write one row a cell, numbers unrounded; ConfigError where the file cannot be written, or is no table now."""
         with new_output(path, "table", TABLE) as part, part.open("w", newline="", encoding="utf-8") as file:
