@@ -1,8 +1,11 @@
 """An adapter goes to the Hub with what belongs to it, a card, and nothing of this machine."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -15,6 +18,8 @@ from safemerge_callback.cli import app
 from safemerge_callback.errors import AdapterError
 from safemerge_callback.io.card import BEGIN, END
 from tests.support.hub import READER
+
+ROOT = str(Path(__file__).parents[1])
 
 
 @pytest.fixture
@@ -92,6 +97,28 @@ def test_a_card_that_somebody_wrote_goes_along(hub, adapter):
     (adapter / "README.md").write_bytes(b"\xff no text")
     push_adapter(adapter, "me/other", base_model="org/aligned")
     assert "# LoRA adapter" in parts(hub.repos["me/other"])[1]
+
+
+def test_evidence_goes_along_where_it_is_of_the_same_config(hub, adapter):
+    (adapter / "safemerge_evidence.json").write_text("{}")
+    push_adapter(adapter, "me/safety", base_model="org/aligned")
+    assert "safemerge_evidence.json" not in hub.repos["me/safety"].tree()
+    shutil.copytree(adapter, adapter.with_name("named"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    named = {**config, "base_model_name_or_path": "org/aligned"}
+    (adapter.with_name("named") / "adapter_config.json").write_text(json.dumps(named))
+    push_adapter(adapter.with_name("named"), "me/safety")
+    assert "safemerge_evidence.json" in hub.repos["me/safety"].tree()
+
+
+def test_the_environment_names_the_hub(hub, world, tmp_path):
+    shutil.copy(world.subspace, tmp_path / "v.safetensors")
+    here = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path)}
+    words = [sys.executable, "-m", "safemerge_callback", "push", "v.safetensors", "me/v"]
+    how = {"cwd": tmp_path, "capture_output": True, "text": True, "check": False}
+    pushed = subprocess.run(words, env={**os.environ, **here, "PYTHONPATH": ROOT}, **how)
+    assert pushed.returncode == 0, pushed.stderr
+    assert pushed.stdout.strip() == f"me/v@{hub.repos['me/v'].branches['main']}/v.safetensors"
 
 
 def test_a_base_that_is_a_folder_here_must_be_named(hub, adapter, world):

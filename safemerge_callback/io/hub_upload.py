@@ -121,6 +121,9 @@ def _reason(problem: BaseException) -> str:
     causes = [problem]
     while (cause := causes[-1].__cause__) is not None and cause not in causes:
         causes.append(cause)
+    if isinstance(problem, ValueError) and any("Bad request" in str(one) for one in causes[1:]):
+        # What the Hub has against a card's head stands in lines of its own.
+        return f"{'; '.join(line.strip(' -.') for line in str(problem).splitlines())}. Nothing was committed."
     statuses = [getattr(getattr(one, "response", None), "status_code", None) for one in causes]
     refusal = next((_REFUSALS[status] for status in statuses if status in _REFUSALS), None)
     if refusal is not None:

@@ -20,6 +20,7 @@ from ..io.documents import read_json
 from ..io.hub_upload import CARD_FILE, Destination, check_destination, upload
 from ..io.paths import as_path, existing
 from ..record import JOURNAL_FILE
+from ..record.evidence import NAME as EVIDENCE_FILE
 
 SAFETY_TAG = "safety-adapter"
 # Old models of the Hub have no organisation.
@@ -41,11 +42,14 @@ def push_adapter(
     license: str | None = None,
     token: str | None = None,
 ) -> str:
-    """Upload a LoRA adapter with its tokenizer, journal and card to `repo_id`, in one commit; return `org/name@commit`.
+    """Upload a LoRA adapter with what belongs to it and a card, in one commit, and return `org/name@commit`.
+
+    Its tokenizer, journal and evidence go along.
 
     The card of a guarded or merged adapter keeps its section; any other is called a safety adapter, with what is in it
     and how it is used. A card that is on the Hub keeps everything but that section, else the folder's own is taken.
-    Pickled files, checkpoints and reports stay here.
+    Pickled files, checkpoints and reports stay here, and so does the evidence of `safemerge gate` where the config's
+    base is a folder, since what is uploaded then has another config.
 
     base_model: what the base is called on the Hub, where the adapter's config names a folder of this machine.
     license: what a new card's head says, an identifier of the Hub; left out, nothing is said.
@@ -127,6 +131,9 @@ def _files(folder: Path, adapter: Adapter, base: str | None) -> Mapping[str, Pat
     files: dict[str, Path | bytes] = {WEIGHTS: folder / WEIGHTS, CONFIG: folder / CONFIG}
     if adapter.base_model != base:
         files[CONFIG] = _json({**adapter.config, "base_model_name_or_path": base})
+    elif (folder / EVIDENCE_FILE).is_file():
+        # It is of this very config.
+        files[EVIDENCE_FILE] = folder / EVIDENCE_FILE
     for name in (*TOKENIZER, JOURNAL_FILE):
         path = folder / name
         paths = sorted(path.iterdir()) if path.is_dir() else [path] * path.is_file()

@@ -25,6 +25,7 @@ from ..io.addresses import address_of, identity, source_name, without_folders
 from ..io.documents import read_json
 from ..io.hub import cached_folder
 from ..io.outputs import FileKind, new_output
+from ..subspace.file_address import cached_file
 from .journal import JOURNAL_FILE, read_journal
 
 NAME = "safemerge_evidence.json"
@@ -173,10 +174,14 @@ def _subspace(adapter: Path) -> Path | None:
 
 
 def _header_digest(path: Path) -> str | None:
-    """The digest of a safetensors file's header, which holds the checksums of all its tensors; None without a file."""
-    if not path.is_file():
+    """The digest of a safetensors file's header, which holds the checksums of all its tensors; None without a file.
+
+    One of the Hub is looked for in its cache.
+    """
+    there = path if path.is_file() else cached_file(str(path))
+    if there is None:
         return None
-    with path.open("rb") as file:
+    with there.open("rb") as file:
         length = file.read(8)
         return hashlib.sha256(length + file.read(int.from_bytes(length, "little"))).hexdigest()
 

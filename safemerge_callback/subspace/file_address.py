@@ -45,9 +45,7 @@ def find_file(source: str | Path, revision: str | None = None) -> FileAddress:
         return FileAddress(path / _only(names, f"subspace {str(path)!r}: the folder", "give the path of one"))
     if path.exists():
         return FileAddress(path)
-    named, _, file = str(source).rpartition("/")
-    if not (file.endswith(_SUFFIX) and "@" in named):
-        named, file = str(source), ""
+    named, file = _split(str(source))
     # A lost file, rather than a repository of such a name.
     if named.endswith(_SUFFIX) or "/" not in named.partition("@")[0].strip("/."):
         raise SubspaceError(
@@ -56,6 +54,23 @@ def find_file(source: str | Path, revision: str | None = None) -> FileAddress:
         )
     address = address_of(named, "subspace", error=SubspaceError, revision=revision, kind="file")
     return _fetched(address.repo, address.revision, file)
+
+
+def cached_file(address: str) -> Path | None:
+    """Return where the Hub's cache has the file of an `org/name@revision/FILE`; None where it has not, or for a path.
+
+    Nobody is asked.
+    """
+    named, file = _split(address)
+    repo, _, revision = named.partition("@")
+    folder = cached_folder(repo, revision) if file else None
+    return folder / file if folder is not None and (folder / file).is_file() else None
+
+
+def _split(source: str) -> tuple[str, str]:
+    """A Hub id, and the file of that repository, or nothing."""
+    named, _, file = source.rpartition("/")
+    return (named, file) if file.endswith(_SUFFIX) and "@" in named else (source, "")
 
 
 def plain_name(name: str, what: str) -> str:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from safemerge_callback import Subspace
 from safemerge_callback.errors import SubspaceError
 from safemerge_callback.subspace import compress_subspace
-from safemerge_callback.subspace.file_address import FileAddress, find_file
+from safemerge_callback.subspace.file_address import FileAddress, cached_file, find_file
 from tests.support.hub import READER
 
 
@@ -59,6 +59,9 @@ def test_offline_the_cache_is_all_there_is(hub, repo, monkeypatch):
     assert Subspace.from_pretrained(online.address).address == online.address
     with pytest.raises(SubspaceError, match=r"'org/w' is no file here and could not be fetched .*offline"):
         Subspace.from_pretrained("org/w")
+    assert cached_file(online.address) == online.path
+    for source in ("org/v", f"org/v@{'0' * 40}/x.safetensors", str(online.path), "runs/x.safetensors"):
+        assert cached_file(source) is None
     assert len(hub.asked) == asked
 
 

@@ -166,3 +166,10 @@ def test_a_licence_is_stated_changed_and_left(hub, subspace):
     for licence, stated in ((None, None), ("mit", "mit"), ("other", "other"), (None, "other")):
         subspace.push_to_hub("me/v", license=licence)
         assert head_of(hub.repos["me/v"].tree()["README.md"].decode()).get("license") == stated
+
+
+def test_a_head_that_the_hub_does_not_take_is_told_with_its_reason(hub, subspace):
+    says = r"Invalid metadata in README.md; \"license\" must be one of mit, other. Nothing was committed"
+    with pytest.raises(SubspaceError, match=says):
+        subspace.push_to_hub("me/v", license="mine")
+    assert list(hub.repos["me/v"].tree()) == [".gitattributes"]

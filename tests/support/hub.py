@@ -191,9 +191,12 @@ class Answers(BaseHTTPRequestHandler):
         """POST /api/validate-yaml: the head of a card."""
         head = json.loads(self.body)["content"].split("---\n")[1]
         try:
-            yaml.safe_load(head)
+            licence = yaml.safe_load(head).get("license", "mit")
+            errors = [] if licence in ("mit", "apache-2.0", "other") else ['"license" must be one of mit, other']
         except yaml.YAMLError as error:
-            return self.reply(400, {"errors": [{"message": str(error)}], "warnings": []})
+            errors = [str(error)]
+        if errors:
+            return self.reply(400, {"errors": [{"message": one} for one in errors], "warnings": []})
         return self.reply(200, {"errors": [], "warnings": []})
 
     def preupload(self, repo: str, revision: str) -> None:
