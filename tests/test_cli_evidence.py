@@ -107,13 +107,27 @@ def edit(world, name, old, new):
     [
         (lambda world: swap(world, "task/adapter_model.safetensors"), ["adapter_model.safetensors"]),
         (lambda world: edit(world, "task/adapter_config.json", '"r": 2', '"r": 2 '), ["adapter_config.json"]),
+        (lambda world: (world / "task" / "adapter_config.json").write_text("{"), ["adapter_config.json"]),
+        (lambda world: (world / "task" / "adapter_config.json").unlink(), ["adapter_config.json"]),
+        (lambda world: (world / "task" / "adapter_model.safetensors").unlink(), ["adapter_model.safetensors"]),
         (lambda world: swap(world, "base/model.safetensors"), ["base model.safetensors"]),
         (lambda world: (world / "base" / "more.safetensors").write_bytes(b""), ["base more.safetensors"]),
         (lambda world: edit(world, "base/chat_template.jinja", "<s> bot", "<s> you"), ["chat template"]),
         (lambda world: edit(world, "harm.csv", "k l m", "k l n"), ["prompts harm"]),
         (lambda world: edit(world, f"task/{NAME}", '"outcome": "passed"', '"outcome": "failed"'), [NAME]),
     ],
-    ids=["adapter", "config", "base", "a shard more", "template", "prompts", "evidence"],
+    ids=[
+        "adapter",
+        "config",
+        "no config",
+        "config gone",
+        "weights gone",
+        "base",
+        "a shard more",
+        "template",
+        "prompts",
+        "evidence",
+    ],
 )
 def test_a_change_fails_and_is_named(world, change, named):
     change(world)
@@ -132,6 +146,18 @@ def test_what_is_edited_and_given_its_digest_anew_still_has_to_follow(world):
     document["rulings"][0]["outcome"] = "undecided"
     path.write_text(json.dumps({**document, "digest": document_digest(document)}))
     assert verify(code=1)[1] == ["figures", "rulings"]
+
+
+def test_a_broken_config_is_named_where_it_alone_says_which_the_base_is(world):
+    (world / "task" / "adapter_config.json").write_text("{")
+    shown = gate("--verify", "task", code=1).stdout
+    assert shown.startswith("task: changed: adapter_config.json\n")
+    assert "absent   base weights: is not here" in shown
+
+
+def test_compare_reads_evidence(world):
+    result = CliRunner().invoke(app, ["compare", f"task/{NAME}", f"task/{NAME}", "--json"])
+    assert [one["paired"] for one in json.loads(result.stdout)["contrasts"]] == [True] * 3
 
 
 def test_other_thresholds_may_be_asked_of_the_same_figures(world):

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     ),
 )
 def compare(
-    first: Annotated[Path, typer.Argument(metavar="FIRST", help="What `eval -o` or `gate --json` wrote, or a run.")],
+    first: Annotated[
+        Path, typer.Argument(metavar="FIRST", help="What `eval -o`, `gate --json` or `--evidence` wrote; or a run.")
+    ],
     second: Annotated[Path, typer.Argument(metavar="SECOND", help="The same of what it is compared with.")],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, for a pull request.")] = False,
 ) -> None:

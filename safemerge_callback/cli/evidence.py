@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 def adapter_here(model: str | None) -> Path:
     """Return the folder of an adapter on this machine, where evidence lies; ConfigError for what is none."""
     from ..evaluation.loading import is_adapter
+    from ..record.evidence import NAME
 
-    if model is None or not Path(model).is_dir() or not is_adapter(model):
+    # What was an adapter may have lost its config since: that is a change, and no wrong use.
+    if model is None or not (Path(model, NAME).is_file() or (Path(model).is_dir() and is_adapter(model))):
         raise ConfigError(
             f"evidence lies beside an adapter that is on this machine, and {model!r} is no adapter's folder: give one, "
             "or leave --evidence and --verify out"

@@ -154,8 +154,8 @@ def _files(whose: str, then: Mapping[str, str], now: Mapping[str, str]) -> Itera
 
 def _base_folder(adapter: Path, base: str | None) -> Path | None:
     """Where the base's files lie on this machine; None where they do not. Nothing is fetched."""
-    named = base or read_config(adapter / CONFIG, f"adapter {shown(adapter)}").get("base_model_name_or_path")
     try:
+        named = base or read_config(adapter / CONFIG, f"adapter {shown(adapter)}").get("base_model_name_or_path")
         address = address_of(str(named), "base", error=ConfigError)
     except SafeMergeError:
         return None
