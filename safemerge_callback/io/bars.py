@@ -1,4 +1,4 @@
-"""Whether progress may be drawn: on a terminal, and where nobody has asked for quiet."""
+"""Whether progress may be drawn: on a terminal or in a notebook, and where nobody has asked for quiet."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ _QUIET: ContextVar[bool] = ContextVar("safemerge_quiet", default=False)
 
 
 def bars_shown() -> bool:
-    """Whether stderr, where all bars are drawn, is a terminal outside of `without_bars`."""
-    return not _QUIET.get() and sys.stderr is not None and sys.stderr.isatty()
+    """Whether stderr, where all bars are drawn, is a terminal or a notebook's, outside of `without_bars`."""
+    if _QUIET.get() or sys.stderr is None:
+        return False
+    return sys.stderr.isatty() or type(sys.stderr).__module__.partition(".")[0] == "ipykernel"
 
 
 @contextmanager

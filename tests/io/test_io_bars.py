@@ -8,7 +8,7 @@ from safemerge_callback.signals.responses import under_bar
 from tests.support.terminal import Terminal
 
 
-def test_only_on_a_terminal_and_not_in_quiet(monkeypatch):
+def test_only_on_a_terminal_or_in_a_notebook_and_not_in_quiet(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert bars_shown()
     with without_bars():
@@ -17,6 +17,9 @@ def test_only_on_a_terminal_and_not_in_quiet(monkeypatch):
             assert not bars_shown()
     with without_bars(False):
         assert bars_shown()
+    notebooks = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})
+    monkeypatch.setattr(sys, "stderr", notebooks())
+    assert bars_shown()
     for no_terminal in (io.StringIO(), None):
         monkeypatch.setattr(sys, "stderr", no_terminal)
         assert not bars_shown()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import save_file
 
 from safemerge_callback.errors import ConfigError, SubspaceError
 from safemerge_callback.subspace import build_subspace
+from tests.support.terminal import Terminal
 
 
 def save(folder, rows=20, seed=0, **more):
@@ -93,14 +95,20 @@ def test_one_checkpoint_against_itself(tmp_path):
     refused(tmp_path, r"aligned and unaligned are equal at all 2 modules, first 'layers\.0\.a'")
 
 
-def test_the_bar_counts_bytes_and_time_on_stderr_and_can_be_silent(tmp_path, capsys):
+def test_the_bar_counts_bytes_and_time_on_stderr_and_can_be_silent(tmp_path, capsys, monkeypatch):
     save(tmp_path / "aligned")
     save(tmp_path / "unaligned", seed=1)
     build(tmp_path, progress=True)
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    # 2 modules of 6 x 8 float32 from 2 checkpoints.
-    assert "768/768 bytes" in shown.err
-    assert "building subspace" in shown.err
-    build(tmp_path)
+    # Into a file, where nobody watches.
     assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    # Wide enough that no column wraps.
+    monkeypatch.setenv("COLUMNS", "120")
+    build(tmp_path, progress=True)
+    assert capsys.readouterr().out == ""
+    # 2 modules of 6 x 8 float32 from 2 checkpoints.
+    assert "768/768 bytes" in terminal.getvalue()
+    assert "building subspace" in terminal.getvalue()
+    drawn = terminal.getvalue()
+    build(tmp_path)
+    assert (capsys.readouterr(), terminal.getvalue()) == (("", ""), drawn)

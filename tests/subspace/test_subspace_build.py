@@ -1,5 +1,6 @@
 import copy
 import json
+import sys
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safemerge_callback.errors import ConfigError, SubspaceError
 from safemerge_callback.live import base_weights, live_factors
 from safemerge_callback.ops import Factored
 from safemerge_callback.subspace import VERSION, Subspace, build_subspace
+from tests.support.terminal import Terminal
 
 
 def perturbed(model, seed=7, scale=0.01):
@@ -257,7 +259,8 @@ def test_contradicting_sources_are_refused(tmp_path, sources, says):
         build_subspace(tmp_path / "v", **sources)
 
 
-def test_it_is_built_the_same_twice_and_a_bar_changes_nothing(tmp_path, capsys):
+def test_it_is_built_the_same_twice_and_a_bar_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     torch.manual_seed(3)
     V = torch.randn(40, 2) @ torch.randn(2, 50)
     save_pair(tmp_path, {"a": V, "b": W}, {"a": torch.zeros(40, 50), "b": W * 2})
@@ -266,7 +269,7 @@ def test_it_is_built_the_same_twice_and_a_bar_changes_nothing(tmp_path, capsys):
     subspace = build_from(tmp_path, progress=True)
     assert (tmp_path / "v.safetensors").read_bytes() == first
     assert subspace.modules["layers.0.a"].rank == 2
-    assert "building subspace" in capsys.readouterr().err
+    assert "building subspace" in terminal.getvalue()
 
 
 def test_load_is_what_build_returns(tmp_path):
