@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import sys
@@ -295,6 +296,13 @@ def test_as_a_real_process(world):
     assert refused.stdout == ""
     assert refused.stderr.startswith("safemerge: output 'out' is not empty")
     assert refused.stderr.count("\n") == 1
+
+
+def test_the_shell_completes_verbs_and_options():
+    words = {"_SAFEMERGE_COMPLETE": "complete_bash", "COMP_WORDS": "safemerge gate --min-re", "COMP_CWORD": "2"}
+    command = [sys.executable, "-m", "safemerge_callback"]
+    done = subprocess.run(command, env={**os.environ, **words}, capture_output=True, text=True)
+    assert done.stdout.split() == ["--min-refused"], done.stderr
 
 
 def test_the_installed_command_is_this_one():
