@@ -155,6 +155,23 @@ def test_a_broken_config_is_named_where_it_alone_says_which_the_base_is(world):
     assert "absent   base weights: is not here" in shown
 
 
+def test_a_part_of_the_base_in_the_hubs_cache_is_no_change(world):
+    """The cache keeps a model's files under models--ORG--NAME/snapshots/COMMIT, those that were asked for."""
+    snapshot = world / "models--org--base" / "snapshots" / "abc"
+    shutil.copytree(world / "base", snapshot)
+    assert gate("--verify", "task", "--base", snapshot, code=0)
+    (snapshot / "model.safetensors").unlink()
+    assert "absent   base model.safetensors: is not here" in gate("--verify", "task", "--base", snapshot, code=0).stdout
+    (world / "base" / "model.safetensors").unlink()
+    assert "changed  base model.safetensors: is gone" in gate("--verify", "task", "--base", "base", code=1).stdout
+
+
+def test_an_adapter_without_any_of_its_files_has_changed(world):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (world / "task" / name).unlink()
+    assert verify(code=1)[1] == ["adapter_config.json", "adapter_model.safetensors"]
+
+
 def test_compare_reads_evidence(world):
     result = CliRunner().invoke(app, ["compare", f"task/{NAME}", f"task/{NAME}", "--json"])
     assert [one["paired"] for one in json.loads(result.stdout)["contrasts"]] == [True] * 3
@@ -174,6 +191,10 @@ def verdict(world, limit):
 
 
 def test_what_is_not_here_is_said_and_fails_nothing(world):
+    # A training saves a tokenizer beside the adapter, whose template need not be the base's.
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(world / "base" / name, world / "task")
+    edit(world, "task/chat_template.jinja", "<s> bot", "<s> you")
     shutil.rmtree(world / "base")
     found, changed = verify(code=0)
     states = {check["what"]: check["state"] for check in found["checks"]}
@@ -207,7 +228,7 @@ def test_the_subspace_that_the_adapters_journal_names_is_looked_at(world):
     save_file(load_file(world / "task" / "adapter_model.safetensors"), world / "s.safetensors")
     entry = start_entry(0, {}, {}, Sources(str(world / "s.safetensors"), None, None), 4)
     (world / "task" / "safemerge.jsonl").write_text(json.dumps(entry) + "\n")
-    files = evidence.evidence_files(world / "task", "base")
+    files = {**evidence.adapter_evidence(world / "task"), **evidence.base_evidence(world / "task", "base")}
     assert files["subspace"]["name"] == "s.safetensors"
     document = {**json.loads((world / "task" / NAME).read_text()), **files}
     del document["digest"]

@@ -99,13 +99,15 @@ def of_model(model: str, asking: Asking, loading: Mapping[str, Any], with_base: 
     from ..evaluation.figures import figures, with_refusals
     from ..evaluation.figures_file import question_keys
     from ..evaluation.loading import load_subject
+    from ..record.evidence import adapter_evidence, base_evidence
     from ..signals.adapter_off import adapter_off
 
     prompts = names_listed(asking.probes)
     sets, judges, _ = ready(prompts, asking.judges, [], None, asking.n, asking.seed, (None, None))
-    # Of the files as they are now, before they are asked: what changes meanwhile is then seen.
-    files = _evidence_files(model, loading["base"]) if asking.evidence else {}
+    # Of the adapter as it is before it is asked: what changes meanwhile is then seen.
+    files = adapter_evidence(Path(model)) if asking.evidence else {}
     subject = load_subject(model, **loading)
+    files |= base_evidence(Path(model), loading["base"]) if asking.evidence else {}
     if asking.after_merge and not subject.adapter:
         raise ConfigError(f"model {model!r} is no adapter, so there is nothing to add into a base: no --after-merge")
     failures: list[str] = []
@@ -134,9 +136,3 @@ def _as_shipped(model: Any, asking: Asking) -> Any:
     if asking.after_quantize:
         quantise(shipped, asking.after_quantize)
     return shipped
-
-
-def _evidence_files(model: str, base: str | None) -> dict[str, Any]:
-    from ..record.evidence import evidence_files
-
-    return evidence_files(Path(model), base)

@@ -52,19 +52,24 @@ class Check(NamedTuple):
         return f"{self.state:<8} {self.what}{f': {self.words}' if self.words else ''}"
 
 
-def evidence_files(adapter: Path, base: str | None) -> dict[str, Any]:
-    """Return adapter, base and subspace of an evidence, by digest: of their files as they are now.
-
-    The base is `base`, or what the adapter's config names, read where it lies here or in the Hub's cache; the subspace
-    is what the adapter's journal names.
-    """
-    folder, subspace = _base_folder(adapter, base), _subspace(adapter)
-    name, revision = (base, None) if folder is None else identity(folder)
+def adapter_evidence(adapter: Path) -> dict[str, Any]:
+    """Return an evidence's adapter, and the subspace that the journal beside it names, by digest as they are now."""
+    subspace = _subspace(adapter)
     return {
         "adapter": {"name": adapter.resolve().name, "files": file_digests(adapter, (CONFIG, WEIGHTS))},
-        "base_model": {"name": name, "revision": revision, "files": file_digests(folder, _BASE_FILES)},
         "subspace": None if subspace is None else {"name": source_name(subspace), "header": _header_digest(subspace)},
     }
+
+
+def base_evidence(adapter: Path, base: str | None) -> dict[str, Any]:
+    """Return an evidence's base, by digest as it is now: `base`, or what the adapter's config names.
+
+    Read where it lies here or in the Hub's cache, where it is once it was loaded.
+    """
+    named = _base_named(adapter, base)
+    folder = _base_folder(named)
+    name, revision = (named and source_name(named), None) if folder is None else identity(folder)
+    return {"base_model": {"name": name, "revision": revision, "files": file_digests(folder, _BASE_FILES)}}
 
 
 def write_evidence(adapter: Path, document: Mapping[str, Any]) -> Path:
@@ -109,9 +114,12 @@ def evidence_checks(
     # What was written by hand need not have what the rest looks at.
     if whole.state == "changed":
         return
-    yield from _files("", document["adapter"]["files"], file_digests(adapter, (CONFIG, WEIGHTS)))
-    folder = _base_folder(adapter, base)
-    yield from _files("base ", document["base_model"]["files"], file_digests(folder, _BASE_FILES))
+    yield from _files("", document["adapter"]["files"], file_digests(adapter, (CONFIG, WEIGHTS)), "changed")
+    folder = _base_folder(_base_named(adapter, base))
+    # The Hub's cache may have a part of it.
+    elsewhere = folder is None or identity(folder)[1] is not None
+    missing: State = "absent" if elsewhere else "changed"
+    yield from _files("base ", document["base_model"]["files"], file_digests(folder, _BASE_FILES), missing)
     yield from _subspace_check(adapter, document["subspace"])
     yield _compared("chat template", document["template"], _template(adapter, folder))
     yield from _prompt_checks(document, probes)
@@ -140,22 +148,33 @@ def _compared(what: str, then: Any, now: Any) -> Check:
     return Check(what, "same", "") if then == now else Check(what, "changed", "is not what was asked")
 
 
-def _files(whose: str, then: Mapping[str, str], now: Mapping[str, str]) -> Iterator[Check]:
-    """A check a file; one check where none of them is here, or was."""
-    if not then or not now:
-        yield _compared(f"{whose}weights".strip(), then, now)
+def _files(whose: str, then: Mapping[str, str], now: Mapping[str, str], missing: State) -> Iterator[Check]:
+    """A check a file, `missing` what one is that is not here; one check where none was known, or may be here."""
+    if not then or (not now and missing == "absent"):
+        yield _compared(f"{whose}weights", then, now)
         return
     for name in sorted(then.keys() | now.keys()):
         if name in then and name in now:
             yield _compared(f"{whose}{name}", then[name], now[name])
+        elif name in then:
+            yield Check(f"{whose}{name}", missing, "is gone" if missing == "changed" else "is not here")
         else:
-            yield Check(f"{whose}{name}", "changed", "is gone" if name in then else "was not there")
+            yield Check(f"{whose}{name}", "changed", "was not there")
 
 
-def _base_folder(adapter: Path, base: str | None) -> Path | None:
+def _base_named(adapter: Path, base: str | None) -> str | None:
+    """What the base is called: `base`, or what the adapter's config says; None where that cannot be read."""
+    if base is not None:
+        return base
+    with suppress(SafeMergeError):
+        named = read_config(adapter / CONFIG, f"adapter {shown(adapter)}").get("base_model_name_or_path")
+        return named if isinstance(named, str) else None
+    return None
+
+
+def _base_folder(named: str | None) -> Path | None:
     """Where the base's files lie on this machine; None where they do not. Nothing is fetched."""
     try:
-        named = base or read_config(adapter / CONFIG, f"adapter {shown(adapter)}").get("base_model_name_or_path")
         address = address_of(str(named), "base", error=ConfigError)
     except SafeMergeError:
         return None
@@ -193,9 +212,12 @@ def _subspace_check(adapter: Path, then: Mapping[str, Any] | None) -> Iterator[C
 
 
 def _template(adapter: Path, base: Path | None) -> str:
-    """The digest of the template that `load_subject` would ask in: the base's, else that beside the adapter."""
-    for folder in (base, adapter):
-        if folder is not None and (folder / "tokenizer_config.json").is_file():
+    """The digest of the template that `load_subject` would ask in: the base's, else that beside the adapter.
+
+    Nothing where the base is not here: that beside the adapter may be another.
+    """
+    for folder in (base, adapter) if base is not None else ():
+        if (folder / "tokenizer_config.json").is_file():
             digest = template_digest(load_tokenizer(folder, who="tokenizer"))
             if digest:
                 return digest
