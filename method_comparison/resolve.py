@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from recipes.finetune import PREFIX, parse_finetune
+from recipes.arguments import PREFIX
+from recipes.finetune import parse_finetune
 from recipes.models import placed
 from safemerge_callback.adapters import load_adapter
 from safemerge_callback.corrections.schedule import merge_events

@@ -218,7 +218,7 @@ def load(arguments: EvaluateArguments) -> tuple[PreTrainedModel, PreTrainedToken
 
 def main(args: Sequence[str] | None = None) -> None:
     """Evaluate as configured: print the table, and write the files that the settings name."""
-    from recipes.finetune import parse
+    from recipes.arguments import parse
 
     (arguments,) = parse((EvaluateArguments,), args)
     kept: list[Any] = []

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 if __package__ in (None, ""):  # run as a script by `accelerate launch`
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from recipes.arguments import SafeMergeArguments, parse, safemerge_config
 from recipes.command import run_command
-from recipes.finetune import DataArguments, SafeMergeArguments, build_trainer, parse, safemerge_config
+from recipes.finetune import DataArguments, build_trainer
+from recipes.guarded_trainer import train
 
 if TYPE_CHECKING:
     from trl import SFTTrainer
@@ -60,10 +62,7 @@ def build(args: Sequence[str] | None = None) -> SFTTrainer:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Fine-tune as configured and save the adapter in `output_dir`."""
-    trainer = build(args)
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    trainer.save_model()
-    trainer.accelerator.print(f"adapter saved in {trainer.args.output_dir}")
+    train(build(args))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def labelled_rows(
 
 def main(args: Sequence[str] | None = None) -> None:
     """Write the rows as configured."""
-    from recipes.finetune import parse
+    from recipes.arguments import parse
 
     (arguments,) = parse((PoisonedRowsArguments,), args)
     free_output(arguments.output, "output", TRAINING_ROWS)

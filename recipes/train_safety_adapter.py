@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 if __package__ in (None, ""):  # run as a script by `accelerate launch`
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from recipes.arguments import SafeMergeArguments, parse, safemerge_config
 from recipes.command import run_command
-from recipes.finetune import DataArguments, SafeMergeArguments, build_trainer, parse, safemerge_config
+from recipes.finetune import DataArguments, build_trainer
 
 if TYPE_CHECKING:
     from trl import ModelConfig, SFTConfig, SFTTrainer

@@ -17,11 +17,12 @@ from .prompts import PROMPTS, advbench, harmbench, heldout_advbench, safety_prom
 from .pubmedqa import pubmedqa_examples
 from .safety import safety_examples
 from .sentiment import sentiment, sentiment_examples
-from .table import is_table, table_examples
+from .table import COLUMNS, RowForm, example_of, rows_in_form
 from .typed import harmless_examples, helpful_examples, honest_examples
 
 __all__ = [
     "EXAMPLES",
+    "EXAMPLE_FORM",
     "PROMPTS",
     "advbench",
     "arithmetic_examples",
@@ -43,7 +44,6 @@ __all__ = [
     "sentiment",
     "sentiment_examples",
     "strongreject",
-    "table_examples",
 ]
 
 EXAMPLES: dict[str, Callable[[str], list[dict[str, Any]]]] = {
@@ -66,21 +66,21 @@ def load_examples(name: str, split: str = "train") -> list[dict[str, Any]]:
     """Return the rows of a split, in TRL's conversational prompt and completion format.
 
     `name`: one of `EXAMPLES`, of which `ncbi_disease:FOLDER` reads that folder's files in place of the Hub's; or what
-    `table_examples` takes, a file or the id of a data set on the Hub.
+    `rows_in_form` takes, a file or the id of a data set on the Hub.
     """
+    return rows_in_form(EXAMPLE_FORM, name, split)
+
+
+def _named_examples(name: str, split: str) -> list[dict[str, Any]]:
     data, _, folder = name.partition(":")
-    if data not in EXAMPLES:
-        if is_table(name):
-            return table_examples(name, split)
-        rows = "or give rows of your own, a file (.jsonl, .csv, .json) or the id of a data set on the Hub, org/name"
-        raise ConfigError(
-            f"data {data!r} is unknown: choose one of {sorted(EXAMPLES)}{nearest(data, EXAMPLES, then=rows)}"
-        )
     if not folder:
         return EXAMPLES[data](split)
     if data not in FROM_FOLDERS:
         raise ConfigError(f"data {name!r}: {data} is read from no folder, as {sorted(FROM_FOLDERS)} may be: drop it")
     return FROM_FOLDERS[data](split, folder)
+
+
+EXAMPLE_FORM = RowForm(EXAMPLES, _named_examples, example_of, COLUMNS)
 
 
 def load_prompts(name: str) -> list[str]:

@@ -24,11 +24,17 @@ def check_split(data: str, split: str, allowed: tuple[str, ...] = ("train", "tes
 
 
 def load_rows(
-    dataset: str, config: str | None, split: str, revision: str | None = None, *, otherwise: str = ""
+    dataset: str,
+    config: str | None,
+    split: str,
+    revision: str | None = None,
+    *,
+    otherwise: str = "",
+    **files: Any,
 ) -> Iterable[Mapping[str, Any]]:
     """Return the rows of a split; ConfigError where `datasets` is not installed, or the Hub does not give them.
 
-    `otherwise` ends the sentence: what else would do.
+    `otherwise` ends the sentence: what else would do. `files`: `data_dir` and `data_files`, as `datasets` has them.
     """
     try:
         from datasets import load_dataset
@@ -36,7 +42,7 @@ def load_rows(
         raise ConfigError(f"{dataset!r} needs datasets: pip install 'safemerge-callback[recipes]'") from None
     # Whatever the library raises: its errors have no common kind.
     try:
-        return load_dataset(dataset, config, split=split, revision=revision)
+        return load_dataset(dataset, config, split=split, revision=revision, **files)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ConfigError(

@@ -52,6 +52,10 @@ TASKS = {
 }
 
 
+# The same for rows of one's own, by name.
+CHECKS: dict[str, Callable[[str, str], bool]] = {"word": says, "number": says_number, "name": says_name}
+
+
 def get_task(name: str) -> Task:
     """Return a task by name; ConfigError for one that the grid cannot evaluate."""
     if name not in TASKS:

@@ -13,7 +13,7 @@ import pytest
 from method_comparison import resolve
 from method_comparison.grid import cells_of, load_grid
 from method_comparison.resolve import check_cells
-from recipes.finetune import PREFIX
+from recipes.arguments import PREFIX
 from recipes.settings import read_settings
 from recipes.train_safety_adapter import parse_train
 from tests.support.ranks import started

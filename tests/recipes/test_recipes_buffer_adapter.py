@@ -5,7 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from recipes.buffer_adapter import BufferAdapter, added_in_training
-from recipes.finetune import DataArguments, buffer_of
+from recipes.finetune import DataArguments
+from recipes.guarded_trainer import buffer_of
 from safemerge_callback.adapters import load_adapter
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.live.batch_hooks import hooked

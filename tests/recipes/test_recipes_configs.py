@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from recipes.arguments import PREFIX, SafeMergeArguments, parse
 from recipes.evaluate import EvaluateArguments
-from recipes.finetune import PREFIX, SafeMergeArguments, parse, parse_finetune
+from recipes.finetune import parse_finetune
 from recipes.models import PACKAGED
 from recipes.settings import read_settings
 from recipes.train_safety_adapter import parse_train
@@ -22,9 +23,11 @@ CONFIGS = ROOT / "configs"
 COUNTS = {
     "accelerate": 6,
     "align": 1,
+    "dpo": 2,
     "evaluate": 8,
     "finetune": 38,
     "finetune_zo": 2,
+    "grpo": 2,
     "merge": 13,
     "train_safety_adapter": 15,
 }

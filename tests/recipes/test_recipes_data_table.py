@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from recipes import finetune
+from recipes import guarded_trainer
 from recipes.data import load_examples
 from recipes.data.rows import conversation
-from recipes.finetune import DataArguments, load_data, parse_finetune
+from recipes.finetune import DataArguments, build_trainer, load_data, parse_finetune
 from safemerge_callback.errors import ConfigError
 
 PAGE = (Path(__file__).parents[2] / "docs" / "own_data.md").read_text(encoding="utf-8")
@@ -104,14 +104,14 @@ def test_a_source_that_is_none_is_refused_with_what_is_allowed(tmp_path):
 
 
 def test_the_data_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(finetune, "load_model", lambda *args, **how: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(guarded_trainer, "load_model", lambda *args, **how: pytest.fail("a model was loaded"))
     words = ["--data", str(tmp_path / "none.jsonl"), "--model_name_or_path", "m", "--output_dir", str(tmp_path)]
     with pytest.raises(ConfigError, match="there is no such file"):
-        finetune.build_trainer(*parse_finetune([*words, "--bf16", "false", "--use_cpu", "true"]))
+        build_trainer(*parse_finetune([*words, "--bf16", "false", "--use_cpu", "true"]))
 
 
 def test_the_example_of_the_page_is_read(tmp_path, monkeypatch):
-    (rows,), (settings,) = (re.findall(rf"```{kind}\n(.*?)```", PAGE, re.DOTALL) for kind in ("json", "yaml"))
+    (rows,), (settings, mixture) = (re.findall(rf"```{kind}\n(.*?)```", PAGE, re.DOTALL) for kind in ("json", "yaml"))
     (tmp_path / "tickets.jsonl").write_text(rows)
     root = Path(__file__).parents[2]
     (tmp_path / "tickets.yaml").write_text(settings.replace("base: ", f"base: {root}/"))
@@ -122,3 +122,6 @@ def test_the_example_of_the_page_is_read(tmp_path, monkeypatch):
     assert [[turn["role"] for turn in row["prompt"]] for row in loaded] == [["user"], ["system", "user"]]
     assert [one.kind.name for one in safemerge.chosen_corrections] == ["replay"]
     assert DataArguments("tickets.jsonl").data in settings
+    (tmp_path / "mixture.yaml").write_text(mixture + "output_dir: out\nbf16: false\nuse_cpu: true\n")
+    data, *_ = parse_finetune(["--config", "mixture.yaml"])
+    assert [entry["path"] for entry in data.datasets] == ["org/name", "json", "tickets.jsonl"]

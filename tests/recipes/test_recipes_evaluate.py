@@ -4,8 +4,8 @@ import pytest
 
 from method_comparison import cells
 from recipes import evaluate
+from recipes.arguments import parse
 from recipes.evaluate import EvaluateArguments, evaluate_model, generate, task_shares
-from recipes.finetune import parse
 from safemerge_callback.errors import AdapterError, ConfigError
 from safemerge_callback.evaluation import KeywordJudge, coherent, figures, probe
 from safemerge_callback.evaluation.prompts import PromptSet

@@ -5,7 +5,8 @@ import pytest
 from recipes.data import load_examples
 from recipes.data.system import with_system
 from recipes.evaluate import EvaluateArguments
-from recipes.finetune import DataArguments, load_data, validation_probe
+from recipes.finetune import DataArguments, load_data
+from recipes.guarded_trainer import validation_probe
 from safemerge_callback.errors import ConfigError
 from safemerge_callback.evaluation.probe import Questions
 from safemerge_callback.signals.responses import tokenized

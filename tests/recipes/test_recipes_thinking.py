@@ -9,9 +9,10 @@ from method_comparison.cells import _asking
 from method_comparison.grid import load_grid
 from method_comparison.stamp import settings_digest
 from recipes import evaluate
+from recipes.arguments import parse
 from recipes.data.tasks import says_name, says_number
 from recipes.evaluate import EvaluateArguments, task_shares
-from recipes.finetune import DataArguments, load_data, parse
+from recipes.finetune import DataArguments, load_data
 from safemerge_callback.errors import ConfigError
 
 OFF = {"enable_thinking": False}
