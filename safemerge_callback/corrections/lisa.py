@@ -159,7 +159,7 @@ class Lisa:
 
     def prepare(self, start: RunStart) -> None:
         """Get the rows, without a reference. Collective. Raises as `replay_rows`, and without a tokenizer."""
-        settings = ReplaySettings(**self.settings.of_source(), loss="ce", first_tokens=None, by_need=False)
+        settings = ReplaySettings(**self.settings.of_source(), loss="ce", first_tokens=None)
         self.model, self.rows = start.model, rows_of_run(self.name, settings, start)
 
     def loss(self, at: RunPoint, model: nn.Module) -> Tensor:

@@ -54,11 +54,11 @@ class ReplaySettings(RowSource):
 
     The loss is one of `LOSSES`, over the first `first_tokens` of each response (None: all of it), against the
     reference's `top_k` likeliest tokens (None: all). `batch_size` rows a rank count `weight` times a step.
-    `harmful_share`, `weight` and `tolerance` were chosen on a validation split (docs/replay.md). `hinge`: only what is
+    `harmful_share` and `weight` were chosen on a validation split (docs/replay.md). `hinge`: only what is
     above the reference's own loss by so many of its spreads. `surgery`: the task's gradient without its part against
     this one. `max_norm`: this one's norm is at most such a share of the task's.
 
-    `by_need`: the interval doubles, up to `longest` times `every`, while the rows of the last times are on average no
+    `by_need` (it lost refusals in one run of three with poisoned data, so it is off): the interval doubles, up to `longest` times `every`, while the rows of the last times are on average no
     more than `tolerance` of the reference's own spreads above it. `max_share`: the share of the training's time that it
     may take, None for any: with it two runs on machines of other speed may differ.
     """
@@ -71,7 +71,7 @@ class ReplaySettings(RowSource):
     hinge: float | None = None
     surgery: bool = False
     max_norm: float | None = None
-    by_need: bool = True
+    by_need: bool = False
     longest: int = 4
     tolerance: float = 0.15
     max_share: float | None = None

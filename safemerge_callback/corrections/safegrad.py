@@ -37,7 +37,7 @@ class SafegradSettings(RowSource):
     @property
     def as_replay(self) -> ReplaySettings:
         """The same in the words of `replay`."""
-        how: dict[str, Any] = {"loss": "kl", "surgery": True, "by_need": False, "weight": self.rho or 1.0}
+        how: dict[str, Any] = {"loss": "kl", "surgery": True, "weight": self.rho or 1.0}
         return ReplaySettings(**self.of_source(), **how, first_tokens=self.first_tokens)
 
 

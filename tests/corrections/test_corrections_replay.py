@@ -289,7 +289,7 @@ def test_what_it_readies_draws_a_bar_unless_a_run_is_to_be_quiet(
 
 
 @pytest.mark.parametrize(
-    ("settings", "kept"), [({"by_need": False}, None), ({}, 0), ({"hinge": 1.0}, 0), ({"loss": "kl", "top_k": 5}, 5)]
+    ("settings", "kept"), [({}, None), ({"by_need": True}, 0), ({"hinge": 1.0}, 0), ({"loss": "kl", "top_k": 5}, 5)]
 )
 def test_of_the_reference_is_kept_what_is_read(world, chat_tokenizer, settings, kept):
     rows = replay_rows(world.model(), chat_tokenizer, ReplaySettings(rows=ROWS, **{"loss": "ce", **settings}))

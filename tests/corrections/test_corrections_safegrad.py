@@ -28,9 +28,7 @@ def same(one, other):
 @pytest.mark.parametrize("rho", [1.0, 0.5])
 def test_it_is_replay_with_surgery_to_the_bit(world, chat_tokenizer, tmp_path, rho, runs):
     ours = train(world, chat_tokenizer, tmp_path / "ours", safegrad_of(rho=rho))
-    replay = replaying(
-        loss="kl", surgery=True, first_tokens=None, weight=rho, batch_size=3, harmful_share=None, by_need=False
-    )
+    replay = replaying(loss="kl", surgery=True, first_tokens=None, weight=rho, batch_size=3, harmful_share=None)
     theirs = train(world, chat_tokenizer, tmp_path / "theirs", replay)
     assert same(lora_weights(ours.model), lora_weights(theirs.model))
     assert {entry["correction"] for entry in runs.entries(tmp_path / "ours", "gradient")} == {"safegrad"}

@@ -15,8 +15,8 @@ ROWS = [
 
 
 def replay_entry(**settings: Any) -> dict[str, Any]:
-    """`replay` as a list of corrections has it, in every step: a toy loses too little to need it."""
-    return {"replay": {"rows": ROWS, "by_need": False, **settings}}
+    """`replay` as a list of corrections has it."""
+    return {"replay": {"rows": ROWS, **settings}}
 
 
 def replaying(**settings: Any) -> SafeMergeCallback:

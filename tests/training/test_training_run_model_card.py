@@ -103,7 +103,7 @@ def test_a_run_that_only_replays_says_what_it_did_and_none_of_its_rows(world, ch
         head, _, ours, _ = parts(tmp_path / "out" / folder / "README.md")
         assert {"lora", "safemerge"} <= set(head["tags"])
         assert f"While this adapter was trained, safety rows were replayed in {steps} steps." in ours
-        assert "| settings | replay (rows mine.jsonl, by_need False) |" in ours.replace("\\", "")
+        assert "| settings | replay (rows mine.jsonl) |" in ours.replace("\\", "")
         for word in ("check", "merge ", "merges", ROWS[0]["response"], str(tmp_path)):
             assert word not in ours, word
     text = run_card(outcome_of(replaying().config, Path("j"), None, Progress(correction_steps={"replay": 1}), {}))
