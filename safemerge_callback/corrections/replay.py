@@ -58,9 +58,10 @@ class ReplaySettings(RowSource):
     above the reference's own loss by so many of its spreads. `surgery`: the task's gradient without its part against
     this one. `max_norm`: this one's norm is at most such a share of the task's.
 
-    `by_need` (it lost refusals in one run of three with poisoned data, so it is off): the interval doubles, up to `longest` times `every`, while the rows of the last times are on average no
-    more than `tolerance` of the reference's own spreads above it. `max_share`: the share of the training's time that it
-    may take, None for any: with it two runs on machines of other speed may differ.
+    `by_need` (off: docs/replay.md has a run that lost refusals by it): the interval doubles, up to `longest` times
+    `every`, while the rows of the last times are on average no more than `tolerance` of the reference's own spreads
+    above it. `max_share`: the share of the training's time that it may take, None for any: with it two runs on machines
+    of other speed may differ.
     """
 
     loss: str = "kl"
