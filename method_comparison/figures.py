@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .grid import Grid
+from .grid import Grid, cells_of
 from .results import Result
 from .statistics import AtScore, Interval, Scored, at_score, mean_interval, paired_difference
 
@@ -65,8 +65,13 @@ class Place:
 
 
 def places_of(grid: Grid, results: Sequence[Result]) -> list[Place]:
-    """Return the grid's places where something was trained; arms of kind `model` are in each place of their task."""
-    places = [Place(task, share) for task in grid.tasks for share in grid.poisoned_shares]
+    """Return the places of the grid's cells where something was trained, shares rising; what is under `more` too.
+
+    Arms of kind `model` are in each place of their task.
+    """
+    cells = cells_of(grid)
+    tasks, shares = dict.fromkeys(cell.task for cell in cells), sorted({cell.poisoned_share for cell in cells})
+    places = [Place(task, share) for task in tasks for share in shares]
     for place in places:
         for result in results:
             here = result["kind"] == "model" or result["poisoned_share"] == place.poisoned_share

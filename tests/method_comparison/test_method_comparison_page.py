@@ -99,6 +99,15 @@ def test_refusal_is_read_off_each_front_at_the_references_task_score(grid, made)
     assert place.point("end.w5") == pytest.approx((0.8, 0.6))
 
 
+def test_a_share_that_stands_under_more_alone_has_its_place(grid, made):
+    more = replace(grid, more=[{"arms": ["plain", "every_10"], "seeds": [1], "poisoned_shares": [0.5]}])
+    poisoned = [result(grid, arm, 1, 4, 15, poisoned_share=0.5) for arm in ("plain", "every_10")]
+    places = places_of(more, [*made, *poisoned])
+    assert [(place.task, place.poisoned_share) for place in places] == [("sentiment", 0.0), ("sentiment", 0.5)]
+    assert list(places[1].arms) == ["aligned", "plain", "every_10"]
+    assert places[1].seeds("plain") == {1}
+
+
 def test_a_familys_front_begins_at_the_baseline(grid, made):
     only = [r for r in made if r["arm"] in ("plain", "every_10", "end.w4")]
     (place,) = places_of(grid, only)
