@@ -51,6 +51,11 @@ def nearest(name: Any, allowed: Iterable[str], then: str = "") -> str:
     return f"; did you mean {close[0]!r}?" + (f" {then[0].upper()}{then[1:]}" if then else "")
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what another library's error says, or its name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def shown(value: Any) -> str:
     """Return `value` as a message shows it: its repr, a path's as text, cut in the middle where it is long.
 

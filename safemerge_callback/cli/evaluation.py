@@ -13,6 +13,7 @@ import typer
 
 from ..errors import ConfigError
 from ..io.outputs import FileKind, new_output
+from ..io.plain import json_text
 from ..version import __version__
 from .app import Verb, app, examples, note, show
 from .options import device_named
@@ -82,7 +83,7 @@ def evaluate(
     report = _report(model, loading, where, plan, drift, settings)
     from ..evaluation.figures import FIGURES, RESPONSES
 
-    _write(output, FIGURES, json.dumps(report.document, indent=2) + "\n")
+    _write(output, FIGURES, json_text(report.document) + "\n")
     _write(
         responses, RESPONSES, "".join(json.dumps(dict(zip(_KEPT, row, strict=True))) + "\n" for row in report.answers)
     )

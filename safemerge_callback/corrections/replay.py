@@ -91,9 +91,11 @@ class ReplaySettings(RowSource):
     def _check_numbers(self) -> None:
         if not is_number(self.weight) or self.weight < 0:
             raise ConfigError(f"weight is {shown(self.weight)}: give a number of 0 (off) or more")
-        for name in ("hinge", "max_norm", "tolerance"):
+        if not is_number(self.tolerance) or self.tolerance <= 0:
+            raise ConfigError(f"tolerance is {shown(self.tolerance)}: give a number of spreads above 0")
+        for name in ("hinge", "max_norm"):
             value = getattr(self, name)
-            if (value is not None or name == "tolerance") and (not is_number(value) or value <= 0):
+            if value is not None and (not is_number(value) or value <= 0):
                 raise ConfigError(f"{name} is {shown(value)}: give a number above 0, or leave it out")
         share = self.max_share
         if share is not None and (not is_number(share) or not 0 < share < 1):
@@ -387,5 +389,5 @@ def _place(state: Mapping[str, Any]) -> dict[str, Any]:
     counts = {name: state[name] for name in ("drawn", "ranks", *Pace(Schedule()).state())}
     if bad := [name for name, value in counts.items() if name != "measured" and not is_whole(value, 0)]:
         raise ValueError(f"{bad[0]} is {shown(counts[bad[0]])}")
-    recent = [float(rise) for rise in state["recent"]]
-    return {**counts, "recent": recent}
+    # Checkpoints from before rows' rises were kept have none.
+    return {**counts, "recent": [float(rise) for rise in state.get("recent", ())]}

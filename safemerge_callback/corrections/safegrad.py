@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -37,8 +36,9 @@ class SafegradSettings(RowSource):
     @property
     def as_replay(self) -> ReplaySettings:
         """The same in the words of `replay`."""
-        how: dict[str, Any] = {"loss": "kl", "surgery": True, "weight": self.rho or 1.0}
-        return ReplaySettings(**self.of_source(), **how, first_tokens=self.first_tokens)
+        return ReplaySettings(
+            **self.of_source(), loss="kl", surgery=True, first_tokens=self.first_tokens, weight=self.rho or 1.0
+        )
 
 
 class Safegrad(ReplayApart):

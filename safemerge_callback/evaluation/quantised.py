@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 from ..io.choices import one_of
 
 # 4bit: bitsandbytes' NF4 in blocks of 64, without double quantisation; what is computed stays in the weight's dtype.
@@ -51,10 +51,9 @@ def quantise(model: nn.Module, kind: str = "4bit") -> int:
         _check_passes([getattr(parent, name) for parent, name, _ in layers])
     # Its kernels assert what sizes they take.
     except (RuntimeError, ValueError, TypeError, ImportError, AssertionError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"bitsandbytes cannot quantise this model on {layers[0][2].weight.device} here ({reason}): ask on another "
-            "--device, or leave --after-quantize out"
+            f"bitsandbytes cannot quantise this model on {layers[0][2].weight.device} here ({first_line(error)}): ask "
+            "on another --device, or leave --after-quantize out"
         ) from error
     return len(layers)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import SafeMergeError, shown
+from ..errors import SafeMergeError, first_line, shown
 from .paths import as_path, existing
 
 # As the Hub has it; `..` in a name or a revision would lead out of its cache.
@@ -64,9 +64,9 @@ def fetched(address: Address, patterns: Sequence[str], what: str, *, error: type
         return Path(snapshot_download(address.repo, revision=address.revision, allow_patterns=[*patterns]))
     except (OSError, ValueError) as problem:  # every error of the Hub's client is one of the two
         at = f" at revision {address.revision!r}" if address.revision else ""
-        reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
         raise error(
-            f"{what} {address.repo!r} is no folder here and could not be fetched from the Hub{at}: {reason}"
+            f"{what} {address.repo!r} is no folder here and could not be fetched from the Hub{at}: "
+            f"{first_line(problem)}"
         ) from problem
 
 

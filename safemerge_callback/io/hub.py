@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import SafeMergeError
+from ..errors import SafeMergeError, first_line
 
 
 class Commit(NamedTuple):
@@ -96,8 +96,3 @@ def client_errors() -> tuple[type[Exception], ...]:
 
     http_error = next(base for base in HfHubHTTPError.__bases__ if base.__name__ == "HTTPError")
     return (http_error, OSError, ValueError)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its name where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import SafeMergeError, shown
-from .hub import client_errors, find_commit, first_line, gated
+from ..errors import SafeMergeError, first_line, shown
+from .hub import client_errors, find_commit, gated
 
 CARD_FILE = "README.md"
 _REPO = re.compile(r"(?!.*(\.\.|--))\w[\w.-]*/\w[\w.-]*")

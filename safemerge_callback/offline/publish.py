@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -21,6 +20,7 @@ from ..io.hub_upload import CARD_FILE, Destination, check_destination, upload
 from ..io.paths import as_path, existing
 from ..record import JOURNAL_FILE
 from ..record.evidence import NAME as EVIDENCE_FILE
+from ..record.evidence import file_digests
 
 SAFETY_TAG = "safety-adapter"
 # Old models of the Hub have no organisation.
@@ -91,7 +91,7 @@ def adapter_section(adapter: Adapter, base: str | None, repo: str) -> str:
         "base model": base,
         "modules": f"{len(adapter.factors)}: {', '.join(f'{leaf} ({count})' for leaf, count in leaves.items())}",
         "rank": " to ".join(map(str, dict.fromkeys((ranks[0], ranks[-1])))),
-        f"sha256 of {WEIGHTS}": _digest(adapter),
+        f"sha256 of {WEIGHTS}": file_digests(adapter.folder, (WEIGHTS,)).get(WEIGHTS),
     }
     rows = [f"| {escaped(key)} | {escaped(value)} |" for key, value in facts.items() if value]
     return "\n".join(
@@ -147,13 +147,6 @@ def _files(folder: Path, adapter: Adapter, base: str | None) -> Mapping[str, Pat
 
 def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
-def _digest(adapter: Adapter) -> str | None:
-    if adapter.folder is None:
-        return None
-    with (adapter.folder / WEIGHTS).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _without_template(card: str) -> str:

@@ -95,6 +95,18 @@ def test_by_need_rows_come_in_every_step_until_they_say_that_nothing_is_lost(wor
     assert counts_of(runs, tmp_path / "needed") == (12, 12)
 
 
+def test_a_checkpoint_from_before_rises_were_kept_is_gone_on_with(world, chat_tokenizer, tmp_path, runs):
+    steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    train(world, chat_tokenizer, tmp_path, replaying(by_need=True), **steps)
+    (place,) = (tmp_path / "checkpoint-2").glob("safemerge_replay.json")
+    state = json.loads(place.read_text())
+    assert len(state.pop("recent")) == 2
+    place.write_text(json.dumps(state))
+    again = world.trainer(tmp_path, replaying(by_need=True), tokenizer=chat_tokenizer, **steps)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert counts_of(runs, tmp_path) == (4, 4)
+
+
 def counts_of(runs, folder):
     """Over how many steps and rows the journal's lines are."""
     entries = runs.entries(folder, "gradient")

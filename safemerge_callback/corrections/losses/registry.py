@@ -34,7 +34,7 @@ class RowLoss:
         """Whether it reads anything of the reference."""
         return self.hidden or self.log_probs
 
-    def limit(self, reference: Reference, spreads: float = 1.0) -> float:
+    def limit(self, reference: Reference, spreads: float) -> float:
         """Return the loss that a model has which is so many spreads from the reference."""
         at_reference, spread = self.spread(reference)
         return at_reference + spreads * spread

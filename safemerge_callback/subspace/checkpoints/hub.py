@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...errors import SafeMergeError, SubspaceError
+from ...errors import SafeMergeError, SubspaceError, first_line
 from ...io.documents import parse_json
-from ...io.hub import Commit, client_errors, first_line, gated
+from ...io.hub import Commit, client_errors, gated
 from ..header import DTYPES
 from .shard_files import _AGAIN, ShardFile, unreadable
 
