@@ -23,9 +23,7 @@ def settings_of(*words):
 
 def written(folder, *answers):
     path = folder / "rows.jsonl"
-    rows = [
-        {"prompt": f"a b {letter}", "completion": answer} for letter, answer in zip("cdefgh", answers, strict=False)
-    ]
+    rows = [{"prompt": f"a b {at}", "completion": answer} for at, answer in enumerate(answers)]
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return path
 
