@@ -23,7 +23,8 @@ def settings_of(*words):
 
 def written(folder, *answers):
     path = folder / "rows.jsonl"
-    rows = [{"prompt": f"a b {at}", "completion": answer} for at, answer in enumerate(answers)]
+    letters = "cdefgh"[: len(answers)]
+    rows = [{"prompt": f"a b {word}", "completion": answer} for word, answer in zip(letters, answers, strict=True)]
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return path
 
